@@ -1,0 +1,33 @@
+"""Archives of pictures as tokens, in SQLite. Standard library only; never imports JAX or NumPy.
+
+with Archive.open("archive/emoji.db") as archive:
+    for group in archive.groups():
+        best = next(archive.rows(group.settings, limit=1))
+"""
+
+from dm_generations.archive._info import ArchiveInfo, ModelUse, PromptInfo, ScoreInfo, TokenInfo, info
+from dm_generations.archive._merge import SourceReport, merge
+from dm_generations.archive._records import Group, ImageRow, ModelInfo, NewImage, Settings
+from dm_generations.archive._sqlite import ArchiveError
+from dm_generations.archive._store import Archive
+from dm_generations.archive._verify import Problem, verify
+
+__all__ = [
+    "Archive",
+    "ArchiveError",
+    "ArchiveInfo",
+    "Group",
+    "ImageRow",
+    "ModelInfo",
+    "ModelUse",
+    "NewImage",
+    "Problem",
+    "PromptInfo",
+    "ScoreInfo",
+    "Settings",
+    "SourceReport",
+    "TokenInfo",
+    "info",
+    "merge",
+    "verify",
+]

@@ -1,0 +1,131 @@
+"""Several archives into one: `merge`."""
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dm_generations.archive._files import new_file
+from dm_generations.archive._layout import INSERT_COLUMNS
+from dm_generations.archive._sqlite import ArchiveError, sqlite_errors
+from dm_generations.archive._store import Archive
+from dm_generations.archive._tokens import check_tokens, quantvec_md5
+
+# A draw that the target has already still gives its scores where the target has none.
+INSERT_OR_FILL = f"""
+INSERT INTO images ({", ".join(INSERT_COLUMNS)}) VALUES ({", ".join("?" * len(INSERT_COLUMNS))})
+ON CONFLICT DO UPDATE SET clip_score_input = excluded.clip_score_input,
+    clip_score_tokenized = excluded.clip_score_tokenized, clip_id = excluded.clip_id,
+    time_scored = excluded.time_scored
+WHERE clip_score_input IS NULL AND excluded.clip_score_input IS NOT NULL
+"""
+MODEL_COLUMNS = ("generator_id", "codec_id", "clip_id")
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What became of the pictures of one source; those neither added nor scored were there already."""
+
+    path: str
+    image_count: int
+    added_count: int
+    scored_count: int  # pictures of the target that were given this source's scores
+
+
+def merge(sources: Sequence[str | os.PathLike], target: str | os.PathLike) -> list[SourceReport]:
+    """Adds the pictures of all sources, ours or 2022, to `target`, which is made if it does not exist.
+
+    Prompts and models get the target's own ids; draws that are there already are not added again. All of it
+    happens, or nothing: ArchiveError for a source that cannot be opened, a row that `verify` would report.
+    """
+    target = Path(target)
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(Archive.open(source)) for source in sources]
+        if not target.exists():
+            with new_file(target) as temporary, Archive.create(temporary) as archive:
+                return _add_all(opened, archive)
+        for source in opened:
+            if os.path.samefile(source.path, target):
+                raise ArchiveError(f"{target}: this archive is both a source and the target")
+        with Archive.open(target, "w") as archive:
+            return _add_all(opened, archive)
+
+
+def _add_all(sources: Sequence[Archive], target: Archive) -> list[SourceReport]:
+    with target.transaction():
+        return [_add(source, target) for source in sources]
+
+
+def _add(source: Archive, target: Archive) -> SourceReport:
+    rows = _Rows(source, target)  # adds prompts and models
+    count_before, changes_before = target.count(), target.connection.total_changes
+    try:
+        with sqlite_errors(target.path):
+            target.connection.executemany(INSERT_OR_FILL, rows)
+    except ArchiveError as error:
+        if isinstance(error.__cause__, sqlite3.IntegrityError):
+            raise ArchiveError(
+                f"{source.path}: picture {rows.current_id} does not fit: {error.__cause__}"
+            ) from error
+        raise
+    added_count = target.count() - count_before
+    scored_count = target.connection.total_changes - changes_before - added_count
+    return SourceReport(str(source.path), rows.count, added_count, scored_count)
+
+
+class _Rows:
+    """The rows of a source with the target's ids, to be inserted; knows which one it gave last."""
+
+    def __init__(self, source: Archive, target: Archive):
+        self.source = source
+        self.current_id: int | None = None
+        self.count = 0
+        # Kept as they are, with NUL bytes too: an archive can hold prompts that we would not draw.
+        self.prompt_ids = {i: target.text_id("prompts", text) for i, text in source.prompts().items()}
+        self.sc_prompt_ids = {
+            i: 1 if text is None else target.text_id("sc_prompts", text)
+            for i, text in source.sc_prompts().items()
+        }
+        self.codecs = {i: model for i, model in source.models().items() if model.kind == "codec"}
+        self.model_ids: dict[int | None, int | None] = {
+            i: target.model_id(model) for i, model in source.models().items()
+        }
+        self.model_ids[None] = None
+
+    def __iter__(self) -> Iterator[tuple]:
+        columns = ("id", *INSERT_COLUMNS)
+        for values in self.source.scan(columns):
+            row = dict(zip(columns, values, strict=True))
+            self.current_id = row.pop("id")
+            self.count += 1
+            row["prompt_id"] = self._new_id(self.prompt_ids, row, "prompt_id")
+            row["sc_prompt_id"] = self._new_id(self.sc_prompt_ids, row, "sc_prompt_id")
+            row["quantvec_md5"] = self._checked_md5(row)
+            for name in MODEL_COLUMNS:
+                row[name] = self._new_id(self.model_ids, row, name)
+            yield tuple(row.values())
+
+    def _new_id(self, new_ids: dict, row: dict, name: str) -> int | None:
+        if row[name] not in new_ids:
+            raise self._error(f"{name} {row[name]!r:.40} points nowhere")
+        return new_ids[row[name]]
+
+    def _checked_md5(self, row: dict) -> str:
+        quantvec = row["quantvec"]
+        if not isinstance(quantvec, bytes):
+            raise self._error("quantvec is not a blob")
+        codec = self.codecs.get(row["codec_id"])
+        if codec is not None:
+            try:
+                check_tokens(quantvec, codec)
+            except ArchiveError as error:
+                raise self._error(str(error)) from error
+        md5 = quantvec_md5(quantvec)
+        if row["quantvec_md5"] not in (None, md5):
+            raise self._error("quantvec_md5 is not the MD5 of the tokens")
+        return md5
+
+    def _error(self, what: str) -> ArchiveError:
+        return ArchiveError(f"{self.source.path}: picture {self.current_id}: {what}; run `verify` on it")

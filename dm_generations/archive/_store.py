@@ -1,0 +1,432 @@
+"""`Archive`: an SQLite file of pictures as tokens. Reads ours and the 2022 layout, writes ours.
+
+Locking: the rollback journal, not WAL. So the archive is one file whenever no batch is in flight, works on
+network disks, and is read from folders that cannot be written. The price, that a reader holds off a commit,
+is kept small: no method leaves a query open between two rows.
+"""
+
+import array
+import contextlib
+import json
+import math
+import os
+import sqlite3
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from dm_generations.archive._files import check_writable, new_file
+from dm_generations.archive._layout import IMAGE_COLUMNS, INSERT_COLUMNS, SETTINGS, Layout, read_layout
+from dm_generations.archive._records import Group, ImageRow, ModelInfo, NewImage, Settings
+from dm_generations.archive._sqlite import (
+    APPLICATION_ID,
+    ArchiveError,
+    application_id,
+    connect,
+    is_wal,
+    read_header,
+    sqlite_errors,
+    undo_interrupted_write,
+)
+from dm_generations.archive._tokens import check_tokens, quantvec_md5
+from dm_generations.resources import shipped
+
+LOCK_TIMEOUT = 10.0  # seconds to wait for another program's lock
+COMMIT_TIMEOUT = 60.0  # the same when finished work would be lost
+CHUNK = 512  # rows read by one query
+
+REAL_SETTINGS = ("top_p", "temperature", "cond_scale")
+SELECT_IMAGES = f"SELECT {', '.join(f'{{{name}}}' for name in IMAGE_COLUMNS)} FROM images"
+SELECT_MODELS = (
+    "SELECT id, kind, name, sha256, config, grid, codebook_size, image_size FROM models ORDER BY id"
+)
+KEYS_OF_GROUP = """
+SELECT key0, key1 FROM images
+WHERE prompt_id = ? AND sc_prompt_id = ? AND top_k = ? AND top_p = ? AND temperature = ? AND cond_scale = ?
+    AND {generator_id} IS ? AND (? IS NULL OR {sampler_version} = ?)
+"""
+# The same draw again is left out; unlike OR IGNORE, this still refuses bad values.
+INSERT_IMAGE = f"""
+INSERT INTO images ({", ".join(INSERT_COLUMNS)}) VALUES ({", ".join("?" * len(INSERT_COLUMNS))})
+ON CONFLICT DO NOTHING
+"""
+SET_SCORES = """
+UPDATE images SET clip_score_input = ?, clip_score_tokenized = ?, clip_id = ?, time_scored = ? WHERE id = ?
+"""
+COUNT_GROUPS = """
+SELECT prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, count(*) FROM {order}
+WHERE (:prompt_ids IS NULL OR prompt_id IN (SELECT value FROM json_each(:prompt_ids)))
+  AND (:sc_prompt_ids IS NULL OR sc_prompt_id IN (SELECT value FROM json_each(:sc_prompt_ids)))
+GROUP BY prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale
+ORDER BY prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale
+"""
+IDS_BEST_FIRST = """
+SELECT id FROM {order}
+WHERE prompt_id = ? AND sc_prompt_id = ? AND top_k = ? AND top_p = ? AND temperature = ? AND cond_scale = ?
+ORDER BY clip_score_input DESC, id  -- NULL comes last; id breaks ties, so a rerun picks the same pictures
+LIMIT ?
+"""
+# A file in the 2022 layout has no index, and without one each group would cost a pass over all tokens.
+# Temporary tables live outside the archive.
+INDEX_2022 = """
+CREATE TEMP TABLE image_order AS
+SELECT {id} AS id, prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale,
+    {clip_score_input} AS clip_score_input
+FROM main.images;
+CREATE INDEX temp.image_order_by_group ON image_order (
+    prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, clip_score_input DESC, id
+);
+"""
+
+
+class Archive:
+    """An open archive; a context manager. Use it from one thread at a time.
+
+    path: the file. is_2022: it has the 2022 layout, and is open for reading only.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, mode: str, timeout: float, layout: Layout):
+        """Not for callers, who use `open` or `create`."""
+        self.path = path
+        self.mode = mode
+        self.is_2022 = layout.is_2022
+        self.connection = connection
+        self.sql = layout.sql
+        self._timeout = timeout
+        self._order = None if self.is_2022 else "images"  # the table that serves groups, best first
+
+    @classmethod
+    def create(cls, path: str | os.PathLike) -> "Archive":
+        """A new, empty archive, open for writing. Refuses a path that exists."""
+        path = Path(path)
+        with new_file(path) as temporary, sqlite_errors(path):
+            with contextlib.closing(sqlite3.connect(temporary)) as connection:
+                connection.executescript(shipped("schema/0001.sql").read_text(encoding="utf-8"))
+        return cls.open(path, "w")
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, mode: str = "r", timeout: float = LOCK_TIMEOUT) -> "Archive":
+        """An existing archive; "r" leaves the file as it is, "w" is for ours only.
+
+        timeout: seconds to wait, here and later, while another program has the file locked.
+        ArchiveError: no such file, not a database, damaged, other tables, newer than this program, read-only.
+        """
+        assert mode in ("r", "w"), mode
+        path = Path(path)
+        header = read_header(path)
+        if mode == "w":
+            check_writable(path)
+        with sqlite_errors(path), contextlib.ExitStack() as on_error:
+            connection = connect(path, header, mode, timeout)
+            on_error.callback(connection.close)
+            try:
+                connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            except sqlite3.OperationalError as error:
+                is_interrupted = error.sqlite_errorname == "SQLITE_READONLY_ROLLBACK"
+                if not (is_interrupted and application_id(header) == APPLICATION_ID):
+                    raise
+                undo_interrupted_write(path, timeout)
+            layout = read_layout(path, connection)
+            if mode == "w":
+                if layout.is_2022:
+                    raise ArchiveError(
+                        f"{path}: the 2022 layout is only read; `merge` it into a new archive to add to it"
+                    )
+                _prepare_to_write(connection, header)
+            on_error.pop_all()
+        return cls(path, connection, mode, timeout, layout)
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def __enter__(self) -> "Archive":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # Reading
+
+    def prompts(self) -> dict[int, str]:
+        """Text by id, in order of id. Bytes that are not UTF-8 come back as U+FFFD."""
+        rows = self._all("SELECT id, desc FROM prompts ORDER BY id")
+        return {row_id: _as_text(text) or "" for row_id, text in rows}
+
+    def sc_prompts(self) -> dict[int, str | None]:
+        """Text by id, in order of id; None is the model's own empty unconditional prompt."""
+        rows = self._all("SELECT id, desc FROM sc_prompts ORDER BY id")
+        return {row_id: _as_text(text) for row_id, text in rows}
+
+    def models(self) -> dict[int, ModelInfo]:
+        """Models by id; none in a 2022 archive, which does not say."""
+        if self.is_2022:
+            return {}
+        models = {}
+        for row_id, kind, name, sha256, config, *sizes in self._all(SELECT_MODELS):
+            try:
+                config = json.loads(config)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ArchiveError(
+                    f"{self.path}: the config of model {row_id} is not JSON; run `verify`"
+                ) from error
+            models[row_id] = ModelInfo(kind, name, sha256, config, *sizes)
+        return models
+
+    def count(self) -> int:
+        """Number of pictures."""
+        return self._all("SELECT count(*) FROM images")[0][0]
+
+    def groups(
+        self, prompt_ids: Collection[int] | None = None, sc_prompt_ids: Collection[int] | None = None
+    ) -> list[Group]:
+        """Groups with their sizes, ordered by prompt, sc prompt, top_k, top_p, temperature, cond_scale.
+
+        The ids select; None selects all. Ids that do not exist select nothing.
+        """
+        parameters = {"prompt_ids": _json_ids(prompt_ids), "sc_prompt_ids": _json_ids(sc_prompt_ids)}
+        rows = self._all(COUNT_GROUPS.format(order=self._order_table()), parameters)
+        return [Group(self._settings(row[:-1]), row[-1]) for row in rows]
+
+    def rows(self, settings: Settings, limit: int | None = None) -> Iterator[ImageRow]:
+        """The pictures of a group: highest clip_score_input first, unscored ones last, ties by id."""
+        parameters = [*_values(settings), -1 if limit is None else limit]
+        query = IDS_BEST_FIRST.format(order=self._order_table())
+        with sqlite_errors(self.path):
+            ids = array.array("q", (row[0] for row in self.connection.execute(query, parameters)))
+        return self.read_rows(ids)
+
+    def read_rows(self, ids: Iterable[int]) -> Iterator[ImageRow]:
+        """These pictures, in the order of `ids`; ids that do not exist are left out."""
+        query = self.sql(f"{SELECT_IMAGES} WHERE {{id}} IN (SELECT value FROM json_each(?))")
+        for chunk in _chunks(ids):
+            row_by_id = {row[0]: row for row in self._all(query, [json.dumps(chunk)])}
+            for row_id in chunk:
+                if row_id in row_by_id:
+                    yield _image_row(row_by_id[row_id])
+
+    def rows_to_score(
+        self, rescore: bool = False, prompt_ids: Collection[int] | None = None
+    ) -> Iterator[ImageRow]:
+        """Pictures that lack a score (all with `rescore`), by id. Scores may be written while this runs."""
+        condition = """(:rescore OR {clip_score_input} IS NULL OR {clip_score_tokenized} IS NULL)
+            AND (:prompt_ids IS NULL OR prompt_id IN (SELECT value FROM json_each(:prompt_ids)))"""
+        parameters = {"rescore": rescore, "prompt_ids": _json_ids(prompt_ids)}
+        return map(_image_row, self.scan(IMAGE_COLUMNS, condition, parameters))
+
+    def existing_keys(
+        self, settings: Settings, generator_id: int | None, sampler_version: int | None = None
+    ) -> set[tuple[int, int]]:
+        """(key0, key1) of the pictures that this generator drew; sampler_version None: with any sampler."""
+        parameters = [*_values(settings), generator_id, sampler_version, sampler_version]
+        return set(self._all(self.sql(KEYS_OF_GROUP), parameters))
+
+    def scan(
+        self, columns: Sequence[str], condition: str = "TRUE", parameters: dict | None = None
+    ) -> Iterator[tuple]:
+        """These columns of the pictures that meet an SQL condition, by id; constant memory. See `query`."""
+        names = ", ".join(f"{{{name}}}" for name in ("id", *columns))
+        query = self.sql(
+            f"SELECT {names} FROM images WHERE {{id}} > :after AND ({condition})"
+            f" ORDER BY {{id}} LIMIT {CHUNK}"
+        )
+        after: float = -math.inf  # below every id
+        while rows := self._all(query, {**(parameters or {}), "after": after}):
+            yield from (row[1:] for row in rows)
+            after = rows[-1][0]
+
+    def query(self, template: str) -> list[tuple]:
+        """All rows of a query; `{name}` stands for that column of images, or NULL if a 2022 file lacks it."""
+        return self._all(self.sql(template))
+
+    # Writing
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All that is written inside lands together when the block ends, or not at all."""
+        if self.mode != "w":
+            raise ArchiveError(f"{self.path}: the archive is open for reading only")
+        with sqlite_errors(self.path):
+            self.connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            with sqlite_errors(self.path):
+                self.connection.execute(f"PRAGMA busy_timeout = {COMMIT_TIMEOUT * 1000:.0f}")
+                self.connection.execute("COMMIT")
+        except BaseException:
+            # SQLite has already rolled back after a full disk, for instance.
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+            raise
+        finally:
+            self.connection.execute(f"PRAGMA busy_timeout = {self._timeout * 1000:.0f}")
+
+    def prompt_id(self, text: str) -> int:
+        """Id of a prompt, added if it is new. ArchiveError: a NUL byte or a lone surrogate in it."""
+        return self.text_id("prompts", self._without_nul(text))
+
+    def sc_prompt_id(self, text: str | None) -> int:
+        """Id of an unconditional prompt, added if it is new; 1 for None."""
+        return 1 if text is None else self.text_id("sc_prompts", self._without_nul(text))
+
+    def model_id(self, model: ModelInfo) -> int:
+        """Id of a model, added if it is new."""
+        config = json.dumps(model.config, sort_keys=True, separators=(",", ":"))
+        identity = (model.kind, model.sha256, config)
+        found = self._all("SELECT id FROM models WHERE kind = ? AND sha256 = ? AND config = ?", identity)
+        if found:
+            return found[0][0]
+        return self._insert(
+            "INSERT INTO models (kind, sha256, config, name, grid, codebook_size, image_size)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (*identity, model.name, model.grid, model.codebook_size, model.image_size),
+        )
+
+    def add_images(
+        self,
+        images: Iterable[NewImage],
+        generator_id: int | None,
+        codec_id: int | None,
+        clip_id: int | None,
+        sampler_version: int | None,
+    ) -> int:
+        """Stores pictures and returns how many were new: a draw that is there already is left as it is.
+
+        Inside a transaction. `clip_id` is kept for the rows that have a score.
+        ArchiveError: tokens that do not fit the codec, settings out of range.
+        """
+        assert self.connection.in_transaction, "add_images outside a transaction"
+        codec = None if codec_id is None else self.models()[codec_id]
+        prompt_ids: dict[str, int] = {}
+        sc_prompt_ids: dict[str | None, int] = {}
+
+        def values() -> Iterator[tuple]:
+            for image in images:
+                if (prompt_id := prompt_ids.get(image.prompt)) is None:
+                    prompt_id = prompt_ids[image.prompt] = self.prompt_id(image.prompt)
+                if (sc_prompt_id := sc_prompt_ids.get(image.sc_prompt)) is None:
+                    sc_prompt_id = sc_prompt_ids[image.sc_prompt] = self.sc_prompt_id(image.sc_prompt)
+                quantvec = image.quantvec
+                if codec is not None:
+                    check_tokens(quantvec, codec)
+                is_scored = image.clip_score_input is not None
+                yield (
+                    prompt_id,
+                    sc_prompt_id,
+                    image.top_k,
+                    image.top_p,
+                    image.temperature,
+                    image.cond_scale,
+                    image.key0,
+                    image.key1,
+                    quantvec,
+                    quantvec_md5(quantvec),
+                    image.clip_score_input,
+                    image.clip_score_tokenized,
+                    image.time_start,
+                    image.time_end,
+                    image.time_scored,
+                    generator_id,
+                    codec_id,
+                    clip_id if is_scored else None,
+                    sampler_version,
+                )
+
+        return self._write_many(INSERT_IMAGE, values())
+
+    def set_scores(
+        self, rows: Iterable[tuple[int, float, float]], clip_id: int | None, time_scored: float
+    ) -> int:
+        """Stores (id, clip_score_input, clip_score_tokenized) of pictures; returns how many there were."""
+        assert self.connection.in_transaction, "set_scores outside a transaction"
+        return self._write_many(
+            SET_SCORES, ((score, back, clip_id, time_scored, row_id) for row_id, score, back in rows)
+        )
+
+    # Underneath
+
+    def _without_nul(self, text: str) -> str:
+        if "\x00" in text:
+            raise ArchiveError(f"{self.path}: a prompt holds a NUL byte: {text!r:.100}")
+        return text
+
+    def _all(self, query: str, parameters: Collection = ()) -> list[tuple]:
+        with sqlite_errors(self.path):
+            return self.connection.execute(query, parameters).fetchall()
+
+    def _insert(self, query: str, parameters: tuple) -> int:
+        assert self.connection.in_transaction, "written outside a transaction"
+        with sqlite_errors(self.path):
+            return self.connection.execute(query, parameters).lastrowid
+
+    def _write_many(self, query: str, values: Iterable[tuple]) -> int:
+        with sqlite_errors(self.path):
+            return self.connection.executemany(query, values).rowcount
+
+    def text_id(self, table: str, text: str) -> int:
+        """Id of a text in `prompts` or `sc_prompts`, added if it is new."""
+        found = self._all(f"SELECT id FROM {table} WHERE desc = ?", (text,))
+        return found[0][0] if found else self._insert(f"INSERT INTO {table} (desc) VALUES (?)", (text,))
+
+    def _order_table(self) -> str:
+        if self._order is None:
+            with sqlite_errors(self.path):
+                self.connection.executescript(self.sql(INDEX_2022))
+            self._order = "temp.image_order"
+        return self._order
+
+    def _settings(self, values: tuple) -> Settings:
+        """Settings from a file's own values, which in a 2022 archive may be of any type."""
+        for name, value in zip(SETTINGS, values, strict=True):
+            is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+            if not is_whole and not (isinstance(value, float) and name in REAL_SETTINGS):
+                raise ArchiveError(
+                    f"{self.path}: some pictures have {name} {value!r:.40}; `verify` lists them"
+                )
+        prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale = values
+        return Settings(
+            int(prompt_id), int(sc_prompt_id), int(top_k), float(top_p), float(temperature), float(cond_scale)
+        )
+
+
+def _prepare_to_write(connection: sqlite3.Connection, header: bytes) -> None:
+    if is_wal(header):  # someone's tool switched it; see the module's docstring
+        connection.execute("PRAGMA journal_mode = DELETE")
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute(
+        "PRAGMA cache_size = -32768"
+    )  # KiB: the busy pages of the indexes while rows are added
+
+
+def _image_row(values: tuple) -> ImageRow:
+    row = ImageRow(*values)
+    if isinstance(row.quantvec, bytes):
+        return row
+    # Not a blob, so certainly not tokens: as no bytes at all it fails every length check downstream.
+    return ImageRow(
+        *(b"" if name == "quantvec" else value for name, value in zip(IMAGE_COLUMNS, values, strict=True))
+    )
+
+
+def _values(settings: Settings) -> list[float]:
+    return [getattr(settings, name) for name in SETTINGS]
+
+
+def _as_text(value: object) -> str | None:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return None if value is None else str(value)
+
+
+def _json_ids(ids: Collection[int] | None) -> str | None:
+    return None if ids is None else json.dumps(sorted(ids))
+
+
+def _chunks(ids: Iterable[int]) -> Iterator[list[int]]:
+    chunk = []
+    for row_id in ids:
+        chunk.append(row_id)
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

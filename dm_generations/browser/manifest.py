@@ -1,0 +1,148 @@
+"""`manifest.js`: which pictures a folder holds, for `samplebrowser.html` beside it.
+
+A page opened from disk may load scripts and pictures but not JSON, so the manifest is a script of one
+statement, `window.DM_MANIFEST = {...};`, in ASCII:
+
+    version      1
+    mode         "images" (a file holds one picture) or "gallery" (a file holds many)
+    archive      name of the archive that the pictures come from, without its folder
+    prompts      [[prompt_id, prompt or null], ...]            each listed once
+    sc_prompts   [[sc_prompt_id, sc_prompt or null], ...]      null: the model's own empty prompt
+    groups       [[prompt, sc_prompt, top_k, top_p, temperature, cond_scale, prefix, suffix, files], ...]
+
+`prompt` and `sc_prompt` are positions in those lists. The path of a file, relative to the manifest and with
+"/" between its parts, is prefix + middle + suffix: they only save repeating what paths share. `files` are
+
+    images       [middle, rank, score or null, key0, key1]     best first
+    gallery      [middle, page, [score or null, ...]]          by page; pictures best first
+
+top_k 0 and top_p 1.0 mean "off"; scores are CLIP logits of picture and prompt as typed; numbers that JSON
+lacks (NaN, infinities) are null.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dm_generations.files import write_atomic
+from dm_generations.resources import shipped
+
+MANIFEST_VERSION = 1
+PAGE = "samplebrowser.html"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One picture in a file of its own. `file` is relative to the output folder, with "/" between parts."""
+
+    file: str
+    prompt_id: int
+    prompt: str | None
+    sc_prompt_id: int
+    sc_prompt: str | None
+    top_k: int
+    top_p: float
+    temperature: float
+    cond_scale: float
+    rank: int
+    score: float | None
+    key0: int
+    key1: int
+
+
+@dataclass(frozen=True, slots=True)
+class GalleryEntry:
+    """One file that shows several pictures of a group; `scores` has one value for each, best first."""
+
+    file: str
+    prompt_id: int
+    prompt: str | None
+    sc_prompt_id: int
+    sc_prompt: str | None
+    top_k: int
+    top_p: float
+    temperature: float
+    cond_scale: float
+    scores: tuple[float | None, ...]
+    page: int = 0
+
+
+Entries = TypeVar("Entries", Entry, GalleryEntry)
+
+
+def build_manifest(mode: str, archive_name: str, entries: Iterable[Entries]) -> dict[str, Any]:
+    """The manifest described above, for files that exist; mode is "images" or "gallery".
+
+    Groups keep the order in which they first appear; files within one are put in order here.
+    """
+    if mode not in ("images", "gallery"):
+        raise ValueError(f"mode is {mode!r}, expected 'images' or 'gallery'")
+    prompts: dict[int, str | None] = {}
+    sc_prompts: dict[int, str | None] = {}
+    entries_by_group: dict[tuple, list[Entries]] = {}
+    for entry in entries:
+        prompts.setdefault(entry.prompt_id, entry.prompt)
+        sc_prompts.setdefault(entry.sc_prompt_id, entry.sc_prompt)
+        settings = (entry.top_k, entry.top_p, entry.temperature, entry.cond_scale)
+        key = (entry.prompt_id, entry.sc_prompt_id, *settings)
+        entries_by_group.setdefault(key, []).append(entry)
+
+    prompt_positions = {prompt_id: position for position, prompt_id in enumerate(prompts)}
+    sc_prompt_positions = {sc_prompt_id: position for position, sc_prompt_id in enumerate(sc_prompts)}
+    groups = []
+    for (prompt_id, sc_prompt_id, *settings), members in entries_by_group.items():
+        positions = (prompt_positions[prompt_id], sc_prompt_positions[sc_prompt_id])
+        groups.append([*positions, *map(_finite, settings), *_pack(mode, members)])
+    return {
+        "version": MANIFEST_VERSION,
+        "mode": mode,
+        "archive": archive_name,
+        "prompts": [[prompt_id, text] for prompt_id, text in prompts.items()],
+        "sc_prompts": [[sc_prompt_id, text] for sc_prompt_id, text in sc_prompts.items()],
+        "groups": groups,
+    }
+
+
+def write_manifest(out_dir: Path, manifest: dict[str, Any]) -> Path:
+    """Write `manifest.js` and the page into an existing folder; returns the path of the page to open.
+
+    Raises OSError, and UserError if the installation lacks the page.
+    """
+    text = f"window.DM_MANIFEST = {_script_json(manifest)};\n"
+    page, page_bytes = out_dir / PAGE, shipped(PAGE).read_bytes()
+    write_atomic(out_dir / "manifest.js", text.encode("ascii"))
+    write_atomic(page, page_bytes)
+    return page
+
+
+def _pack(mode: str, members: list[Entries]) -> tuple[str, str, list[list]]:
+    """prefix, suffix and files of one group."""
+    members = sorted(members, key=lambda entry: entry.rank if mode == "images" else entry.page)
+    paths = [entry.file for entry in members]
+    prefix = commonprefix(paths)
+    rests = [path[len(prefix) :] for path in paths]
+    suffix = commonprefix([rest[::-1] for rest in rests])[::-1]
+    middles = [rest[: len(rest) - len(suffix)] for rest in rests]
+    if mode == "images":
+        rows = [[entry.rank, _score(entry.score), entry.key0, entry.key1] for entry in members]
+    else:
+        rows = [[entry.page, [_score(score) for score in entry.scores]] for entry in members]
+    return prefix, suffix, [[middle, *row] for middle, row in zip(middles, rows, strict=True)]
+
+
+def _finite(number: float | None) -> float | None:
+    return None if number is None or not math.isfinite(number) else number
+
+
+def _score(score: float | None) -> float | None:
+    """Rounded to what the page shows, and a digit more: the manifest is read whole at each start."""
+    return None if _finite(score) is None else round(score, 3)
+
+
+def _script_json(value: Any) -> str:
+    """JSON that is safe as a script: all but ASCII is escaped (U+2028 and lone surrogates too), and `<`."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

@@ -1,0 +1,55 @@
+"""The command line: `python -m dm_generations COMMAND`. Importing it imports neither JAX nor NumPy."""
+
+import argparse
+import signal
+import sys
+
+from dm_generations import __version__
+from dm_generations.cli import decode, generate, info, merge, score, verify
+from dm_generations.errors import UserError
+
+COMMANDS = (generate, score, decode, info, verify, merge)
+DESCRIPTION = """\
+An archive of text-to-image generations, and the pipeline around it: prompts become code vectors in one SQLite file,
+and the pictures are rebuilt from it.
+"""
+EPILOG = """\
+example:
+  python -m dm_generations generate --db my.db --prompts "a rocket" "a cute avocado"
+  python -m dm_generations decode --db my.db
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dm_generations",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    for subparser in subparsers.choices.values():
+        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; its exit status: 0 all done, 1 an error that a line on stderr explains, 130 interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        sys.stderr.close()
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("interrupted; repeat the command to go on", file=sys.stderr)
+        return 128 + signal.SIGINT

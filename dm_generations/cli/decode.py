@@ -1,0 +1,143 @@
+"""`decode`: the pictures of an archive as files."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+DESCRIPTION = "Decode the pictures of an archive into PNG files, with a page to look at them."
+EPILOG = """\
+Pictures that are on disk already are left as they are, so a run that was stopped goes on when it is repeated.
+
+example:
+  python -m dm_generations decode --prompt-ids 1 2 --n-best 4 --out-dir pictures
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "decode",
+        help="turn an archive into picture files",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--db", metavar="FILE", help="archive to decode (default: the emoji archive that ships)")
+    add(
+        "--codec", metavar="FOLDER", help="VQGAN that the pictures were made with (default: the embedded one)"
+    )
+    add(
+        "--mode",
+        choices=["images", "gallery"],
+        default="images",
+        help="a file for each picture, or one for all of a prompt and setting (default: images)",
+    )
+    add("--out-dir", metavar="FOLDER", help="folder to write into (default: the name of the mode)")
+    add("--overwrite", action="store_true", help="decode again what is on disk already")
+    add(
+        "--batch-size",
+        type=_at_least_one,
+        default=32,
+        metavar="N",
+        help="pictures decoded at a time; use fewer if memory runs out (default: 32)",
+    )
+    add(
+        "--num-workers",
+        type=_at_least_one,
+        metavar="N",
+        help="threads that encode PNG files (default: one for each core)",
+    )
+    add("--cpu-only", action="store_true", help="leave accelerators alone")
+
+    gallery = parser.add_argument_group(
+        "gallery", "a group with more pictures goes on to files with page=2, page=3, ..."
+    )
+    gallery.add_argument(
+        "--gallery-cols", type=_at_least_one, default=8, metavar="N", help="pictures in a row (default: 8)"
+    )
+    gallery.add_argument(
+        "--gallery-rows", type=_at_least_one, default=4, metavar="N", help="rows of pictures (default: 4)"
+    )
+
+    chosen = parser.add_argument_group(
+        "which pictures", "ids and texts add up; prompts and sc prompts both have to match (default: all)"
+    )
+    chosen.add_argument(
+        "--prompt-ids", type=int, nargs="+", default=[], metavar="ID", help="these prompts, by id"
+    )
+    chosen.add_argument(
+        "--prompt-texts", nargs="+", default=[], metavar="TEXT", help="these prompts, by their whole text"
+    )
+    chosen.add_argument(
+        "--sc-prompt-ids",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="ID",
+        help="these unconditional prompts (super conditioning), by id; 1 is the empty one",
+    )
+    chosen.add_argument(
+        "--sc-prompt-texts",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="these unconditional prompts, by their whole text",
+    )
+    chosen.add_argument(
+        "--n-best",
+        type=_at_least_one,
+        metavar="N",
+        help="only the N best of each prompt and setting, by CLIP score",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dm_generations.archive import Archive
+    from dm_generations.resources import shipped
+
+    with Archive.open(args.db or shipped("archive/emoji.db")) as archive:
+        return _decode(archive, args)
+
+
+def _decode(archive, args: argparse.Namespace) -> int:
+    # JAX takes most of a GPU's memory at its first use unless told otherwise; others may be using that GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import jax
+
+    from dm_generations.decode.plan import Layout, Selection
+    from dm_generations.decode.run import Options, decode_archive
+
+    if args.cpu_only:
+        jax.config.update("jax_platforms", "cpu")
+    options = Options(
+        out_dir=Path(args.out_dir or args.mode),
+        layout=Layout(args.mode, args.gallery_cols, args.gallery_rows),
+        selection=Selection(
+            args.prompt_ids, args.prompt_texts, args.sc_prompt_ids, args.sc_prompt_texts, args.n_best
+        ),
+        codec=args.codec,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        overwrite=args.overwrite,
+    )
+    report = decode_archive(archive, options, lambda line: print(f"warning: {line}", file=sys.stderr))
+    summary = f"{report.written:,} {'file' if report.written == 1 else 'files'} written to {options.out_dir}"
+    if report.already_there:
+        summary += f", {report.already_there:,} there already"
+    if report.problems:
+        summary += f", {len(report.problems):,} {'problem' if len(report.problems) == 1 else 'problems'}"
+    print(f"{summary}. Open {report.page} in a browser." if report.page else f"{summary}.")
+    return 1 if report.problems else 0
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+_at_least_one.__name__ = "whole number"  # argparse names the type when int() fails

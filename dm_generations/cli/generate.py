@@ -1,0 +1,194 @@
+"""`generate`: pictures from text, into an archive."""
+
+import argparse
+import contextlib
+import os.path
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from dm_generations.cli.model_options import STOPPED, add_model_options, check_batch_size, prepare_device
+from dm_generations.errors import UserError
+from dm_generations.generate import sweep as sweeps
+
+DESCRIPTION = """\
+Draw pictures from text and keep them, as tokens with their settings, keys and scores, in an archive.
+
+Options that take several values are combined: every prompt with every setting, --n pictures of each. Picture
+i has the same noise in every combination. What the archive holds already is not drawn again, so a run that
+was stopped, or that got one more value, draws exactly what is missing.
+"""
+EPILOG = """\
+examples:
+  python -m dm_generations generate --db rockets.db --prompts "a rocket" --n 16
+  python -m dm_generations generate --db sweep.db --prompts "a castle" "a cat" --top-k 50 0 --cond-scale 1 3
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "generate",
+        help="draw pictures from text into an archive",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--db", metavar="FILE", type=Path, required=True, help="archive to fill; made if there is none")
+    add("--prompts", nargs="+", default=[], metavar="TEXT", help="what to draw")
+    add("--prompts-file", metavar="FILE", type=Path, help="more prompts: UTF-8 text, one a line")
+    add(
+        "--n",
+        type=int,
+        default=sweeps.DEFAULT_COUNT,
+        metavar="N",
+        help=f"pictures of each combination (default: {sweeps.DEFAULT_COUNT})",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=sweeps.DEFAULT_SEED,
+        help=f"whole number from 0 to 2^64 - 1; another one draws others (default: {sweeps.DEFAULT_SEED})",
+    )
+    add("--dry-run", action="store_true", help="only say how many pictures would be drawn")
+    _add_settings(parser.add_argument_group("settings", "each takes one or more values"))
+    add_model_options(parser, generates=True)
+    parser.set_defaults(run=run)
+
+
+def _add_settings(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--top-k",
+        type=int,
+        nargs="+",
+        default=[sweeps.DEFAULT_TOP_K],
+        metavar="K",
+        help=f"draw among the K best codes; 0 is no limit (default: {sweeps.DEFAULT_TOP_K})",
+    )
+    add(
+        "--top-p",
+        type=float,
+        nargs="+",
+        default=[sweeps.DEFAULT_TOP_P],
+        metavar="P",
+        help="draw among the best codes that hold P of the probability; 1 is no limit "
+        f"(default: {sweeps.DEFAULT_TOP_P:g})",
+    )
+    add(
+        "--temperature",
+        type=float,
+        nargs="+",
+        default=[sweeps.DEFAULT_TEMPERATURE],
+        metavar="T",
+        help=f"above 1 bolder, below 1 tamer, 0 the best code (default: {sweeps.DEFAULT_TEMPERATURE:g})",
+    )
+    add(
+        "--cond-scale",
+        type=float,
+        nargs="+",
+        default=[sweeps.DEFAULT_COND_SCALE],
+        metavar="C",
+        help="super conditioning: how strongly the prompt is weighed against the unconditional one; 1 is off "
+        f"(default: {sweeps.DEFAULT_COND_SCALE:g})",
+    )
+    add(
+        "--sc-prompts",
+        nargs="+",
+        default=[None],
+        metavar="TEXT",
+        help='unconditional prompts, for what not to draw; "" is the model\'s own empty one (default: "")',
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        return _generate(args)
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept, the same command draws the rest", file=sys.stderr)
+        return STOPPED
+
+
+def _generate(args: argparse.Namespace) -> int:
+    check_batch_size(args.batch_size)
+    if args.no_score and args.clip:
+        raise UserError("use just one of --clip and --no-score")
+    sweep = sweeps.Sweep(
+        prompts=[*args.prompts, *_prompts_of(args.prompts_file)],
+        sc_prompts=args.sc_prompts,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        temperature=args.temperature,
+        cond_scale=args.cond_scale,
+        count=args.n,
+        seed=args.seed,
+    )
+    prepare_device(args.cpu_only)
+    from dm_generations.archive import Archive
+    from dm_generations.generate.run import Pipeline, load_models, open_archive, plan_run
+
+    exists = os.path.exists(args.db)  # unlike Path.exists, False for a name that cannot be
+    if exists:  # found out before the models are loaded, which takes a moment
+        Archive.open(args.db, "w").close()
+    models = load_models(args.model, args.codec, args.clip, is_scored=not args.no_score)
+    pipeline = Pipeline(models, args.batch_size)
+    if args.dry_run:
+        with Archive.open(args.db) if exists else contextlib.nullcontext() as archive:
+            work = plan_run(sweep, archive, models.generator)
+        byte_count = work.missing_count * models.generator.config.image_length * 2
+        print(f"{_describe(sweep)}; {work.existing_count:,} there already, {work.missing_count:,} to draw")
+        print(f"their codes take {byte_count:,} bytes; nothing was drawn")
+        return 0
+    with open_archive(args.db) as archive:
+        return _fill(archive, plan_run(sweep, archive, models.generator), pipeline, args)
+
+
+def _fill(archive, work: sweeps.Plan, pipeline, args: argparse.Namespace) -> int:
+    from dm_generations.decode.progress import Progress
+    from dm_generations.generate.run import fill
+
+    print(f"{_describe(work.sweep)}, {work.missing_count:,} of them to draw", file=sys.stderr)
+    started = time.monotonic()
+    added_count = 0
+    if work.missing:
+        with Progress(work.missing_count) as progress:
+            added_count = fill(archive, work, pipeline, progress.advance)
+    seconds = time.monotonic() - started
+    existing_count = work.sweep.picture_count - added_count
+    summary = f"{added_count:,} {_pictures(added_count)} added to {args.db}, {existing_count:,} there already"
+    if added_count:
+        summary += f"; {added_count / seconds:.1f} pictures a second"
+    print(f"{summary}. To look at them:\n  {_decode_command(args)}")
+    return 0
+
+
+def _describe(sweep: sweeps.Sweep) -> str:
+    count, combinations = sweep.picture_count, sweep.combination_count
+    plural = "combination" if combinations == 1 else "combinations"
+    return f"{combinations:,} {plural} x {sweep.count:,} = {count:,} {_pictures(count)}"
+
+
+def _pictures(count: int) -> str:
+    return "picture" if count == 1 else "pictures"
+
+
+def _decode_command(args: argparse.Namespace) -> str:
+    words = ["python", "-m", "dm_generations", "decode", "--db", str(args.db)]
+    return shlex.join(words + (["--codec", args.codec] if args.codec else []))
+
+
+def _prompts_of(path: Path | None) -> list[str]:
+    """The lines of a file that are not blank."""
+    if path is None:
+        return []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--prompts-file {str(path)!r}: {reason}") from error
+    prompts = [line for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts-file {path}: there is no prompt in it")
+    return prompts

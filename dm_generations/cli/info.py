@@ -1,0 +1,99 @@
+"""`info`: what an archive holds."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dm_generations.archive import ArchiveInfo, PromptInfo
+
+DESCRIPTION = """\
+Print what an archive holds: prompts, sampling settings and their values, how many pictures, which models
+made them, CLIP scores, sizes. Archives in the 2022 layout are read too. Nothing is changed.
+"""
+EPILOG = """\
+example:
+  python -m dm_generations info --db archive/emoji.db
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "info",
+        help="show what an archive holds",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("archive", nargs="?", metavar="FILE", help="the same as --db FILE")
+    which.add_argument("--db", metavar="FILE", help="archive (default: the emoji archive that ships)")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dm_generations.archive import Archive, info
+    from dm_generations.resources import shipped
+
+    with Archive.open(args.archive or args.db or shipped("archive/emoji.db")) as archive:
+        found = info(archive)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        print("\n".join(_lines(found)))
+    return 0
+
+
+def _lines(found: "ArchiveInfo") -> Iterator[str]:
+    from dm_generations.cli._text import counted, file_size, printable, utc_time
+
+    layout = "2022 layout" if found.layout == "2022" else f"format {found.layout}"
+    yield f"{printable(found.path, 1000)}: {layout}, {file_size(found.file_bytes)}"
+    sizes = f"{found.smallest_group:,}"
+    if found.largest_group != found.smallest_group:
+        sizes += f" to {found.largest_group:,}"
+    each = f", {sizes} in each" if found.group_count else ""
+    yield f"{counted(found.image_count, 'picture')} in {counted(found.group_count, 'group')}{each}"
+    if found.first_time is not None and found.last_time is not None:
+        yield f"drawn from {utc_time(found.first_time)} to {utc_time(found.last_time)}"
+
+    yield from _prompt_lines("prompts", found.prompts)
+    yield from _prompt_lines("unconditional prompts", found.sc_prompts)
+
+    yield "\nsettings"
+    for name, values in found.axes.items():
+        yield f"  {name:<12} {' '.join(str(value) for value in values)}"
+
+    yield "\ntokens"
+    for token in found.tokens:
+        grid = f"{token.grid}x{token.grid} codes" if token.grid else "no square grid"
+        yield f"  {grid} ({token.byte_count:,} bytes)  {counted(token.image_count, 'picture')}"
+
+    yield "\nCLIP scores: smallest, mean, largest"
+    for name, score in found.scores.items():
+        if score.scored_count:
+            values = f"{score.smallest:.2f}  {score.mean:.2f}  {score.largest:.2f}"
+            yield f"  {name:<21} {values}  ({counted(score.scored_count, 'picture')})"
+        else:
+            yield f"  {name:<21} none"
+
+    yield "\nmodels" if found.models else "\nmodels: not recorded"
+    for model in found.models:
+        use = counted(model.image_count, "picture")
+        codes = f", {model.grid}x{model.grid} of {model.codebook_size:,} codes" if model.grid else ""
+        pixels = f", {model.image_size} px" if model.image_size else ""
+        name, digest, kind = (printable(str(text)) for text in (model.name, model.sha256, model.kind))
+        yield f"  {model.id:>3}  {kind:<9}  {name}  sha256 {digest[:12]}{codes}{pixels}  ({use})"
+
+
+def _prompt_lines(title: str, prompts: "list[PromptInfo]") -> Iterator[str]:
+    from dm_generations.cli._text import counted, printable
+
+    yield f"\n{title}"
+    for prompt in prompts:
+        text = "(empty: the model's own)" if prompt.text is None else printable(prompt.text)
+        yield f"  {prompt.id:>3}  {text}  ({counted(prompt.image_count, 'picture')})"

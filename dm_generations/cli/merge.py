@@ -1,0 +1,44 @@
+"""`merge`: several archives into one."""
+
+import argparse
+
+DESCRIPTION = """\
+Add the pictures of archives to another, which is made if it does not exist. Prompts and models get ids anew;
+a picture that is there already is not added again, but gives its CLIP scores if those are missing. Archives
+in the 2022 layout are taken too. Everything is merged or, when something is wrong with a source, nothing.
+"""
+EPILOG = """\
+example:
+  python -m dm_generations merge --into all.db archive/emoji.db mine.db
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "merge",
+        help="join archives",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "sources", nargs="+", metavar="FILE", help="archives to take pictures from; only read"
+    )
+    parser.add_argument("--into", required=True, metavar="FILE", help="archive to add them to")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dm_generations.archive import merge
+    from dm_generations.cli._text import counted, printable
+
+    for report in merge(args.sources, args.into):
+        there = report.image_count - report.added_count
+        line = f"{printable(report.path, 1000)}: {counted(report.added_count, 'picture')} added"
+        if there:
+            line += f", {there:,} there already"
+        if report.scored_count:
+            line += f", {report.scored_count:,} of them scored now"
+        print(line)
+    return 0

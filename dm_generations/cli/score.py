@@ -1,0 +1,78 @@
+"""`score`: CLIP scores for the pictures of an archive."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dm_generations.cli.model_options import STOPPED, add_model_options, check_batch_size, prepare_device
+
+DESCRIPTION = """\
+Score the pictures of an archive against their prompts with CLIP: those without a score, or all with --all.
+Each is scored as the codec that made it shows it.
+"""
+EPILOG = """\
+example:
+  python -m dm_generations score --db rockets.db --all --clip openai-clip-vit-base-patch32
+"""
+_BAD_ROWS_SHOWN = 10
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "score",
+        help="fill in missing CLIP scores",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--db", metavar="FILE", type=Path, required=True, help="archive to score; it is changed")
+    add("--all", action="store_true", help="score again what has a score, with another CLIP for instance")
+    add_model_options(parser, generates=False)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        return _score(args)
+    except KeyboardInterrupt:
+        print("stopped; the scores so far are in the archive", file=sys.stderr)
+        return STOPPED
+
+
+def _score(args: argparse.Namespace) -> int:
+    check_batch_size(args.batch_size)
+    from dm_generations.archive import Archive
+
+    with Archive.open(args.db, "w") as archive:
+        prepare_device(args.cpu_only)
+        from dm_generations.decode.progress import Progress
+        from dm_generations.generate.scores import count_to_score, score_archive
+        from dm_generations.models import checkpoints
+
+        total = count_to_score(archive, args.all)
+        if not total:
+            print(f"every picture in {args.db} has its scores; nothing to do")
+            return 0
+        codec, clip = checkpoints.load(args.codec, "vqgan"), checkpoints.load(args.clip, "clip")
+        with Progress(total) as progress:
+            report = score_archive(archive, codec, clip, args.batch_size, args.all, progress.advance)
+    return _tell(report, args, codec.name)
+
+
+def _tell(report, args: argparse.Namespace, codec_name: str) -> int:
+    """Print what was done; 1 if something was left undone."""
+    pictures = "picture" if report.scored_count == 1 else "pictures"
+    print(f"{report.scored_count:,} {pictures} scored in {args.db}")
+    for line in report.bad_rows[:_BAD_ROWS_SHOWN]:
+        print(f"error: {line}", file=sys.stderr)
+    if hidden := len(report.bad_rows[_BAD_ROWS_SHOWN:]):
+        print(f"error: {hidden:,} more pictures were not scored; `verify` lists them", file=sys.stderr)
+    for name, count in report.count_by_other_codec.items():
+        print(
+            f"error: {count:,} not scored: made with codec {name!r:.100}, not {codec_name!r:.100}; "
+            "run this again with its folder as --codec",
+            file=sys.stderr,
+        )
+    return 1 if report.bad_rows or report.count_by_other_codec else 0

@@ -1,0 +1,1 @@
+"""From rows of an archive to picture files: rows, batches, pixels, files."""

@@ -1,0 +1,88 @@
+"""Whether a codec is one for the rows that it is to decode. Found out before anything is decoded."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+
+from dm_generations.archive import Archive, ImageRow, ModelInfo
+from dm_generations.decode.plan import GroupPlan
+from dm_generations.decode.tokens import TOKEN_DTYPE
+from dm_generations.errors import UserError
+from dm_generations.models.checkpoints import Checkpoint
+
+_SAMPLE_GROUPS, _SAMPLE_ROWS = 64, 8  # enough to tell a wrong codec from a few bad rows
+
+
+def check_fit(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoint) -> list[str]:
+    """Warnings about `codec` and the rows of `plans`; UserError when its grid or codebook is not theirs.
+
+    Rows that record their codec are held against that record; others (2022 archives) against their tokens.
+    """
+    warnings = []
+    models = archive.models()
+    for codec_id in _recorded_codecs(archive, plans, models):
+        if codec_id is None:
+            _check_tokens(archive, plans, codec)
+            continue
+        recorded = models[codec_id]
+        if (recorded.grid, recorded.codebook_size) != (codec.config.grid, codec.config.codebook_size):
+            theirs = f"{_codes(recorded.grid, recorded.codebook_size)} of {recorded.name!r:.100}"
+            raise _misfit(archive, codec, theirs)
+        if recorded.sha256 != codec.sha256:
+            warnings.append(
+                f"codec {codec.name!r} has other weights than {recorded.name!r:.100}, "
+                "with which these pictures were made: they will look different"
+            )
+    return warnings
+
+
+def _recorded_codecs(
+    archive: Archive, plans: Sequence[GroupPlan], models: dict[int, ModelInfo]
+) -> list[int | None]:
+    """Ids of the codecs that the selected rows name; None for rows that name none."""
+    codec_ids = [model_id for model_id, model in models.items() if model.kind == "codec"]
+    if not codec_ids:
+        return [None]
+    if len(codec_ids) == 1:
+        return codec_ids
+    named = {row.codec_id for plan in plans for row in archive.rows(plan.settings, plan.count)}
+    return [codec_id for codec_id in codec_ids if codec_id in named] + ([None] if None in named else [])
+
+
+def _check_tokens(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoint) -> None:
+    """UserError when most of a sample of rows has another length, or codes beyond the codebook."""
+    sample = [
+        row.quantvec
+        for plan in plans[:: max(1, len(plans) // _SAMPLE_GROUPS)]
+        for row in islice(_unrecorded(archive, plan), _SAMPLE_ROWS)
+    ]
+    if not sample:
+        return
+    size, _ = Counter(map(len, sample)).most_common(1)[0]
+    token_count = size // TOKEN_DTYPE.itemsize
+    if token_count != codec.config.grid**2:
+        side = math.isqrt(token_count)
+        theirs = f"{side}x{side} codes" if side**2 == token_count else f"{token_count:,} codes a picture"
+        raise _misfit(archive, codec, theirs)
+    largest = [int(np.frombuffer(blob, TOKEN_DTYPE).max()) for blob in sample if len(blob) == size]
+    if sum(code >= codec.config.codebook_size for code in largest) > len(largest) / 2:
+        raise _misfit(archive, codec, f"codes up to {max(largest):,}")
+
+
+def _unrecorded(archive: Archive, plan: GroupPlan) -> list[ImageRow]:
+    return [row for row in archive.rows(plan.settings, min(plan.count, _SAMPLE_ROWS)) if row.codec_id is None]
+
+
+def _misfit(archive: Archive, codec: Checkpoint, theirs: str) -> UserError:
+    ours = _codes(codec.config.grid, codec.config.codebook_size)
+    return UserError(
+        f"codec {codec.name!r} takes {ours}, but {archive.path} holds {theirs}; "
+        "give the codec that they were made with: --codec FOLDER"
+    )
+
+
+def _codes(grid: int | None, codebook_size: int | None) -> str:
+    return f"{grid}x{grid} codes below {codebook_size:,}"

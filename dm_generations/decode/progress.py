@@ -1,0 +1,43 @@
+"""How far a decode is: a bar on a terminal, now and then a plain line elsewhere. On stderr."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+_LINE_EVERY_S = 10.0
+
+
+class Progress:
+    """Counts pictures up to `total`; a context manager."""
+
+    def __init__(self, total: int):
+        self._total, self._done = total, 0
+        self._started = self._last_line = time.monotonic()
+        self._bar = tqdm(total=total, unit="pictures", smoothing=0.05) if sys.stderr.isatty() else None
+
+    def advance(self, pictures: int) -> None:
+        self._done += pictures
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(pictures)
+        elif self._done < self._total and now - self._last_line >= _LINE_EVERY_S:
+            rate = self._done / (now - self._started)
+            left = (self._total - self._done) / rate
+            self._last_line = now
+            line = f"{self._done:,} of {self._total:,} pictures, {rate:.1f} a second, {left:,.0f} s left"
+            print(line, file=sys.stderr, flush=True)
+
+    def say(self, line: str) -> None:
+        """Print a line on stderr, above the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._bar is not None:
+            self._bar.close()

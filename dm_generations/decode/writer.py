@@ -1,0 +1,66 @@
+"""A pool of threads that encode and write files, with a bounded queue and no lost errors."""
+
+import errno
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from dm_generations.decode.png import encode_png
+from dm_generations.errors import UserError
+from dm_generations.files import write_atomic
+
+_QUEUE_PER_WORKER = 4  # enough to keep threads busy, few enough to bound memory
+_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no later file would fare better
+
+
+class FileWriter:
+    """Encodes and writes pictures in the background; a context manager that waits for the last one.
+
+    A full or read-only disk ends the run with a UserError; what is queued then is given up.
+    """
+
+    def __init__(self, workers: int):
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
+        self._limit = _QUEUE_PER_WORKER * workers
+        self._pending: deque[tuple[Path, Future, Callable[[Exception | None], None]]] = deque()
+
+    def submit(self, path: Path, pixels: np.ndarray, done: Callable[[Exception | None], None]) -> None:
+        """Queue `pixels` (H, W, 3) uint8 for `path`; waits while the queue is full.
+
+        `done` is called later in this thread, with None when the file is written and else with the error.
+        """
+        while self._pending and (self._pending[0][1].done() or len(self._pending) >= self._limit):
+            self._settle(*self._pending.popleft())
+        self._pending.append((path, self._pool.submit(_write_picture, path, pixels), done))
+
+    def __enter__(self) -> "FileWriter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        try:
+            while error is None and self._pending:
+                self._settle(*self._pending.popleft())
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _settle(self, path: Path, future: Future, done: Callable[[Exception | None], None]) -> None:
+        error = future.exception()
+        if isinstance(error, OSError) and error.errno in _HOPELESS:
+            raise UserError(
+                f"cannot write {path}: {error.strerror}; make room and run the same command again to go on"
+            ) from error
+        if error is not None and not isinstance(error, Exception):
+            raise error
+        done(error)
+
+
+def _write_picture(path: Path, pixels: np.ndarray) -> None:
+    data = encode_png(pixels)
+    try:
+        write_atomic(path, data)
+    except FileNotFoundError:  # the first picture of a prompt
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, data)

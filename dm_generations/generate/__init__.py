@@ -1,0 +1,1 @@
+"""Prompts x settings x seeds to rows of an archive."""

@@ -1,0 +1,219 @@
+"""Fill an archive: missing draws to batches, tokens, pictures, scores, and a transaction for each batch."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dm_generations import compile_cache
+from dm_generations.archive import Archive, ModelInfo, NewImage
+from dm_generations.decode.codec import Codec
+from dm_generations.decode.tokens import TOKEN_DTYPE
+from dm_generations.errors import UserError
+from dm_generations.generate.generator import Generator, RowSettings
+from dm_generations.generate.sweep import Draw, Plan, Sweep, plan
+from dm_generations.models import checkpoints
+from dm_generations.models.checkpoints import Checkpoint
+from dm_generations.sampling import SAMPLER_VERSION
+from dm_generations.score import Scorer
+from dm_generations.text import PromptTokenizer
+
+KIND_IN_ARCHIVE = {"dalle_bart": "generator", "vqgan": "codec", "clip": "clip"}
+MAX_CODES = 65536  # tokens are uint16
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The checkpoints of a run, known to fit each other."""
+
+    generator: Checkpoint
+    codec: Checkpoint
+    clip: Checkpoint | None  # None: pictures are not scored
+
+
+def load_models(model: str | None, codec: str | None, clip: str | None, is_scored: bool) -> Models:
+    """Checkpoints from folders; None is the embedded one. Raises UserError: missing, broken, not fitting."""
+    generator_checkpoint = checkpoints.load(model, "dalle_bart")
+    codec_checkpoint = checkpoints.load(codec, "vqgan")
+    _check_fit(generator_checkpoint, codec_checkpoint)
+    clip_checkpoint = checkpoints.load(clip, "clip") if is_scored else None
+    return Models(generator_checkpoint, codec_checkpoint, clip_checkpoint)
+
+
+def _check_fit(generator: Checkpoint, codec: Checkpoint) -> None:
+    token_count, codebook_size = generator.config.image_length, generator.config.codebook_size
+    grid = codec.config.grid
+    if grid**2 != token_count:
+        raise UserError(
+            f"model {generator.name!r} draws {token_count} codes a picture, codec {codec.name!r} takes "
+            f"{grid}x{grid}: give the model's own codec with --codec"
+        )
+    if codec.config.codebook_size < codebook_size:
+        raise UserError(
+            f"model {generator.name!r} draws codes below {codebook_size:,}, codec {codec.name!r} has "
+            f"{codec.config.codebook_size:,}: give the model's own codec with --codec"
+        )
+    if codebook_size > MAX_CODES:
+        raise UserError(f"model {generator.name!r} has {codebook_size:,} codes, archives hold {MAX_CODES:,}")
+
+
+def model_info(checkpoint: Checkpoint) -> ModelInfo:
+    """What the archive keeps about a model."""
+    config = json.loads(
+        json.dumps(dataclasses.asdict(checkpoint.config))
+    )  # tuples to lists, as they come back
+    kind = KIND_IN_ARCHIVE[checkpoint.kind]
+    if kind != "codec":
+        return ModelInfo(kind, checkpoint.name, checkpoint.sha256, config)
+    sizes = checkpoint.config.grid, checkpoint.config.codebook_size, checkpoint.config.image_size
+    return ModelInfo(kind, checkpoint.name, checkpoint.sha256, config, *sizes)
+
+
+def known_model(archive: Archive, model: ModelInfo) -> int | None:
+    """The archive's id of this model, None if it is new there.
+
+    The same weights are the same model if no option has another value; options that only one of both lists do
+    not count, so that an archive of an older version of this program can be filled further.
+    """
+    for row_id, stored in archive.models().items():
+        if (stored.kind, stored.sha256) != (model.kind, model.sha256) or not isinstance(stored.config, dict):
+            continue
+        common = stored.config.keys() & model.config.keys()
+        if all(stored.config[name] == model.config[name] for name in common):
+            return row_id
+    return None
+
+
+def record_model(archive: Archive, model: ModelInfo) -> int:
+    """The archive's id of this model, added if it is new there. Inside a transaction."""
+    row_id = known_model(archive, model)
+    return archive.model_id(model) if row_id is None else row_id
+
+
+def plan_run(sweep: Sweep, archive: Archive | None, generator: Checkpoint) -> Plan:
+    """What of `sweep` the archive lacks of this model's pictures."""
+    generator_id = None if archive is None else known_model(archive, model_info(generator))
+    return plan(sweep, archive, generator_id, SAMPLER_VERSION)
+
+
+class Pipeline:
+    """The models of a run on the device: draws to pictures ready to store.
+
+    Raises UserError for a model folder that lacks its tokenizer. Nothing is compiled before the first batch.
+    """
+
+    def __init__(self, models: Models, batch_size: int):
+        compile_cache.enable()
+        generator = models.generator
+        tokenizer = PromptTokenizer(generator.folder, vocab_size=generator.config.encoder_vocab_size)
+        self.models = models
+        self.batch_size = batch_size
+        self._generator = Generator(generator, tokenizer, batch_size)
+        self._codec = self._scorer = None
+        if models.clip is not None:
+            self._codec = Codec.from_checkpoint(models.codec, batch_size)
+            self._scorer = make_scorer(models.clip, batch_size)
+
+    def draw(self, draws: Sequence[Draw]) -> list[NewImage]:
+        """Pictures of at most `batch_size` draws, with their scores if there is a CLIP."""
+        combinations = [draw.combination for draw in draws]
+        time_start = time.time()
+        tokens = self._generator.generate(
+            [combination.prompt for combination in combinations],
+            [combination.sc_prompt for combination in combinations],
+            _row_settings(draws),
+            np.array([(draw.key0, draw.key1) for draw in draws], np.uint32),
+        )
+        time_end = time.time()
+        images = [
+            NewImage(
+                **dataclasses.asdict(draw.combination),
+                key0=draw.key0,
+                key1=draw.key1,
+                quantvec=row.astype(TOKEN_DTYPE).tobytes(),
+                time_start=time_start,
+                time_end=time_end,
+            )
+            for draw, row in zip(draws, tokens, strict=True)
+        ]
+        return images if self._scorer is None else self._scored(images, tokens)
+
+    def _scored(self, images: list[NewImage], tokens: np.ndarray) -> list[NewImage]:
+        pictures = self._codec.decode(tokens)
+        scores = self._scorer.score(pictures, [image.prompt for image in images])
+        time_scored = time.time()
+        return [
+            dataclasses.replace(
+                image,
+                clip_score_input=finite(score_input),
+                clip_score_tokenized=finite(score_tokenized),
+                time_scored=time_scored,
+            )
+            for image, score_input, score_tokenized in zip(images, *scores, strict=True)
+        ]
+
+
+def fill(archive: Archive, work: Plan, pipeline: Pipeline, on_batch: Callable[[int], None]) -> int:
+    """Draw all that `work` lists into `archive`; returns how many pictures were added.
+
+    Each batch is one transaction, so a stop at any moment loses the batch in flight and nothing else.
+    `on_batch` hears of the pictures of each batch once they are on disk.
+    """
+    models = pipeline.models
+    checkpoints_used = (models.generator, models.codec, models.clip)
+    infos = [None if checkpoint is None else model_info(checkpoint) for checkpoint in checkpoints_used]
+    added_count = 0
+    draws = work.draws()
+    while batch := list(itertools.islice(draws, pipeline.batch_size)):
+        with memory_errors(pipeline.batch_size):
+            images = pipeline.draw(batch)
+        with archive.transaction():
+            ids = [None if info is None else record_model(archive, info) for info in infos]
+            added_count += archive.add_images(images, *ids, SAMPLER_VERSION)
+        on_batch(len(images))
+    return added_count
+
+
+@contextlib.contextmanager
+def memory_errors(batch_size: int) -> Iterator[None]:
+    """Turns the device's lack of memory into a UserError that says what to do."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"not enough memory for batches of {batch_size}; use a smaller --batch-size"
+        ) from error
+
+
+def make_scorer(clip: Checkpoint, batch_size: int) -> Scorer:
+    """The scorer of a loaded CLIP, with the tokenizer of its folder."""
+    vocab_size = clip.config.text_config.vocab_size
+    return Scorer(clip, PromptTokenizer(clip.folder, vocab_size=vocab_size), batch_size)
+
+
+def open_archive(path: Path) -> Archive:
+    """The archive at `path`, open for writing; made if there is none."""
+    try:
+        return Archive.open(path, "w") if os.path.exists(path) else Archive.create(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+
+
+def finite(score: float) -> float | None:
+    """A score as the archive keeps it; None for NaN and infinity, which no score is."""
+    return float(score) if math.isfinite(score) else None
+
+
+def _row_settings(draws: Sequence[Draw]) -> RowSettings:
+    names = [field.name for field in dataclasses.fields(RowSettings)]
+    return RowSettings(*(np.array([getattr(draw.combination, name) for draw in draws]) for name in names))

@@ -1,0 +1,48 @@
+"""Names and layouts of a Hugging Face CLIP (PyTorch) as those of transformers' FlaxCLIPModel.
+
+Renames and transposes; whether the result is complete and of the right shapes is the caller's check.
+"""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from dm_generations.errors import UserError
+
+# Constants 0, 1, 2, ... that older transformers saved beside the parameters.
+POSITION_IDS = re.compile(r"(text|vision)_model\.embeddings\.position_ids")
+EMBEDDINGS = ("token_embedding", "position_embedding")
+
+
+def flax_from_torch(tensors: Mapping[str, np.ndarray]) -> dict:
+    """Nested dict of arrays from a torch `state_dict`, `a.b.weight` becoming `a/b/kernel|scale|embedding`.
+
+    Dense weights (out, in) are transposed to (in, out), the patch convolution (out, in, H, W) to (H, W, in,
+    out). Raises UserError for a name that is a prefix of another, which no module can have.
+    """
+    tree: dict = {}
+    for name, array in tensors.items():
+        if POSITION_IDS.fullmatch(name):
+            continue
+        path, array = _renamed(name.split("."), np.asarray(array))
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"CLIP checkpoint: {name} cannot be a tensor and hold others at once")
+        if path[-1] in node:
+            raise UserError(f"CLIP checkpoint: {name} gives {'/'.join(path)} a second time")
+        node[path[-1]] = array
+    return tree
+
+
+def _renamed(path: list[str], array: np.ndarray) -> tuple[list[str], np.ndarray]:
+    if path[-1] != "weight" or len(path) == 1:
+        return path, array
+    if path[-2] in EMBEDDINGS:
+        return [*path[:-1], "embedding"], array
+    if array.ndim == 1:
+        return [*path[:-1], "scale"], array
+    axes = (2, 3, 1, 0) if array.ndim == 4 else tuple(reversed(range(array.ndim)))
+    return [*path[:-1], "kernel"], array.transpose(axes)

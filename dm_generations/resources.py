@@ -1,0 +1,43 @@
+"""Where files that ship with the project lie, and where its caches go."""
+
+import os
+import sys
+from pathlib import Path
+
+from dm_generations.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped(relative: str) -> Path:
+    """Path of a file that ships: inside the wheel (`_shipped/`), or at the root of a checkout.
+
+    Raises UserError when the installation lacks it.
+    """
+    for root in (PACKAGE / "_shipped", PACKAGE.parent):
+        path = root / relative
+        if path.exists():
+            return path
+    raise UserError(f"{relative} is missing from this installation of dm_generations; install it again")
+
+
+def cache_dir(name: str) -> Path:
+    """A private folder (mode 0700) of this user's for `name`, created when missing.
+
+    It holds executable code (compiled programs), so a folder that another user owns or may write is refused.
+    """
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif os.name == "nt":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = base / "dm-generations" / name
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid"):
+        status = path.stat()
+        if status.st_uid != os.getuid():
+            raise UserError(f"{path} belongs to another user; remove it or set XDG_CACHE_HOME")
+        if status.st_mode & 0o077:
+            path.chmod(0o700)
+    return path

@@ -1,0 +1,158 @@
+"""Pictures and prompts to CLIP scores.
+
+n: pictures   B: batch   H, W: pixels   P: CLIP's projection width
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from PIL import Image
+
+from dm_generations.errors import UserError
+from dm_generations.models.clip import (
+    CLIP,
+    OPENAI_MEAN,
+    OPENAI_STD,
+    CLIPConfig,
+    normalise,
+    resize_and_crop,
+    unit,
+)
+from dm_generations.text import PromptTokenizer
+
+if TYPE_CHECKING:
+    from dm_generations.models.checkpoints import Checkpoint
+
+TEXT_BATCH = 8  # texts of one run of the text tower; a sweep has few distinct prompts
+TEXTS_KEPT = 4096  # prompts whose features stay in memory: 8 MB at P = 512
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures are made ready for one CLIP."""
+
+    image_size: int
+    mean: tuple[float, float, float] = OPENAI_MEAN
+    std: tuple[float, float, float] = OPENAI_STD
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    @classmethod
+    def of_model(cls, folder: Path, config: CLIPConfig) -> "Preprocessing":
+        """What `preprocessor_config.json` beside the model says; without that file, OpenAI's values.
+
+        Raises UserError for a file that is broken or was made for a network of another size.
+        """
+        image_size = config.vision_config.image_size
+        path = Path(folder) / "preprocessor_config.json"
+        if not path.is_file():
+            return cls(image_size)
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            mean = tuple(float(x) for x in values.get("image_mean", OPENAI_MEAN))
+            std = tuple(float(x) for x in values.get("image_std", OPENAI_STD))
+            resample = Image.Resampling(values.get("resample", Image.Resampling.BICUBIC))
+            sizes = {_side(values[key]) for key in ("size", "crop_size") if key in values}
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise UserError(f"{path}: not a CLIP preprocessor config ({error})") from error
+        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise UserError(f"{path}: image_mean and image_std must be 3 numbers each, the latter above 0")
+        if sizes - {image_size}:
+            raise UserError(f"{path}: pictures of {sorted(sizes)} pixels, but the model reads {image_size}")
+        return cls(image_size, mean, std, resample)
+
+
+def _side(size: int | dict) -> int:
+    """Pixels, of any of the ways in which preprocessor configs write a size."""
+    if isinstance(size, dict):
+        size = size["shortest_edge"] if "shortest_edge" in size else max(size["height"], size["width"])
+    return int(size)
+
+
+class Scorer:
+    """CLIP scores in batches of one fixed shape: each tower is compiled once.
+
+    checkpoint: of kind "clip". batch_size: pictures of one run; fewer are padded with black.
+    """
+
+    def __init__(self, checkpoint: "Checkpoint", tokenizer: PromptTokenizer, batch_size: int = 32):
+        config = checkpoint.config
+        preprocessing = Preprocessing.of_model(checkpoint.folder, config)
+        model = CLIP(config)
+        self._preprocessing = preprocessing
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._width = config.projection_dim
+        self._text_length = config.text_config.max_position_embeddings
+        self._params = jax.device_put(jax.tree.map(lambda x: np.asarray(x, np.float32), checkpoint.params))
+        self._scale = float(np.exp(np.float32(checkpoint.params["logit_scale"])))
+        self._text_features: dict[str, np.ndarray] = {}
+
+        @jax.jit
+        def image_tower(params, images):
+            pixels = normalise(images, preprocessing.mean, preprocessing.std)
+            return unit(model.apply({"params": params}, pixels, method="get_image_features"))
+
+        @jax.jit
+        def text_tower(params, input_ids, attention_mask):
+            features = model.apply({"params": params}, input_ids, attention_mask, method="get_text_features")
+            return unit(features)
+
+        self._image_tower = image_tower
+        self._text_tower = text_tower
+
+    def score(self, images: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(score_input, score_tokenized), float32 (n,): cosine x exp(logit_scale) of picture i and prompt i.
+
+        The first is for the prompt as typed, the second for the prompt as CLIP's tokenizer reads it back.
+        images: uint8 (n, H, W, 3), of any size; they are resized as transformers' CLIP processor does it.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images do not match {len(prompts)} prompts")
+        readbacks = {prompt: self._tokenizer.readback(prompt, self._text_length) for prompt in set(prompts)}
+        features = self.image_features(images)
+        typed = self.text_features(prompts)
+        read = self.text_features([readbacks[prompt] for prompt in prompts])
+        return tuple(np.float32(self._scale) * np.sum(features * text, axis=-1) for text in (typed, read))
+
+    def image_features(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (n, H, W, 3) -> float32 (n, P), rows of unit length."""
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images must be uint8 (n, H, W, 3), not {images.dtype} {images.shape}")
+        pending = []  # the device works on one batch while the host resizes the next
+        for start in range(0, len(images), self._batch_size):
+            batch = images[start : start + self._batch_size]
+            batch = resize_and_crop(batch, self._preprocessing.image_size, self._preprocessing.resample)
+            batch = jax.device_put(_padded(batch, self._batch_size))
+            pending.append(self._image_tower(self._params, batch))
+        return self._fetched(pending, len(images))
+
+    def text_features(self, texts: Sequence[str]) -> np.ndarray:
+        """n texts -> float32 (n, P), rows of unit length. Features of recent texts are remembered."""
+        distinct = list(dict.fromkeys(texts))
+        features = {text: self._text_features[text] for text in distinct if text in self._text_features}
+        new = [text for text in distinct if text not in features]
+        pending = []
+        for start in range(0, len(new), TEXT_BATCH):
+            ids, mask = self._tokenizer.encode(new[start : start + TEXT_BATCH], self._text_length)
+            ids, mask = (jax.device_put(_padded(x, TEXT_BATCH)) for x in (ids, mask))
+            pending.append(self._text_tower(self._params, ids, mask))
+        features.update(zip(new, self._fetched(pending, len(new)), strict=True))
+        self._text_features.update((text, features[text]) for text in new)
+        while len(self._text_features) > TEXTS_KEPT:
+            del self._text_features[next(iter(self._text_features))]  # the oldest
+        return np.array([features[text] for text in texts], np.float32).reshape(len(texts), self._width)
+
+    def _fetched(self, batches: list[jax.Array], count: int) -> np.ndarray:
+        """The first `count` rows of all batches, on the host: float32 (count, P)."""
+        return np.concatenate([np.empty((0, self._width), np.float32), *jax.device_get(batches)])[:count]
+
+
+def _padded(rows: np.ndarray, count: int) -> np.ndarray:
+    """`rows` followed by zeros up to `count` rows."""
+    return np.pad(rows, [(0, count - len(rows))] + [(0, 0)] * (rows.ndim - 1))

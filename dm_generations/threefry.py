@@ -1,0 +1,55 @@
+"""Threefry-2x32-20, the counter-based generator behind every draw, and the keys of pictures.
+
+A pure function of a key and a counter, each two words of 32 bits: no state, nothing that depends on the
+batch, and nothing of a library that may change. Needs neither JAX nor NumPy: the arithmetic is written with
+operators that NumPy and JAX arrays of uint32 share. `schema/sampling.md` writes it down beside the archive
+format.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+"""
+
+WORD = 0xFFFFFFFF
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA  # Skein's key schedule constant, lower word
+_ROUND_GROUPS = 5  # of four rounds each
+
+
+def threefry2x32(key0, key1, counter0, counter1):
+    """The two output words, element by element; uint32 arrays (NumPy or JAX) of shapes that broadcast."""
+    keys = (key0, key1, key0 ^ key1 ^ _PARITY)
+    x0, x1 = counter0 + key0, counter1 + key1
+    for group in range(_ROUND_GROUPS):
+        for rotation in _ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            x1 = ((x1 << rotation) | (x1 >> (32 - rotation))) ^ x0
+        x0 = x0 + keys[(group + 1) % 3]
+        x1 = x1 + keys[(group + 2) % 3] + (group + 1)
+    return x0, x1
+
+
+class _Word(int):
+    """A Python integer that wraps at 32 bits, so that `threefry2x32` also runs without any array library."""
+
+    def __add__(self, other):
+        return _Word(int(self) + int(other) & WORD)
+
+    def __lshift__(self, count):
+        return _Word(int(self) << count & WORD)
+
+    def __rshift__(self, count):
+        return _Word(int(self) >> count)
+
+    def __or__(self, other):
+        return _Word(int(self) | int(other))
+
+    def __xor__(self, other):
+        return _Word(int(self) ^ int(other))
+
+
+def row_key(seed: int, index: int) -> tuple[int, int]:
+    """(key0, key1) of picture `index` of `--seed seed`: each seed's pictures are the words of one stream.
+
+    seed: 0 to 2^64 - 1   index: 0 to 2^64 - 1. Distinct indices of one seed give distinct keys (a bijection).
+    """
+    words = threefry2x32(_Word(seed >> 32), _Word(seed & WORD), _Word(index >> 32), _Word(index & WORD))
+    return int(words[0]), int(words[1])

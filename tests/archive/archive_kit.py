@@ -1,0 +1,62 @@
+"""Small archives for tests."""
+
+import sqlite3
+from pathlib import Path
+
+from dm_generations.archive import Archive, ModelInfo, NewImage
+
+GENERATOR = ModelInfo("generator", "tiny", "a" * 64, {"layers": 1})
+CODEC = ModelInfo("codec", "tiny", "b" * 64, {}, grid=2, codebook_size=300, image_size=16)
+CLIP = ModelInfo("clip", "tiny", "c" * 64, {})
+
+COLUMNS_2022 = """id INTEGER PRIMARY KEY, prompt_id INTEGER, sc_prompt_id INTEGER, top_k INTEGER, top_p REAL,
+    temperature REAL, cond_scale REAL, key0 INTEGER, key1 INTEGER, quantvec BLOB, quantvec_md5 TEXT,
+    clip_score_input REAL, clip_score_tokenized REAL"""
+
+
+def new_image(key: int = 0, **changes) -> NewImage:
+    """A picture whose tokens follow from its key."""
+    values = {
+        "prompt": "a red cube",
+        "sc_prompt": None,
+        "top_k": 50,
+        "top_p": 0.9,
+        "temperature": 1.0,
+        "cond_scale": 3.0,
+        "key0": 1,
+        "key1": key,
+        "quantvec": bytes([key % 256, 0, 2, 0, 3, 0, 4, 0]),
+        "time_start": 100.0,
+        "time_end": 101.5,
+    }
+    return NewImage(**{**values, **changes})
+
+
+def fill(archive: Archive, *images: NewImage, clip: ModelInfo | None = CLIP) -> int:
+    """Adds pictures of the tiny models in a transaction; returns how many were new."""
+    with archive.transaction():
+        models = [None if model is None else archive.model_id(model) for model in (GENERATOR, CODEC, clip)]
+        return archive.add_images(images, *models, sampler_version=1)
+
+
+def archive_2022(path: Path, columns: str = COLUMNS_2022) -> Path:
+    """A file in the 2022 layout with prompts 3 and 7 and no pictures."""
+    with sqlite3.connect(path) as connection:
+        connection.executescript(f"""
+            CREATE TABLE prompts (id INTEGER PRIMARY KEY, desc TEXT);
+            CREATE TABLE sc_prompts (id INTEGER PRIMARY KEY, desc TEXT);
+            CREATE TABLE images ({columns});
+            INSERT INTO prompts VALUES (3, 'a blue ball'), (7, 'a red cube');
+            INSERT INTO sc_prompts VALUES (1, NULL);
+        """)
+    connection.close()
+    return path
+
+
+def execute(path: Path, query: str, *parameters) -> list[tuple]:
+    """Runs SQL on a file behind the package's back."""
+    connection = sqlite3.connect(path)
+    with connection:
+        rows = connection.execute(query, parameters).fetchall()
+    connection.close()
+    return rows

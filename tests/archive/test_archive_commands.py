@@ -1,0 +1,110 @@
+"""info, verify and merge as commands."""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+from archive_kit import execute, fill, new_image
+from helpers import ROOT, golden
+
+from dm_generations.archive import Archive
+from dm_generations.cli import info, merge, verify
+from dm_generations.cli._text import file_size, printable
+
+
+def command(*words) -> int:
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers(required=True)
+    for module in (info, verify, merge):
+        module.add_parser(subparsers)
+    args = parser.parse_args([str(word) for word in words])
+    return args.run(args)
+
+
+@pytest.fixture
+def ours(tmp_path):
+    path = tmp_path / "ours.db"
+    with Archive.create(path) as archive:
+        fill(
+            archive,
+            *(new_image(i, clip_score_input=float(i), clip_score_tokenized=1.0) for i in range(3)),
+            *(new_image(i, prompt="evil \x1b[31m\u202e" + "x" * 500, temperature=0.7) for i in range(2)),
+        )
+    return path
+
+
+def test_info_prints_what_is_there(ours, capsys):
+    assert command("info", ours) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "format 1",
+        "5 pictures in 2 groups, 2 to 3 in each",
+        "drawn from 1970-01-01 00:01:40 UTC to 1970-01-01 00:01:41 UTC",
+        "1  a red cube  (3 pictures)",
+        "1  (empty: the model's own)  (5 pictures)",
+        "temperature  0.7 1.0\n",
+        "2x2 codes (8 bytes)  5 pictures",
+        "clip_score_input      0.00  1.00  2.00  (3 pictures)",
+        "codec      tiny  sha256 bbbbbbbbbbbb, 2x2 of 300 codes, 16 px  (5 pictures)",
+        "clip       tiny  sha256 cccccccccccc  (3 pictures)",
+    ):
+        assert text in out, out
+    assert "\x1b" not in out and "\u202e" not in out and r"evil \x1b[31m\u202ex" in out
+    assert max(map(len, out.splitlines()[1:])) < 160
+
+
+def test_info_json_of_a_2022_archive(capsys):
+    assert command("info", "--json", "--db", golden("original_script") / "archive.db") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["layout"], found["image_count"], found["group_count"]) == ("2022", 101, 25)
+    assert found["axes"]["temperature"] == [0.4, 0.7, 1.0, 3.0]
+    assert found["prompts"][1] == {"id": 2, "text": "a facebook-branded dinosaur", "image_count": 14}
+    assert found["sc_prompts"][0]["text"] is None
+    assert found["tokens"] == [{"byte_count": 128, "grid": 8, "image_count": 101}]
+    assert found["scores"]["clip_score_input"]["largest"] == pytest.approx(36.36583)
+
+
+def test_info_of_an_empty_archive(tmp_path, capsys):
+    Archive.create(tmp_path / "a.db").close()
+    assert command("info", tmp_path / "a.db") == 0
+    assert "0 pictures in 0 groups\n" in capsys.readouterr().out
+
+
+def test_verify_exits_1_when_something_is_wrong(ours, capsys):
+    assert command("verify", ours) == 0
+    assert capsys.readouterr().out == f"{ours}: sound, 5 pictures checked\n"
+    execute(ours, "UPDATE images SET quantvec_md5 = ? WHERE id = 3", "0" * 32)
+    assert command("verify", "--db", ours) == 1
+    md5 = hashlib.md5(new_image(2).quantvec).hexdigest()
+    assert capsys.readouterr().out == (
+        f"images 3: quantvec_md5 is '{'0' * 32}', the tokens have {md5}\n{ours}: 1 problem\n"
+    )
+    assert command("verify", "--json", ours) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert (json.loads(line)["table"], json.loads(line)["id"]) == ("images", 3)
+
+
+def test_merge_reports(ours, tmp_path, capsys):
+    assert command("merge", ours, ours, "--into", tmp_path / "all.db") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{ours}: 5 pictures added", f"{ours}: 0 pictures added, 5 there already"]
+
+
+def test_archive_commands_need_the_standard_library_only():
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import dm_generations.archive, dm_generations.cli.info, dm_generations.cli.verify, dm_generations.cli.merge
+print(sorted({{name.split(".")[0] for name in sys.modules}} & {{"numpy", "jax", "flax", "PIL"}}))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_printable_and_file_size():
+    assert printable("a\tb\u202e\U000e0001é🥑") == r"a\tb\u202e\U000e0001é🥑"
+    assert printable("x" * 200, 10) == "x" * 9 + "…" and printable("x" * 10, 10) == "x" * 10
+    assert [file_size(n) for n in (0, 999, 1000, 12_345_678)] == ["0 bytes", "999 bytes", "1.0 kB", "12.3 MB"]

@@ -1,0 +1,146 @@
+"""Several archives into one."""
+
+import os
+
+import pytest
+from archive_kit import CLIP, CODEC, GENERATOR, archive_2022, execute, fill, new_image
+from helpers import golden
+
+from dm_generations.archive import Archive, ArchiveError, ModelInfo, SourceReport, merge, verify
+
+
+def make(path, *images, **options):
+    with Archive.create(path) as archive:
+        fill(archive, *images, **options)
+    return path
+
+
+def draws(path) -> list[tuple]:
+    """What the archive holds, without ids."""
+    with Archive.open(path) as archive:
+        assert [str(problem) for problem in verify(archive)] == []
+        prompts, sc_prompts = archive.prompts(), archive.sc_prompts()
+        return [
+            (prompts[row.prompt_id], sc_prompts[row.sc_prompt_id], row.top_k, row.key1, row.quantvec)
+            for row in archive.rows_to_score(rescore=True)
+        ]
+
+
+def test_prompts_get_ids_anew_and_pictures_are_added_once(tmp_path):
+    a = make(tmp_path / "a.db", new_image(1, prompt="x"), new_image(2, prompt="y", sc_prompt="blurry"))
+    b = make(
+        tmp_path / "b.db",
+        new_image(9, prompt="z", sc_prompt="dark"),
+        new_image(2, prompt="y", sc_prompt="blurry"),
+        new_image(3, prompt="x"),
+    )
+    target = tmp_path / "all.db"
+    assert merge([a, b, a], target) == [
+        SourceReport(str(a), 2, 2, 0),
+        SourceReport(str(b), 3, 2, 0),
+        SourceReport(str(a), 2, 0, 0),
+    ]
+    assert [draw[:4] for draw in draws(target)] == [
+        *[("x", None, 50, 1), ("y", "blurry", 50, 2), ("z", "dark", 50, 9), ("x", None, 50, 3)]
+    ]
+    with Archive.open(target) as archive:
+        assert list(archive.models().values()) == [GENERATOR, CODEC, CLIP]
+    before = target.read_bytes()
+    assert [report.added_count for report in merge([b, a], target)] == [0, 0]
+    assert draws(target) and target.read_bytes()[100:] == before[100:]  # the header counts changes
+    assert sorted(os.listdir(tmp_path)) == ["a.db", "all.db", "b.db"]
+
+
+def test_all_columns_survive(tmp_path):
+    image = new_image(5, clip_score_input=3.5, clip_score_tokenized=2.5, time_scored=110.0)
+    source = make(tmp_path / "a.db", image)
+    merge([source], tmp_path / "b.db")
+    assert execute(tmp_path / "b.db", "SELECT * FROM images") == execute(source, "SELECT * FROM images")
+
+
+def test_missing_scores_are_filled_and_present_ones_kept(tmp_path):
+    target = make(tmp_path / "t.db", new_image(1), new_image(2, clip_score_input=7.0))
+    other_clip = ModelInfo("clip", "other", "e" * 64, {})
+    scores = {"clip_score_input": 5.0, "clip_score_tokenized": 4.0, "time_scored": 120.0}
+    source = make(tmp_path / "s.db", *(new_image(i, **scores) for i in (1, 2, 3)), clip=other_clip)
+    assert merge([source], target) == [SourceReport(str(source), 3, 1, 1)]
+    query = """SELECT key1, clip_score_input, clip_score_tokenized, time_scored, models.name
+        FROM images JOIN models ON models.id = clip_id ORDER BY key1"""
+    assert execute(target, query) == [
+        (1, 5.0, 4.0, 120.0, "other"),
+        (2, 7.0, None, None, "tiny"),
+        (3, 5.0, 4.0, 120.0, "other"),
+    ]
+
+
+def test_a_2022_archive_is_taken_and_stays_as_it_is(tmp_path):
+    source = golden("original_script") / "archive.db"
+    before = source.read_bytes()
+    target = tmp_path / "new.db"
+    assert merge([source, source], target) == [
+        SourceReport(str(source), 101, 101, 0),
+        SourceReport(str(source), 101, 0, 0),
+    ]
+    assert draws(target) == draws(source)
+    with Archive.open(target) as archive, Archive.open(source) as original:
+        assert [group.count for group in archive.groups()] == [group.count for group in original.groups()]
+        assert {(row.generator_id, row.codec_id) for row in archive.rows_to_score(rescore=True)} == {
+            (None, None)
+        }
+    assert source.read_bytes() == before
+
+
+def test_the_same_key_of_other_models_is_another_draw(tmp_path):
+    a = make(tmp_path / "a.db", new_image(1))
+    with Archive.create(tmp_path / "b.db") as archive, archive.transaction():
+        other = archive.model_id(ModelInfo("generator", "other", "f" * 64, {}))
+        archive.add_images([new_image(1)], other, None, None, 1)
+    merge([a, tmp_path / "b.db"], tmp_path / "t.db")
+    assert len(draws(tmp_path / "t.db")) == 2
+
+
+BAD_ROWS = {
+    "prompt_id 4 points nowhere": "(5, 4, 1, 50, 1.0, 1.0, 1.0, 1, 2, x'0100', NULL, NULL, NULL)",
+    "sc_prompt_id 9 points nowhere": "(5, 3, 9, 50, 1.0, 1.0, 1.0, 1, 2, x'0100', NULL, NULL, NULL)",
+    "quantvec is not a blob": "(5, 3, 1, 50, 1.0, 1.0, 1.0, 1, 2, 'tokens', NULL, NULL, NULL)",
+    "is not the MD5 of the tokens": "(5, 3, 1, 50, 1.0, 1.0, 1.0, 1, 2, x'0100', 'zz', NULL, NULL)",
+    "does not fit: CHECK.*temperature": "(5, 3, 1, 50, 1.0, -1.0, 1.0, 1, 2, x'0100', NULL, NULL, NULL)",
+    "does not fit: NOT NULL.*top_k": "(5, 3, 1, NULL, 1.0, 1.0, 1.0, 1, 2, x'0100', NULL, NULL, NULL)",
+}
+
+
+@pytest.mark.parametrize("message", BAD_ROWS)
+def test_a_bad_row_stops_the_whole_merge(tmp_path, message):
+    good = make(tmp_path / "good.db", new_image(1))
+    bad = archive_2022(tmp_path / "bad.db")
+    execute(bad, f"INSERT INTO images VALUES {BAD_ROWS[message]}")
+    existing = make(tmp_path / "existing.db", new_image(2))
+    for target in (tmp_path / "new.db", existing):
+        with pytest.raises(ArchiveError, match=f"bad.db: picture 5:? .*{message}"):
+            merge([good, bad], target)
+    assert sorted(os.listdir(tmp_path)) == ["bad.db", "existing.db", "good.db"]
+    assert [draw[3] for draw in draws(existing)] == [2]
+
+
+def test_refusals(tmp_path):
+    a = make(tmp_path / "a.db", new_image(1))
+    old = archive_2022(tmp_path / "old.db")
+    os.link(a, tmp_path / "same.db")
+    for sources, target, message in [
+        ([a], a, "both a source and the target"),
+        ([a, tmp_path / "same.db"], a, "both a source and the target"),
+        ([a], old, "2022 layout is only read"),
+        ([a, tmp_path / "missing.db"], tmp_path / "new.db", "missing.db: no such file"),
+        ([a], tmp_path / "no" / "new.db", "no such folder"),
+    ]:
+        with pytest.raises(ArchiveError, match=message):
+            merge(sources, target)
+    assert sorted(os.listdir(tmp_path)) == ["a.db", "old.db", "same.db"]
+
+
+def test_prompts_that_we_would_not_draw_are_kept(tmp_path):
+    source = archive_2022(tmp_path / "a.db")
+    execute(source, "INSERT INTO prompts VALUES (8, CAST(x'610062' AS TEXT))")
+    merge([source], tmp_path / "b.db")
+    with Archive.open(tmp_path / "b.db") as archive:
+        assert list(archive.prompts().values()) == ["a blue ball", "a red cube", "a\0b"]

@@ -1,0 +1,393 @@
+"""The page in a real browser, from disk, over small folders of pictures."""
+
+import base64
+import functools
+import hashlib
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from urllib.parse import parse_qs
+
+import pytest
+
+from dm_generations.browser.manifest import GalleryEntry, build_manifest, write_manifest
+from dm_generations.cli import build_parser
+from dm_generations.resources import shipped
+
+HOSTILE = {
+    "markup": "</script><script>window.pwned = 1; alert(1)</script>",
+    "attribute": '"><img src=x onerror="window.pwned = 1"><svg onload=\'window.pwned=1\'>',
+    "javascript": "javascript:window.pwned=1",
+    "template": "${window.pwned = 1} {{pwned}} `$(touch pwned)` ; rm -rf ~ !! %s '\\'' \\",
+    "separators": "a\u2028b\u2029c\nd\re\tf\x1b]0;title\x07\x1b[201~g",
+    "reversed": "safe\u202egnp.exe\u202c \u2066x",
+    "emoji": "🚀 🏳️‍🌈 नमस्ते عربى ﷽",
+    "flag": "--db=elsewhere.db",
+    "assignment": "=ls",
+    "empty": "",
+    "prototype": "__proto__",
+    "nul": "a\x00b",
+    "surrogate": "a\ud800b",
+    "long": "x" * 4_000 + " <b>bold</b> " + "y z " * 1_500,
+}
+
+
+def open_folder(page, folder, hash=""):
+    """Open the page over `folder` from disk and wait until it shows pictures or a message."""
+    page.goto((folder / "samplebrowser.html").as_uri() + hash)
+    page.locator("#browser:not([hidden]), #message:not([hidden])").wait_for()
+
+
+def state(page) -> dict[str, str]:
+    return {name: values[0] for name, values in parse_qs(page.url.partition("#")[2]).items()}
+
+
+def count_broken(page) -> int:
+    """Pictures of the grid that did not load, after asking for all of them."""
+    return page.evaluate(
+        """async () => {
+          const images = [...document.querySelectorAll("#pictures img")];
+          images.forEach((image) => { image.loading = "eager"; });
+          await Promise.allSettled(images.map((image) => image.decode()));
+          return images.filter((image) => !image.naturalWidth).length;
+        }"""
+    )
+
+
+def texts(page, selector) -> list[str]:
+    return page.locator(selector).all_inner_texts()
+
+
+def test_policy_names_the_script_and_the_style_that_the_page_has():
+    source = shipped("samplebrowser.html").read_text(encoding="utf-8")
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', source)[1]
+    assert policy.startswith("default-src 'none';") and "http" not in policy and "unsafe" not in policy
+    for tag in ("script", "style"):
+        body = re.search(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy, f"<{tag}> was edited; its hash is now sha256-{digest}"
+
+
+def test_page_is_one_file_without_remote_assets():
+    source = shipped("samplebrowser.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//cdn|@import|\burl\(", source)
+
+
+def test_opens_on_the_best_settings_with_pictures_best_first(page, sweep):
+    open_folder(page, sweep)
+    assert texts(page, "#prompts .text") == ["rocket", "castle"]
+    assert state(page) == {"prompt": "1", "k": "50", "p": "0.9", "t": "1", "c": "10", "sc": "1"}
+    assert texts(page, "#pictures .score") == ["30.00", "29.00"]
+    assert count_broken(page) == 0
+    assert page.evaluate("violations") == []
+
+
+def test_sliders_hold_only_values_that_exist_and_say_off(page, sweep):
+    open_folder(page, sweep)
+    assert texts(page, ".axis label") == ["top k", "top p", "cond scale"]
+    assert texts(page, ".axis:has(#axis-top_k) .ticks span") == ["50", "256", "off"]
+    assert texts(page, ".axis:has(#axis-top_p) .ticks span") == ["0.9", "off"]
+    assert texts(page, "#fixed > span") == ["temperature 1", "unconditional prompt none"]
+
+
+def test_arrow_keys_move_a_slider_and_back_and_forward_return(page, sweep):
+    open_folder(page, sweep)
+    page.get_by_label("top k").focus()
+    page.keyboard.press("ArrowRight")
+    assert state(page)["k"] == "256"
+    assert page.get_by_label("top k").get_attribute("aria-valuetext") == "256"
+    assert texts(page, "#pictures .score") == ["29.00", "28.00"]
+    page.get_by_label("top p").focus()
+    page.keyboard.press("ArrowRight")
+    assert (state(page)["k"], state(page)["p"]) == ("256", "1")
+    page.go_back()
+    assert (state(page)["k"], state(page)["p"]) == ("256", "0.9")
+    assert page.get_by_label("top p").input_value() == "0"
+    page.go_back()
+    assert state(page)["k"] == "50"
+    page.go_forward()
+    assert texts(page, "#pictures .score") == ["29.00", "28.00"]
+
+
+def test_missing_combination_goes_to_the_nearest_and_says_so(page, sweep):
+    open_folder(page, sweep)
+    page.get_by_label("top k").fill("2")
+    assert (state(page)["k"], state(page)["c"]) == ("0", "1")
+    notice = page.locator("#notice")
+    assert notice.inner_text() == "No pictures with just these settings; nearest: cond scale 1."
+    page.get_by_label("top p").fill("1")
+    assert notice.inner_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("hash", "expected"),
+    [
+        ("#prompt=4&k=0&p=1&t=1&c=10&sc=1", {"prompt": "4", "k": "0", "p": "1", "c": "10"}),
+        ("#prompt=4&k=200&c=9", {"prompt": "4", "k": "256", "c": "10"}),
+        ("#prompt=99&k=<script>&p=NaN&sc=-1&picture=9e9", {"prompt": "1"}),
+        ("#%E0%A4%A&&==&prompt=%00", {"prompt": "1"}),
+    ],
+)
+def test_address_restores_the_state_or_the_nearest_there_is(page, sweep, hash, expected):
+    open_folder(page, sweep, hash)
+    assert expected.items() <= state(page).items()
+    assert page.locator("#pictures li").count() == 2
+
+
+def test_search_narrows_the_prompts_and_choosing_one_keeps_the_settings(page, sweep):
+    open_folder(page, sweep, "#prompt=1&k=256&p=1&t=1&c=1&sc=1")
+    page.get_by_label("Search prompts").fill("CAST")
+    assert texts(page, "#prompts .text") == ["castle"]
+    page.get_by_role("button", name="castle").click()
+    assert state(page) == {"prompt": "4", "k": "256", "p": "1", "t": "1", "c": "1", "sc": "1"}
+    assert page.locator("#prompt").inner_text() == "castle"
+    page.get_by_label("Search prompts").fill("nothing like it")
+    assert texts(page, "#prompts .note") == ["No prompt has these words."]
+
+
+def test_dialog_shows_the_row_and_back_or_escape_leaves_it(page, sweep):
+    open_folder(page, sweep)
+    page.locator("#pictures button").first.click()
+    dialog = page.locator("#dialog")
+    assert dialog.is_visible() and state(page)["picture"] == "1"
+    page.keyboard.press("ArrowRight")
+    assert state(page)["picture"] == "2"
+    facts = dict(zip(texts(page, "#facts dt"), texts(page, "#facts dd"), strict=True))
+    assert facts["key"] == "1 4294967294" and facts["CLIP score"] == "29.00" and facts["archive"] == "tiny.db"
+    assert facts["file"] == "0001_rocket/k=50,p=0.9,c=10.0_01.png"
+    page.keyboard.press("Escape")
+    dialog.wait_for(state="hidden")
+    page.wait_for_url(lambda url: "picture" not in url)
+    page.go_forward()
+    dialog.wait_for()
+    page.go_back()
+    dialog.wait_for(state="hidden")
+
+
+def test_size_and_sharp_pixels_change_the_pictures(page, sweep):
+    open_folder(page, sweep)
+    picture = page.locator("#pictures img").first
+    page.get_by_label("Size").fill("320")
+    assert round(picture.bounding_box()["width"]) in range(316, 321)
+    page.get_by_label("Sharp pixels").check()
+    assert picture.evaluate("(image) => getComputedStyle(image).imageRendering") == "pixelated"
+
+
+def test_every_control_has_a_name_and_every_picture_a_text(page, sweep):
+    open_folder(page, sweep)
+    page.locator("#pictures button").first.click()
+    unnamed = page.evaluate(
+        """() => [...document.querySelectorAll("input, button")].filter((node) => !(node.labels?.length
+            || node.ariaLabel || node.textContent.trim() || node.querySelector("img[alt]")))
+            .map((node) => node.outerHTML)"""
+    )
+    assert unnamed == []
+    assert page.locator("#pictures img").first.get_attribute("alt") == "Picture 1, score 30.00: rocket"
+
+
+@pytest.mark.parametrize("width", [400, 1100])
+def test_nothing_sticks_out_sideways(page, sweep, width):
+    page.set_viewport_size({"width": width, "height": 700})
+    open_folder(page, sweep)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if width == 400:
+        assert not page.get_by_label("Search prompts").is_visible()
+        page.get_by_role("button", name="Choose a prompt").click()
+        page.get_by_role("button", name="castle").click()
+        assert page.locator("#prompt").inner_text() == "castle"
+
+
+@pytest.fixture
+def hostile(tmp_path, make_entry, write_picture):
+    """One picture for each hostile text, which is prompt, unconditional prompt and archive name at once."""
+    entries = []
+    for number, (name, text) in enumerate(HOSTILE.items(), start=1):
+        write_picture(tmp_path / f"{name}.png")
+        settings = dict(prompt_id=number, prompt=text, sc_prompt_id=number, sc_prompt=text)
+        entries.append(make_entry(f"{name}.png", **settings))
+    write_manifest(tmp_path, build_manifest("images", HOSTILE["markup"], entries))
+    return tmp_path
+
+
+def show_picture(page, number: int, name: str):
+    page.evaluate("(number) => { location.hash = `prompt=${number}&picture=1`; }", number)
+    page.locator("#facts bdi", has_text=f"{name}.png").wait_for()
+
+
+def test_hostile_text_is_only_text(page, hostile):
+    open_folder(page, hostile)
+    elements = page.evaluate("document.querySelectorAll('script, style, svg, iframe, a, b').length")
+    for number, (name, text) in enumerate(HOSTILE.items(), start=1):
+        show_picture(page, number, name)
+        shown = page.locator("#prompt").text_content()
+        if text and text.isprintable():
+            assert shown == text
+        assert not re.search("[\x00-\x1f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)
+        assert count_broken(page) == 0
+    assert page.evaluate("document.querySelectorAll('script, style, svg, iframe, a, b').length") == elements
+    assert page.evaluate("'pwned' in window") is False
+    assert page.evaluate("violations") == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1100
+
+
+def test_policy_stops_markup_that_did_get_in(page, sweep, trouble):
+    failures = []
+    page.on("requestfailed", lambda request: failures.append((request.url, request.failure)))
+    open_folder(page, sweep)
+    page.evaluate(
+        """async () => {
+          document.body.insertAdjacentHTML("beforeend",
+            `<img src="missing.png" onerror="window.pwned = 1"><img src="https://example.invalid/x.png">`);
+          const script = Object.assign(document.createElement("script"), {textContent: "window.pwned = 2"});
+          document.body.append(script);
+          await fetch("https://example.invalid/").catch(() => 0);
+        }"""
+    )
+    page.locator("img[src='missing.png']").wait_for()
+    assert page.evaluate("'pwned' in window") is False
+    assert ("https://example.invalid/x.png", "csp") in failures
+    trouble.remove("request: https://example.invalid/x.png")  # begun, and stopped before it left
+    assert sorted(page.evaluate("violations")) == [
+        "connect-src https://example.invalid/",
+        "img-src https://example.invalid/x.png",
+        "script-src-attr inline",
+        "script-src-elem inline",
+    ]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_command_means_exactly_the_prompt_to_a_shell(page, hostile, tmp_path):
+    open_folder(page, hostile)
+    for number, (name, text) in enumerate(HOSTILE.items(), start=1):
+        show_picture(page, number, name)
+        command = page.locator("#command").text_content()
+        if name in ("nul", "surrogate"):
+            assert command == "" and page.locator("#copy").is_hidden()
+            continue
+        assert not re.search("[\x00-\x09\x0b-\x1f\u2028\u202e]", command)
+        echo = 'python() { printf "%s\\0" "$@"; }; set -H\n' + command
+        environment = os.environ | {"LC_ALL": "C.UTF-8"}
+        printed = subprocess.check_output(["bash", "-c", echo], env=environment, cwd=tmp_path)
+        words = printed.decode().split("\0")[:-1]
+        assert words[:3] == ["-m", "dm_generations", "generate"]
+
+        args = build_parser().parse_args(words[2:])
+        assert (args.prompts, args.sc_prompts, args.db.name) == ([text], [text], "again.db")
+        settings = (args.top_k, args.top_p, args.temperature, args.cond_scale, args.n)
+        assert settings == ([50], [0.9], [1.0], [3.0], 1)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_special_names_load_and_paths_outside_do_not(page, tmp_path, make_entry, write_picture):
+    folder = tmp_path / "out"
+    names = [
+        "100% #1?a=b&c;d+e'f~.png",
+        "a%20b.png",
+        "日本 🚀\u202e.png",
+        "..dots..png",
+        '"><img src=x>/b.png',
+    ]
+    if sys.platform == "linux":
+        names.append(os.fsdecode(b"not-utf8-\xff.png"))
+    if os.name == "nt":
+        names = names[1:4]
+    outside = ["../outside.png", "/etc/x.png", "//host/share/x.png", "a/../../outside.png", "..\\outside.png"]
+    for name in names:
+        write_picture(folder / name)
+    write_picture(tmp_path / "outside.png")
+    entries = [make_entry(name, rank=rank) for rank, name in enumerate([*names, *outside])]
+    write_manifest(folder, build_manifest("images", "a.db", entries))
+    open_folder(page, folder)
+    assert page.locator("#pictures li").count() == len(entries)
+    assert page.locator("#pictures img[src]").count() == len(names)
+    assert page.locator("#pictures .missing").count() == len(outside)
+    assert count_broken(page) == len(outside)
+
+
+def test_gallery_shows_pages_with_their_scores(page, tmp_path, write_picture):
+    settings = dict(prompt_id=1, prompt="rocket", sc_prompt_id=1, sc_prompt=None, top_k=0, top_p=1.0)
+    settings |= dict(temperature=1.0, cond_scale=3.0)
+    entries = []
+    for number, scores in enumerate([(30.0, 20.0), (None,)]):
+        write_picture(tmp_path / f"g{number}.png")
+        entries.append(GalleryEntry(f"g{number}.png", **settings, scores=scores, page=number))
+    write_manifest(tmp_path, build_manifest("gallery", "a.db", entries))
+    open_folder(page, tmp_path, "#picture=1")
+    assert texts(page, "#pictures .score") == ["scores 30.00 to 20.00", "no scores"]
+    assert page.locator("#dialog-title").inner_text() == "Gallery, page 1"
+    assert page.locator("#command").text_content().endswith("--n 3")
+    assert count_broken(page) == 0
+
+
+def test_without_a_manifest_the_page_says_how_to_make_one(page, tmp_path):
+    shutil.copy(shipped("samplebrowser.html"), tmp_path)
+    open_folder(page, tmp_path)
+    assert page.locator("#message-title").inner_text() == "No pictures here yet"
+    assert page.locator("#message-command").inner_text() == "python -m dm_generations decode"
+
+
+def test_page_finds_the_folder_that_decode_makes_beside_it(page, sweep, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(sweep, folder / "images")
+    shutil.copy(shipped("samplebrowser.html"), folder)
+    open_folder(page, folder)
+    assert texts(page, "#prompts .text") == ["rocket", "castle"]
+    assert count_broken(page) == 0
+
+
+@pytest.mark.parametrize(
+    ("manifest", "title"),
+    [
+        ("{", "The list of pictures cannot be read"),
+        ("{version: 1, mode: 'images'}", "The list of pictures cannot be read"),
+        ("{version: 2, mode: 'images'}", "This page is older than the pictures"),
+        ("{version: 1, mode: 'images', prompts: [], sc_prompts: [], groups: []}", "No pictures"),
+    ],
+)
+def test_manifest_that_cannot_be_shown_gets_a_message(browser, tmp_path, manifest, title):
+    # Not the silent page: a manifest that breaks off is a script error.
+    page = browser.new_page()
+    shutil.copy(shipped("samplebrowser.html"), tmp_path)
+    (tmp_path / "manifest.js").write_text(f"window.DM_MANIFEST = {manifest};")
+    open_folder(page, tmp_path)
+    assert page.locator("#message-title").inner_text() == title
+    page.close()
+
+
+def test_page_works_from_a_server_too(page, sweep):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=sweep)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page.goto(f"http://127.0.0.1:{server.server_port}/samplebrowser.html#prompt=4")
+        page.locator("#browser:not([hidden])").wait_for()
+        assert count_broken(page) == 0
+        assert page.evaluate("violations") == []
+        server.shutdown()
+
+
+def test_72_000_pictures_load_and_a_large_group_comes_in_parts(page, tmp_path, make_entry):
+    def entries():
+        for group in range(720):
+            prompt_id, top_k = group // 48, group % 48 + 1
+            settings = dict(prompt_id=prompt_id, prompt=f"prompt {prompt_id}", top_k=top_k)
+            for rank in range(100 if group else 1_000):
+                file = f"{prompt_id:04d}_prompt/0001_k={top_k},p=0.9,t=1.0,c=3.0_{rank:02d}_None.png"
+                row = dict(rank=rank, score=30.123456 - rank / 100, key0=2**32 - 1 - rank, key1=2**32 - 1)
+                yield make_entry(file, **settings, **row)
+
+    write_manifest(tmp_path, build_manifest("images", "big.db", entries()))
+    size = (tmp_path / "manifest.js").stat().st_size
+    assert size < 4_000_000, f"72,900 pictures take {size:,} bytes of manifest"
+    open_folder(page, tmp_path, "#prompt=0&k=1")
+    assert page.locator("#totals").inner_text() == "72,900 pictures, 15 prompts"
+    assert page.locator("#pictures li").count() == 240
+    page.get_by_role("button", name="Show 240 of 760 more").click()
+    assert page.locator("#pictures li").count() == 480

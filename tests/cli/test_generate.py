@@ -1,0 +1,339 @@
+"""`generate` and `score` as commands: sweeps, resuming, what is refused, and what is left behind."""
+
+import argparse
+import dataclasses
+import hashlib
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import CODEBOOK_SIZE, GRID, tiny_clip, tiny_dalle_bart, tiny_models, tiny_vqgan
+
+from dm_generations.archive import Archive, verify
+from dm_generations.cli import generate, score
+from dm_generations.errors import UserError
+from dm_generations.generate import run as runs
+from dm_generations.threefry import row_key
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_compilation_cache(tmp_path_factory):
+    """A program that one test compiled is read back by the next; the user's own cache is left alone."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def command(module, *words) -> int:
+    parser = argparse.ArgumentParser()
+    module.add_parser(parser.add_subparsers(required=True))
+    args = parser.parse_args([module.__name__.rpartition(".")[2], *map(str, words)])
+    return args.run(args)
+
+
+def draw(models, db, *words) -> int:
+    defaults = ["--model", models.dalle_bart, "--codec", models.vqgan, "--batch-size", 4]
+    clip = [] if "--no-score" in words else ["--clip", models.clip]
+    return command(generate, "--db", db, *defaults, *clip, *words)
+
+
+def rows_of(db, columns="*", order="id"):
+    with sqlite3.connect(db) as connection:
+        return connection.execute(f"SELECT {columns} FROM images ORDER BY {order}").fetchall()
+
+
+def test_a_sweep_lands_whole_and_a_second_run_adds_nothing(models, tmp_path, capsys):
+    db = tmp_path / "sweep.db"
+    words = ["--prompts", "a boat", "a cat", "a boat", "--sc-prompts", "", "blurry", "--n", 3, "--seed", 7]
+    words += ["--top-k", 0, 5, "--cond-scale", 1, 3]
+    assert draw(models, db, *words) == 0
+    assert "48 pictures added" in (told := capsys.readouterr().out)
+    assert f"dm_generations decode --db {db}" in told
+    with Archive.open(db) as archive:
+        assert list(verify(archive)) == []
+        assert list(archive.prompts().values()) == ["a boat", "a cat"]
+        assert list(archive.sc_prompts().values()) == [None, "blurry"]
+        groups = archive.groups()
+        assert [group.count for group in groups] == [3] * 16
+        assert {model.kind for model in archive.models().values()} == {"generator", "codec", "clip"}
+        for group in groups:
+            rows = list(archive.rows(group.settings))
+            assert {(row.key0, row.key1) for row in rows} == {row_key(7, index) for index in range(3)}
+            assert None not in {row.clip_score_input for row in rows}
+            assert {len(row.quantvec) for row in rows} == {GRID**2 * 2}
+    times = rows_of(db, "time_start, time_end, time_scored, sampler_version")
+    assert all(start < end <= scored and version == 1 for start, end, scored, version in times)
+    content = hashlib.md5(db.read_bytes()).hexdigest()
+    assert draw(models, db, *words) == 0
+    assert "0 pictures added" in capsys.readouterr().out
+    assert hashlib.md5(db.read_bytes()).hexdigest() == content
+
+
+def test_settings_and_prompts_matter_and_keys_do(models, tmp_path):
+    db = tmp_path / "a.db"
+    words = ["--prompts", "a boat", "a cat", "--cond-scale", 1, 5, "--temperature", 0, 1, "--n", 2]
+    assert draw(models, db, *words, "--no-score") == 0
+    blobs = rows_of(db, "quantvec", "prompt_id, cond_scale, temperature, id")
+    is_same = [blobs[index] == blobs[index + 1] for index in range(0, len(blobs), 2)]
+    assert is_same == [True, False] * 4  # temperature 0 ignores the key
+    assert len(set(blobs)) == 12
+
+
+def test_one_more_value_draws_exactly_what_is_missing(models, tmp_path, capsys):
+    extended, whole = tmp_path / "extended.db", tmp_path / "whole.db"
+    words = ["--prompts", "a boat", "--no-score"]
+    assert draw(models, extended, *words, "--n", 3, "--top-k", 4) == 0
+    capsys.readouterr()
+    assert draw(models, extended, *words, "--n", 5, "--top-k", 4, 9, "--dry-run") == 0
+    assert "3 there already, 7 to draw" in capsys.readouterr().out
+    assert draw(models, extended, *words, "--n", 5, "--top-k", 4, 9) == 0
+    assert "7 pictures added" in capsys.readouterr().out
+    assert draw(models, whole, *words, "--n", 5, "--top-k", 4, 9) == 0
+    columns = "top_k, key0, key1, quantvec"  # the same tokens, although each was drawn in another company
+    assert rows_of(extended, columns, columns) == rows_of(whole, columns, columns)
+
+
+def test_another_model_draws_its_own_pictures(models, tmp_path, capsys):
+    db = tmp_path / "a.db"
+    other = dataclasses.replace(models, dalle_bart=tiny_dalle_bart(tmp_path / "other", seed=1))
+    for used in (models, other):
+        assert draw(used, db, "--prompts", "a boat", "--n", 2, "--no-score") == 0
+    assert [generator for (generator,) in rows_of(db, "generator_id")] == [1, 1, 3, 3]
+
+
+def test_dry_run_leaves_nothing_behind(models, tmp_path, capsys):
+    assert draw(models, tmp_path / "a.db", "--prompts", "a boat", "a cat", "--n", 3, "--dry-run") == 0
+    assert "0 there already, 6 to draw" in (told := capsys.readouterr().out)
+    assert f"{6 * GRID**2 * 2} bytes" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_from_a_file_join_those_of_the_command_line(models, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa cat\r\n\n  \na château\n".encode())
+    words = ["--prompts", "a boat", "--prompts-file", tmp_path / "prompts.txt", "--n", 1, "--no-score"]
+    assert draw(models, tmp_path / "a.db", *words) == 0
+    with Archive.open(tmp_path / "a.db") as archive:
+        assert list(archive.prompts().values()) == ["a boat", "a cat", "a château"]
+
+
+def test_a_prompt_of_10000_characters_is_kept_whole(models, tmp_path):
+    prompt = "a very long boat " * 600
+    assert draw(models, tmp_path / "a.db", "--prompts", prompt, "--n", 1) == 0
+    with Archive.open(tmp_path / "a.db") as archive:
+        assert list(archive.prompts().values()) == [prompt]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--n", "0"], "n must be from 1 to 10,000,000, not 0"),
+        (["--n", "5000000", "--top-k", "1", "2", "3"], "15,000,000 pictures, more than 10,000,000"),
+        (["--seed", "-1"], "seed must be from 0"),
+        (["--seed", str(2**64)], "seed must be from 0"),
+        (["--top-k", "5", "-1"], "top_k must be from 0 to 2,147,483,647, not -1"),
+        (["--top-p", "0"], "top_p must be above 0 and at most 1, not 0.0"),
+        (["--top-p", "1.01"], "top_p must be"),
+        (["--top-p", "nan"], "top_p must be"),
+        (["--temperature", "-0.5"], "temperature must be from 0 to 3e+38, not -0.5"),
+        (["--temperature", "inf"], "temperature must be"),
+        (["--temperature", "nan"], "temperature must be"),
+        (["--cond-scale", "1", "inf"], "cond_scale must be"),
+        (["--cond-scale", "-1"], "cond_scale must be"),
+        (["--batch-size", "0"], "batch-size must be at least 1, not 0"),
+        (["--prompts", "a boat", " "], "prompt 2 is empty"),
+        (["--prompts"], None),
+        (["--prompts", "a\0b"], "prompt 1 holds a NUL byte: 'a\\x00b'"),
+        (["--prompts", "a \udcff"], "prompt 1 is not valid Unicode"),
+        (["--sc-prompts", "a\0b"], "unconditional prompt 1 holds a NUL byte"),
+        (["--no-score", "--clip", "folder"], "use just one of --clip and --no-score"),
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--clip", "/nowhere"], "/nowhere"),
+        (["--prompts-file", "/nowhere.txt"], "/nowhere.txt"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_made(models, tmp_path, words, message):
+    with pytest.raises(SystemExit if message is None else UserError) as error:
+        draw(models, tmp_path / "a.db", "--prompts", "a boat", *words)
+    if message is None:
+        assert error.value.code == 2
+    else:
+        assert message in str(error.value) and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_is_needed(models, tmp_path):
+    with pytest.raises(UserError, match="prompts needs at least one value"):
+        draw(models, tmp_path / "a.db")
+
+
+def test_a_codec_that_does_not_fit_is_refused(models, tmp_path):
+    coarse = tiny_vqgan(tmp_path / "coarse", ch_mult=[1, 1, 1])
+    with pytest.raises(UserError, match="'dalle_bart' draws 16 codes a picture, codec 'coarse' takes 2x2"):
+        draw(dataclasses.replace(models, vqgan=coarse), tmp_path / "a.db", "--prompts", "a boat")
+    small = tiny_vqgan(tmp_path / "small", n_embed=CODEBOOK_SIZE - 1)
+    with pytest.raises(UserError, match="draws codes below 32, codec 'small' has 31"):
+        draw(dataclasses.replace(models, vqgan=small), tmp_path / "a.db", "--prompts", "a boat")
+    assert not (tmp_path / "a.db").exists()
+
+
+def test_a_model_without_its_tokenizer_is_refused(models, tmp_path):
+    shutil.copytree(models.dalle_bart, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer.json"):
+        draw(dataclasses.replace(models, dalle_bart=tmp_path / "model"), tmp_path / "a.db", "--prompts", "a")
+    assert not (tmp_path / "a.db").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database at all, but long enough to be one " * 3])
+def test_a_file_that_is_no_archive_is_left_alone(models, tmp_path, content):
+    (tmp_path / "a.db").write_bytes(content)
+    with pytest.raises(UserError, match="a.db"):
+        draw(models, tmp_path / "a.db", "--prompts", "a boat")
+    assert (tmp_path / "a.db").read_bytes() == content
+
+
+def test_a_model_that_gives_only_nan_writes_no_row(models, tmp_path):
+    broken = tmp_path / "broken"
+    tiny_dalle_bart(broken, seed=3)
+    checkpoint = runs.checkpoints.load(broken, "dalle_bart")
+    checkpoint.params["lm_head"]["kernel"] = np.full_like(checkpoint.params["lm_head"]["kernel"], np.nan)
+    config = {**dataclasses.asdict(checkpoint.config)}
+    runs.checkpoints.save(broken, "dalle_bart", config, checkpoint.params)
+    with pytest.raises(UserError, match="'broken' gives no numbers"):
+        draw(
+            dataclasses.replace(models, dalle_bart=broken), tmp_path / "a.db", "--prompts", "a", "--no-score"
+        )
+    assert rows_of(tmp_path / "a.db") == []
+
+
+def test_a_stop_keeps_finished_batches_and_a_rerun_adds_the_rest(models, tmp_path, capsys, monkeypatch):
+    db, words = tmp_path / "a.db", ["--prompts", "a boat", "--n", 10, "--no-score"]
+    draw_batch, batches = runs.Pipeline.draw, []
+
+    def stops_in_the_third_batch(pipeline, draws):
+        batches.append(len(draws))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return draw_batch(pipeline, draws)
+
+    monkeypatch.setattr(runs.Pipeline, "draw", stops_in_the_third_batch)
+    assert draw(models, db, *words) == 130
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith("stopped;")
+    assert batches == [4, 4, 2] and len(rows_of(db)) == 8
+    monkeypatch.undo()
+    assert draw(models, db, *words) == 0
+    assert "2 pictures added" in capsys.readouterr().out
+    with Archive.open(db) as archive:
+        assert list(verify(archive)) == [] and archive.count() == 10
+
+
+KILLED = """
+import argparse, os, signal, sys
+from dm_generations.archive import Archive
+from dm_generations.cli import generate
+add_images = Archive.add_images
+
+def dies_in_the_second(archive, images, *rest):
+    added = add_images(archive, images, *rest)
+    if archive.count() > 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return added
+
+Archive.add_images = dies_in_the_second
+parser = argparse.ArgumentParser()
+generate.add_parser(parser.add_subparsers())
+args = parser.parse_args(["generate", *sys.argv[1:]])
+args.run(args)
+"""
+
+
+def test_too_little_memory_is_one_line_that_says_what_to_do(models, tmp_path, monkeypatch):
+    def exhausts(pipeline, draws):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore\nlines")
+
+    monkeypatch.setattr(runs.Pipeline, "draw", exhausts)
+    with pytest.raises(UserError, match="not enough memory for batches of 4; use a smaller --batch-size"):
+        draw(models, tmp_path / "a.db", "--prompts", "a boat", "--no-score")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_a_kill_in_the_middle_of_a_transaction_loses_that_batch_alone(models, tmp_path):
+    db = tmp_path / "a.db"
+    words = ["--db", db, "--model", models.dalle_bart, "--codec", models.vqgan, "--batch-size", 4]
+    words += ["--prompts", "a boat", "--n", 8, "--no-score"]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, words)], cwd=root, env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    with Archive.open(db) as archive:
+        assert archive.count() == 4 and list(verify(archive)) == []
+    assert draw(models, db, "--prompts", "a boat", "--n", 8, "--no-score") == 0
+    assert len(rows_of(db)) == 8
+
+
+def test_score_fills_in_what_no_score_left_out(models, tmp_path, capsys):
+    scored, unscored = tmp_path / "scored.db", tmp_path / "unscored.db"
+    words = ["--prompts", "A Boat", "a cat", "--n", 3]
+    assert draw(models, scored, *words) == 0
+    assert draw(models, unscored, *words, "--no-score") == 0
+    assert {row[0] for row in rows_of(unscored, "clip_score_input")} == {None}
+    options = ["--codec", models.vqgan, "--clip", models.clip, "--batch-size", 4]
+    capsys.readouterr()
+    assert command(score, "--db", unscored, *options) == 0
+    assert "6 pictures scored" in capsys.readouterr().out
+    columns = "quantvec, clip_score_input, clip_score_tokenized, clip_id"
+    expected, found = (rows_of(db, columns, "prompt_id, key0") for db in (scored, unscored))
+    assert [row[0] for row in found] == [row[0] for row in expected]
+    np.testing.assert_allclose([r[1:3] for r in found], [r[1:3] for r in expected], rtol=1e-5, atol=1e-5)
+    content = unscored.read_bytes()
+    assert command(score, "--db", unscored, *options) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert unscored.read_bytes() == content
+
+    options[3] = tiny_clip(tmp_path / "clip", seed=1)
+    assert command(score, "--db", unscored, *options, "--all") == 0
+    renewed = rows_of(unscored, columns, "prompt_id, key0")
+    assert all(new[1] != old[1] and new[3] != old[3] for new, old in zip(renewed, found, strict=True))
+    with Archive.open(unscored) as archive:
+        assert list(verify(archive)) == []
+
+
+def test_score_leaves_rows_of_another_codec_and_bad_rows_and_says_so(models, tmp_path, capsys):
+    db = tmp_path / "a.db"
+    other = dataclasses.replace(models, vqgan=tiny_vqgan(tmp_path / "other_codec", seed=1))
+    assert draw(models, db, "--prompts", "a boat", "--n", 3, "--no-score") == 0
+    assert draw(other, db, "--prompts", "a cat", "--n", 2, "--no-score") == 0
+    with sqlite3.connect(db) as connection:
+        connection.execute("UPDATE images SET quantvec = zeroblob(30) WHERE id = 2")
+    capsys.readouterr()
+    options = ["--clip", models.clip, "--batch-size", 4]
+    assert command(score, "--db", db, "--codec", models.vqgan, *options) == 1
+    told = capsys.readouterr()
+    assert "2 pictures scored" in told.out
+    assert "picture 2 was not scored: its token blob is 30 bytes" in told.err
+    assert "2 not scored: made with codec 'other_codec', not 'vqgan'" in told.err
+    assert [score is None for (score,) in rows_of(db, "clip_score_input")] == [False, True, False, True, True]
+    assert command(score, "--db", db, "--codec", other.vqgan, *options) == 1  # the bad row is still there
+    assert "2 pictures scored" in capsys.readouterr().out
+
+
+def test_score_of_a_missing_archive_is_refused_and_makes_none(models, tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        command(score, "--db", tmp_path / "a.db")
+    assert list(tmp_path.iterdir()) == []

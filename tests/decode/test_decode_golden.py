@@ -1,0 +1,73 @@
+"""The decode command against what the 2022 script wrote (tests/golden/original_script/README.md)."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dm_generations.cli import main
+from dm_generations.models import checkpoints
+from tests.decode_kit import GOLDEN_CODEC, GOLDEN_DECODE, all_files, golden_pictures, pictures
+
+CASES = {
+    "images": ["--mode", "images"],
+    "gallery": ["--mode", "gallery", "--gallery-cols", "4", "--gallery-rows", "2"],
+    # The 2022 script was run with ids 1 9 3 and let pass that there is no prompt 3; here that is an error.
+    "best": ["--mode", "images", "--prompt-ids", "1", "9", "--n-best", "2", "--sc-prompt-ids", "1"],
+}
+
+
+def decode_golden(out_dir, *flags):
+    archive = str(GOLDEN_DECODE / "archive.db")
+    return main(["decode", "--db", archive, "--codec", str(GOLDEN_CODEC), "--out-dir", str(out_dir), *flags])
+
+
+@pytest.fixture(scope="module", params=CASES)
+def decoded(request, tmp_path_factory):
+    """The name of a case, and the folder that it was decoded into."""
+    out_dir = tmp_path_factory.mktemp("golden") / request.param
+    assert decode_golden(out_dir, *CASES[request.param]) == 0
+    return request.param, out_dir
+
+
+def test_writes_the_same_files(decoded):
+    case, out_dir = decoded
+    expected, found = golden_pictures(case), pictures(out_dir)
+    assert found.keys() == expected.keys()
+    for path, pixels in expected.items():
+        assert found[path].shape == pixels.shape
+        assert np.abs(found[path].astype(int) - pixels).max() <= 1, path
+
+
+def test_leaves_nothing_but_pictures_and_the_page(decoded):
+    _, out_dir = decoded
+    others = {path for path in all_files(out_dir) if not path.endswith(".png")}
+    assert others == {"manifest.js", "samplebrowser.html"}
+
+
+def test_the_manifest_lists_every_file(decoded):
+    case, out_dir = decoded
+    script = (out_dir / "manifest.js").read_text()
+    manifest = json.loads(script[script.index("{") : script.rindex("}") + 1])
+    listed = {
+        prefix + middle + suffix for *_, prefix, suffix, files in manifest["groups"] for middle, *_ in files
+    }
+    assert manifest["mode"] == ("gallery" if case == "gallery" else "images")
+    assert listed == pictures(out_dir).keys()
+
+
+def test_a_second_run_touches_nothing_and_needs_no_codec(decoded, monkeypatch, capsys):
+    case, out_dir = decoded
+    before = {path: path.stat().st_mtime_ns for path in out_dir.rglob("*.png")}
+    monkeypatch.setattr(checkpoints, "load", lambda *_: pytest.fail("the codec was loaded"))
+    assert decode_golden(out_dir, *CASES[case]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in out_dir.rglob("*.png")}
+    assert f"{len(before)} there already" in capsys.readouterr().out
+
+
+def test_the_missing_prompt_is_an_error_before_anything_is_written(tmp_path, capsys):
+    flags = ["--prompt-ids", "1", "9", "3", "--n-best", "2", "--sc-prompt-ids", "1"]
+    assert decode_golden(tmp_path / "best", *flags) == 1
+    message = capsys.readouterr().err
+    assert "no prompt with id 3" in message and "1, 2, 4, 9, 12" in message
+    assert message.count("\n") == 1 and not (tmp_path / "best").exists()

@@ -1,0 +1,72 @@
+"""Which pictures are chosen, and which files they go to."""
+
+import pytest
+
+from dm_generations.archive import Archive
+from dm_generations.decode.plan import GroupPlan, Layout, Selection, is_finished, select_groups
+from dm_generations.errors import UserError
+from tests.decode_kit import GOLDEN_DECODE, SETTINGS
+
+
+@pytest.fixture(scope="module")
+def archive():
+    with Archive.open(GOLDEN_DECODE / "archive.db") as opened:
+        yield opened
+
+
+def chosen(archive, **filters):
+    return {
+        (plan.settings.prompt_id, plan.settings.sc_prompt_id)
+        for plan in select_groups(archive, Selection(**filters))
+    }
+
+
+def test_ids_and_texts_add_up_and_the_two_kinds_both_have_to_match(archive):
+    assert chosen(archive, prompt_ids=[4], prompt_texts=["a facebook-branded dinosaur"]) == {
+        (2, 1),
+        (2, 2),
+        (4, 1),
+        (4, 2),
+    }
+    assert chosen(archive, prompt_ids=[4, 9], sc_prompt_texts=["blurry, low quality"]) == {(4, 2), (9, 2)}
+    assert len(chosen(archive)) == 10
+
+
+def test_n_best_bounds_each_group(archive):
+    assert {plan.count for plan in select_groups(archive, Selection(n_best=2))} == {1, 2}
+    assert max(plan.count for plan in select_groups(archive, Selection())) == 8
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        ({"prompt_ids": [3]}, "no prompt with id 3; its prompt ids are 1, 2, 4, 9, 12"),
+        ({"sc_prompt_ids": [1, 7]}, "no sc prompt with id 7; its sc prompt ids are 1, 2"),
+        ({"prompt_texts": ["a facebook"]}, "no prompt 'a facebook'; give the whole text"),
+        ({"sc_prompt_texts": ["None"]}, "no sc prompt 'None'"),
+    ],
+)
+def test_what_the_archive_lacks_is_named(archive, filters, message):
+    with pytest.raises(UserError, match=message):
+        select_groups(archive, Selection(**filters))
+
+
+def test_a_gallery_goes_on_to_further_pages():
+    plan = GroupPlan(SETTINGS, "a boat", None, count=9)
+    targets = list(plan.targets(Layout("gallery", 2, 2)))
+    assert [target.path.removeprefix("0001_a boat/") for target in targets] == [
+        "0001_k=50,p=1.0,t=1.0,c=10.0_None.png",
+        "0001_k=50,p=1.0,t=1.0,c=10.0,page=2_None.png",
+        "0001_k=50,p=1.0,t=1.0,c=10.0,page=3_None.png",
+    ]
+    assert [target.ranks for target in targets] == [range(0, 4), range(4, 8), range(8, 9)]
+
+
+def test_only_a_file_with_content_is_finished(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "whole.png").write_bytes(b"x")
+    assert [
+        is_finished(str(tmp_path / name)) for name in ("empty.png", "folder.png", "none.png", "a\0b")
+    ] == [False] * 4
+    assert is_finished(str(tmp_path / "whole.png"))

@@ -1,0 +1,84 @@
+"""Small archives to decode, and what a decode left behind."""
+
+import hashlib
+import sqlite3
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dm_generations.archive import Settings
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_DECODE = GOLDEN / "original_script"  # what the 2022 script read and wrote
+GOLDEN_CODEC = GOLDEN / "vqgan_jax" / "a"  # 8x8 codes below its codebook size, 32x32 pixels
+SETTINGS = Settings(prompt_id=1, sc_prompt_id=1, top_k=50, top_p=1.0, temperature=1.0, cond_scale=10.0)
+LAYOUT_2022 = """
+CREATE TABLE prompts (id INTEGER PRIMARY KEY, desc TEXT);
+CREATE TABLE sc_prompts (id INTEGER PRIMARY KEY, desc TEXT);
+CREATE TABLE images (id INTEGER PRIMARY KEY, prompt_id INTEGER, sc_prompt_id INTEGER, top_k INTEGER,
+    top_p REAL, temperature REAL, cond_scale REAL, key0 INTEGER, key1 INTEGER, quantvec BLOB,
+    quantvec_md5 TEXT, clip_score_input REAL, clip_score_tokenized REAL, time_start REAL, time_end REAL);
+INSERT INTO sc_prompts VALUES (1, NULL), (2, 'blurry');
+"""
+
+
+def random_tokens(count: int, length: int, codebook_size: int) -> np.ndarray:
+    """(count, length) uint16."""
+    return np.random.default_rng(0).integers(codebook_size, size=(count, length), dtype=np.uint16)
+
+
+def write_archive_2022(path: Path, tokens: np.ndarray, prompts: tuple[str, ...] = ("a boat",)) -> Path:
+    """An archive in the 2022 layout: for each prompt the same `tokens`, the best first, ids from 1 on."""
+    connection = sqlite3.connect(path)
+    connection.executescript(LAYOUT_2022)
+    connection.executemany("INSERT INTO prompts VALUES (?, ?)", list(enumerate(prompts, 1)))
+    for prompt_id in range(1, len(prompts) + 1):
+        for rank, vector in enumerate(tokens):
+            blob = vector.astype("<u2").tobytes()
+            md5 = hashlib.md5(blob).hexdigest()
+            connection.execute(
+                "INSERT INTO images VALUES (NULL, ?, 1, 50, 1.0, 1.0, 10.0, 0, ?, ?, ?, ?, 0.0, 0.0, 1.0)",
+                (prompt_id, rank, blob, md5, 30.0 - rank),
+            )
+    connection.commit()
+    connection.close()
+    return path
+
+
+def change(path: Path, statement: str, *values: object) -> None:
+    """Run one SQL statement on an archive."""
+    connection = sqlite3.connect(path)
+    connection.execute(statement, values)
+    connection.commit()
+    connection.close()
+
+
+def pictures(folder: Path) -> dict[str, np.ndarray]:
+    """(H, W, 3) uint8 of each PNG under `folder`, by path with "/"."""
+    return {
+        path.relative_to(folder).as_posix(): np.asarray(Image.open(path))
+        for path in sorted(folder.rglob("*"))
+        if path.suffix == ".png"
+    }
+
+
+def all_files(folder: Path) -> dict[str, bytes]:
+    """Content of each file under `folder`, hidden ones too, by path with "/"."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def golden_pictures(folder: str) -> dict[str, np.ndarray]:
+    """What the 2022 script wrote into `folder` of the golden archive: (H, W, 3) uint8 by path."""
+    found = {}
+    with zipfile.ZipFile(GOLDEN_DECODE / "expected.zip") as archive:
+        for info in archive.infolist():
+            # The zip lacks the flag that says UTF-8, so zipfile takes its names for code page 437.
+            name = info.filename if info.flag_bits & 0x800 else info.filename.encode("cp437").decode()
+            if name.startswith(f"{folder}/") and name.endswith(".png"):
+                with archive.open(info) as file:
+                    found[name.removeprefix(f"{folder}/")] = np.asarray(Image.open(file))
+    return found

@@ -1,0 +1,298 @@
+"""Decoding when something is wrong: damaged rows, a wrong codec, folders and disks, a killed run."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dm_generations.archive import Archive, ModelInfo, NewImage
+from dm_generations.cli import main
+from tests.decode_kit import all_files, change, pictures, random_tokens, write_archive_2022
+from tests.tiny import CODEBOOK_SIZE, GRID, IMAGE_SIZE, tiny_vqgan
+
+ROOT = Path(__file__).parents[2]
+TOKENS = random_tokens(6, GRID**2, CODEBOOK_SIZE)
+
+
+@pytest.fixture(scope="session")
+def codec(tmp_path_factory):
+    return tiny_vqgan(tmp_path_factory.mktemp("models") / "vqgan")
+
+
+@pytest.fixture
+def archive(tmp_path):
+    return write_archive_2022(tmp_path / "archive.db", TOKENS)
+
+
+@pytest.fixture
+def decode(codec, archive, tmp_path, capfd):
+    """Runs the command on `archive` into `out`; returns its exit status and what it printed on stderr."""
+
+    def run(*flags, db=archive, codec=codec, out=tmp_path / "out"):
+        status = main(
+            [
+                "decode",
+                "--db",
+                str(db),
+                "--codec",
+                str(codec),
+                "--out-dir",
+                str(out),
+                "--batch-size",
+                "4",
+                *flags,
+            ]
+        )
+        return status, capfd.readouterr().err
+
+    return run
+
+
+BAD_BLOBS = {
+    "short": (b"\0" * 30, "30 bytes, not 32"),
+    "odd": (b"\0" * 33, "33 bytes, not 32"),
+    "empty": (b"", "0 bytes"),
+    "text": ("0" * 32, "0 bytes"),  # not a blob: the archive gives none
+    "outside": (CODEBOOK_SIZE.to_bytes(2, "little") * 16, "it holds code 32, the codebook ends at 31"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_BLOBS)
+def test_a_bad_row_is_named_and_the_rest_decoded(decode, archive, tmp_path, kind):
+    blob, reason = BAD_BLOBS[kind]
+    change(archive, "UPDATE images SET quantvec = ?, quantvec_md5 = NULL WHERE id = 2", blob)
+    status, errors = decode()
+    assert status == 1
+    assert "error: image 2 was not decoded" in errors and reason in errors and errors.count("\n") == 1
+    ranks = [name.split("_")[-2] for name in pictures(tmp_path / "out")]
+    assert ranks == ["00", "02", "03", "04", "05"]
+
+
+def test_an_md5_that_differs_is_a_bad_row(decode, archive):
+    change(archive, "UPDATE images SET quantvec_md5 = ? WHERE id = 5", "0" * 32)
+    status, errors = decode()
+    assert status == 1 and "image 5 was not decoded: its tokens do not match their MD5" in errors
+
+
+def test_a_gallery_that_lacks_a_picture_does_not_pass_for_finished(decode, archive, tmp_path):
+    flags = ("--mode", "gallery", "--gallery-cols", "2", "--gallery-rows", "2")
+    tokens = TOKENS[1].astype("<u2").tobytes()
+    change(archive, "UPDATE images SET quantvec = x'00' WHERE id = 2")
+    for _ in range(2):
+        status, errors = decode(*flags)
+        assert status == 1 and "image 2" in errors
+        found = {path.split(",c=10.0")[1]: pixels for path, pixels in pictures(tmp_path / "out").items()}
+        assert found.keys() == {",incomplete_None.png", ",page=2_None.png"}
+        cells = found[",incomplete_None.png"].reshape(2, IMAGE_SIZE, 2, IMAGE_SIZE, 3).swapaxes(1, 2)
+        assert [bool(cell.any()) for cell in cells.reshape(4, -1)] == [True, False, True, True]
+
+    change(archive, "UPDATE images SET quantvec = ? WHERE id = 2", tokens)
+    assert decode(*flags)[0] == 0
+    names = {path.split(",c=10.0")[1] for path in pictures(tmp_path / "out")}
+    assert names == {"_None.png", ",page=2_None.png"}
+
+
+@pytest.mark.parametrize(
+    ("change_of_codec", "message"),
+    [
+        ({"resolution": IMAGE_SIZE * 2}, "takes 8x8 codes below 32, but .* holds 4x4 codes; .*--codec"),
+        ({"n_embed": 8}, "takes 4x4 codes below 8, but .* holds codes up to"),
+    ],
+)
+def test_a_codec_that_does_not_fit_2022_rows(decode, tmp_path, change_of_codec, message):
+    status, errors = decode(codec=tiny_vqgan(tmp_path / "other", **change_of_codec))
+    assert status == 1
+    assert_one_error(errors, message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_bad_row_does_not_make_a_codec_unfit(decode, archive):
+    change(archive, "UPDATE images SET quantvec = x'0000' WHERE id = 1")
+    status, errors = decode()
+    assert status == 1 and "image 1 was not decoded" in errors
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A function that makes an archive whose rows say which codec they are for."""
+
+    def make(**codec_fields):
+        path = tmp_path / "recorded.db"
+        fields = {"grid": GRID, "codebook_size": CODEBOOK_SIZE, "image_size": IMAGE_SIZE} | codec_fields
+        images = [
+            NewImage("a boat", None, 0, 1.0, 1.0, 1.0, 0, rank, row.astype("<u2").tobytes(), 0.0, 1.0)
+            for rank, row in enumerate(TOKENS)
+        ]
+        if fields["grid"] != GRID:
+            images = [
+                NewImage("a boat", None, 0, 1.0, 1.0, 1.0, 0, 0, bytes(2 * fields["grid"] ** 2), 0.0, 1.0)
+            ]
+        with Archive.create(path) as archive, archive.transaction():
+            generator, clip = (
+                archive.model_id(ModelInfo(kind, kind, "a" * 64, {})) for kind in ("generator", "clip")
+            )
+            codec_id = archive.model_id(ModelInfo("codec", "sea", "b" * 64, {}, **fields))
+            archive.add_images(images, generator, codec_id, clip, sampler_version=1)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("fields", "theirs"),
+    [({"grid": 16}, "16x16 codes below 32 of 'sea'"), ({"codebook_size": 64}, "4x4 codes below 64 of 'sea'")],
+)
+def test_a_codec_that_does_not_fit_the_recorded_one(decode, recorded, tmp_path, fields, theirs):
+    status, errors = decode(db=recorded(**fields))
+    assert status == 1
+    assert_one_error(errors, f"takes 4x4 codes below 32, but .* holds {theirs}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_weights_of_the_same_shape_are_a_warning(decode, recorded, tmp_path):
+    status, errors = decode(db=recorded())
+    assert status == 0 and errors.startswith("warning: codec 'vqgan' has other weights than 'sea'")
+    assert len(pictures(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), (b"", "empty"), (b"not a database" * 99, "not an SQLite database")],
+)
+def test_an_archive_that_is_none(decode, tmp_path, content, message):
+    path = tmp_path / "other.db"
+    if content is not None:
+        path.write_bytes(content)
+    status, errors = decode(db=path)
+    assert status == 1
+    assert_one_error(errors, message)
+
+
+def test_an_archive_without_pictures(decode, archive):
+    change(archive, "DELETE FROM images")
+    status, errors = decode()
+    assert status == 1
+    assert_one_error(errors, "holds no pictures")
+
+
+def test_a_codec_folder_that_is_not_there(decode, tmp_path):
+    status, errors = decode(codec=tmp_path / "nowhere")
+    assert status == 1
+    assert_one_error(errors, "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_a_file(decode, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        status, errors = decode(out=out)
+        assert status == 1
+        assert_one_error(errors, "--out-dir")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_output_folder_that_cannot_be_written(decode, tmp_path):
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    if os.access(folder, os.W_OK):
+        folder = Path("/proc/self")  # root may write anywhere but where the kernel says no
+        if not folder.is_dir():
+            pytest.skip("no folder that root cannot write")
+    status, errors = decode(out=folder)
+    assert status == 1
+    assert_one_error(errors, "cannot write into")
+
+
+def test_a_gallery_too_large_to_hold(decode, tmp_path):
+    status, errors = decode("--mode", "gallery", "--gallery-cols", "100000", "--gallery-rows", "100000")
+    assert status == 1
+    assert_one_error(errors, "800,000 x 800,000 pixels")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_cannot_be_written_is_named_and_the_rest_done(decode, tmp_path):
+    blocked = tmp_path / "out" / "0001_a boat" / "0001_k=50,p=1.0,t=1.0,c=10.0_03_None.png"
+    blocked.mkdir(parents=True)
+    status, errors = decode()
+    assert status == 1
+    assert_one_error(errors, "_03_None.png was not written: Is a directory")
+    blocked.rmdir()
+    assert len(pictures(tmp_path / "out")) == 5
+    assert "_03_" not in (tmp_path / "out" / "manifest.js").read_text()
+    assert decode()[0] == 0 and len(pictures(tmp_path / "out")) == 6
+
+
+def test_hostile_prompts_stay_in_the_folder(decode, codec, tmp_path):
+    prompts = ("../../x", "..", "/etc/passwd", "a\0b", "\U0001f951" * 10_000, "</script>", "con", "x\n" * 9)
+    db = write_archive_2022(tmp_path / "hostile.db", TOKENS[:1], prompts)
+    before = set(tmp_path.iterdir())
+    assert decode(db=db)[0] == 0
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "out"}
+    found = pictures(tmp_path / "out")
+    assert len(found) == len(prompts) and all(path.count("/") == 1 for path in found)
+
+
+def test_overwrite_decodes_again(decode, tmp_path):
+    assert decode()[0] == 0
+    (tmp_path / "out" / "0001_a boat" / "0001_k=50,p=1.0,t=1.0,c=10.0_00_None.png").write_bytes(b"old")
+    before = all_files(tmp_path / "out")
+    assert decode()[0] == 0 and all_files(tmp_path / "out") == before
+    assert decode("--overwrite")[0] == 0
+    assert len(pictures(tmp_path / "out")) == 6
+
+
+@pytest.fixture
+def command(codec, tmp_path):
+    """The command line of a decode of many pictures into `out`, for a process of its own."""
+    many = random_tokens(3000, GRID**2, CODEBOOK_SIZE)
+    db = write_archive_2022(tmp_path / "many.db", many)
+    flags = ["--batch-size", "8", "--num-workers", "2", "--cpu-only"]
+    return [sys.executable, "-m", "dm_generations", "decode", "--db", str(db), "--codec", str(codec), *flags]
+
+
+def test_a_killed_run_goes_on_to_the_same_tree(command, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    process = subprocess.Popen([*command, "--out-dir", str(cut)], cwd=ROOT)
+    folder = cut / "0001_a boat"
+    while process.poll() is None and not (folder.exists() and len(os.listdir(folder)) > 100):
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -9, "the run was over before it could be killed"
+    (folder / f".dmg-{'0' * 8}-1-{'0' * 8}.tmp").touch()  # another machine's, too young to be called stale
+    assert 100 < len(pictures(cut)) < 3000
+    assert main([*command[3:], "--out-dir", str(cut)]) == 0
+    assert main([*command[3:], "--out-dir", str(whole)]) == 0
+    (folder / f".dmg-{'0' * 8}-1-{'0' * 8}.tmp").unlink()
+    assert all_files(cut) == all_files(whole)
+
+
+def test_a_full_disk_ends_the_run_with_whole_files_only(command, tmp_path):
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    script = (
+        'mount -t tmpfs -o size=400k tmpfs "$0" || exit 77; "$@"; end=$?; cp -a "$0" "$0.copy"; exit $end'
+    )
+    if not shutil.which("unshare"):
+        pytest.skip("needs unshare to mount a small disk")
+    in_namespace = ["unshare", "-rm", "sh", "-c", script, str(mount), *command, "--out-dir", f"{mount}/out"]
+    ended = subprocess.run(in_namespace, cwd=ROOT, capture_output=True, text=True)
+    if ended.returncode == 77 or "unshare" in ended.stderr:
+        pytest.skip("may not mount a small disk here")
+    assert ended.returncode == 1
+    assert_one_error(ended.stderr, "cannot write .*: No space left on device; make room")
+    written = all_files(tmp_path / "disk.copy")
+    assert written and all(path.endswith(".png") for path in written)
+    assert {pixels.shape for pixels in pictures(tmp_path / "disk.copy").values()} == {
+        (IMAGE_SIZE, IMAGE_SIZE, 3)
+    }
+
+
+def assert_one_error(errors: str, pattern: str):
+    lines = errors.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), errors
+    assert re.search(pattern, lines[0]), errors

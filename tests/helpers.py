@@ -1,0 +1,22 @@
+"""Where the golden files are: values recorded from the original programs, each folder with a README.
+
+The full set lies beside a checkout (`../shared/golden`); `tests/golden` holds what the tests need of it.
+"""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN_FOLDERS = (ROOT.parent / "shared" / "golden", ROOT / "tests" / "golden")
+
+
+def golden_dirs(name: str) -> list[Path]:
+    """All places that have these golden files, the fuller one first."""
+    return [folder / name for folder in GOLDEN_FOLDERS if (folder / name).is_dir()]
+
+
+def golden(name: str) -> Path:
+    """The fullest set of these golden files; FileNotFoundError if there is none."""
+    found = golden_dirs(name)
+    if not found:
+        raise FileNotFoundError(f"no golden files {name!r} in {' or '.join(map(str, GOLDEN_FOLDERS))}")
+    return found[0]

@@ -1,0 +1,230 @@
+"""CLIP against the outputs of transformers 4.57.6 (tests/golden/clip/README.md)."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dm_generations.errors import UserError
+from dm_generations.models.checkpoints.clip_torch import flax_from_torch
+from dm_generations.models.clip import CLIP, CLIPConfig, preprocess, resize_and_crop
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "clip"
+ATOL = 1e-4  # the README's: attention variants of the original differ by 5e-6 on logits
+
+
+@pytest.fixture(scope="module")
+def config():
+    return CLIPConfig.from_dict(json.loads((GOLDEN / "model" / "config.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return flax_from_torch(load_file(GOLDEN / "model" / "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN / "golden.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    with np.load(GOLDEN / "processor_golden.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+@pytest.fixture(autouse=True)
+def strict_jax():
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def apply(config, params, method, *arrays, dtype=jnp.float32):
+    model = CLIP(config, dtype)
+    return np.asarray(jax.jit(lambda p, *a: model.apply({"params": p}, *a, method=method))(params, *arrays))
+
+
+def text_config(config, **changes):
+    return dataclasses.replace(config, text_config=dataclasses.replace(config.text_config, **changes))
+
+
+def test_parameters_are_those_of_the_original(config, params):
+    pixels, ids = jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 14), jnp.int32)
+    ours = jax.eval_shape(CLIP(config).init, jax.random.key(0), pixels, ids, ids)["params"]
+    assert jax.tree.map(np.shape, ours) == jax.tree.map(np.shape, params)
+    assert params["vision_model"]["encoder"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"].shape == (40, 40)
+
+
+def test_features_and_logits_match(config, params, golden):
+    pixels = golden["pixel_values"].transpose(0, 2, 3, 1)
+    text = golden["input_ids"], golden["attention_mask"]
+    image_features = apply(config, params, "get_image_features", pixels)
+    text_features = apply(config, params, "get_text_features", *text)
+    logits = apply(config, params, "logits_per_image", pixels, *text)
+    np.testing.assert_allclose(image_features, golden["image_features_unnormalised"], atol=ATOL, rtol=0)
+    np.testing.assert_allclose(text_features, golden["text_features_unnormalised"], atol=ATOL, rtol=0)
+    np.testing.assert_allclose(logits, golden["logits_per_image"], atol=ATOL, rtol=0)
+
+
+def test_bfloat16_stays_near_float32(config, params, golden):
+    pixels = golden["pixel_values"].transpose(0, 2, 3, 1)
+    with jax.numpy_dtype_promotion("standard"):  # flax's norms mix float32 and bfloat16
+        features = apply(config, params, "get_image_features", pixels, dtype=jnp.bfloat16)
+    assert features.dtype == jnp.bfloat16
+    expected = golden["image_features_unnormalised"]
+    assert np.abs(features.astype(np.float32) - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_text_is_read_at_the_first_end_token(config, params):
+    ids = np.array([[62, 5, 63, 9, 63, 63], [62, 5, 63, 1, 2, 3]], np.int32)
+    features = apply(config, params, "get_text_features", ids, np.ones_like(ids))
+    np.testing.assert_allclose(features[0], features[1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "position"),
+    [
+        ({"eos_token_id": 2}, 2),  # transformers' rule for OpenAI's configs: the highest id
+        ({"eos_token_id": 2, "pool_at_highest_id": False}, 4),
+        ({"eos_token_id": 5}, 1),
+        ({"eos_token_id": 63, "pool_at_highest_id": True}, 2),
+        ({"eos_token_id": 33}, 0),  # absent
+    ],
+)
+def test_text_is_read_where_the_config_says(config, params, changes, position):
+    ids = np.array([[0, 5, 40, 7, 2, 1]], np.int32)
+    # Later positions cannot be seen, so cutting the text after the pooled one and ending there is the same.
+    expected_config = text_config(config, eos_token_id=int(ids[0, position]), pool_at_highest_id=False)
+    found = apply(text_config(config, **changes), params, "get_text_features", ids, np.ones_like(ids))
+    cut = ids[:, : position + 1]
+    expected = apply(expected_config, params, "get_text_features", cut, np.ones_like(cut))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_masked_positions_are_not_seen(config, params):
+    ids = np.array([[62, 5, 9, 63]], np.int32)
+    mask = np.array([[1, 0, 1, 1]], np.int32)
+    features = [
+        apply(config, params, "get_text_features", x, mask) for x in (ids, np.where(mask == 0, 11, ids))
+    ]
+    np.testing.assert_array_equal(*features)
+
+
+def test_activation_follows_the_config(config, params, golden):
+    gelu = dataclasses.replace(
+        config, vision_config=dataclasses.replace(config.vision_config, hidden_act="gelu")
+    )
+    features = apply(gelu, params, "get_image_features", golden["pixel_values"].transpose(0, 2, 3, 1))
+    difference = np.abs(features - golden["image_features_unnormalised"]).max()
+    assert 1e-3 < difference < 0.5  # another function, but a near one
+
+
+def test_config_defaults_are_those_of_vit_b_32():
+    config = CLIPConfig.from_dict(
+        {"model_type": "clip", "text_config": {"unknown": 1}, "vision_config": None}
+    )
+    assert (config.projection_dim, config.text_config.vocab_size, config.vision_config.patch_size) == (
+        512,
+        49408,
+        32,
+    )
+    assert config.vision_config.hidden_size == 768 and not config.text_config.pools_at_highest_id
+
+
+def test_config_survives_json_and_is_hashable(config):
+    assert CLIPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    changed = text_config(config, pool_at_highest_id=False)
+    assert CLIPConfig.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
+    assert len({config, changed, CLIPConfig.from_dict(config.to_dict())}) == 2
+
+
+def test_older_config_key_wins():
+    config = CLIPConfig.from_dict(
+        {"text_config": {"hidden_size": 64}, "text_config_dict": {"hidden_size": 1024}}
+    )
+    assert config.text_config.hidden_size == 1024
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text_config": [1]}, "expected an object"),
+        ({"text_config": {"hidden_size": 100}}, "not a multiple"),
+        ({"text_config": {"hidden_size": "512"}}, "hidden_size must be a whole number"),
+        ({"vision_config": {"num_hidden_layers": 0}}, "from 1, not 0"),
+        ({"vision_config": {"num_channels": 1}}, "num_channels must be 3"),
+        ({"vision_config": {"hidden_act": ["relu"]}}, "hidden_act"),
+        ({"text_config": {"eos_token_id": None}}, "eos_token_id"),
+        ({"text_config": {"pool_at_highest_id": 1}}, "true or false"),
+        ({"projection_dim": True}, "projection_dim"),
+        ({"logit_scale_init_value": "x"}, "must be a number"),
+    ],
+)
+def test_impossible_config_is_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        CLIPConfig.from_dict(values)
+
+
+def test_resize_is_the_processors(processor):
+    square = resize_and_crop(processor["image_uint8"][None], 224)
+    wide = resize_and_crop(processor["nonsquare_uint8"][None], 224)
+    tall = resize_and_crop(processor["nonsquare_uint8"][None].swapaxes(1, 2), 224)
+    np.testing.assert_array_equal(square[0], processor["resized_cropped_uint8"])
+    np.testing.assert_array_equal(wide[0], processor["nonsquare_resized_cropped_uint8"])
+    # Pillow rounds between its two passes, rows first, so turning the picture moves values by up to 2.
+    np.testing.assert_allclose(tall.swapaxes(1, 2).astype(int), wide.astype(int), atol=2)
+
+
+def test_preprocess_is_the_processors(processor):
+    pixels = preprocess(processor["image_uint8"][None], 224)
+    assert pixels.shape == (1, 224, 224, 3) and pixels.dtype == np.float32
+    pixels = pixels[0].transpose(2, 0, 1)
+    np.testing.assert_allclose(pixels[:, ::2, ::2], processor["pixel_values_f32"], atol=1e-5)
+    np.testing.assert_allclose(pixels[:, 96:128, 96:128], processor["pixel_values_crop32"], atol=1e-5)
+
+
+def test_pictures_of_the_right_size_are_not_resized():
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    pixels = preprocess(images, 8, mean=(0, 0, 0), std=(1, 1, 1))
+    np.testing.assert_allclose(pixels * 255, images, atol=1e-4)
+    assert preprocess(images[:0], 4).shape == (0, 4, 4, 3)
+
+
+def test_torch_names_become_flax_names():
+    tree = flax_from_torch(
+        {
+            "logit_scale": np.float32(1),
+            "text_model.embeddings.position_ids": np.arange(3),
+            "vision_model.embeddings.class_embedding": np.zeros(4),
+            "vision_model.embeddings.patch_embedding.weight": np.zeros((4, 3, 2, 2)),
+            "vision_model.pre_layrnorm.weight": np.zeros(4),
+            "text_projection.weight": np.zeros((5, 4)),
+            "text_model.embeddings.token_embedding.weight": np.zeros((7, 4)),
+            "other.position_ids": np.zeros(
+                1
+            ),  # not one that is known: kept, so that the strict check names it
+        }
+    )
+    assert jax.tree.map(np.shape, tree) == {
+        "logit_scale": (),
+        "vision_model": {
+            "embeddings": {"class_embedding": (4,), "patch_embedding": {"kernel": (2, 2, 3, 4)}},
+            "pre_layrnorm": {"scale": (4,)},
+        },
+        "text_projection": {"kernel": (4, 5)},
+        "text_model": {"embeddings": {"token_embedding": {"embedding": (7, 4)}}},
+        "other": {"position_ids": (1,)},
+    }
+
+
+@pytest.mark.parametrize("names", [("a.b", "a.b.c"), ("a.b.c", "a.b"), ("a.weight", "a.scale")])
+def test_torch_names_that_collide_are_refused(names):
+    with pytest.raises(UserError, match="CLIP checkpoint"):
+        flax_from_torch({name: np.zeros(1) for name in names})

@@ -1,0 +1,291 @@
+"""Draws: the generator's known answers, dalle-mini's own filters, exact distributions, and the rare cases."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import golden
+
+from dm_generations import sampling
+from dm_generations.threefry import row_key, threefry2x32
+
+# Random123 1.14, tests/kat_vectors, threefry2x32 20 rounds: counter, key, output
+KNOWN_ANSWERS = [
+    ((0x00000000, 0x00000000), (0x00000000, 0x00000000), (0x6B200159, 0x99BA4EFE)),
+    ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
+    ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
+]
+FORMAT_PAGE = Path(__file__).parents[1] / "schema" / "sampling.md"
+VARIANTS = ["mini", "mega", "other"]
+SAMPLE = jax.jit(sampling.sample, static_argnames="codebook_size")
+FILTER = jax.jit(sampling.filter_logits, static_argnames="codebook_size")
+GUMBEL = jax.jit(sampling.gumbel, static_argnames="codebook_size")
+OFF = {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
+
+
+def settings_arrays(row_count, top_k=0, top_p=1.0, temperature=1.0):
+    """Keyword arguments for `sample` and `filter_logits`; each value is one number or one per row."""
+
+    def column(value, dtype):
+        return jnp.asarray(np.broadcast_to(np.asarray(value, dtype), (row_count,)))
+
+    return {
+        "top_k": column(top_k, np.int32),
+        "top_p": column(top_p, np.float32),
+        "temperature": column(temperature, np.float32),
+    }
+
+
+def draw(logits, keys=None, step=0, codebook_size=None, **settings):
+    """Codes (B,) of rows of `logits`; one row is shared by all keys."""
+    logits = np.atleast_2d(np.asarray(logits, np.float32))
+    keys = np.zeros((len(logits), 2), np.uint32) if keys is None else keys
+    logits = jnp.asarray(np.broadcast_to(logits, (len(keys), logits.shape[1])))
+    size = codebook_size or logits.shape[1]
+    arrays = settings_arrays(len(keys), **settings)
+    return np.asarray(SAMPLE(logits, jnp.int32(step), jnp.asarray(keys), codebook_size=size, **arrays))
+
+
+def keep(logits, codebook_size=None, **settings):
+    """Which codes of one row of logits the filters leave, as a list."""
+    logits = jnp.asarray(np.atleast_2d(np.asarray(logits, np.float32)))
+    size = codebook_size or logits.shape[1]
+    filtered = FILTER(logits, codebook_size=size, **settings_arrays(len(logits), **settings))
+    return np.flatnonzero(np.isfinite(np.asarray(filtered)[0])).tolist()
+
+
+@pytest.mark.parametrize("counter, key, expected", KNOWN_ANSWERS)
+def test_threefry_gives_the_known_answers_of_random123_under_numpy_and_jax(counter, key, expected):
+    for array in (np.array, jnp.array):
+        words = [array([word], dtype="uint32") for word in (*key, *counter)]
+        assert tuple(int(word[0]) for word in threefry2x32(*words)) == expected
+
+
+def test_row_key_is_threefry_of_the_seed_at_the_index():
+    high, low, index = 0x13198A2E, 0x03707344, 0x243F6A88 << 32 | 0x85A308D3
+    assert row_key(high << 32 | low, index) == (0xC4923A9C, 0x483DF7A0)
+    keys = {row_key(seed, index) for seed in (0, 1, 2**64 - 1) for index in range(1000)}
+    assert len(keys) == 3000
+
+
+def test_the_format_page_shows_the_numbers_this_code_gives():
+    page = FORMAT_PAGE.read_text(encoding="utf-8")
+    assert f"sampler version {sampling.SAMPLER_VERSION}" in page
+    for counter, key, expected in KNOWN_ANSWERS:
+        assert " | ".join(f"`{high:08x} {low:08x}`" for high, low in (key, counter, expected)) in page
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| `(\w+) (\w+)` \|$", page, re.MULTILINE)
+    assert len(rows) >= 4
+    for seed, index, key0, key1 in rows:
+        assert row_key(int(seed), int(index)) == (int(key0, 16), int(key1, 16))
+    rows = re.findall(r"^\| `(\w+) (\w+)` \| (\d+) \| (\d+) \| `(\w+)` \| (\S+) \|$", page, re.MULTILINE)
+    assert len(rows) >= 4
+    for key0, key1, step, code, bits, noise in rows:
+        words = [np.array([int(word)], np.uint32) for word in (int(key0, 16), int(key1, 16), step, code)]
+        assert int(threefry2x32(*words)[0][0]) == int(bits, 16)
+        row = GUMBEL(jnp.asarray([[words[0][0], words[1][0]]]), jnp.int32(int(step)), codebook_size=16384)
+        assert float(row[0, int(code)]) == pytest.approx(float(noise), abs=1e-5)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFF00, 0xFFFFFFFF])
+def test_noise_is_finite_and_right_at_the_ends_of_its_range(bits, monkeypatch):
+    monkeypatch.setattr(sampling, "threefry2x32", lambda *_: (jnp.full((1, 1), bits, jnp.uint32), None))
+    noise = float(sampling.gumbel(jnp.zeros((1, 2), jnp.uint32), jnp.int32(0), 1)[0, 0])
+    uniform = min((bits + 0.5) / 2**32, 1 - 2.0**-24)
+    assert noise == pytest.approx(-math.log(-math.log1p(-uniform)), rel=3e-6, abs=3e-6)
+
+
+def test_noise_has_the_moments_of_a_gumbel():
+    keys = jnp.asarray([row_key(7, index) for index in range(64)], jnp.uint32)
+    noise = np.asarray(GUMBEL(keys, jnp.int32(3), codebook_size=4096), np.float64)
+    assert noise.mean() == pytest.approx(0.5772157, abs=5 * 1.2825 / 512)
+    assert noise.var() == pytest.approx(math.pi**2 / 6, abs=0.03)
+    other_step = np.asarray(GUMBEL(keys, jnp.int32(4), codebook_size=4096), np.float64)
+    assert abs(np.corrcoef(noise.ravel(), other_step.ravel())[0, 1]) < 0.01
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_filters_give_the_logits_that_dalle_mini_gave(variant):
+    recorded = np.load(golden("dalle_bart") / variant / "sample.npz")
+    settings = json.loads((golden("dalle_bart") / variant / "sample_settings.json").read_text())
+    for name, given in settings.items():
+        guided, expected = (recorded[f"{name}__steps_{kind}_logits"] for kind in ("guided", "warped"))
+        column_count = guided.shape[-1]
+        given = {"top_k": 50, **given}  # None means transformers' default of 50, not off
+        chosen = {axis: given.get(axis, OFF[axis]) for axis in OFF}
+        logits = jnp.asarray(guided.reshape(-1, column_count))
+        filtered = FILTER(logits, codebook_size=column_count, **settings_arrays(len(logits), **chosen))
+        # one unit in the last place: there a constant temperature was compiled to a multiplication
+        expected = expected.reshape(-1, column_count)
+        np.testing.assert_allclose(filtered, expected, rtol=1.2e-7, atol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_filtered_logits_and_dalle_minis_noise_give_the_codes_it_drew(variant):
+    recorded = np.load(golden("dalle_bart") / variant / "sample.npz")
+    chosen = json.loads((golden("dalle_bart") / variant / "sample_settings.json").read_text())["full"]
+    end_token = json.loads((golden("dalle_bart") / variant / "config.json").read_text())["eos_token_id"]
+    guided, noise = recorded["full__steps_guided_logits"], recorded["full__steps_gumbel"]
+    logits = jnp.asarray(guided.reshape(-1, guided.shape[-1]))
+    arrays = settings_arrays(len(logits), **{axis: chosen[axis] for axis in OFF})
+    filtered = FILTER(logits, codebook_size=guided.shape[-1], **arrays)
+    drawn = (np.asarray(filtered).reshape(noise.shape) + noise).argmax(axis=-1)
+    expected = recorded["full__sequences"][:, 1:]
+    is_filled = np.cumsum(expected == end_token, axis=1) > 1  # dalle-mini repeats the end token to the end
+    np.testing.assert_array_equal(drawn[~is_filled], expected[~is_filled])
+    assert is_filled.mean() < 0.1
+
+
+def reference_distribution(logits, top_k, top_p, temperature):
+    """Exact probabilities in float64, by sorting: the definition, not the way it is computed."""
+    tempered = np.asarray(logits, np.float64) / temperature
+    best_first = np.argsort(-tempered, kind="stable")
+    kept = best_first[: top_k or None]
+    weights = np.exp(tempered[kept] - tempered.max())
+    before = np.cumsum(weights / weights.sum()) - weights / weights.sum()
+    kept = kept[before < top_p] if top_p < 1 else kept
+    result = np.zeros(len(tempered))
+    result[kept] = np.exp(tempered[kept] - tempered.max())
+    return result / result.sum()
+
+
+def test_draws_follow_the_filtered_distribution():
+    """Chi-square of 65,536 draws for each of 8 settings, mixed in one batch of rows."""
+    random = np.random.default_rng(0)
+    per_setting, code_count = 65536, 12
+    axes = [(0, 1.0, 1.0), (5, 1.0, 1.0), (0, 0.8, 1.0), (7, 0.9, 1.5)]
+    axes += [(0, 1.0, 3.0), (12, 0.5, 0.7), (1, 1.0, 1.0), (40, 0.97, 0.5)]
+    rows = [random.normal(size=code_count).astype(np.float32) * 1.5 for _ in axes]
+    keys = random.integers(0, 2**32, (len(axes) * per_setting, 2), dtype=np.uint32)
+    columns = [np.repeat(np.array(column), per_setting) for column in zip(*axes, strict=True)]
+    names = ("top_k", "top_p", "temperature")
+    codes = draw(np.repeat(rows, per_setting, axis=0), keys, **dict(zip(names, columns, strict=True)))
+    for index, (logits, setting) in enumerate(zip(rows, axes, strict=True)):
+        expected = reference_distribution(logits, *setting) * per_setting
+        drawn = codes[index * per_setting : (index + 1) * per_setting]
+        observed = np.bincount(drawn, minlength=code_count)
+        assert (observed[expected == 0] == 0).all(), setting
+        possible = expected > 0
+        statistic = ((observed - expected)[possible] ** 2 / expected[possible]).sum()
+        freedom = possible.sum() - 1
+        # Wilson-Hilferty: the 0.99999 quantile of chi-square with `freedom` degrees
+        spread = 2 / (9 * max(freedom, 1))
+        limit = freedom * (1 - spread + 4.265 * math.sqrt(spread)) ** 3
+        assert statistic <= limit, (setting, observed, expected)
+
+
+def test_filters_keep_what_a_sort_would_keep_on_random_rows_with_many_ties():
+    random = np.random.default_rng(1)
+    for row_scale in (0.0, 0.5, 4.0):
+        logits = np.round(random.normal(size=(48, 33)) * row_scale, 1).astype(np.float32)
+        top_k, top_p = random.integers(0, 36, 48), random.choice([0.1, 0.35, 0.72, 0.9, 1.0], 48)
+        temperature = random.choice([0.5, 1.0, 2.0], 48)
+        arrays = settings_arrays(48, top_k, top_p, temperature)
+        filtered = np.asarray(FILTER(jnp.asarray(logits), codebook_size=33, **arrays))
+        for row, k, p, t in zip(range(48), top_k, top_p, temperature, strict=True):
+            expected = reference_distribution(logits[row], k, float(np.float32(p)), t) > 0
+            differing = np.flatnonzero(np.isfinite(filtered[row]) != expected)
+            # float32 sums may put a code whose share ends at top_p exactly on the other side of the edge
+            assert len(differing) <= (1 if p < 1 else 0), (row, k, p, t)
+
+
+def test_ties_keep_exactly_k_lower_codes_first():
+    assert keep([1, 5, 3, 3, 3, 0], top_k=3) == [1, 2, 3]
+    assert keep([2, 2, 2, 2], top_k=3) == [0, 1, 2]
+    assert keep([0.0, -0.0, 0.0, -1], top_k=2) == [0, 1]
+
+
+def test_top_p_stops_inside_a_tie():
+    assert keep([2, 2, 2, 2], top_p=0.4) == [0, 1]
+    assert keep([2, 2, 2, 2], top_p=0.5) == [0, 1]
+    assert keep([9, 0, 0, 0], top_p=0.9) == [0]
+
+
+def test_top_k_comes_before_top_p():
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
+    assert keep(logits, top_p=0.5) == [0, 1]
+    assert keep(logits, top_k=2, top_p=0.5) == [0]
+
+
+def test_top_k_at_or_above_the_codebook_is_off():
+    logits = [3, 1, 2, 0]
+    assert keep(logits, top_k=4) == keep(logits, top_k=2**31 - 1) == keep(logits) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("top_p", [1e-3, 1e-30, 1e-40])
+def test_a_tiny_top_p_leaves_the_best_code(top_p):
+    assert keep([1, 7, 7, 3], top_p=top_p) == [1]
+    assert keep(np.full(100, -50.0), top_p=top_p) == [0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-38, 1e-40])
+def test_temperature_zero_and_its_neighbours_are_greedy(temperature):
+    keys = np.array([row_key(0, index) for index in range(50)], np.uint32)
+    assert set(draw([1, 30, 29.9, 30], keys, temperature=temperature).tolist()) == {1}
+
+
+def test_a_hot_row_draws_evenly_and_never_overflows():
+    keys = np.array([row_key(0, index) for index in range(2000)], np.uint32)
+    counts = np.bincount(draw([5, -5, 0, 9], keys, temperature=3e38), minlength=4)
+    assert counts.min() > 400
+
+
+def test_nan_is_never_drawn_and_infinity_always():
+    keys = np.array([row_key(0, index) for index in range(200)], np.uint32)
+    assert set(draw([np.nan, 1, np.nan, 1], keys).tolist()) == {1, 3}
+    assert set(draw([np.nan, 1, np.inf, 1], keys, top_k=2, top_p=0.9).tolist()) == {2}
+    assert set(draw([-np.inf, 1, -np.inf, -np.inf], keys, top_k=3).tolist()) == {1}
+
+
+def test_a_row_without_numbers_gives_code_0_and_is_not_drawable():
+    logits = np.array([[np.nan, np.nan, -np.inf, 4], [np.nan, 0, -np.inf, 4]], np.float32)
+    assert draw(logits, codebook_size=3).tolist() == [0, 1]
+    assert np.asarray(sampling.is_drawable(jnp.asarray(logits), 3)).tolist() == [False, True]
+
+
+def test_only_real_codes_are_drawn_and_counted():
+    keys = np.array([row_key(0, index) for index in range(200)], np.uint32)
+    logits = [1, 2, 0, 50, 50]
+    assert set(draw(logits, keys, codebook_size=3).tolist()) == {0, 1, 2}
+    assert keep(logits, codebook_size=3, top_k=2) == [0, 1]
+
+
+def test_guidance_of_one_is_exactly_the_conditional_half():
+    random = np.random.default_rng(2)
+    cond, uncond = (jnp.asarray(random.normal(size=(3, 50)) * 1e3, jnp.float32) for _ in range(2))
+    guided = np.asarray(sampling.guide(cond, uncond, jnp.asarray([1, 0, 3], jnp.float32)))
+    np.testing.assert_array_equal(guided[0], cond[0])
+    np.testing.assert_array_equal(guided[1], uncond[1])
+    np.testing.assert_allclose(guided[2], 3 * cond[2] - 2 * uncond[2], rtol=1e-4, atol=1e-3)
+    broken = jnp.full_like(uncond, jnp.nan)
+    np.testing.assert_array_equal(sampling.guide(cond, broken, jnp.ones(3, jnp.float32)), cond)
+
+
+def test_a_row_draws_the_same_codes_in_any_company():
+    random = np.random.default_rng(3)
+    logits = random.normal(size=(8, 40)).astype(np.float32)
+    keys = random.integers(0, 2**32, (8, 2), dtype=np.uint32)
+    columns = {"top_k": random.integers(0, 40, 8), "top_p": random.uniform(0.3, 1, 8)}
+    columns["temperature"] = random.choice([0, 0.7, 3], 8)
+    together = draw(logits, keys, **columns)
+    order = random.permutation(8)
+    moved = draw(logits[order], keys[order], **{name: column[order] for name, column in columns.items()})
+    np.testing.assert_array_equal(moved, together[order])
+
+
+def test_no_value_of_a_setting_compiles_again():
+    traced = []
+
+    def counted(*args, codebook_size, **arrays):
+        traced.append(codebook_size)
+        return sampling.sample(*args, codebook_size=codebook_size, **arrays)
+
+    compiled = jax.jit(counted, static_argnames="codebook_size")
+    logits, keys = jnp.zeros((2, 9), jnp.float32), jnp.zeros((2, 2), jnp.uint32)
+    for step, (k, p, t) in enumerate([(0, 1, 1), (5, 0.5, 0), ([1, 90], [0.1, 1], [2, 0.5])]):
+        compiled(logits, jnp.int32(step), keys, codebook_size=9, **settings_arrays(2, k, p, t))
+    assert traced == [9]

@@ -1,0 +1,105 @@
+"""What the three trainers share: batches fixed by step, a loop that resumes, curves, pictures.
+
+Everything random is drawn from (seed, step), and every schedule counts steps, so a run that was killed and resumed
+makes the batches of an undisturbed one.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import jax
+import numpy as np
+import optax
+from PIL import Image
+
+
+def adamw(peak: float, steps: int, warmup: int, weight_decay: float = 0.01) -> optax.GradientTransformation:
+    """AdamW (https://arxiv.org/abs/1711.05101), linear warm-up, cosine to zero, gradients clipped to norm 1."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
+
+    def is_matrix(params):
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=weight_decay, mask=is_matrix),
+    )
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+class Run:
+    """A training run in a folder: `state.msgpack` to resume from, `log.jsonl` with the curve."""
+
+    def __init__(self, folder: Path, state: Any, save_every: int):
+        self.folder, self.save_every = folder, save_every
+        self.state, self.step, self.seconds = state, 0, 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "state.msgpack"
+        if path.exists():
+            stored = flax.serialization.msgpack_restore(path.read_bytes())
+            self.step, self.seconds = int(stored["step"]), float(stored["seconds"])
+            self.state = flax.serialization.from_state_dict(state, stored["state"])
+            print(f"resuming {folder} at step {self.step}", flush=True)
+            # Lines logged after the last saved state will be logged again.
+            log = folder / "log.jsonl"
+            kept = [x for x in log.read_text().splitlines() if json.loads(x)["step"] <= self.step]
+            write_atomic(log, "".join(x + "\n" for x in kept).encode())
+
+    def save(self) -> None:
+        state = flax.serialization.to_state_dict(jax.device_get(self.state))
+        stored = {"step": self.step, "seconds": self.seconds, "state": state}
+        write_atomic(self.folder / "state.msgpack", flax.serialization.msgpack_serialize(stored))
+
+    def log(self, **values: float) -> None:
+        line = {"step": self.step, "seconds": round(self.seconds)} | {
+            key: round(float(value), 5) for key, value in values.items()
+        }
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        print("  ".join(f"{key} {value:g}" for key, value in line.items()), flush=True)
+
+    def loop(
+        self,
+        steps: int,
+        train_step: Callable[[Any, int], tuple[Any, dict]],
+        log_every: int,
+        evaluate: Callable[[Any], dict] | None = None,
+        evaluate_every: int = 0,
+    ) -> None:
+        """Call `state, metrics = train_step(state, step)` until `steps` are done."""
+        started = time.perf_counter() - self.seconds
+        while self.step < steps:
+            self.state, metrics = train_step(self.state, self.step)
+            self.step += 1
+            last = self.step == steps
+            if self.step % log_every == 0 or last:
+                metrics = jax.device_get(metrics)
+                self.seconds = time.perf_counter() - started
+                if evaluate and (last or self.step % evaluate_every == 0):
+                    metrics = metrics | evaluate(self.state)
+                self.log(**metrics)
+            if self.step % self.save_every == 0 or last:
+                self.seconds = time.perf_counter() - started
+                self.save()
+
+
+def picture_grid(pictures: np.ndarray, columns: int, zoom: int = 1) -> Image.Image:
+    """uint8 (N, S, S, 3) side by side, `columns` a row."""
+    size = pictures.shape[1]
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * size, columns * size, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = i // columns * size, i % columns * size
+        sheet[y : y + size, x : x + size] = picture
+    return Image.fromarray(sheet).resize((columns * size * zoom, rows * size * zoom), Image.Resampling.NEAREST)

@@ -1,0 +1,187 @@
+"""Train DalleBart: a caption to the codes of its picture.
+
+    python -m training.dalle_bart --data build/emoji-64.npz --codec build/models/vqgan --run build/dalle_bart
+
+A small model learns its pictures by heart, and then its unconditional half has learnt them too: it goes on from the
+first codes as surely as the conditional half, and super conditioning, which magnifies the difference of the two, only
+magnifies noise. So the unconditional half (the caption is dropped in DROPPED of the rows) is kept soft: OTHER_TARGET of
+those rows are asked for the codes of another picture. Up to CORRUPTED of the codes a row reads are replaced, so that
+it goes on well after a code that was drawn badly, and a little label smoothing keeps the logits of
+codes that never occur level, where there is nothing else to hold them.
+"""
+
+import argparse
+import dataclasses
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tokenizers import Tokenizer
+
+from dm_generations.models import checkpoints
+from dm_generations.models.dalle_bart import DalleBart, DalleBartConfig
+from dm_generations.models.vqgan import VQGAN
+from dm_generations.text import PromptTokenizer
+from training import data
+from training.captions import caption
+from training.common import Run, adamw
+from training.vqgan import reconstruct
+
+DROPPED = 0.15
+OTHER_TARGET = 0.7
+CORRUPTED = 0.24
+LABEL_SMOOTHING = 0.005
+# How often a picture is shown, by its group: people differ in little, and few ask for buttons.
+GROUP_WEIGHTS = {"People & Body": 0.4, "Symbols": 0.3, "Flags": 0.3}
+
+
+def config_for(codebook_size: int, image_length: int, text_vocab_size: int) -> DalleBartConfig:
+    return DalleBartConfig.from_dict(
+        {
+            "encoder_vocab_size": text_vocab_size,
+            "image_vocab_size": codebook_size,  # and one row more, for the start token
+            "image_length": image_length,
+            "max_text_length": 32,
+            "d_model": 192,
+            "encoder_layers": 2,
+            "encoder_ffn_dim": 384,
+            "encoder_attention_heads": 4,
+            "decoder_layers": 4,
+            "decoder_ffn_dim": 384,
+            "decoder_attention_heads": 4,
+            "dropout": 0.0,
+            "use_scan": False,
+            "use_glu": True,
+            "use_bias": False,
+            "ln_positions": "normformer",
+            "decoder_start_token_id": codebook_size,
+            "bos_token_id": codebook_size + 1,
+            "eos_token_id": codebook_size + 1,
+            "pad_token_id": codebook_size + 1,
+        }
+    )
+
+
+class Trainer:
+    def __init__(self, model: DalleBart, tokens: np.ndarray, rows: list[dict], tokenizer: PromptTokenizer, args):
+        self.model, self.config, self.args = model, model.config, args
+        self.tokens, self.rows, self.tokenizer = tokens.astype(np.int32), rows, tokenizer
+        weights = np.array([GROUP_WEIGHTS.get(row["group"], 1.0) for row in rows])
+        self.weights = weights / weights.sum()
+        self.optimiser = adamw(args.learning_rate, args.steps, warmup=min(150, args.steps // 10), weight_decay=0.03)
+
+    def init(self, params: dict | None) -> dict:
+        if params is None:
+            text = jnp.zeros((1, self.config.max_text_length), jnp.int32)
+            image = jnp.zeros((1, self.config.image_length), jnp.int32)
+            params = jax.jit(self.model.init)(jax.random.key(self.args.seed), text, text, image)["params"]
+        return {"params": params, "opt": self.optimiser.init(params)}
+
+    def logits(self, params, ids, mask, tokens):
+        """Teacher forced: (B, L, codebook) of tokens (B, L)."""
+        start = jnp.full((len(tokens), 1), self.config.decoder_start_token_id, jnp.int32)
+        inputs = jnp.concatenate([start, tokens[:, :-1]], axis=1)
+        return self.model.apply({"params": params}, ids, mask, inputs)[..., : self.config.codebook_size]
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def _step(self, state, ids, mask, inputs, targets):
+        def loss_of(params):
+            logits = self.logits(params, ids, mask, inputs)
+            log_z = jax.nn.logsumexp(logits, axis=-1)
+            chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            loss = log_z - (1 - LABEL_SMOOTHING) * chosen - LABEL_SMOOTHING * logits.mean(-1)
+            return loss.mean()
+
+        loss, grads = jax.value_and_grad(loss_of)(state["params"])
+        updates, opt = self.optimiser.update(grads, state["opt"], state["params"])
+        return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, {"loss": loss}
+
+    def batch(self, step: int) -> tuple[np.ndarray, ...]:
+        """Text ids and mask (B, T), codes to read and codes to predict (B, L), all int32."""
+        rng = np.random.default_rng([self.args.seed, step])
+        count = self.args.batch_size
+        chosen = rng.choice(len(self.rows), count, p=self.weights)
+        dropped = rng.random(count) < DROPPED
+        texts = ["" if drop else caption(self.rows[i], rng) for i, drop in zip(chosen, dropped, strict=True)]
+        ids, mask = self.tokenizer.encode(texts, self.config.max_text_length)
+        others = self.tokens[rng.choice(len(self.rows), count, p=self.weights)]
+        targets = self.tokens[chosen]
+        # Wrong codes: half are any code, half are what another picture has at this place.
+        wrong = np.where(
+            rng.random(targets.shape) < 0.5, rng.integers(self.config.codebook_size, size=targets.shape), others
+        )
+        is_wrong = rng.random(targets.shape) < rng.uniform(0, CORRUPTED, (count, 1))
+        inputs = np.where(is_wrong, wrong, targets).astype(np.int32)
+        swapped = dropped & (rng.random(count) < OTHER_TARGET)
+        elsewhere = self.tokens[rng.choice(len(self.rows), count, p=self.weights)]
+        return ids, mask, inputs, np.where(swapped[:, None], elsewhere, targets).astype(np.int32)
+
+    def step(self, state, step: int):
+        return self._step(state, *self.batch(step))
+
+    @partial(jax.jit, static_argnums=0)
+    def _nats(self, params, ids, mask, tokens):
+        log_p = jax.nn.log_softmax(self.logits(params, ids, mask, tokens))
+        return -jnp.take_along_axis(log_p, tokens[..., None], axis=-1).mean()
+
+    def nats(self, params, tokens: np.ndarray, texts: list[str]) -> float:
+        """Mean negative log-likelihood of a code, in nats, with nothing corrupted."""
+        return float(self._nats(params, *self.tokenizer.encode(texts, self.config.max_text_length), tokens))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("build/emoji-64.npz"))
+    parser.add_argument("--codec", type=Path, default=Path("build/models/vqgan"))
+    parser.add_argument("--tokenizer", type=Path, default=Path("build/tokenizer/dalle_bart"))
+    parser.add_argument("--run", type=Path, default=Path("build/dalle_bart"), help="folder of the run; resumes")
+    parser.add_argument("--out", type=Path, help="write the trained model to this folder")
+    parser.add_argument("--init", help="fine-tune this model (a folder) instead of starting at random")
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    pixels, rows = data.load(args.data)
+    kept = [i for i, row in enumerate(rows) if not row["tone"]]
+    pixels, rows = pixels[kept], [rows[i] for i in kept]
+    codec = checkpoints.load(args.codec, "vqgan")
+    tokens = reconstruct(VQGAN(codec.config), codec.params, pixels)[1].astype(np.int32)
+    train = np.array([not row["held_out"] for row in rows])
+    tokenizer = PromptTokenizer(args.tokenizer)
+    vocab_size = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json")).get_vocab_size()
+    config, params = config_for(codec.config.codebook_size, tokens.shape[1], vocab_size), None
+    if args.init:
+        loaded = checkpoints.load(args.init, "dalle_bart")
+        config, params = loaded.config, loaded.params
+    train_rows = [row for row, is_train in zip(rows, train, strict=True) if is_train]
+    trainer = Trainer(DalleBart(config), tokens[train], train_rows, tokenizer, args)
+    run = Run(args.run, trainer.init(params), save_every=250)
+
+    probe = np.random.default_rng(0).choice(np.flatnonzero(train), 256, replace=False)
+    unseen = np.flatnonzero(~train)[:256]
+
+    def check(state) -> dict:
+        def styled(indices):
+            return [f"{rows[i]['style']} {rows[i]['name']}" for i in indices]
+
+        return {
+            "nats_train": trainer.nats(state["params"], tokens[probe], styled(probe)),
+            "nats_train_without_text": trainer.nats(state["params"], tokens[probe], [""] * len(probe)),
+            "nats_held_out": trainer.nats(state["params"], tokens[unseen], styled(unseen)),
+        }
+
+    run.loop(args.steps, trainer.step, log_every=25, evaluate=check, evaluate_every=250)
+    if args.out:
+        params = jax.device_get(run.state["params"])
+        checkpoints.save(args.out, "dalle_bart", dataclasses.asdict(config), params, np.float16)
+        shutil.copyfile(args.tokenizer / "tokenizer.json", args.out / "tokenizer.json")
+
+
+if __name__ == "__main__":
+    main()
