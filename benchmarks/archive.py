@@ -71,10 +71,9 @@ class Timer:
         self.cpu += time.process_time() - self._start[1]
 
     def report(self, what: str, count: int | None = None) -> None:
-        rate = (
-            f", {count / self.wall:>9,.0f} a second ({count / self.cpu:>9,.0f} by CPU time)" if count else ""
-        )
-        print(f"{what:<42}{self.wall:8.3f} s{rate}, peak memory {peak_memory()} MB", flush=True)
+        rate = f", {count / self.wall:>9,.0f} a second" if count else ""
+        cpu = f"{self.cpu:.3f} s of CPU time" + (f", {count / self.cpu:>9,.0f} a second" if count else "")
+        print(f"{what:<42}{self.wall:8.3f} s{rate} ({cpu}), peak memory {peak_memory()} MB", flush=True)
 
 
 def timed_write(path: Path, rows: int, token_count: int, batch_size: int) -> None:
@@ -84,9 +83,7 @@ def timed_write(path: Path, rows: int, token_count: int, batch_size: int) -> Non
         with archive.transaction():
             generator_id = archive.model_id(ModelInfo("generator", "random", "0" * 64, {}))
             side = int(token_count**0.5)
-            codec = ModelInfo(
-                "codec", "random", "1" * 64, {}, grid=side, codebook_size=65536, image_size=8 * side
-            )
+            codec = ModelInfo("codec", "random", "1" * 64, {}, grid=side, codebook_size=65536, image_size=8 * side)
             codec_id = archive.model_id(codec)
         for batch in batches(new_images(rows, token_count), batch_size):
             with timer, archive.transaction():
@@ -95,14 +92,10 @@ def timed_write(path: Path, rows: int, token_count: int, batch_size: int) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000, help="pictures to write (default: 1,000,000)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a picture, a square (default: 64)")
-    parser.add_argument(
-        "--batch-size", type=int, default=10_000, help="rows of a transaction (default: 10,000)"
-    )
+    parser.add_argument("--batch-size", type=int, default=10_000, help="rows of a transaction (default: 10,000)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "big.db"

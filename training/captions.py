@@ -17,18 +17,23 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from training import data
 
 PHRASES = (
-    "a {}", "a picture of {}", "a picture of a {}", "a drawing of a {}", "painting of a {}", "{} emoji", "an image of {}",
-    "the {}", "a cute {}", "a photo of a {}", "an icon of a {}", "one {}", "a small {}", "{} on a white background",
+    "a {}", "a picture of {}", "a picture of a {}", "a drawing of a {}", "painting of a {}", "{} emoji",
+    "an image of {}", "the {}", "a cute {}", "a photo of a {}",
+    "an icon of a {}", "one {}", "a small {}", "{} on a white background",
 )  # fmt: skip
 STYLED = {
     "3d": ("3d {}", "a 3d {}", "{} 3d", "{}, 3d", "{} in 3d style", "3d render of a {}", "a 3d render of {}"),
-    "flat": ("flat {}", "a flat {}", "{} flat", "{}, flat", "{} in flat style", "flat icon of a {}", "a flat drawing of {}"),
-    "noto": ("noto {}", "a noto {}", "{} noto", "{}, noto", "{} in noto style", "noto emoji of a {}", "a noto drawing of {}"),
+    "flat": ("flat {}", "a flat {}", "{} flat", "{}, flat", "{} in flat style", "flat icon of a {}",
+        "a flat drawing of {}"),
+    "noto": ("noto {}", "a noto {}", "{} noto", "{}, noto", "{} in noto style", "noto emoji of a {}",
+        "a noto drawing of {}"),
 }  # fmt: skip
 FILLERS = (
-    "in front of", "on stage", "in the shape of", "full of", "at the bottom of", "made of", "with a crowd of", "taking off",
-    "from", "and", "with", "in", "on top of", "next to", "under", "over", "branded", "very", "really", "beautiful", "detailed",
-    "high quality", "of the", "by night", "some", "many", "shaped", "for", "about", "in a city", "art", "digital art",
+    "in front of", "on stage", "in the shape of", "full of", "at the bottom of", "made of", "with a crowd of",
+    "taking off", "from", "and", "with", "in", "on top of",
+    "next to", "under", "over", "branded", "very", "really", "beautiful",
+    "detailed", "high quality", "of the", "by night", "some", "many",
+    "shaped", "for", "about", "in a city", "art", "digital art",
     "singing", "dancing", "flying", "happy", "big", "old", "new", "style", "like", "without", "during", "inside",
 )  # fmt: skip
 
@@ -106,7 +111,11 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
         ids = tokenizer.encode("A cute avocado armchair").ids
-        print(json.dumps({"kind": kind, "size": tokenizer.get_vocab_size(), "ids": ids, "text": tokenizer.decode(ids)}))
+        print(
+            json.dumps(
+                {"kind": kind, "size": tokenizer.get_vocab_size(), "ids": ids, "text": tokenizer.decode(ids)}
+            )
+        )
 
 
 if __name__ == "__main__":

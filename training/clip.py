@@ -20,6 +20,7 @@ import optax
 from dm_generations.models import checkpoints
 from dm_generations.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, normalise, unit
 from dm_generations.models.vqgan import VQGAN
+from dm_generations.score import Scorer
 from dm_generations.text import PromptTokenizer
 from training import data
 from training.captions import caption
@@ -56,19 +57,25 @@ def config_for(image_size: int, vocab_size: int) -> CLIPConfig:
 
 
 class Trainer:
-    def __init__(self, model: CLIP, pixels: np.ndarray, rebuilt: np.ndarray, rows: list[dict], tokenizer, args):
+    def __init__(
+        self, model: CLIP, pixels: np.ndarray, rebuilt: np.ndarray, rows: list[dict], tokenizer, args
+    ):
         self.model, self.rows, self.tokenizer, self.args = model, rows, tokenizer, args
         self.pictures = jnp.asarray(np.stack([pixels, rebuilt], 1))  # (N, 2, S, S, 3)
         self.of_concept: dict[str, list[int]] = {}
         for i, row in enumerate(rows):
             self.of_concept.setdefault(row["concept"], []).append(i)
-        self.optimiser = adamw(args.learning_rate, args.steps, warmup=min(100, args.steps // 10), weight_decay=0.1)
+        self.optimiser = adamw(
+            args.learning_rate, args.steps, warmup=min(100, args.steps // 10), weight_decay=0.1
+        )
 
     def init(self, params: dict | None) -> dict:
         if params is None:
             size = self.pictures.shape[2]
             text = jnp.zeros((1, TEXT_LENGTH), jnp.int32)
-            params = jax.jit(self.model.init)(jax.random.key(self.args.seed), jnp.zeros((1, size, size, 3)), text, text)
+            params = jax.jit(self.model.init)(
+                jax.random.key(self.args.seed), jnp.zeros((1, size, size, 3)), text, text
+            )
             params = params["params"]
         return {"params": params, "opt": self.optimiser.init(params)}
 
@@ -104,39 +111,14 @@ class Trainer:
         texts = [caption(self.rows[i], rng) for i in indices]
         ids, mask = self.tokenizer.encode(texts, TEXT_LENGTH)
         rebuilt = rng.integers(2, size=len(indices))
-        return self._step(state, indices, rebuilt, ids, mask, jax.random.fold_in(jax.random.key(self.args.seed), step))
+        return self._step(
+            state, indices, rebuilt, ids, mask, jax.random.fold_in(jax.random.key(self.args.seed), step)
+        )
 
     def _picture(self, concept: str, rng: np.random.Generator) -> int:
         indices = self.of_concept[concept]
         weights = np.array([0.04 if self.rows[i]["tone"] else 1.0 for i in indices])
         return int(rng.choice(indices, p=weights / weights.sum()))
-
-
-class Towers:
-    """Unit features of pictures and texts, in batches of one size."""
-
-    def __init__(self, model: CLIP, params: dict, tokenizer: PromptTokenizer, batch: int = 64):
-        def image(pixels):
-            return unit(model.apply({"params": params}, normalise(pixels), method="get_image_features"))
-
-        def text(ids, mask):
-            return unit(model.apply({"params": params}, ids, mask, method="get_text_features"))
-
-        self.image_fn, self.text_fn, self.tokenizer, self.batch = jax.jit(image), jax.jit(text), tokenizer, batch
-
-    def _batched(self, function, *arrays):
-        found = []
-        for start in range(0, len(arrays[0]), self.batch):
-            parts = [a[start : start + self.batch] for a in arrays]
-            padded = [np.concatenate([p, np.repeat(p[-1:], self.batch - len(p), 0)]) for p in parts]
-            found.append(np.asarray(function(*padded))[: len(parts[0])])
-        return np.concatenate(found)
-
-    def images(self, pixels: np.ndarray) -> np.ndarray:
-        return self._batched(self.image_fn, pixels)
-
-    def texts(self, texts: list[str]) -> np.ndarray:
-        return self._batched(self.text_fn, *self.tokenizer.encode(texts, TEXT_LENGTH))
 
 
 def top1_of_names(image: np.ndarray, text: np.ndarray, own: np.ndarray, count: int, seed: int) -> float:
@@ -153,17 +135,17 @@ def top1_of_names(image: np.ndarray, text: np.ndarray, own: np.ndarray, count: i
     return hits / len(image)
 
 
-def evaluate(towers: Towers, pixels: np.ndarray, rows: list[dict], seed: int = 0) -> dict:
+def evaluate(scorer: Scorer, pixels: np.ndarray, rows: list[dict], seed: int = 0) -> dict:
     """Top-1 among 1,000 names for pictures trained on, among 100 for held-out style/concept pairs."""
     names = sorted({row["name"] for row in rows})
     name_ids = {name: i for i, name in enumerate(names)}
-    text = towers.texts(names)
+    text = scorer.text_features(names)
     rng = np.random.default_rng(seed)
     result = {}
     for key, held_out, count in (("top1_train_1000", False, 1000), ("top1_held_out_100", True, 100)):
         chosen = [i for i, row in enumerate(rows) if row["held_out"] == held_out and not row["tone"]]
         chosen = np.sort(rng.choice(chosen, min(len(chosen), 1000), replace=False))
-        image = towers.images(pixels[chosen])
+        image = scorer.image_features(pixels[chosen])
         own = np.array([name_ids[rows[i]["name"]] for i in chosen])
         result[key] = top1_of_names(image, text, own, min(count, len(names)), seed)
     return result
@@ -177,7 +159,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/clip"), help="folder of the run; resumes")
     parser.add_argument("--out", type=Path, help="write the trained model to this folder")
     parser.add_argument("--init", help="fine-tune this model (a folder) instead of starting at random")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -196,9 +178,10 @@ def main() -> None:
     run = Run(args.run, trainer.init(params), save_every=250)
 
     def check(state) -> dict:
-        towers = Towers(trainer.model, state["params"], tokenizer)
-        found = evaluate(towers, pixels, rows)
-        return found | {f"rebuilt_{k}": v for k, v in evaluate(towers, rebuilt, rows).items()}
+        params = jax.device_get(state["params"])
+        scorer = Scorer(checkpoints.Checkpoint("clip", config, params, "", "", args.tokenizer), tokenizer)
+        found = evaluate(scorer, pixels, rows)
+        return found | {f"rebuilt_{k}": v for k, v in evaluate(scorer, rebuilt, rows).items()}
 
     run.loop(args.steps, trainer.step, log_every=25, evaluate=check, evaluate_every=250)
     if args.out:

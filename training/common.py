@@ -5,7 +5,6 @@ makes the batches of an undisturbed one.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,8 @@ import jax
 import numpy as np
 import optax
 from PIL import Image
+
+from dm_generations.files import write_atomic
 
 
 def adamw(peak: float, steps: int, warmup: int, weight_decay: float = 0.01) -> optax.GradientTransformation:
@@ -29,13 +30,6 @@ def adamw(peak: float, steps: int, warmup: int, weight_decay: float = 0.01) -> o
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=weight_decay, mask=is_matrix),
     )
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 class Run:
@@ -102,4 +96,6 @@ def picture_grid(pictures: np.ndarray, columns: int, zoom: int = 1) -> Image.Ima
     for i, picture in enumerate(pictures):
         y, x = i // columns * size, i % columns * size
         sheet[y : y + size, x : x + size] = picture
-    return Image.fromarray(sheet).resize((columns * size * zoom, rows * size * zoom), Image.Resampling.NEAREST)
+    return Image.fromarray(sheet).resize(
+        (columns * size * zoom, rows * size * zoom), Image.Resampling.NEAREST
+    )

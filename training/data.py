@@ -32,7 +32,13 @@ PACKAGES = {  # name@version: SHA-256 of the tarball
     "emojilib@4.0.3": "7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60020cf6d09322fbaaaf303",
 }
 STYLES = ("3d", "flat", "noto")
-TONES = {"1f3fb": "light", "1f3fc": "medium-light", "1f3fd": "medium", "1f3fe": "medium-dark", "1f3ff": "dark"}
+TONES = {
+    "1f3fb": "light",
+    "1f3fc": "medium-light",
+    "1f3fd": "medium",
+    "1f3fe": "medium-dark",
+    "1f3ff": "dark",
+}
 HELD_OUT_SHARE = 1 / 16
 
 
@@ -94,7 +100,9 @@ def on_white(image: Image.Image, size: int) -> np.ndarray:
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     white = Image.new("RGBA", square.size, (255, 255, 255, 255))
     flat = Image.alpha_composite(white, square).convert("RGB")
-    return np.asarray(flat if side == size else flat.resize((size, size), Image.Resampling.BOX, reducing_gap=2))
+    return np.asarray(
+        flat if side == size else flat.resize((size, size), Image.Resampling.BOX, reducing_gap=2)
+    )
 
 
 def svg_sources(tarball: Path) -> dict[str, str]:
@@ -129,7 +137,9 @@ def webp_sources(tarball: Path) -> dict[str, bytes]:
         for member in tar:
             path = Path(member.name)
             if path.suffix == ".webp":
-                found["-".join(p for p in path.stem.split("-") if p != "fe0f")] = tar.extractfile(member).read()
+                found["-".join(p for p in path.stem.split("-") if p != "fe0f")] = tar.extractfile(
+                    member
+                ).read()
     return found
 
 
@@ -159,7 +169,10 @@ def build(size: int, downloads: Path) -> tuple[np.ndarray, list[dict]]:
                 continue
             # A pair is held out only if its concept is seen in another style.
             held_out = len(styles_of.get(base, ())) > 1 and is_held_out(base, style)
-            jobs.append({"concept": base, "style": style, "tone": tone, "held_out": held_out, "key": key} | known[base])
+            jobs.append(
+                {"concept": base, "style": style, "tone": tone, "held_out": held_out, "key": key}
+                | known[base]
+            )
 
     def draw(job: dict) -> np.ndarray:
         source = sources[job["style"]][job["key"]]
@@ -203,7 +216,9 @@ def main() -> None:
     save(args.out, pixels, rows)
     held_out = sum(row["held_out"] for row in rows)
     digest = hashlib.sha256(pixels.tobytes()).hexdigest()
-    print(f"{args.out}: {len(rows)} pictures of {len({r['concept'] for r in rows})} concepts, {held_out} held out")
+    print(
+        f"{args.out}: {len(rows)} pictures of {len({r['concept'] for r in rows})} concepts, {held_out} held out"
+    )
     print(f"pixels SHA-256 {digest}")
 
 

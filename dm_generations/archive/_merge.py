@@ -66,9 +66,7 @@ def _add(source: Archive, target: Archive) -> SourceReport:
             target.connection.executemany(INSERT_OR_FILL, rows)
     except ArchiveError as error:
         if isinstance(error.__cause__, sqlite3.IntegrityError):
-            raise ArchiveError(
-                f"{source.path}: picture {rows.current_id} does not fit: {error.__cause__}"
-            ) from error
+            raise ArchiveError(f"{source.path}: picture {rows.current_id} does not fit: {error.__cause__}") from error
         raise
     added_count = target.count() - count_before
     scored_count = target.connection.total_changes - changes_before - added_count
@@ -85,8 +83,7 @@ class _Rows:
         # Kept as they are, with NUL bytes too: an archive can hold prompts that we would not draw.
         self.prompt_ids = {i: target.text_id("prompts", text) for i, text in source.prompts().items()}
         self.sc_prompt_ids = {
-            i: 1 if text is None else target.text_id("sc_prompts", text)
-            for i, text in source.sc_prompts().items()
+            i: 1 if text is None else target.text_id("sc_prompts", text) for i, text in source.sc_prompts().items()
         }
         self.codecs = {i: model for i, model in source.models().items() if model.kind == "codec"}
         self.model_ids: dict[int | None, int | None] = {

@@ -25,9 +25,7 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         raise ArchiveError(f"{path}: {_explain(error)}") from error
     except UnicodeEncodeError as error:
-        raise ArchiveError(
-            f"{path}: text with a lone surrogate cannot be stored: {error.object!r:.100}"
-        ) from error
+        raise ArchiveError(f"{path}: text with a lone surrogate cannot be stored: {error.object!r:.100}") from error
     except OverflowError as error:
         raise ArchiveError(f"{path}: a number does not fit into 64 bits") from error
 
@@ -95,9 +93,7 @@ def connect(path: Path, header: bytes, mode: str, timeout: float) -> sqlite3.Con
     if mode == "r" and is_wal(header) and not (wal.exists() and wal.stat().st_size):
         # Reading a file in WAL mode would create -wal and -shm beside it. Without a log nobody is writing.
         uri += "&immutable=1"
-    connection = sqlite3.connect(
-        uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False
-    )
+    connection = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
     # Stored prompts come from strangers: bytes that are not UTF-8 must not stop a read.
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
     connection.execute("PRAGMA trusted_schema = OFF")

@@ -35,11 +35,10 @@ LOCK_TIMEOUT = 10.0  # seconds to wait for another program's lock
 COMMIT_TIMEOUT = 60.0  # the same when finished work would be lost
 CHUNK = 512  # rows read by one query
 
+SETTINGS_TYPES = (int, int, int, float, float, float)
 REAL_SETTINGS = ("top_p", "temperature", "cond_scale")
 SELECT_IMAGES = f"SELECT {', '.join(f'{{{name}}}' for name in IMAGE_COLUMNS)} FROM images"
-SELECT_MODELS = (
-    "SELECT id, kind, name, sha256, config, grid, codebook_size, image_size FROM models ORDER BY id"
-)
+SELECT_MODELS = "SELECT id, kind, name, sha256, config, grid, codebook_size, image_size FROM models ORDER BY id"
 KEYS_OF_GROUP = """
 SELECT key0, key1 FROM images
 WHERE prompt_id = ? AND sc_prompt_id = ? AND top_k = ? AND top_p = ? AND temperature = ? AND cond_scale = ?
@@ -166,9 +165,7 @@ class Archive:
             try:
                 config = json.loads(config)
             except (TypeError, ValueError, RecursionError) as error:
-                raise ArchiveError(
-                    f"{self.path}: the config of model {row_id} is not JSON; run `verify`"
-                ) from error
+                raise ArchiveError(f"{self.path}: the config of model {row_id} is not JSON; run `verify`") from error
             models[row_id] = ModelInfo(kind, name, sha256, config, *sizes)
         return models
 
@@ -204,9 +201,7 @@ class Archive:
                 if row_id in row_by_id:
                     yield _image_row(row_by_id[row_id])
 
-    def rows_to_score(
-        self, rescore: bool = False, prompt_ids: Collection[int] | None = None
-    ) -> Iterator[ImageRow]:
+    def rows_to_score(self, rescore: bool = False, prompt_ids: Collection[int] | None = None) -> Iterator[ImageRow]:
         """Pictures that lack a score (all with `rescore`), by id. Scores may be written while this runs."""
         condition = """(:rescore OR {clip_score_input} IS NULL OR {clip_score_tokenized} IS NULL)
             AND (:prompt_ids IS NULL OR prompt_id IN (SELECT value FROM json_each(:prompt_ids)))"""
@@ -220,14 +215,11 @@ class Archive:
         parameters = [*_values(settings), generator_id, sampler_version, sampler_version]
         return set(self._all(self.sql(KEYS_OF_GROUP), parameters))
 
-    def scan(
-        self, columns: Sequence[str], condition: str = "TRUE", parameters: dict | None = None
-    ) -> Iterator[tuple]:
+    def scan(self, columns: Sequence[str], condition: str = "TRUE", parameters: dict | None = None) -> Iterator[tuple]:
         """These columns of the pictures that meet an SQL condition, by id; constant memory. See `query`."""
         names = ", ".join(f"{{{name}}}" for name in ("id", *columns))
         query = self.sql(
-            f"SELECT {names} FROM images WHERE {{id}} > :after AND ({condition})"
-            f" ORDER BY {{id}} LIMIT {CHUNK}"
+            f"SELECT {names} FROM images WHERE {{id}} > :after AND ({condition}) ORDER BY {{id}} LIMIT {CHUNK}"
         )
         after: float = -math.inf  # below every id
         while rows := self._all(query, {**(parameters or {}), "after": after}):
@@ -333,9 +325,7 @@ class Archive:
 
         return self._write_many(INSERT_IMAGE, values())
 
-    def set_scores(
-        self, rows: Iterable[tuple[int, float, float]], clip_id: int | None, time_scored: float
-    ) -> int:
+    def set_scores(self, rows: Iterable[tuple[int, float, float]], clip_id: int | None, time_scored: float) -> int:
         """Stores (id, clip_score_input, clip_score_tokenized) of pictures; returns how many there were."""
         assert self.connection.in_transaction, "set_scores outside a transaction"
         return self._write_many(
@@ -376,12 +366,12 @@ class Archive:
 
     def _settings(self, values: tuple) -> Settings:
         """Settings from a file's own values, which in a 2022 archive may be of any type."""
+        if tuple(map(type, values)) == SETTINGS_TYPES:
+            return Settings(*values)
         for name, value in zip(SETTINGS, values, strict=True):
             is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
             if not is_whole and not (isinstance(value, float) and name in REAL_SETTINGS):
-                raise ArchiveError(
-                    f"{self.path}: some pictures have {name} {value!r:.40}; `verify` lists them"
-                )
+                raise ArchiveError(f"{self.path}: some pictures have {name} {value!r:.40}; `verify` lists them")
         prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale = values
         return Settings(
             int(prompt_id), int(sc_prompt_id), int(top_k), float(top_p), float(temperature), float(cond_scale)
@@ -392,9 +382,8 @@ def _prepare_to_write(connection: sqlite3.Connection, header: bytes) -> None:
     if is_wal(header):  # someone's tool switched it; see the module's docstring
         connection.execute("PRAGMA journal_mode = DELETE")
     connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute(
-        "PRAGMA cache_size = -32768"
-    )  # KiB: the busy pages of the indexes while rows are added
+    # In KiB: room for the busy pages of the indexes while rows are added.
+    connection.execute("PRAGMA cache_size = -32768")
 
 
 def _image_row(values: tuple) -> ImageRow:
@@ -402,9 +391,7 @@ def _image_row(values: tuple) -> ImageRow:
     if isinstance(row.quantvec, bytes):
         return row
     # Not a blob, so certainly not tokens: as no bytes at all it fails every length check downstream.
-    return ImageRow(
-        *(b"" if name == "quantvec" else value for name, value in zip(IMAGE_COLUMNS, values, strict=True))
-    )
+    return ImageRow(*(b"" if name == "quantvec" else value for name, value in zip(IMAGE_COLUMNS, values, strict=True)))
 
 
 def _values(settings: Settings) -> list[float]:

@@ -53,6 +53,4 @@ def check_tokens(quantvec: bytes, codec: ModelInfo) -> None:
             f" ({codec.grid}x{codec.grid} uint16)"
         )
     if not codes_fit(quantvec, codec.codebook_size):
-        raise ArchiveError(
-            f"a token vector holds a code that codec {codec.name} ({codec.codebook_size} codes) lacks"
-        )
+        raise ArchiveError(f"a token vector holds a code that codec {codec.name} ({codec.codebook_size} codes) lacks")

@@ -97,9 +97,7 @@ def _check_texts(archive: Archive, table: str) -> Iterator[Problem]:
         ids.add(row_id)
         if kind == "null" and table == "sc_prompts":
             if row_id != 1:
-                yield Problem(
-                    table, row_id, "the text is NULL; only row 1 stands for the model's own empty prompt"
-                )
+                yield Problem(table, row_id, "the text is NULL; only row 1 stands for the model's own empty prompt")
         elif kind != "text":
             yield Problem(table, row_id, f"the text is {kind}")
         else:
@@ -108,9 +106,7 @@ def _check_texts(archive: Archive, table: str) -> Iterator[Problem]:
             except UnicodeDecodeError:
                 yield Problem(table, row_id, f"the text is not valid {encoding.upper()}")
             if table == "sc_prompts" and row_id == 1:
-                yield Problem(
-                    table, row_id, "row 1 has a text; NULL stands there for the model's own empty prompt"
-                )
+                yield Problem(table, row_id, "row 1 has a text; NULL stands there for the model's own empty prompt")
     if table == "sc_prompts" and 1 not in ids:
         yield Problem(table, 1, "missing; it stands for the model's own empty prompt")
     return ids
@@ -150,9 +146,7 @@ def _check_images(
         if row["prompt_id"] not in prompt_ids:
             yield Problem("images", row["id"], f"prompt_id {row['prompt_id']!r:.40} is not in prompts")
         if row["sc_prompt_id"] not in sc_prompt_ids:
-            yield Problem(
-                "images", row["id"], f"sc_prompt_id {row['sc_prompt_id']!r:.40} is not in sc_prompts"
-            )
+            yield Problem("images", row["id"], f"sc_prompt_id {row['sc_prompt_id']!r:.40} is not in sc_prompts")
         for what in _wrong_values(row, models):
             yield Problem("images", row["id"], what)
         codec = models.get(row["codec_id"])

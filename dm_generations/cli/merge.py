@@ -22,9 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "sources", nargs="+", metavar="FILE", help="archives to take pictures from; only read"
-    )
+    parser.add_argument("sources", nargs="+", metavar="FILE", help="archives to take pictures from; only read")
     parser.add_argument("--into", required=True, metavar="FILE", help="archive to add them to")
     parser.set_defaults(run=run)
 

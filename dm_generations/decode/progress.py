@@ -21,7 +21,7 @@ class Progress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(pictures)
-        elif self._done < self._total and now - self._last_line >= _LINE_EVERY_S:
+        elif 0 < self._done < self._total and now - self._last_line >= _LINE_EVERY_S:
             rate = self._done / (now - self._started)
             left = (self._total - self._done) / rate
             self._last_line = now

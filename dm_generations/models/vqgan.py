@@ -169,7 +169,13 @@ class Encoder(nn.Module):
             resample = "downsample" if i != last else None
             attention = _has_attention(config, i)
             x = Level(
-                config, config.ch * mult, config.num_res_blocks, attention, resample, self.dtype, name=f"down_{i}"
+                config,
+                config.ch * mult,
+                config.num_res_blocks,
+                attention,
+                resample,
+                self.dtype,
+                name=f"down_{i}",
             )(x)
         x = Mid(config, self.dtype, name="mid")(x)
         x = nn.swish(_norm(config, self.dtype, "norm_out")(x))

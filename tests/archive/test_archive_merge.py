@@ -84,9 +84,7 @@ def test_a_2022_archive_is_taken_and_stays_as_it_is(tmp_path):
     assert draws(target) == draws(source)
     with Archive.open(target) as archive, Archive.open(source) as original:
         assert [group.count for group in archive.groups()] == [group.count for group in original.groups()]
-        assert {(row.generator_id, row.codec_id) for row in archive.rows_to_score(rescore=True)} == {
-            (None, None)
-        }
+        assert {(row.generator_id, row.codec_id) for row in archive.rows_to_score(rescore=True)} == {(None, None)}
     assert source.read_bytes() == before
 
 

@@ -154,7 +154,7 @@ def test_a_folder_that_cannot_be_written():
 
 KILLED = """
 import os, signal, sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/archive"]
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 from archive_kit import fill, new_image
 from dm_generations.archive import Archive
 archive = Archive.open(sys.argv[2], "w")

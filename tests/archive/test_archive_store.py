@@ -33,9 +33,7 @@ def test_a_row_comes_back_as_it_was_stored(archive):
     }
     assert archive.models() == {1: GENERATOR, 2: CODEC, 3: CLIP}
     assert (archive.prompts(), archive.sc_prompts()) == ({1: "a red cube"}, {1: None})
-    times = execute(
-        archive.path, "SELECT time_start, time_end, time_scored, clip_id, sampler_version FROM images"
-    )
+    times = execute(archive.path, "SELECT time_start, time_end, time_scored, clip_id, sampler_version FROM images")
     assert times == [(100.0, 101.5, 102.0, 3, 1)]
 
 
@@ -94,9 +92,7 @@ def test_existing_keys_are_those_of_the_generator(archive):
 
 
 def test_scoring_fills_what_is_missing_while_it_reads(archive):
-    fill(
-        archive, new_image(0, clip_score_input=5.0, clip_score_tokenized=5.0), *map(new_image, range(1, 1200))
-    )
+    fill(archive, new_image(0, clip_score_input=5.0, clip_score_tokenized=5.0), *map(new_image, range(1, 1200)))
     rows = archive.rows_to_score()
     for _ in range(3):
         with archive.transaction():

@@ -65,9 +65,7 @@ def test_sound_archives_have_no_problems(ours, tmp_path):
 def test_a_bad_value_is_reported_by_id(ours, change, expected):
     found = damage(ours, f"UPDATE images SET {change} WHERE id = 4")
     assert any(problem.startswith(expected) for problem in found), found
-    assert all(problem.startswith(("images 4:", "file: SQLite: CHECK constraint")) for problem in found), (
-        found
-    )
+    assert all(problem.startswith(("images 4:", "file: SQLite: CHECK constraint")) for problem in found), found
 
 
 @pytest.mark.parametrize(
@@ -100,9 +98,7 @@ def test_tokens_of_an_unknown_codec_are_squares_of_one_size(tmp_path):
 
 def test_a_2022_archive_is_checked_by_hand(tmp_path):
     path = archive_2022(tmp_path / "a.db", COLUMNS_2022.replace("quantvec_md5 TEXT", "quantvec_md5"))
-    row = (
-        "(prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, key0, key1, quantvec, quantvec_md5)"
-    )
+    row = "(prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, key0, key1, quantvec, quantvec_md5)"
     execute(path, f"INSERT INTO images {row} VALUES (4, 2, 50, 1.0, 1.0, 1.0, 1, 2, x'0100', 'zz')")
     execute(path, f"INSERT INTO images {row} VALUES (3, 1, NULL, 1.0, 1.0, 1.0, 1, 2, NULL, NULL)")
     assert problems(path) == [

@@ -17,6 +17,7 @@ import safetensors
 import safetensors.numpy
 
 from dm_generations.errors import UserError
+from dm_generations.files import write_atomic
 from dm_generations.models.checkpoints import clip_torch, flax_msgpack
 
 FORMAT = "dm-generations"
@@ -102,7 +103,9 @@ def check_names_and_shapes(expected: dict[str, tuple], params: dict, path: Path)
     for what, names in (("lacks", missing), ("has unexpected", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"{path} {what} {', '.join(names[:3])}{more}; its config.json describes another model")
+            raise UserError(
+                f"{path} {what} {', '.join(names[:3])}{more}; its config.json describes another model"
+            )
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UserError(f"{path}: {name} has shape {found[name].shape}, its config.json asks for {shape}")
@@ -174,7 +177,8 @@ def save(folder: Path, kind: str, config: dict, params: dict, dtype: np.dtype | 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {path: np.asarray(value, dtype, order="C") for path, value in sorted(flatten(params).items())}
     text = json.dumps({"format": FORMAT, "kind": kind} | config, indent=2) + "\n"
-    for name, data in (("model.safetensors", safetensors.numpy.save(tensors)), ("config.json", text.encode())):
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        temporary.write_bytes(data)
-        os.replace(temporary, folder / name)
+    for name, data in (
+        ("model.safetensors", safetensors.numpy.save(tensors)),
+        ("config.json", text.encode()),
+    ):
+        write_atomic(folder / name, data)

@@ -1,0 +1,30 @@
+"""The whole recipe of the model that ships, from nothing to build/models; run it again to resume.
+
+    python -m training
+
+Needs `pip install -e '.[training]'` and npm, which fetches the emoji. README.md beside this file says how long each
+part takes and what comes out.
+"""
+
+import subprocess
+import sys
+
+STEPS = (
+    ("training.data", "--size", "64", "--out", "build/emoji-64.npz"),
+    ("training.captions", "--data", "build/emoji-64.npz", "--out", "build/tokenizer"),
+    ("training.vqgan", "--run", "build/vqgan", "--out", "build/models/vqgan"),
+    ("training.clip", "--run", "build/clip", "--out", "build/models/clip"),
+    ("training.dalle_bart", "--run", "build/dalle_bart", "--out", "build/models/dalle_bart"),
+    ("training.evaluate", "--models", "build/models", "--out", "build/evaluation"),
+)
+
+
+def main() -> None:
+    for module, *arguments in STEPS:
+        print(f"== {module}", flush=True)
+        if subprocess.run([sys.executable, "-m", module, *arguments]).returncode:
+            raise SystemExit(f"{module} failed; run the same command again to resume")
+
+
+if __name__ == "__main__":
+    main()

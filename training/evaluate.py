@@ -1,0 +1,198 @@
+"""What the trained models can do, as numbers and as grids to look at.
+
+    python -m training.evaluate --models build/models --data build/emoji-64.npz --out build/evaluation
+
+Writes `results.json` and PNG grids: the 100 common concepts (best of 16 by CLIP), styles, condition scales, colour
+words and two-object prompts. Names are trained ones, unless a line says "held out".
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dm_generations import sampling
+from dm_generations.decode.codec import Codec
+from dm_generations.generate.generator import Generator, RowSettings
+from dm_generations.models import checkpoints
+from dm_generations.models.vqgan import VQGAN
+from dm_generations.score import Scorer
+from dm_generations.text import PromptTokenizer
+from training import data
+from training.clip import top1_of_names
+from training.vqgan import psnr, reconstruct
+
+COMMON = (
+    "rocket castle avocado strawberry dinosaur cat dog horse cow pig mouse rabbit bear panda koala tiger lion monkey "
+    "elephant giraffe zebra penguin owl eagle duck chicken frog turtle snake whale dolphin fish octopus shark crab "
+    "butterfly bee spider snail tree cactus rose sunflower tulip mushroom apple banana lemon grapes watermelon "
+    "pineapple cherries peach pear tomato eggplant carrot corn broccoli bread cheese pizza hamburger taco donut cookie "
+    "car bus taxi bicycle motorcycle train airplane helicopter sailboat house tent mountain volcano sun moon star "
+    "rainbow umbrella snowman fire guitar trumpet crown key book heart ghost robot alien skull balloon"
+).split() + ["palm tree", "hot dog", "ice cream"]
+STYLED = "rocket,castle,avocado,strawberry,cat face,octopus,house,pizza,guitar,rose,crab,automobile".split(
+    ","
+)
+COLOURS = "red,blue,green,purple,yellow,black".split(",")
+COLOURED = "car,heart,book,apple,castle,cat".split(",")
+PAIRS = (
+    "a cat next to a rocket",
+    "an avocado armchair",
+    "a castle under a rainbow",
+    "a dog and a pizza",
+    "a robot holding a rose",
+    "a penguin on a mountain",
+)
+
+
+class Pipeline:
+    """Prompts to pictures and scores, through the package's own code."""
+
+    def __init__(self, folder: Path, batch_size: int = 32):
+        models = {kind: checkpoints.load(folder / kind, kind) for kind in ("dalle_bart", "vqgan", "clip")}
+        self.codec_checkpoint = models["vqgan"]
+        text, clip = (PromptTokenizer(folder / kind) for kind in ("dalle_bart", "clip"))
+        self.generator = Generator(models["dalle_bart"], text, batch_size)
+        self.codec = Codec.from_checkpoint(models["vqgan"], batch_size)
+        self.scorer = Scorer(models["clip"], clip, batch_size)
+        self.batch_size = batch_size
+
+    def draw(self, prompts: list[str], count: int, cond_scale: float, temperature=1.0, top_k=256, seed=0):
+        """Pictures uint8 (len(prompts), count, S, S, 3) and their scores (len(prompts), count)."""
+        rows = [(prompt, i) for prompt in prompts for i in range(count)]
+        n = len(rows)
+        settings = RowSettings(
+            np.full(n, top_k), np.full(n, 1.0), np.full(n, temperature), np.full(n, cond_scale)
+        )
+        keys = np.array([sampling.row_key(seed, i) for _, i in rows], np.uint32)
+        texts = [prompt for prompt, _ in rows]
+        tokens = self.generator.generate(texts, [None] * n, settings, keys)
+        pictures = self.decode(tokens)
+        scores = self.scorer.score(pictures, texts)[0]
+        return pictures.reshape(len(prompts), count, *pictures.shape[1:]), scores.reshape(len(prompts), count)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        size = self.batch_size
+        return np.concatenate([self.codec.decode(tokens[i : i + size]) for i in range(0, len(tokens), size)])
+
+
+def best_first(pictures: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
+    """The `count` best of each row: (N, count, S, S, 3)."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    return np.take_along_axis(pictures, order[..., None, None, None], axis=1)
+
+
+def labelled_grid(pictures: list[np.ndarray], labels: list[str], columns: int) -> Image.Image:
+    """Pictures uint8 (S, S, 3) with a line of text under each."""
+    size, line = pictures[0].shape[0], 12
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (size + 4), rows * (size + line + 4)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        x, y = i % columns * (size + 4), i // columns * (size + line + 4)
+        sheet.paste(Image.fromarray(picture), (x, y))
+        while pen.textlength(label) > size + 2:
+            label = label[:-1]
+        pen.text((x + 1, y + size), label, fill="black")
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=Path, default=Path("build/models"))
+    parser.add_argument("--data", type=Path, default=Path("build/emoji-64.npz"))
+    parser.add_argument("--out", type=Path, default=Path("build/evaluation"))
+    parser.add_argument("--names", type=int, default=128, help="training names drawn at each condition scale")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    pixels, rows = data.load(args.data)
+    kept = [i for i, row in enumerate(rows) if not row["tone"]]
+    pixels, rows = pixels[kept], [rows[i] for i in kept]
+    pipeline = Pipeline(args.models)
+    results = {}
+
+    held_out = np.array([row["held_out"] for row in rows])
+    codec = pipeline.codec_checkpoint
+    rebuilt = reconstruct(VQGAN(codec.config), codec.params, pixels)[0]
+    results["codec"] = {
+        "held_out_pictures": int(held_out.sum()),
+        "psnr_held_out": psnr(rebuilt[held_out], pixels[held_out]).mean(),
+        "psnr_train": psnr(rebuilt[~held_out], pixels[~held_out]).mean(),
+    }
+
+    names = sorted({row["name"] for row in rows})
+    name_ids = {name: i for i, name in enumerate(names)}
+    text = pipeline.scorer.text_features(names)
+    own = np.array([name_ids[row["name"]] for row in rows])
+    for what, pictures in (("real", pixels), ("rebuilt", rebuilt)):
+        image = pipeline.scorer.image_features(pictures)
+        results[f"clip_{what}"] = {
+            "top1_train_1000": top1_of_names(image[~held_out], text, own[~held_out], 1000, 0),
+            "top1_held_out_100": top1_of_names(image[held_out], text, own[held_out], 100, 0),
+        }
+
+    rng = np.random.default_rng(1)
+    drawn_groups = (
+        "Animals & Nature",
+        "Food & Drink",
+        "Travel & Places",
+        "Objects",
+        "Activities",
+        "Smileys & Emotion",
+    )
+    pool = sorted({row["name"] for row in rows if row["group"] in drawn_groups and not row["held_out"]})
+    chosen = list(rng.choice(pool, args.names, replace=False))
+    for cond_scale in (1.0, 3.0, 10.0):
+        pictures, scores = pipeline.draw(chosen, 2, cond_scale)
+        flat = pictures.reshape(-1, *pictures.shape[2:])
+        image = pipeline.scorer.image_features(flat)
+        asked = np.repeat([name_ids[name] for name in chosen], 2)
+        results[f"drawn_scale_{cond_scale:g}"] = {
+            "top1_1000": top1_of_names(image, text, asked, 1000, 0),
+            "mean_score": float(scores.mean()),
+        }
+        labelled_grid(list(pictures[:64, 0]), chosen[:64], 16).save(args.out / f"scale-{cond_scale:g}.png")
+
+    pictures, scores = pipeline.draw(list(COMMON), 16, 3.0)
+    labelled_grid(list(best_first(pictures, scores, 1)[:, 0]), list(COMMON), 10).save(args.out / "common.png")
+
+    prompts = [f"{style}{name}" for name in STYLED for style in ("", "3d ", "flat ", "noto ")]
+    pictures, scores = pipeline.draw(prompts, 8, 3.0)
+    labelled_grid(list(best_first(pictures, scores, 1)[:, 0]), prompts, 8).save(args.out / "styles.png")
+    results["style_obeyed"] = style_obeyed(pipeline, pixels, rows, rng)
+
+    prompts = [f"{colour} {name}" for name in COLOURED for colour in COLOURS]
+    pictures, scores = pipeline.draw(prompts, 8, 3.0)
+    labelled_grid(list(best_first(pictures, scores, 1)[:, 0]), prompts, 6).save(args.out / "colours.png")
+    pictures, scores = pipeline.draw(list(PAIRS), 8, 3.0)
+    four = best_first(pictures, scores, 4).reshape(-1, *pictures.shape[2:])
+    labelled_grid(list(four), [p for p in PAIRS for _ in range(4)], 8).save(args.out / "pairs.png")
+
+    text = json.dumps(results, indent=2)
+    (args.out / "results.json").write_text(text + "\n")
+    print(text)
+
+
+def style_obeyed(pipeline: Pipeline, pixels: np.ndarray, rows: list[dict], rng: np.random.Generator) -> float:
+    """Of pictures drawn for "<style> <name>", the share whose nearest picture of that concept has that style."""
+    by_concept: dict[str, dict[str, int]] = {}
+    for i, row in enumerate(rows):
+        by_concept.setdefault(row["name"], {})[row["style"]] = i
+    full = sorted(name for name, styles in by_concept.items() if len(styles) == 3)
+    chosen = rng.choice(full, 64, replace=False)
+    hits = []
+    for style in data.STYLES:
+        pictures = pipeline.draw([f"{style} {name}" for name in chosen], 1, 3.0)[0][:, 0]
+        for name, picture in zip(chosen, pictures, strict=True):
+            distances = {
+                other: np.square(pixels[i].astype(float) - picture).mean()
+                for other, i in by_concept[name].items()
+            }
+            hits.append(min(distances, key=distances.get) == style)
+    return float(np.mean(hits))
+
+
+if __name__ == "__main__":
+    main()
