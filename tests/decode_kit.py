@@ -66,9 +66,7 @@ def pictures(folder: Path) -> dict[str, np.ndarray]:
 
 def all_files(folder: Path) -> dict[str, bytes]:
     """Content of each file under `folder`, hidden ones too, by path with "/"."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def golden_pictures(folder: str) -> dict[str, np.ndarray]:

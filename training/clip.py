@@ -4,7 +4,10 @@
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
 https://arxiv.org/abs/2103.00020. A batch holds one picture each of different concepts, so that no two of its captions
-are both right. Half of the pictures are shown as the codec rebuilds them, since such pictures are what it will score.
+are both right. Batches are small here, so a picture is told apart from the latest caption of every concept, and a
+caption from the latest picture: features of concepts outside the batch come from a memory bank, as in He et al.,
+"Momentum Contrast", 2020, https://arxiv.org/abs/1911.05722, but without the slow encoder: they are a dozen steps old.
+Half of the pictures are shown as the codec rebuilds them, since such pictures are what it will score.
 """
 
 import argparse
@@ -28,6 +31,7 @@ from training.common import Run, adamw
 from training.vqgan import augment, reconstruct
 
 TEXT_LENGTH = 32
+MAX_SHIFT = 2  # pixels
 MAX_LOGIT_SCALE = np.log(100.0)  # as the paper clips it
 
 
@@ -50,72 +54,70 @@ def config_for(image_size: int, vocab_size: int) -> CLIPConfig:
             num_hidden_layers=6,
             num_attention_heads=4,
             image_size=image_size,
-            patch_size=image_size // 8,
+            patch_size=image_size // 4,
         ),
         projection_dim=128,
     )
 
 
 class Trainer:
-    def __init__(
-        self, model: CLIP, pixels: np.ndarray, rebuilt: np.ndarray, rows: list[dict], tokenizer, args
-    ):
+    """Owns the compiled step. State: params, optimiser state, and the banks of features, (concepts, P) each."""
+
+    def __init__(self, model: CLIP, pixels: np.ndarray, rebuilt: np.ndarray, rows: list[dict], tokenizer, args):
         self.model, self.rows, self.tokenizer, self.args = model, rows, tokenizer, args
         self.pictures = jnp.asarray(np.stack([pixels, rebuilt], 1))  # (N, 2, S, S, 3)
-        self.of_concept: dict[str, list[int]] = {}
+        by_concept: dict[str, list[int]] = {}
         for i, row in enumerate(rows):
-            self.of_concept.setdefault(row["concept"], []).append(i)
-        self.optimiser = adamw(
-            args.learning_rate, args.steps, warmup=min(100, args.steps // 10), weight_decay=0.1
-        )
+            by_concept.setdefault(row["concept"], []).append(i)
+        self.of_concept = list(by_concept.values())
+        self.optimiser = adamw(args.learning_rate, args.steps, warmup=min(100, args.steps // 10), weight_decay=0.1)
 
     def init(self, params: dict | None) -> dict:
+        key = jax.random.key(self.args.seed)
         if params is None:
             size = self.pictures.shape[2]
             text = jnp.zeros((1, TEXT_LENGTH), jnp.int32)
-            params = jax.jit(self.model.init)(
-                jax.random.key(self.args.seed), jnp.zeros((1, size, size, 3)), text, text
-            )
-            params = params["params"]
-        return {"params": params, "opt": self.optimiser.init(params)}
+            params = jax.jit(self.model.init)(key, jnp.zeros((1, size, size, 3)), text, text)["params"]
+        banks = jax.random.normal(key, (2, len(self.of_concept), self.model.config.projection_dim))
+        return {"params": params, "opt": self.optimiser.init(params), "images": unit(banks[0]), "texts": unit(banks[1])}
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def _step(self, state, indices, rebuilt, ids, mask, key):
+    def _step(self, state, concepts, indices, rebuilt, ids, mask, key):
         jitter_key, augment_key = jax.random.split(key)
-        pictures = augment(self.pictures[indices, rebuilt], augment_key)
+        pictures = augment(self.pictures[indices, rebuilt], augment_key, max_shift=MAX_SHIFT, mirrored=False)
         gain_key, offset_key = jax.random.split(jitter_key)
-        gain = 1 + 0.1 * jax.random.normal(gain_key, (len(indices), 1, 1, 3))
-        offset = 0.04 * jax.random.normal(offset_key, (len(indices), 1, 1, 3))
+        gain = 1 + 0.05 * jax.random.normal(gain_key, (len(indices), 1, 1, 3))
+        offset = 0.02 * jax.random.normal(offset_key, (len(indices), 1, 1, 3))
         pictures = normalise(jnp.clip(pictures * gain + offset, 0, 1) * 255)
 
         def loss_of(params):
             variables = {"params": params}
             image = unit(self.model.apply(variables, pictures, method="get_image_features"))
             text = unit(self.model.apply(variables, ids, mask, method="get_text_features"))
-            logits = jnp.exp(params["logit_scale"]) * image @ text.T
-            labels = jnp.arange(len(indices))
-            one_way = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            other_way = optax.softmax_cross_entropy_with_integer_labels(logits.T, labels).mean()
-            return (one_way + other_way) / 2, (logits.argmax(1) == labels).mean()
+            texts, images = state["texts"].at[concepts].set(text), state["images"].at[concepts].set(image)
+            scale = jnp.exp(params["logit_scale"])
+            of_image, of_text = scale * image @ texts.T, scale * text @ images.T  # (B, concepts)
+            losses = [optax.softmax_cross_entropy_with_integer_labels(x, concepts).mean() for x in (of_image, of_text)]
+            return sum(losses) / 2, (images, texts, (of_image.argmax(1) == concepts).mean())
 
-        (loss, top1), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
+        (loss, (images, texts, top1)), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
         updates, opt = self.optimiser.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
-        return {"params": params, "opt": opt}, {"loss": loss, "top1_batch": top1}
+        return {"params": params, "opt": opt, "images": images, "texts": texts}, {"loss": loss, "top1_train": top1}
 
     def step(self, state, step: int):
         rng = np.random.default_rng([self.args.seed, step])
-        concepts = rng.choice(list(self.of_concept), self.args.batch_size, replace=False)
+        concepts = rng.choice(len(self.of_concept), self.args.batch_size, replace=False)
         indices = np.array([self._picture(concept, rng) for concept in concepts])
         texts = [caption(self.rows[i], rng) for i in indices]
-        ids, mask = self.tokenizer.encode(texts, TEXT_LENGTH)
+        # Few captions are long: the rest would pay for padding.
+        ids, mask = self.tokenizer.encode(texts, TEXT_LENGTH if step % 8 == 0 else TEXT_LENGTH // 2)
         rebuilt = rng.integers(2, size=len(indices))
-        return self._step(
-            state, indices, rebuilt, ids, mask, jax.random.fold_in(jax.random.key(self.args.seed), step)
-        )
+        key = jax.random.fold_in(jax.random.key(self.args.seed), step)
+        return self._step(state, concepts, indices, rebuilt, ids, mask, key)
 
-    def _picture(self, concept: str, rng: np.random.Generator) -> int:
+    def _picture(self, concept: int, rng: np.random.Generator) -> int:
         indices = self.of_concept[concept]
         weights = np.array([0.04 if self.rows[i]["tone"] else 1.0 for i in indices])
         return int(rng.choice(indices, p=weights / weights.sum()))
@@ -159,9 +161,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/clip"), help="folder of the run; resumes")
     parser.add_argument("--out", type=Path, help="write the trained model to this folder")
     parser.add_argument("--init", help="fine-tune this model (a folder) instead of starting at random")
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -175,7 +177,7 @@ def main() -> None:
         loaded = checkpoints.load(args.init, "clip")
         config, params = loaded.config, loaded.params
     trainer = Trainer(CLIP(config), pixels[train], rebuilt[train], [rows[i] for i in train], tokenizer, args)
-    run = Run(args.run, trainer.init(params), save_every=250)
+    run = Run(args.run, trainer.init(params), save_every=500)
 
     def check(state) -> dict:
         params = jax.device_get(state["params"])
@@ -183,7 +185,7 @@ def main() -> None:
         found = evaluate(scorer, pixels, rows)
         return found | {f"rebuilt_{k}": v for k, v in evaluate(scorer, rebuilt, rows).items()}
 
-    run.loop(args.steps, trainer.step, log_every=25, evaluate=check, evaluate_every=250)
+    run.loop(args.steps, trainer.step, log_every=50, evaluate=check, evaluate_every=500)
     if args.out:
         checkpoints.save(args.out, "clip", config.to_dict(), jax.device_get(run.state["params"]), np.float16)
         shutil.copyfile(args.tokenizer / "tokenizer.json", args.out / "tokenizer.json")

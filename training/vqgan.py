@@ -41,14 +41,15 @@ RESTART_BELOW = 0.02  # of the mean use; a code used less starts again from a ra
 MAX_SHIFT = 3  # pixels
 
 
-def augment(pixels, key):
-    """uint8 (B, S, S, 3) to float [0, 1]: half mirrored, moved by up to MAX_SHIFT pixels over white."""
+def augment(pixels, key, max_shift: int, mirrored: bool):
+    """uint8 (B, S, S, 3) to float [0, 1]: moved by up to `max_shift` pixels over white, and half of them mirrored."""
     flip_key, shift_key = jax.random.split(key)
-    flipped = jax.random.bernoulli(flip_key, 0.5, (len(pixels), 1, 1, 1))
-    pixels = jnp.where(flipped, pixels[:, :, ::-1], pixels)
-    margin = ((0, 0), (MAX_SHIFT, MAX_SHIFT), (MAX_SHIFT, MAX_SHIFT), (0, 0))
+    if mirrored:
+        flipped = jax.random.bernoulli(flip_key, 0.5, (len(pixels), 1, 1, 1))
+        pixels = jnp.where(flipped, pixels[:, :, ::-1], pixels)
+    margin = ((0, 0), (max_shift, max_shift), (max_shift, max_shift), (0, 0))
     padded = jnp.pad(pixels, margin, constant_values=255)
-    shifts = jax.random.randint(shift_key, (len(pixels), 2), 0, 2 * MAX_SHIFT + 1)
+    shifts = jax.random.randint(shift_key, (len(pixels), 2), 0, 2 * max_shift + 1)
 
     def crop(picture, shift):
         return jax.lax.dynamic_slice(picture, (shift[0], shift[1], 0), pixels.shape[1:])
@@ -122,7 +123,7 @@ class Trainer:
     @partial(jax.jit, static_argnums=(0, 4), donate_argnums=(1,))
     def _step(self, state, indices, key, quantised: bool):
         augment_key, restart_key = jax.random.split(key)
-        target = augment(self.pixels[indices], augment_key)
+        target = augment(self.pixels[indices], augment_key, MAX_SHIFT, mirrored=True)
 
         def loss_of(params):
             z = self.apply(params, target, method="encode_continuous")

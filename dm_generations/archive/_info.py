@@ -94,7 +94,7 @@ def info(archive: Archive) -> ArchiveInfo:
         group_count=len(groups),
         smallest_group=min(sizes, default=0),
         largest_group=max(sizes, default=0),
-        prompts=[PromptInfo(i, text, image_count_by_prompt[i]) for i, text in archive.prompts().items()],
+        prompts=[PromptInfo(i, text or "", image_count_by_prompt[i]) for i, text in archive.prompts().items()],
         sc_prompts=[PromptInfo(i, text, image_count_by_sc_prompt[i]) for i, text in archive.sc_prompts().items()],
         axes={name: sorted({getattr(group.settings, name) for group in groups}) for name in AXES},
         models=_models(archive),

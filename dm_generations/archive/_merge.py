@@ -81,7 +81,7 @@ class _Rows:
         self.current_id: int | None = None
         self.count = 0
         # Kept as they are, with NUL bytes too: an archive can hold prompts that we would not draw.
-        self.prompt_ids = {i: target.text_id("prompts", text) for i, text in source.prompts().items()}
+        self.prompt_ids = {i: target.text_id("prompts", text or "") for i, text in source.prompts().items()}
         self.sc_prompt_ids = {
             i: 1 if text is None else target.text_id("sc_prompts", text) for i, text in source.sc_prompts().items()
         }

@@ -146,10 +146,10 @@ class Archive:
 
     # Reading
 
-    def prompts(self) -> dict[int, str]:
-        """Text by id, in order of id. Bytes that are not UTF-8 come back as U+FFFD."""
+    def prompts(self) -> dict[int, str | None]:
+        """Text by id, in order of id. Bytes that are not UTF-8 come back as U+FFFD; only a 2022 archive has None."""
         rows = self._all("SELECT id, desc FROM prompts ORDER BY id")
-        return {row_id: _as_text(text) or "" for row_id, text in rows}
+        return {row_id: _as_text(text) for row_id, text in rows}
 
     def sc_prompts(self) -> dict[int, str | None]:
         """Text by id, in order of id; None is the model's own empty unconditional prompt."""

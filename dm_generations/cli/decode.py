@@ -25,9 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     add = parser.add_argument
     add("--db", metavar="FILE", help="archive to decode (default: the emoji archive that ships)")
-    add(
-        "--codec", metavar="FOLDER", help="VQGAN that the pictures were made with (default: the embedded one)"
-    )
+    add("--codec", metavar="FOLDER", help="VQGAN that the pictures were made with (default: the embedded one)")
     add(
         "--mode",
         choices=["images", "gallery"],
@@ -64,9 +62,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     chosen = parser.add_argument_group(
         "which pictures", "ids and texts add up; prompts and sc prompts both have to match (default: all)"
     )
-    chosen.add_argument(
-        "--prompt-ids", type=int, nargs="+", default=[], metavar="ID", help="these prompts, by id"
-    )
+    chosen.add_argument("--prompt-ids", type=int, nargs="+", default=[], metavar="ID", help="these prompts, by id")
     chosen.add_argument(
         "--prompt-texts", nargs="+", default=[], metavar="TEXT", help="these prompts, by their whole text"
     )
@@ -115,9 +111,7 @@ def _decode(archive, args: argparse.Namespace) -> int:
     options = Options(
         out_dir=Path(args.out_dir or args.mode),
         layout=Layout(args.mode, args.gallery_cols, args.gallery_rows),
-        selection=Selection(
-            args.prompt_ids, args.prompt_texts, args.sc_prompt_ids, args.sc_prompt_texts, args.n_best
-        ),
+        selection=Selection(args.prompt_ids, args.prompt_texts, args.sc_prompt_ids, args.sc_prompt_texts, args.n_best),
         codec=args.codec,
         batch_size=args.batch_size,
         num_workers=args.num_workers,

@@ -47,9 +47,7 @@ class Codec:
         the network would make pictures of NaN.
         """
         if tokens.size and int(tokens.max()) >= self.codebook_size:
-            raise UserError(
-                f"code {int(tokens.max()):,} is outside the codec's codebook of {self.codebook_size:,}"
-            )
+            raise UserError(f"code {int(tokens.max()):,} is outside the codec's codebook of {self.codebook_size:,}")
         padded = np.zeros((self.batch_size, self.token_count), np.uint16)  # new: the device may read it later
         padded[: len(tokens)] = tokens
         return self._to_uint8(self._params, jax.device_put(padded))

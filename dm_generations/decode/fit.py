@@ -39,9 +39,7 @@ def check_fit(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoint) -
     return warnings
 
 
-def _recorded_codecs(
-    archive: Archive, plans: Sequence[GroupPlan], models: dict[int, ModelInfo]
-) -> list[int | None]:
+def _recorded_codecs(archive: Archive, plans: Sequence[GroupPlan], models: dict[int, ModelInfo]) -> list[int | None]:
     """Ids of the codecs that the selected rows name; None for rows that name none."""
     codec_ids = [model_id for model_id, model in models.items() if model.kind == "codec"]
     if not codec_ids:

@@ -98,9 +98,7 @@ def select_groups(archive: Archive, selection: Selection) -> list[GroupPlan]:
     )
     groups = archive.groups(prompt_ids, sc_prompt_ids)
     if not groups:
-        asked = (
-            "no pictures" if prompt_ids is None and sc_prompt_ids is None else "no pictures of these prompts"
-        )
+        asked = "no pictures" if prompt_ids is None and sc_prompt_ids is None else "no pictures of these prompts"
         raise UserError(f"{archive.path} holds {asked}; `python -m dm_generations info` shows what it holds")
     return [
         GroupPlan(

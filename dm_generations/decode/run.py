@@ -145,9 +145,7 @@ class _Job:
             else:
                 good.append((cell, tokens))
         if len(members) < len(target.ranks):
-            self._problem(
-                f"{target.path}: {self.archive.path} changed while it was read; run again", progress
-            )
+            self._problem(f"{target.path}: {self.archive.path} changed while it was read; run again", progress)
         progress.advance(len(target.ranks) - len(good))
         if not good:
             return
@@ -209,9 +207,7 @@ def _decode(
 def _pictures(
     batch: list[tuple[Sheet, int, np.ndarray]], pictures: jax.Array
 ) -> Iterator[tuple[Sheet, int, np.ndarray]]:
-    for (sheet, cell, _), picture in zip(
-        batch, jax.device_get(pictures), strict=False
-    ):  # the rest is padding
+    for (sheet, cell, _), picture in zip(batch, jax.device_get(pictures), strict=False):  # the rest is padding
         yield sheet, cell, picture
 
 
@@ -229,9 +225,7 @@ def _entry(plan: GroupPlan, target: Target, path: str, members: list[ImageRow]) 
         "temperature": settings.temperature,
         "cond_scale": settings.cond_scale,
     }
-    scores = tuple(
-        row.clip_score_input if isinstance(row.clip_score_input, float) else None for row in members
-    )
+    scores = tuple(row.clip_score_input if isinstance(row.clip_score_input, float) else None for row in members)
     if target.incomplete_path:
         return GalleryEntry(**shared, scores=scores, page=target.page)
     (row,) = members

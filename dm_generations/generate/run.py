@@ -67,9 +67,7 @@ def _check_fit(generator: Checkpoint, codec: Checkpoint) -> None:
 
 def model_info(checkpoint: Checkpoint) -> ModelInfo:
     """What the archive keeps about a model."""
-    config = json.loads(
-        json.dumps(dataclasses.asdict(checkpoint.config))
-    )  # tuples to lists, as they come back
+    config = json.loads(json.dumps(dataclasses.asdict(checkpoint.config)))  # tuples come back as lists
     kind = KIND_IN_ARCHIVE[checkpoint.kind]
     if kind != "codec":
         return ModelInfo(kind, checkpoint.name, checkpoint.sha256, config)
@@ -190,9 +188,7 @@ def memory_errors(batch_size: int) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(
-            f"not enough memory for batches of {batch_size}; use a smaller --batch-size"
-        ) from error
+        raise UserError(f"not enough memory for batches of {batch_size}; use a smaller --batch-size") from error
 
 
 def make_scorer(clip: Checkpoint, batch_size: int) -> Scorer:

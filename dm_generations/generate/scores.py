@@ -79,7 +79,7 @@ def score_archive(
             usable_rows, tokens = zip(*usable, strict=True)
             with memory_errors(batch_size):
                 pictures = decoder.decode(np.stack(tokens))
-                scores = scorer.score(pictures, [prompt_by_id.get(row.prompt_id, "") for row in usable_rows])
+                scores = scorer.score(pictures, [prompt_by_id.get(row.prompt_id) or "" for row in usable_rows])
             found = [
                 (row.id, finite(score_input), finite(score_tokenized))
                 for row, score_input, score_tokenized in zip(usable_rows, *scores, strict=True)

@@ -94,9 +94,7 @@ class Sweep:
             if not 0 < top_p <= 1:  # NaN too
                 raise UserError(f"top_p must be above 0 and at most 1, not {top_p}")
         if self.picture_count > MAX_PICTURES:
-            raise UserError(
-                f"this sweep has {self.picture_count:,} pictures, more than {MAX_PICTURES:,}; split it"
-            )
+            raise UserError(f"this sweep has {self.picture_count:,} pictures, more than {MAX_PICTURES:,}; split it")
 
     @property
     def combination_count(self) -> int:
@@ -135,9 +133,7 @@ class Plan:
         return self.sweep.picture_count - self.missing_count
 
     def draws(self) -> Iterator[Draw]:
-        return (
-            Draw(combination, *self.keys[index]) for combination, indices in self.missing for index in indices
-        )
+        return (Draw(combination, *self.keys[index]) for combination, indices in self.missing for index in indices)
 
 
 def plan(sweep: Sweep, archive: Archive | None, generator_id: int | None, sampler_version: int) -> Plan:

@@ -215,9 +215,7 @@ def test_a_model_that_gives_only_nan_writes_no_row(models, tmp_path):
     config = {**dataclasses.asdict(checkpoint.config)}
     runs.checkpoints.save(broken, "dalle_bart", config, checkpoint.params)
     with pytest.raises(UserError, match="'broken' gives no numbers"):
-        draw(
-            dataclasses.replace(models, dalle_bart=broken), tmp_path / "a.db", "--prompts", "a", "--no-score"
-        )
+        draw(dataclasses.replace(models, dalle_bart=broken), tmp_path / "a.db", "--prompts", "a", "--no-score")
     assert rows_of(tmp_path / "a.db") == []
 
 

@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from decode_kit import GOLDEN_CODEC, random_tokens
 
 from dm_generations.decode.codec import Codec
 from dm_generations.errors import UserError
 from dm_generations.models import checkpoints
-from tests.decode_kit import GOLDEN_CODEC, random_tokens
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,19 @@
-"""The decode command against what the 2022 script wrote (tests/golden/original_script/README.md)."""
+"""The decode command against what the 2022 script wrote (tests/golden/original_script/README.md).
+
+Names, sizes and layout are compared with expected.zip. Its pixels are not: its pictures show no relation to the codebook
+of vqgan_jax/a (a linear fit from a token's codebook row to the pixels at its place explains nothing, where it explains a
+tenth of what vqgan_jax/a decodes), so other weights made them. Pixels are compared with what vqgan-jax itself decoded.
+"""
 
 import json
 
 import numpy as np
 import pytest
+from decode_kit import GOLDEN_CODEC, GOLDEN_DECODE, all_files, golden_pictures, pictures, write_archive_2022
+from helpers import golden_dirs
 
 from dm_generations.cli import main
 from dm_generations.models import checkpoints
-from tests.decode_kit import GOLDEN_CODEC, GOLDEN_DECODE, all_files, golden_pictures, pictures
 
 CASES = {
     "images": ["--mode", "images"],
@@ -33,10 +39,43 @@ def decoded(request, tmp_path_factory):
 def test_writes_the_same_files(decoded):
     case, out_dir = decoded
     expected, found = golden_pictures(case), pictures(out_dir)
-    assert found.keys() == expected.keys()
-    for path, pixels in expected.items():
-        assert found[path].shape == pixels.shape
-        assert np.abs(found[path].astype(int) - pixels).max() <= 1, path
+    assert {path: pixels.shape for path, pixels in found.items()} == {
+        path: pixels.shape for path, pixels in expected.items()
+    }
+
+
+@pytest.mark.parametrize("variant", ["a", "b"])
+def test_writes_the_pixels_that_the_original_decodes(variant, tmp_path):
+    """Recorded tokens to files, against the recorded uint8 pixels of vqgan-jax."""
+    for number, folder in enumerate(golden_dirs("vqgan_jax")):
+        if not (folder / variant).is_dir():
+            continue
+        recorded = np.load(folder / variant / "golden.npz")
+        archive = write_archive_2022(tmp_path / f"{number}.db", recorded["tokens"])
+        out_dir = tmp_path / str(number)
+        flags = ["--db", str(archive), "--codec", str(folder / variant), "--out-dir", str(out_dir)]
+        assert main(["decode", *flags]) == 0
+        found = list(pictures(out_dir).values())  # in order of rank, which is that of the tokens
+        assert len(found) == len(recorded["decoded_uint8"])
+        assert np.abs(np.stack(found).astype(int) - recorded["decoded_uint8"]).max() <= 1
+
+
+@pytest.mark.parametrize("source", ["2022", "ours"])
+def test_a_gallery_holds_the_pictures_in_order_of_rank(source, tmp_path):
+    """Row by row, the rest black: in what the 2022 script wrote, and so in ours."""
+    if source == "2022":
+        galleries, images = golden_pictures("gallery"), golden_pictures("images")
+    else:
+        for case in ("gallery", "images"):
+            assert decode_golden(tmp_path / case, *CASES[case]) == 0
+        galleries, images = pictures(tmp_path / "gallery"), pictures(tmp_path / "images")
+    for path, gallery in galleries.items():
+        folder, name = path.split("/")
+        before, text = name.rsplit("_", 1)
+        cells = gallery.reshape(2, 32, 4, 32, 3).swapaxes(1, 2).reshape(8, 32, 32, 3)
+        for rank, cell in enumerate(cells):
+            picture = images.get(f"{folder}/{before}_{rank:02d}_{text}", np.zeros_like(cell))
+            np.testing.assert_array_equal(cell, picture, err_msg=f"{path} {rank}")
 
 
 def test_leaves_nothing_but_pictures_and_the_page(decoded):
@@ -49,9 +88,7 @@ def test_the_manifest_lists_every_file(decoded):
     case, out_dir = decoded
     script = (out_dir / "manifest.js").read_text()
     manifest = json.loads(script[script.index("{") : script.rindex("}") + 1])
-    listed = {
-        prefix + middle + suffix for *_, prefix, suffix, files in manifest["groups"] for middle, *_ in files
-    }
+    listed = {prefix + middle + suffix for *_, prefix, suffix, files in manifest["groups"] for middle, *_ in files}
     assert manifest["mode"] == ("gallery" if case == "gallery" else "images")
     assert listed == pictures(out_dir).keys()
 

@@ -89,9 +89,7 @@ def test_two_prompts_never_share_a_folder(one, prompt, other, other_prompt):
 
 
 @given(settings, texts, places, settings, texts, places, st.booleans(), st.booleans())
-def test_two_pictures_never_share_a_name(
-    values, text, place, values_2, text_2, place_2, same_values, is_gallery
-):
+def test_two_pictures_never_share_a_name(values, text, place, values_2, text_2, place_2, same_values, is_gallery):
     # Within one folder a run writes either ranks or pages, and an unconditional prompt's id fixes its text.
     values_2 = values if same_values else values_2
     text_2 = text if values[0] == values_2[0] else text_2
@@ -107,9 +105,7 @@ def test_two_pictures_never_share_a_name(
     assert len(names) == len(keys)
 
 
-@given(
-    st.integers(0, 99999), st.text(st.characters(exclude_categories=["Cs"]), max_size=300), st.integers(0, 99)
-)
+@given(st.integers(0, 99999), st.text(st.characters(exclude_categories=["Cs"]), max_size=300), st.integers(0, 99))
 def test_names_are_pathvalidates_where_those_can_exist(number, text, rank):
     sanitize_filename = pytest.importorskip("pathvalidate").sanitize_filename
     assert prompt_folder(number, text) == sanitize_filename(f"{number:04d}_{text}")

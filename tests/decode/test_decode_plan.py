@@ -1,11 +1,11 @@
 """Which pictures are chosen, and which files they go to."""
 
 import pytest
+from decode_kit import GOLDEN_DECODE, SETTINGS
 
 from dm_generations.archive import Archive
 from dm_generations.decode.plan import GroupPlan, Layout, Selection, is_finished, select_groups
 from dm_generations.errors import UserError
-from tests.decode_kit import GOLDEN_DECODE, SETTINGS
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +16,7 @@ def archive():
 
 def chosen(archive, **filters):
     return {
-        (plan.settings.prompt_id, plan.settings.sc_prompt_id)
-        for plan in select_groups(archive, Selection(**filters))
+        (plan.settings.prompt_id, plan.settings.sc_prompt_id) for plan in select_groups(archive, Selection(**filters))
     }
 
 
@@ -66,7 +65,7 @@ def test_only_a_file_with_content_is_finished(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "whole.png").write_bytes(b"x")
-    assert [
-        is_finished(str(tmp_path / name)) for name in ("empty.png", "folder.png", "none.png", "a\0b")
-    ] == [False] * 4
+    assert [is_finished(str(tmp_path / name)) for name in ("empty.png", "folder.png", "none.png", "a\0b")] == [
+        False
+    ] * 4
     assert is_finished(str(tmp_path / "whole.png"))

@@ -68,9 +68,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
 
 def test_only_what_dead_processes_left_is_removed(tmp_path):
-    dead = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
-    )
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     stale = f".dmg-{files._HOST}-{int(dead.stdout)}-00000000.tmp"
     kept = [
         f".dmg-{files._HOST}-{os.getppid()}-00000000.tmp",

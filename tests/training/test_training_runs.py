@@ -1,0 +1,59 @@
+"""A run that is stopped and resumed gives what an undisturbed one gives, and what it writes loads."""
+
+import argparse
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dm_generations.models import checkpoints
+from dm_generations.models.vqgan import VQGANConfig
+from training.common import Run
+from training.vqgan import Trainer, reconstruct
+
+CONFIG = VQGANConfig(
+    ch=4,
+    ch_mult=(1, 2),
+    num_res_blocks=1,
+    attn_resolutions=(),
+    resolution=8,
+    z_channels=4,
+    n_embed=8,
+    embed_dim=4,
+    num_groups=2,
+)
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    args = argparse.Namespace(seed=0, steps=6, continuous_steps=2, batch_size=4, learning_rate=1e-3)
+    return Trainer(CONFIG, pixels, np.ones(40), args)
+
+
+def train(trainer, folder, steps):
+    run = Run(folder, trainer.init(None), save_every=4)
+    run.loop(steps, trainer.step, log_every=2)
+    return run
+
+
+def test_resumed_run_equals_an_undisturbed_one(trainer, tmp_path):
+    whole = train(trainer, tmp_path / "whole", 6)
+    train(trainer, tmp_path / "parts", 4)
+    resumed = train(trainer, tmp_path / "parts", 6)
+    for one, other in zip(jax.tree.leaves(whole.state), jax.tree.leaves(resumed.state), strict=True):
+        np.testing.assert_array_equal(one, other)
+    steps = [line.split(",")[0] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert steps == ['{"step": 2', '{"step": 4', '{"step": 6']
+
+
+def test_trained_model_loads_and_rebuilds_pictures(trainer, tmp_path):
+    run = train(trainer, tmp_path / "run", 4)
+    params = jax.device_get(run.state["params"])
+    checkpoints.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), params, np.float16)
+    loaded = checkpoints.load(tmp_path / "model", "vqgan")
+    assert loaded.config == CONFIG
+    pictures, tokens = reconstruct(trainer.model, loaded.params, np.asarray(trainer.pixels), batch=32)
+    assert pictures.shape == (40, 8, 8, 3) and pictures.dtype == np.uint8
+    assert tokens.shape == (40, 16) and tokens.max() < 8
