@@ -21,9 +21,7 @@ def test_it_is_a_notebook_without_outputs():
     assert len(set(ids)) == len(ids)
     for cell in NOTEBOOK["cells"]:
         if cell["cell_type"] == "code":
-            assert cell["outputs"] == [] and cell["execution_count"] is None, (
-                f"{cell['id']}: clear its output"
-            )
+            assert cell["outputs"] == [] and cell["execution_count"] is None, f"{cell['id']}: clear its output"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -62,9 +62,7 @@ def test_score_is_the_logit_of_picture_and_prompt(scorer, checkpoint, tokenizer,
     assert score_input.shape == score_tokenized.shape == (5,) and score_input.dtype == np.float32
     np.testing.assert_allclose(score_input, np.diagonal(logits[:, :5]), atol=1e-4)
     np.testing.assert_allclose(score_tokenized, np.diagonal(logits[:, 5:]), atol=1e-4)
-    assert (
-        abs(score_input[1] - score_tokenized[1]) > 0.01
-    )  # an end token typed in the middle is not read back
+    assert abs(score_input[1] - score_tokenized[1]) > 0.01  # an end token typed in the middle is not read back
 
 
 def test_scores_do_not_depend_on_company(scorer, images):
@@ -110,9 +108,7 @@ def test_preprocessing_is_read_from_beside_the_model(checkpoint, tmp_path):
     }
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(values | {"crop_size": {"height": 32, "width": 32}}))
-    assert Preprocessing.of_model(tmp_path, checkpoint.config) == Preprocessing(
-        32, (0.5, 0.4, 0.3), (1, 1, 2), 2
-    )
+    assert Preprocessing.of_model(tmp_path, checkpoint.config) == Preprocessing(32, (0.5, 0.4, 0.3), (1, 1, 2), 2)
 
 
 @pytest.mark.parametrize(

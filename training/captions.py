@@ -111,11 +111,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
         ids = tokenizer.encode("A cute avocado armchair").ids
-        print(
-            json.dumps(
-                {"kind": kind, "size": tokenizer.get_vocab_size(), "ids": ids, "text": tokenizer.decode(ids)}
-            )
-        )
+        print(json.dumps({"kind": kind, "size": tokenizer.get_vocab_size(), "ids": ids, "text": tokenizer.decode(ids)}))
 
 
 if __name__ == "__main__":

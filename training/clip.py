@@ -4,9 +4,7 @@
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
 https://arxiv.org/abs/2103.00020. A batch holds one picture each of different concepts, so that no two of its captions
-are both right. Batches are small here, so a picture is told apart from the latest caption of every concept, and a
-caption from the latest picture: features of concepts outside the batch come from a memory bank, as in He et al.,
-"Momentum Contrast", 2020, https://arxiv.org/abs/1911.05722, but without the slow encoder: they are a dozen steps old.
+are both right.
 Half of the pictures are shown as the codec rebuilds them, since such pictures are what it will score.
 """
 
@@ -61,7 +59,7 @@ def config_for(image_size: int, vocab_size: int) -> CLIPConfig:
 
 
 class Trainer:
-    """Owns the compiled step. State: params, optimiser state, and the banks of features, (concepts, P) each."""
+    """Owns the compiled step. State: params and optimiser state."""
 
     def __init__(self, model: CLIP, pixels: np.ndarray, rebuilt: np.ndarray, rows: list[dict], tokenizer, args):
         self.model, self.rows, self.tokenizer, self.args = model, rows, tokenizer, args
@@ -78,11 +76,10 @@ class Trainer:
             size = self.pictures.shape[2]
             text = jnp.zeros((1, TEXT_LENGTH), jnp.int32)
             params = jax.jit(self.model.init)(key, jnp.zeros((1, size, size, 3)), text, text)["params"]
-        banks = jax.random.normal(key, (2, len(self.of_concept), self.model.config.projection_dim))
-        return {"params": params, "opt": self.optimiser.init(params), "images": unit(banks[0]), "texts": unit(banks[1])}
+        return {"params": params, "opt": self.optimiser.init(params)}
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def _step(self, state, concepts, indices, rebuilt, ids, mask, key):
+    def _step(self, state, indices, rebuilt, ids, mask, key):
         jitter_key, augment_key = jax.random.split(key)
         pictures = augment(self.pictures[indices, rebuilt], augment_key, max_shift=MAX_SHIFT, mirrored=False)
         gain_key, offset_key = jax.random.split(jitter_key)
@@ -94,17 +91,16 @@ class Trainer:
             variables = {"params": params}
             image = unit(self.model.apply(variables, pictures, method="get_image_features"))
             text = unit(self.model.apply(variables, ids, mask, method="get_text_features"))
-            texts, images = state["texts"].at[concepts].set(text), state["images"].at[concepts].set(image)
-            scale = jnp.exp(params["logit_scale"])
-            of_image, of_text = scale * image @ texts.T, scale * text @ images.T  # (B, concepts)
-            losses = [optax.softmax_cross_entropy_with_integer_labels(x, concepts).mean() for x in (of_image, of_text)]
-            return sum(losses) / 2, (images, texts, (of_image.argmax(1) == concepts).mean())
+            logits = jnp.exp(params["logit_scale"]) * image @ text.T  # (B, B)
+            labels = jnp.arange(len(indices))
+            losses = [optax.softmax_cross_entropy_with_integer_labels(x, labels).mean() for x in (logits, logits.T)]
+            return sum(losses) / 2, (logits.argmax(1) == labels).mean()
 
-        (loss, (images, texts, top1)), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
+        (loss, top1), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
         updates, opt = self.optimiser.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
-        return {"params": params, "opt": opt, "images": images, "texts": texts}, {"loss": loss, "top1_train": top1}
+        return {"params": params, "opt": opt}, {"loss": loss, "top1_batch": top1}
 
     def step(self, state, step: int):
         rng = np.random.default_rng([self.args.seed, step])
@@ -115,7 +111,7 @@ class Trainer:
         ids, mask = self.tokenizer.encode(texts, TEXT_LENGTH if step % 8 == 0 else TEXT_LENGTH // 2)
         rebuilt = rng.integers(2, size=len(indices))
         key = jax.random.fold_in(jax.random.key(self.args.seed), step)
-        return self._step(state, concepts, indices, rebuilt, ids, mask, key)
+        return self._step(state, indices, rebuilt, ids, mask, key)
 
     def _picture(self, concept: int, rng: np.random.Generator) -> int:
         indices = self.of_concept[concept]
@@ -161,7 +157,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/clip"), help="folder of the run; resumes")
     parser.add_argument("--out", type=Path, help="write the trained model to this folder")
     parser.add_argument("--init", help="fine-tune this model (a folder) instead of starting at random")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)

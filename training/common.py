@@ -96,6 +96,4 @@ def picture_grid(pictures: np.ndarray, columns: int, zoom: int = 1) -> Image.Ima
     for i, picture in enumerate(pictures):
         y, x = i // columns * size, i % columns * size
         sheet[y : y + size, x : x + size] = picture
-    return Image.fromarray(sheet).resize(
-        (columns * size * zoom, rows * size * zoom), Image.Resampling.NEAREST
-    )
+    return Image.fromarray(sheet).resize((columns * size * zoom, rows * size * zoom), Image.Resampling.NEAREST)

@@ -67,16 +67,12 @@ def config_for(codebook_size: int, image_length: int, text_vocab_size: int) -> D
 
 
 class Trainer:
-    def __init__(
-        self, model: DalleBart, tokens: np.ndarray, rows: list[dict], tokenizer: PromptTokenizer, args
-    ):
+    def __init__(self, model: DalleBart, tokens: np.ndarray, rows: list[dict], tokenizer: PromptTokenizer, args):
         self.model, self.config, self.args = model, model.config, args
         self.tokens, self.rows, self.tokenizer = tokens.astype(np.int32), rows, tokenizer
         weights = np.array([GROUP_WEIGHTS.get(row["group"], 1.0) for row in rows])
         self.weights = weights / weights.sum()
-        self.optimiser = adamw(
-            args.learning_rate, args.steps, warmup=min(150, args.steps // 10), weight_decay=0.03
-        )
+        self.optimiser = adamw(args.learning_rate, args.steps, warmup=min(150, args.steps // 10), weight_decay=0.03)
 
     def init(self, params: dict | None) -> dict:
         if params is None:
@@ -144,9 +140,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("build/emoji-64.npz"))
     parser.add_argument("--codec", type=Path, default=Path("build/models/vqgan"))
     parser.add_argument("--tokenizer", type=Path, default=Path("build/tokenizer/dalle_bart"))
-    parser.add_argument(
-        "--run", type=Path, default=Path("build/dalle_bart"), help="folder of the run; resumes"
-    )
+    parser.add_argument("--run", type=Path, default=Path("build/dalle_bart"), help="folder of the run; resumes")
     parser.add_argument("--out", type=Path, help="write the trained model to this folder")
     parser.add_argument("--init", help="fine-tune this model (a folder) instead of starting at random")
     parser.add_argument("--steps", type=int, default=2900)

@@ -50,9 +50,7 @@ def fetch(folder: Path) -> dict[str, Path]:
         name, version = package.rsplit("@", 1)
         path = folder / f"{name.lstrip('@').replace('/', '-')}-{version}.tgz"
         if not path.exists():
-            subprocess.run(
-                ["npm", "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL
-            )
+            subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != expected:
             raise SystemExit(f"{path}: SHA-256 {found}, expected {expected}; delete the file and try again")
@@ -100,9 +98,7 @@ def on_white(image: Image.Image, size: int) -> np.ndarray:
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     white = Image.new("RGBA", square.size, (255, 255, 255, 255))
     flat = Image.alpha_composite(white, square).convert("RGB")
-    return np.asarray(
-        flat if side == size else flat.resize((size, size), Image.Resampling.BOX, reducing_gap=2)
-    )
+    return np.asarray(flat if side == size else flat.resize((size, size), Image.Resampling.BOX, reducing_gap=2))
 
 
 def svg_sources(tarball: Path) -> dict[str, str]:
@@ -137,9 +133,7 @@ def webp_sources(tarball: Path) -> dict[str, bytes]:
         for member in tar:
             path = Path(member.name)
             if path.suffix == ".webp":
-                found["-".join(p for p in path.stem.split("-") if p != "fe0f")] = tar.extractfile(
-                    member
-                ).read()
+                found["-".join(p for p in path.stem.split("-") if p != "fe0f")] = tar.extractfile(member).read()
     return found
 
 
@@ -169,10 +163,7 @@ def build(size: int, downloads: Path) -> tuple[np.ndarray, list[dict]]:
                 continue
             # A pair is held out only if its concept is seen in another style.
             held_out = len(styles_of.get(base, ())) > 1 and is_held_out(base, style)
-            jobs.append(
-                {"concept": base, "style": style, "tone": tone, "held_out": held_out, "key": key}
-                | known[base]
-            )
+            jobs.append({"concept": base, "style": style, "tone": tone, "held_out": held_out, "key": key} | known[base])
 
     def draw(job: dict) -> np.ndarray:
         source = sources[job["style"]][job["key"]]
@@ -216,9 +207,7 @@ def main() -> None:
     save(args.out, pixels, rows)
     held_out = sum(row["held_out"] for row in rows)
     digest = hashlib.sha256(pixels.tobytes()).hexdigest()
-    print(
-        f"{args.out}: {len(rows)} pictures of {len({r['concept'] for r in rows})} concepts, {held_out} held out"
-    )
+    print(f"{args.out}: {len(rows)} pictures of {len({r['concept'] for r in rows})} concepts, {held_out} held out")
     print(f"pixels SHA-256 {digest}")
 
 

@@ -32,9 +32,7 @@ COMMON = (
     "car bus taxi bicycle motorcycle train airplane helicopter sailboat house tent mountain volcano sun moon star "
     "rainbow umbrella snowman fire guitar trumpet crown key book heart ghost robot alien skull balloon"
 ).split() + ["palm tree", "hot dog", "ice cream"]
-STYLED = "rocket,castle,avocado,strawberry,cat face,octopus,house,pizza,guitar,rose,crab,automobile".split(
-    ","
-)
+STYLED = "rocket,castle,avocado,strawberry,cat face,octopus,house,pizza,guitar,rose,crab,automobile".split(",")
 COLOURS = "red,blue,green,purple,yellow,black".split(",")
 COLOURED = "car,heart,book,apple,castle,cat".split(",")
 PAIRS = (
@@ -63,9 +61,7 @@ class Pipeline:
         """Pictures uint8 (len(prompts), count, S, S, 3) and their scores (len(prompts), count)."""
         rows = [(prompt, i) for prompt in prompts for i in range(count)]
         n = len(rows)
-        settings = RowSettings(
-            np.full(n, top_k), np.full(n, 1.0), np.full(n, temperature), np.full(n, cond_scale)
-        )
+        settings = RowSettings(np.full(n, top_k), np.full(n, 1.0), np.full(n, temperature), np.full(n, cond_scale))
         keys = np.array([sampling.row_key(seed, i) for _, i in rows], np.uint32)
         texts = [prompt for prompt, _ in rows]
         tokens = self.generator.generate(texts, [None] * n, settings, keys)
@@ -187,8 +183,7 @@ def style_obeyed(pipeline: Pipeline, pixels: np.ndarray, rows: list[dict], rng: 
         pictures = pipeline.draw([f"{style} {name}" for name in chosen], 1, 3.0)[0][:, 0]
         for name, picture in zip(chosen, pictures, strict=True):
             distances = {
-                other: np.square(pixels[i].astype(float) - picture).mean()
-                for other, i in by_concept[name].items()
+                other: np.square(pixels[i].astype(float) - picture).mean() for other, i in by_concept[name].items()
             }
             hits.append(min(distances, key=distances.get) == style)
     return float(np.mean(hits))

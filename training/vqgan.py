@@ -77,10 +77,7 @@ def kmeans(points: np.ndarray, count: int, rounds: int, seed: int) -> np.ndarray
     centres = points[rng.choice(len(points), count, replace=False)]
     for _ in range(rounds):
         nearest = np.concatenate(
-            [
-                np.argmin((centres**2).sum(1) - 2 * part @ centres.T, axis=1)
-                for part in np.array_split(points, 32)
-            ]
+            [np.argmin((centres**2).sum(1) - 2 * part @ centres.T, axis=1) for part in np.array_split(points, 32)]
         )
         counts = np.bincount(nearest, minlength=count)
         order = np.argsort(nearest, kind="stable")
@@ -95,9 +92,7 @@ def kmeans(points: np.ndarray, count: int, rounds: int, seed: int) -> np.ndarray
 class Trainer:
     """Owns the compiled steps. State: params, optimiser state, and the codebook's running counts and sums."""
 
-    def __init__(
-        self, config: VQGANConfig, pixels: np.ndarray, weights: np.ndarray, args: argparse.Namespace
-    ):
+    def __init__(self, config: VQGANConfig, pixels: np.ndarray, weights: np.ndarray, args: argparse.Namespace):
         self.config, self.args = config, args
         self.model = VQGAN(config)
         self.pixels = jnp.asarray(pixels)
@@ -177,8 +172,7 @@ class Trainer:
         chosen = rng.choice(len(self.pixels), min(2048, len(self.pixels)), replace=False, p=self.weights)
         encode = jax.jit(lambda p, x: self.apply(p, x.astype(jnp.float32) / 255, method="encode_continuous"))
         vectors = [
-            np.asarray(encode(state["params"], self.pixels[part]))
-            for part in np.array_split(np.sort(chosen), 32)
+            np.asarray(encode(state["params"], self.pixels[part])) for part in np.array_split(np.sort(chosen), 32)
         ]
         points = np.concatenate(vectors).reshape(-1, self.config.embed_dim)
         codebook = jnp.asarray(kmeans(points, self.config.n_embed, rounds=8, seed=self.args.seed))
@@ -188,9 +182,7 @@ class Trainer:
         return state | {"params": params, "counts": counts, "sums": codebook * counts[:, None]}
 
 
-def reconstruct(
-    model: VQGAN, params: dict, pixels: np.ndarray, batch: int = 32
-) -> tuple[np.ndarray, np.ndarray]:
+def reconstruct(model: VQGAN, params: dict, pixels: np.ndarray, batch: int = 32) -> tuple[np.ndarray, np.ndarray]:
     """uint8 (N, S, S, 3) through the codes: pictures as decode writes them, and tokens int32 (N, L)."""
 
     @jax.jit

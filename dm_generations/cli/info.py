@@ -28,9 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("archive", nargs="?", metavar="FILE", help="the same as --db FILE")
-    which.add_argument("--db", metavar="FILE", help="archive (default: the emoji archive that ships)")
+    parser.add_argument("--db", metavar="FILE", help="archive (default: the emoji archive that ships)")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.set_defaults(run=run)
 
@@ -39,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from dm_generations.archive import Archive, info
     from dm_generations.resources import shipped
 
-    with Archive.open(args.archive or args.db or shipped("archive/emoji.db")) as archive:
+    with Archive.open(args.db or shipped("archive/emoji.db")) as archive:
         found = info(archive)
     if args.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))

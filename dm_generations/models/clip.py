@@ -93,9 +93,7 @@ class CLIPConfig:
                     f"num_attention_heads {towers[name].num_attention_heads}"
                 )
         if towers["vision_config"].num_channels != 3:
-            raise UserError(
-                f"CLIP vision_config: num_channels must be 3, not {towers['vision_config'].num_channels}"
-            )
+            raise UserError(f"CLIP vision_config: num_channels must be 3, not {towers['vision_config'].num_channels}")
         rest = {key: value for key, value in values.items() if key not in towers}
         return dataclasses.replace(_from_known(cls, rest, "config"), **towers)
 
@@ -130,9 +128,7 @@ def _from_known(cls, values: Any, where: str):
         else:
             least = 0 if entry.name.endswith("_token_id") else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(
-                    f"CLIP {where}: {entry.name} must be a whole number from {least}, not {value!r}"
-                )
+                raise UserError(f"CLIP {where}: {entry.name} must be a whole number from {least}, not {value!r}")
     return cls(**known)
 
 
@@ -256,9 +252,7 @@ class VisionEmbeddings(nn.Module):
         first = self.param("class_embedding", normal(width**-0.5), (width,)).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, width)), x], axis=1)  # (B, N, D)
         count = (config.image_size // patch) ** 2 + 1
-        position = nn.Embed(
-            count, width, dtype=self.dtype, embedding_init=normal(0.02), name="position_embedding"
-        )
+        position = nn.Embed(count, width, dtype=self.dtype, embedding_init=normal(0.02), name="position_embedding")
         return x + position(jnp.arange(count)[None])
 
 
@@ -312,9 +306,7 @@ class CLIP(nn.Module):
         self.vision_model = VisionTransformer(config.vision_config, self.dtype)
         self.text_projection = projection(config.text_config.hidden_size)
         self.visual_projection = projection(config.vision_config.hidden_size)
-        self.logit_scale = self.param(
-            "logit_scale", nn.initializers.constant(config.logit_scale_init_value), ()
-        )
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(config.logit_scale_init_value), ())
 
     def get_image_features(self, pixel_values: jax.Array) -> jax.Array:
         """Normalised pixels (B, H, W, 3), H = W = image_size -> projections (B, P), not of unit length."""
@@ -324,9 +316,7 @@ class CLIP(nn.Module):
         """Token ids and mask, both (B, T) with T up to max_position_embeddings -> projections (B, P)."""
         return self.text_projection(self.text_model(input_ids, attention_mask)[1])
 
-    def logits_per_image(
-        self, pixel_values: jax.Array, input_ids: jax.Array, attention_mask: jax.Array
-    ) -> jax.Array:
+    def logits_per_image(self, pixel_values: jax.Array, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
         """Cosine times exp(logit_scale) of every picture with every text, (pictures, texts) float32."""
         image = unit(self.get_image_features(pixel_values))
         text = unit(self.get_text_features(input_ids, attention_mask))

@@ -83,15 +83,11 @@ class DalleBartConfig:
         ):
             value = getattr(self, name)
             if value not in known:
-                raise UserError(
-                    f"DalleBart config: {name} {value!r:.80} is not supported (one of {', '.join(known)})"
-                )
+                raise UserError(f"DalleBart config: {name} {value!r:.80} is not supported (one of {', '.join(known)})")
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
             heads = getattr(self, name)
             if self.d_model % heads:
-                raise UserError(
-                    f"DalleBart config: d_model {self.d_model} is not divisible by {name} {heads}"
-                )
+                raise UserError(f"DalleBart config: d_model {self.d_model} is not divisible by {name} {heads}")
         if self.decoder_start_token_id > self.image_vocab_size:
             raise UserError(
                 f"DalleBart config: decoder_start_token_id {self.decoder_start_token_id} is above "
@@ -107,9 +103,7 @@ class DalleBartConfig:
         given = {name: value for name, value in values.items() if value is not None}  # null: not set
         for name, supported in UNSUPPORTED_UNLESS.items():
             if given.get(name, supported) != supported:
-                raise UserError(
-                    f"DalleBart config: {name} {given[name]!r:.80} is not supported, only {supported!r}"
-                )
+                raise UserError(f"DalleBart config: {name} {given[name]!r:.80} is not supported, only {supported!r}")
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in given.items() if name in known})
 

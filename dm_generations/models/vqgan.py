@@ -207,9 +207,7 @@ class Quantize(nn.Module):
     dtype: jnp.dtype
 
     def setup(self):
-        self.embedding = nn.Embed(
-            self.config.n_embed, self.config.embed_dim, dtype=self.dtype, param_dtype=jnp.float32
-        )
+        self.embedding = nn.Embed(self.config.n_embed, self.config.embed_dim, dtype=self.dtype, param_dtype=jnp.float32)
 
     def __call__(self, z):  # (..., D) -> indices (...), int32
         codebook = self.embedding.embedding

@@ -50,9 +50,7 @@ class PromptTokenizer:
         if bos_id is None or eos_id is None:
             ends = self._tokenizer.encode("").ids
             if len(ends) != 2:
-                raise UserError(
-                    f"{self.path}: puts {len(ends)} tokens around a text, expected a start and an end"
-                )
+                raise UserError(f"{self.path}: puts {len(ends)} tokens around a text, expected a start and an end")
             bos_id = ends[0] if bos_id is None else bos_id
             eos_id = ends[1] if eos_id is None else eos_id
         if pad_id is None:
@@ -83,8 +81,7 @@ class PromptTokenizer:
         if self.vocab_size is not None and input_ids.size and input_ids.max() >= self.vocab_size:
             token = self._tokenizer.id_to_token(int(input_ids.max()))
             raise UserError(
-                f"{self.path}: token {token!r} has id {input_ids.max()}, "
-                f"the model has only {self.vocab_size} tokens"
+                f"{self.path}: token {token!r} has id {input_ids.max()}, the model has only {self.vocab_size} tokens"
             )
         return input_ids, attention_mask
 
@@ -101,9 +98,7 @@ class PromptTokenizer:
 
     def _inner_ids(self, texts: Sequence[str], length: int) -> list[list[int]]:
         """Ids of each text without start and end token, at most length - 2 of them."""
-        encodings = self._tokenizer.encode_batch(
-            [well_formed(text) for text in texts], add_special_tokens=False
-        )
+        encodings = self._tokenizer.encode_batch([well_formed(text) for text in texts], add_special_tokens=False)
         return [encoding.ids[: length - 2] for encoding in encodings]
 
 

@@ -37,7 +37,7 @@ def ours(tmp_path):
 
 
 def test_info_prints_what_is_there(ours, capsys):
-    assert command("info", ours) == 0
+    assert command("info", "--db", ours) == 0
     out = capsys.readouterr().out
     for text in (
         "format 1",
@@ -69,12 +69,12 @@ def test_info_json_of_a_2022_archive(capsys):
 
 def test_info_of_an_empty_archive(tmp_path, capsys):
     Archive.create(tmp_path / "a.db").close()
-    assert command("info", tmp_path / "a.db") == 0
+    assert command("info", "--db", tmp_path / "a.db") == 0
     assert "0 pictures in 0 groups\n" in capsys.readouterr().out
 
 
 def test_verify_exits_1_when_something_is_wrong(ours, capsys):
-    assert command("verify", ours) == 0
+    assert command("verify", "--db", ours) == 0
     assert capsys.readouterr().out == f"{ours}: sound, 5 pictures checked\n"
     execute(ours, "UPDATE images SET quantvec_md5 = ? WHERE id = 3", "0" * 32)
     assert command("verify", "--db", ours) == 1
@@ -82,7 +82,7 @@ def test_verify_exits_1_when_something_is_wrong(ours, capsys):
     assert capsys.readouterr().out == (
         f"images 3: quantvec_md5 is '{'0' * 32}', the tokens have {md5}\n{ours}: 1 problem\n"
     )
-    assert command("verify", "--json", ours) == 1
+    assert command("verify", "--json", "--db", ours) == 1
     (line,) = capsys.readouterr().out.splitlines()
     assert (json.loads(line)["table"], json.loads(line)["id"]) == ("images", 3)
 

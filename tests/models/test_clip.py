@@ -111,25 +111,19 @@ def test_text_is_read_where_the_config_says(config, params, changes, position):
 def test_masked_positions_are_not_seen(config, params):
     ids = np.array([[62, 5, 9, 63]], np.int32)
     mask = np.array([[1, 0, 1, 1]], np.int32)
-    features = [
-        apply(config, params, "get_text_features", x, mask) for x in (ids, np.where(mask == 0, 11, ids))
-    ]
+    features = [apply(config, params, "get_text_features", x, mask) for x in (ids, np.where(mask == 0, 11, ids))]
     np.testing.assert_array_equal(*features)
 
 
 def test_activation_follows_the_config(config, params, golden):
-    gelu = dataclasses.replace(
-        config, vision_config=dataclasses.replace(config.vision_config, hidden_act="gelu")
-    )
+    gelu = dataclasses.replace(config, vision_config=dataclasses.replace(config.vision_config, hidden_act="gelu"))
     features = apply(gelu, params, "get_image_features", golden["pixel_values"].transpose(0, 2, 3, 1))
     difference = np.abs(features - golden["image_features_unnormalised"]).max()
     assert 1e-3 < difference < 0.5  # another function, but a near one
 
 
 def test_config_defaults_are_those_of_vit_b_32():
-    config = CLIPConfig.from_dict(
-        {"model_type": "clip", "text_config": {"unknown": 1}, "vision_config": None}
-    )
+    config = CLIPConfig.from_dict({"model_type": "clip", "text_config": {"unknown": 1}, "vision_config": None})
     assert (config.projection_dim, config.text_config.vocab_size, config.vision_config.patch_size) == (
         512,
         49408,
@@ -146,9 +140,7 @@ def test_config_survives_json_and_is_hashable(config):
 
 
 def test_older_config_key_wins():
-    config = CLIPConfig.from_dict(
-        {"text_config": {"hidden_size": 64}, "text_config_dict": {"hidden_size": 1024}}
-    )
+    config = CLIPConfig.from_dict({"text_config": {"hidden_size": 64}, "text_config_dict": {"hidden_size": 1024}})
     assert config.text_config.hidden_size == 1024
 
 
@@ -207,9 +199,7 @@ def test_torch_names_become_flax_names():
             "vision_model.pre_layrnorm.weight": np.zeros(4),
             "text_projection.weight": np.zeros((5, 4)),
             "text_model.embeddings.token_embedding.weight": np.zeros((7, 4)),
-            "other.position_ids": np.zeros(
-                1
-            ),  # not one that is known: kept, so that the strict check names it
+            "other.position_ids": np.zeros(1),  # not one that is known: kept, so that the strict check names it
         }
     )
     assert jax.tree.map(np.shape, tree) == {

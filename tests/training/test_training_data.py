@@ -7,7 +7,14 @@ from training.captions import STYLED, caption, train_tokenizer
 from training.clip import top1_of_names
 from training.vqgan import kmeans, psnr
 
-ROW = {"concept": "1f680", "style": "3d", "tone": "", "name": "rocket", "group": "Travel", "keywords": ["space", "nasa"]}
+ROW = {
+    "concept": "1f680",
+    "style": "3d",
+    "tone": "",
+    "name": "rocket",
+    "group": "Travel",
+    "keywords": ["space", "nasa"],
+}
 
 
 def test_split_tone_strips_skin_tones_only():

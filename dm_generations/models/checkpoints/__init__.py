@@ -103,9 +103,7 @@ def check_names_and_shapes(expected: dict[str, tuple], params: dict, path: Path)
     for what, names in (("lacks", missing), ("has unexpected", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(
-                f"{path} {what} {', '.join(names[:3])}{more}; its config.json describes another model"
-            )
+            raise UserError(f"{path} {what} {', '.join(names[:3])}{more}; its config.json describes another model")
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UserError(f"{path}: {name} has shape {found[name].shape}, its config.json asks for {shape}")
