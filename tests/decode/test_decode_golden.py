@@ -1,8 +1,9 @@
 """The decode command against what the 2022 script wrote (tests/golden/original_script/README.md).
 
-Names, sizes and layout are compared with expected.zip. Its pixels are not: its pictures show no relation to the codebook
-of vqgan_jax/a (a linear fit from a token's codebook row to the pixels at its place explains nothing, where it explains a
-tenth of what vqgan_jax/a decodes), so other weights made them. Pixels are compared with what vqgan-jax itself decoded.
+Names, sizes and layout are compared with expected.zip. Its pixels are not: its pictures show no relation to the
+codebook of vqgan_jax/a (a linear fit from a token's codebook row to the pixels at its place explains nothing, where it
+explains a tenth of what vqgan_jax/a decodes), so other weights made them. Pixels are compared with what vqgan-jax
+itself decoded.
 """
 
 import json
