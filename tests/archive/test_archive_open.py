@@ -253,7 +253,7 @@ def test_prompts_that_are_not_text(tmp_path):
     execute(path, "INSERT INTO prompts VALUES (11, CAST(x'610062' AS TEXT))")
     with Archive.open(path) as archive:
         texts = archive.prompts()
-    assert [texts[i] for i in (8, 9, 10, 11)] == ["a\ufffdb", "ab", "", "a\0b"]
+    assert [texts[i] for i in (8, 9, 10, 11)] == ["a\ufffdb", "ab", None, "a\0b"]
 
 
 def test_utf_16_archives(tmp_path):
