@@ -16,7 +16,7 @@ from dm_generations.threefry import row_key
 DEFAULT_TOP_K = 256
 DEFAULT_TOP_P = 1.0
 DEFAULT_TEMPERATURE = 1.0
-DEFAULT_COND_SCALE = 10.0
+DEFAULT_COND_SCALE = 3.0
 DEFAULT_COUNT = 32  # pictures of each combination
 DEFAULT_SEED = 0
 DEFAULT_BATCH_SIZE = 32
