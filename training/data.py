@@ -1,6 +1,6 @@
 """Fetch the emoji, check them by hash, draw them on white and split them.
 
-    python -m training.data --size 64 --out build/emoji-64.npz      # about 40 s on 2 cores
+    python -m training.data --size 64 --out build/emoji-64.npz      # 22 s on 2 cores
 
 Three styles of the same concepts: "3d" and "flat" (Microsoft's Fluent emoji, MIT) and "noto" (Google's Noto
 emoji, Apache-2.0). Names and groups come from unicode-emoji-json (MIT), further words from emojilib (MIT).
