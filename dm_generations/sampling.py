@@ -18,8 +18,11 @@ import jax.numpy as jnp
 
 from dm_generations.threefry import row_key, threefry2x32
 
-__all__ = ["SAMPLER_VERSION", "filter_logits", "guide", "gumbel", "is_drawable", "row_key", "sample"]
+__all__ = ["ORDERS", "SAMPLER_VERSION", "draw", "filter_logits", "guide", "gumbel", "is_drawable", "row_key", "sample"]
 
+# In which the filters are applied: temperature, top_k, top_p (DALL-E mini, minDALL-E, DALLE-pytorch), or top_p on the
+# logits as they are, top_k, temperature (the DALL-3 fork).
+ORDERS = ("temperature_first", "top_p_first")
 SAMPLER_VERSION = 1  # stored with each row; raise it when the same key would draw other codes
 
 _HIGHEST_UNIFORM = 1 - 2.0**-24  # the largest float32 below 1
@@ -56,32 +59,57 @@ def sample(
     top_p: jax.Array,
     temperature: jax.Array,
     codebook_size: int,
+    order: str = "temperature_first",
 ) -> jax.Array:
     """One code for each row, (B,) int32 in [0, codebook_size): the winner of filtered logits plus noise.
 
     logits: (B, V) float32, guided   step: () int32   keys: (B, 2) uint32
-    top_k: (B,) int32   top_p, temperature: (B,) float32
+    top_k: (B,) int32   top_p, temperature: (B,) float32   order: one of ORDERS
     """
+    noise = gumbel(keys, step, min(logits.shape[1], codebook_size))
+    return draw(logits, noise, top_k, top_p, temperature, codebook_size, order)
+
+
+def draw(
+    logits: jax.Array,
+    noise: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    temperature: jax.Array,
+    codebook_size: int,
+    order: str = "temperature_first",
+) -> jax.Array:
+    """`sample` with Gumbel noise (B, min(V, codebook_size)) float32 that the caller made."""
     logits = _real_codes(logits, codebook_size)
-    filtered = filter_logits(logits, top_k, top_p, temperature, codebook_size)
-    drawn = filtered + gumbel(keys, step, logits.shape[1])
+    drawn = filter_logits(logits, top_k, top_p, temperature, codebook_size, order) + noise
     scores = jnp.where(_is_greedy(logits, temperature)[:, None], logits, drawn)
     return jnp.argmax(scores, axis=1).astype(jnp.int32)
 
 
 def filter_logits(
-    logits: jax.Array, top_k: jax.Array, top_p: jax.Array, temperature: jax.Array, codebook_size: int
+    logits: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    temperature: jax.Array,
+    codebook_size: int,
+    order: str = "temperature_first",
 ) -> jax.Array:
     """Tempered logits (B, min(V, codebook_size)) float32, -inf where top_k or top_p removes a code.
 
-    The order of dalle-mini: temperature, then top_k, then top_p on what top_k left. Arguments as in `sample`;
-    rows that draw greedily are tempered by 1.
+    Each filter works on what the one before it left. Arguments as in `sample`; rows that draw greedily are
+    tempered by 1.
     """
     logits = _real_codes(logits, codebook_size)
-    divisor = jnp.where(_is_greedy(logits, temperature), 1.0, temperature)
-    tempered = logits / divisor[:, None]
-    tempered = jnp.where(_keep_top_k(tempered, top_k), tempered, -jnp.inf)
-    return jnp.where(_keep_top_p(tempered, top_p), tempered, -jnp.inf)
+    divisor = jnp.where(_is_greedy(logits, temperature), 1.0, temperature)[:, None]
+    if order == "temperature_first":
+        logits = logits / divisor
+        logits = jnp.where(_keep_top_k(logits, top_k), logits, -jnp.inf)
+        return jnp.where(_keep_top_p(logits, top_p), logits, -jnp.inf)
+    if order == "top_p_first":
+        logits = jnp.where(_keep_top_p(logits, top_p), logits, -jnp.inf)
+        logits = jnp.where(_keep_top_k(logits, top_k), logits, -jnp.inf)
+        return logits / divisor
+    raise ValueError(f"order is {order!r}, not one of {', '.join(ORDERS)}")
 
 
 def is_drawable(logits: jax.Array, codebook_size: int) -> jax.Array:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -24,6 +25,7 @@ from dm_generations.models.clip import (
     resize_and_crop,
     unit,
 )
+from dm_generations.models.placement import computable, placed
 from dm_generations.text import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -89,17 +91,19 @@ class Scorer:
         self._batch_size = batch_size
         self._width = config.projection_dim
         self._text_length = config.text_config.max_position_embeddings
-        self._params = jax.device_put(jax.tree.map(lambda x: np.asarray(x, np.float32), checkpoint.params))
+        self._params = placed(checkpoint.params)
         self._scale = float(np.exp(np.float32(checkpoint.params["logit_scale"])))
         self._text_features: dict[str, np.ndarray] = {}
 
         @jax.jit
         def image_tower(params, images):
             pixels = normalise(images, preprocessing.mean, preprocessing.std)
+            params = computable(params, jnp.float32)
             return unit(model.apply({"params": params}, pixels, method="get_image_features"))
 
         @jax.jit
         def text_tower(params, input_ids, attention_mask):
+            params = computable(params, jnp.float32)
             features = model.apply({"params": params}, input_ids, attention_mask, method="get_text_features")
             return unit(features)
 

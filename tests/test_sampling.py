@@ -22,8 +22,8 @@ KNOWN_ANSWERS = [
 ]
 FORMAT_PAGE = Path(__file__).parents[1] / "schema" / "sampling.md"
 VARIANTS = ["mini", "mega", "other"]
-SAMPLE = jax.jit(sampling.sample, static_argnames="codebook_size")
-FILTER = jax.jit(sampling.filter_logits, static_argnames="codebook_size")
+SAMPLE = jax.jit(sampling.sample, static_argnames=("codebook_size", "order"))
+FILTER = jax.jit(sampling.filter_logits, static_argnames=("codebook_size", "order"))
 GUMBEL = jax.jit(sampling.gumbel, static_argnames="codebook_size")
 OFF = {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
 
@@ -41,21 +41,22 @@ def settings_arrays(row_count, top_k=0, top_p=1.0, temperature=1.0):
     }
 
 
-def draw(logits, keys=None, step=0, codebook_size=None, **settings):
+def draw(logits, keys=None, step=0, codebook_size=None, order="temperature_first", **settings):
     """Codes (B,) of rows of `logits`; one row is shared by all keys."""
     logits = np.atleast_2d(np.asarray(logits, np.float32))
     keys = np.zeros((len(logits), 2), np.uint32) if keys is None else keys
     logits = jnp.asarray(np.broadcast_to(logits, (len(keys), logits.shape[1])))
     size = codebook_size or logits.shape[1]
     arrays = settings_arrays(len(keys), **settings)
-    return np.asarray(SAMPLE(logits, jnp.int32(step), jnp.asarray(keys), codebook_size=size, **arrays))
+    fixed = {"codebook_size": size, "order": order}
+    return np.asarray(SAMPLE(logits, jnp.int32(step), jnp.asarray(keys), **fixed, **arrays))
 
 
-def keep(logits, codebook_size=None, **settings):
+def keep(logits, codebook_size=None, order="temperature_first", **settings):
     """Which codes of one row of logits the filters leave, as a list."""
     logits = jnp.asarray(np.atleast_2d(np.asarray(logits, np.float32)))
     size = codebook_size or logits.shape[1]
-    filtered = FILTER(logits, codebook_size=size, **settings_arrays(len(logits), **settings))
+    filtered = FILTER(logits, codebook_size=size, order=order, **settings_arrays(len(logits), **settings))
     return np.flatnonzero(np.isfinite(np.asarray(filtered)[0])).tolist()
 
 
@@ -209,6 +210,21 @@ def test_top_k_comes_before_top_p():
     logits = np.log([0.4, 0.3, 0.2, 0.1])
     assert keep(logits, top_p=0.5) == [0, 1]
     assert keep(logits, top_k=2, top_p=0.5) == [0]
+
+
+def test_top_p_first_weighs_the_logits_before_temperature_and_top_k():
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
+    assert keep(logits, top_p=0.75, temperature=0.2) == [0]
+    assert keep(logits, top_p=0.75, temperature=0.2, order="top_p_first") == [0, 1, 2]
+    assert keep(logits, top_p=0.5, top_k=2, order="top_p_first") == [0, 1]
+    arrays = settings_arrays(1, top_p=0.75, temperature=0.25)
+    rows = jnp.asarray(logits[None], jnp.float32)
+    filtered = FILTER(rows, codebook_size=4, order="top_p_first", **arrays)
+    np.testing.assert_allclose(filtered[0, :3], 4 * logits[:3], rtol=1e-6)
+    keys = np.array([row_key(0, index) for index in range(50)], np.uint32)
+    assert set(draw(logits, keys, temperature=3.0, top_p=0.65, order="top_p_first").tolist()) == {0, 1}
+    with pytest.raises(ValueError, match="order is 'top_k_first'"):
+        keep(logits, order="top_k_first")
 
 
 def test_top_k_at_or_above_the_codebook_is_off():

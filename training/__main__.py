@@ -14,10 +14,7 @@ STEPS = (
     ("training.captions", "--data", "build/emoji-64.npz", "--out", "build/tokenizer"),
     ("training.vqgan", "--run", "build/vqgan", "--out", "build/models/vqgan"),
     ("training.clip", "--run", "build/clip", "--out", "build/models/clip"),
-    ("training.dalle_bart", "--run", "build/dalle_bart", "--out", "build/first/dalle_bart"),
-    # A second, warm start over the same pictures: after the first schedule too much is unlearnt.
-    ("training.dalle_bart", "--run", "build/dalle_bart_second", "--init", "build/first/dalle_bart")
-    + ("--steps", "1450", "--learning-rate", "1.5e-3", "--out", "build/models/dalle_bart"),
+    ("training.dalle_bart", "--run", "build/dalle_bart", "--out", "build/models/dalle_bart"),
     ("training.evaluate", "--models", "build/models", "--out", "build/evaluation"),
 )
 

@@ -46,9 +46,9 @@ def caption(row: dict, rng: np.random.Generator) -> str:
     else:
         text = row["name"]
     draw = rng.random()
-    if draw < 0.4:
+    if draw < 0.6:
         text = str(rng.choice(STYLED[row["style"]])).format(text)
-    elif draw < 0.65:
+    elif draw < 0.8:
         text = str(rng.choice(PHRASES)).format(text)
     if rng.random() < 0.12:
         words = list(rng.choice(FILLERS, int(rng.integers(1, 6))))

@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/clip"), help="folder of the run; resumes")
     parser.add_argument("--out", type=Path, help="write the trained model to this folder")
     parser.add_argument("--init", help="fine-tune this model (a folder) instead of starting at random")
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -165,7 +165,7 @@ def main() -> None:
 
     pixels, rows = data.load(args.data)
     tokenizer = PromptTokenizer(args.tokenizer)
-    codec = checkpoints.load(args.codec, "vqgan")
+    codec = checkpoints.load(args.codec, "codec")
     rebuilt = reconstruct(VQGAN(codec.config), codec.params, pixels)[0]
     train = [i for i, row in enumerate(rows) if not row["held_out"]]
     config, params = config_for(pixels.shape[1], tokenizer.eos_id + 1), None

@@ -32,6 +32,35 @@ def adamw(peak: float, steps: int, warmup: int, weight_decay: float = 0.01) -> o
     )
 
 
+def muon(peak: float, steps: int, warmup: int, weight_decay: float = 0.01) -> optax.GradientTransformation:
+    """Muon for the matrices of a transformer, AdamW at 0.4 of its rate for embeddings, logits and vectors.
+
+    Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
+    https://kellerjordan.github.io/posts/muon; updates scaled to AdamW's size as in Liu et al., "Muon is Scalable for
+    LLM Training", 2025, https://arxiv.org/abs/2502.16982. Warm-up, cosine and clipping as in `adamw`.
+    """
+    schedule, slower = (optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps) for rate in (peak, 0.4 * peak))
+
+    def dimensions(params):
+        def of_leaf(path, leaf):
+            is_hidden = leaf.ndim == 2 and not any(str(key.key).startswith(("embed", "lm_head")) for key in path)
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=1) if is_hidden else None
+
+        return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(
+            schedule,
+            weight_decay=weight_decay,
+            adam_learning_rate=slower,
+            adam_b2=0.98,
+            muon_weight_dimension_numbers=dimensions,
+            consistent_rms=0.2,
+        ),
+    )
+
+
 class Run:
     """A training run in a folder: `state.msgpack` to resume from, `log.jsonl` with the curve."""
 

@@ -226,7 +226,7 @@ def main() -> None:
     weights = np.array([0.2 if row["tone"] else 1.0 for row in rows])
     config, params = CPU_64, None
     if args.init:
-        loaded = checkpoints.load(args.init, "vqgan")
+        loaded = checkpoints.load(args.init, "codec")
         config, params, args.continuous_steps = loaded.config, loaded.params, 0
     if config.resolution != pixels.shape[1]:
         raise SystemExit(f"{args.data} is {pixels.shape[1]} px a side, the model {config.resolution}")

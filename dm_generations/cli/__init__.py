@@ -5,10 +5,10 @@ import signal
 import sys
 
 from dm_generations import __version__
-from dm_generations.cli import decode, generate, info, merge, score, verify
+from dm_generations.cli import convert, decode, generate, info, merge, score, verify
 from dm_generations.errors import UserError
 
-COMMANDS = (generate, score, decode, info, verify, merge)
+COMMANDS = (generate, score, decode, info, verify, merge, convert)
 DESCRIPTION = """\
 An archive of text-to-image generations, and the pipeline around it: prompts become code vectors in one SQLite file,
 and the pictures are rebuilt from it.

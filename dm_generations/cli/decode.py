@@ -25,13 +25,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     add = parser.add_argument
     add("--db", metavar="FILE", help="archive to decode (default: the emoji archive that ships)")
-    add("--codec", metavar="FOLDER", help="VQGAN that the pictures were made with (default: the embedded one)")
+    add(
+        "--codec",
+        metavar="PATH",
+        help="codec that the pictures were made with: a folder, a file or a name on the Hugging Face hub "
+        "(default: the embedded one)",
+    )
     add(
         "--mode",
-        choices=["images", "gallery"],
+        choices=["images", "gallery", "npy"],
         default="images",
-        help="a file for each picture, or one for all of a prompt and setting (default: images)",
+        help="a file for each picture, one for all of a prompt and setting, or a file of tokens for each picture "
+        "(default: images)",
     )
+    add("--output", choices=["png", "npy"], default="png", help="npy is the same as --mode npy (default: png)")
     add("--out-dir", metavar="FOLDER", help="folder to write into (default: the name of the mode)")
     add("--overwrite", action="store_true", help="decode again what is on disk already")
     add(
@@ -106,11 +113,12 @@ def _decode(archive, args: argparse.Namespace) -> int:
     from dm_generations.decode.plan import Layout, Selection
     from dm_generations.decode.run import Options, decode_archive
 
+    mode = "npy" if args.output == "npy" else args.mode
     if args.cpu_only:
         jax.config.update("jax_platforms", "cpu")
     options = Options(
-        out_dir=Path(args.out_dir or args.mode),
-        layout=Layout(args.mode, args.gallery_cols, args.gallery_rows),
+        out_dir=Path(args.out_dir or mode),
+        layout=Layout(mode, args.gallery_cols, args.gallery_rows),
         selection=Selection(args.prompt_ids, args.prompt_texts, args.sc_prompt_ids, args.sc_prompt_texts, args.n_best),
         codec=args.codec,
         batch_size=args.batch_size,

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import os.path
 import shlex
 import sys
@@ -52,6 +53,22 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default=sweeps.DEFAULT_SEED,
         help=f"whole number from 0 to 2^64 - 1; another one draws others (default: {sweeps.DEFAULT_SEED})",
     )
+    add(
+        "--rng",
+        choices=["rows", "dalle-mini"],
+        default="rows",
+        help="rows: this program's own noise; dalle-mini: the noise of dalle-mini's generate, called for one prompt "
+        "with the row's key, for DALL-E mini's kind of model alone (default: rows)",
+    )
+    add("--output", choices=["db", "npy"], default="db", help="npy: also write a file of tokens for each picture")
+    add("--out-dir", metavar="FOLDER", type=Path, default=Path("npy"), help="where --output npy writes (default: npy)")
+    add(
+        "--keys",
+        nargs="+",
+        default=[],
+        metavar="KEY0:KEY1",
+        help="draw the pictures of these keys, as archive and page show them, in place of --n and --seed",
+    )
     add("--dry-run", action="store_true", help="only say how many pictures would be drawn")
     _add_settings(parser.add_argument_group("settings", "each takes one or more values"))
     add_model_options(parser, generates=True)
@@ -64,9 +81,9 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
         "--top-k",
         type=int,
         nargs="+",
-        default=[sweeps.DEFAULT_TOP_K],
         metavar="K",
-        help=f"draw among the K best codes; 0 is no limit (default: {sweeps.DEFAULT_TOP_K})",
+        help=f"draw among the K best codes; 0 is no limit (default: {sweeps.DEFAULT_TOP_K}; with --rng dalle-mini what "
+        "the model's config.json says, else 50)",
     )
     add(
         "--top-p",
@@ -115,15 +132,17 @@ def _generate(args: argparse.Namespace) -> int:
     check_batch_size(args.batch_size)
     if args.no_score and args.clip:
         raise UserError("use just one of --clip and --no-score")
+    is_dalle_mini = args.rng == "dalle-mini"
     sweep = sweeps.Sweep(
         prompts=[*args.prompts, *_prompts_of(args.prompts_file)],
         sc_prompts=args.sc_prompts,
-        top_k=args.top_k,
+        top_k=args.top_k or [sweeps.DEFAULT_TOP_K],
         top_p=args.top_p,
         temperature=args.temperature,
         cond_scale=args.cond_scale,
         count=args.n,
         seed=args.seed,
+        row_keys=[parse_key(text) for text in args.keys],
     )
     prepare_device(args.cpu_only)
     from dm_generations.archive import Archive
@@ -132,17 +151,19 @@ def _generate(args: argparse.Namespace) -> int:
     exists = os.path.exists(args.db)  # unlike Path.exists, False for a name that cannot be
     if exists:  # found out before the models are loaded, which takes a moment
         Archive.open(args.db, "w").close()
-    models = load_models(args.model, args.codec, args.clip, is_scored=not args.no_score)
-    pipeline = Pipeline(models, args.batch_size)
+    models = load_models(args.model, args.codec, args.clip, not args.no_score, args.tokenizer, args.conv_like)
+    if is_dalle_mini and args.top_k is None:
+        sweep = dataclasses.replace(sweep, top_k=[getattr(models.generator.config, "top_k", sweeps.DEFAULT_TOP_K)])
+    pipeline = Pipeline(models, args.batch_size, args.rng)
     if args.dry_run:
         with Archive.open(args.db) if exists else contextlib.nullcontext() as archive:
-            work = plan_run(sweep, archive, models.generator)
+            work = plan_run(sweep, archive, models.generator, args.rng)
         byte_count = work.missing_count * models.generator.config.image_length * 2
         print(f"{_describe(sweep)}; {work.existing_count:,} there already, {work.missing_count:,} to draw")
         print(f"their codes take {byte_count:,} bytes; nothing was drawn")
         return 0
     with open_archive(args.db) as archive:
-        return _fill(archive, plan_run(sweep, archive, models.generator), pipeline, args)
+        return _fill(archive, plan_run(sweep, archive, models.generator, args.rng), pipeline, args)
 
 
 def _fill(archive, work: sweeps.Plan, pipeline, args: argparse.Namespace) -> int:
@@ -156,12 +177,28 @@ def _fill(archive, work: sweeps.Plan, pipeline, args: argparse.Namespace) -> int
         with Progress(work.missing_count) as progress:
             added_count = fill(archive, work, pipeline, progress.advance)
     seconds = time.monotonic() - started
-    existing_count = work.sweep.picture_count - added_count
-    summary = f"{added_count:,} {_pictures(added_count)} added to {args.db}, {existing_count:,} there already"
+    summary = f"{added_count:,} {_pictures(added_count)} added to {args.db}, {work.existing_count:,} there already"
     if added_count:
         summary += f"; {added_count / seconds:.1f} pictures a second"
     print(f"{summary}. To look at them:\n  {_decode_command(args)}")
-    return 0
+    has_failed = args.output == "npy" and not _write_npy(archive, work.sweep, args.out_dir)
+    # Another process may have added some of them meanwhile; only dalle-mini's noise leaves pictures out.
+    if args.rng == "dalle-mini" and (left_out := work.missing_count - added_count):
+        what = "picture holds an id that is no code" if left_out == 1 else "pictures hold ids that are no codes"
+        print(f"error: {left_out:,} {what} (dalle-mini draws its end token too), and was left out", file=sys.stderr)
+        return 1
+    return 1 if has_failed else 0
+
+
+def _write_npy(archive, sweep: sweeps.Sweep, out_dir: Path) -> bool:
+    """Write the tokens of the sweep's prompts; whether all are written."""
+    from dm_generations.decode.plan import Layout, Selection
+    from dm_generations.decode.run import Options, decode_archive
+
+    options = Options(out_dir, Layout("npy", 1, 1), Selection(prompt_texts=sweep.prompts))
+    report = decode_archive(archive, options, lambda line: print(f"warning: {line}", file=sys.stderr))
+    print(f"{report.written:,} files of tokens written to {out_dir}, {report.already_there:,} there already")
+    return not report.problems
 
 
 def _describe(sweep: sweeps.Sweep) -> str:
@@ -177,6 +214,14 @@ def _pictures(count: int) -> str:
 def _decode_command(args: argparse.Namespace) -> str:
     words = ["python", "-m", "dm_generations", "decode", "--db", str(args.db)]
     return shlex.join(words + (["--codec", args.codec] if args.codec else []))
+
+
+def parse_key(text: str) -> tuple[int, int]:
+    try:
+        key0, key1 = map(int, text.split(":"))
+    except ValueError:
+        raise UserError(f"--keys {text!r:.60} is not two whole numbers with a colon between, as 12345:67890") from None
+    return key0, key1
 
 
 def _prompts_of(path: Path | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 
 from dm_generations.errors import UserError
 from dm_generations.generate import sweep as sweeps
@@ -11,12 +12,27 @@ STOPPED = 130  # the exit status of a program that Ctrl-C ended
 
 def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
     """Options about models and the device, which `score` shares."""
-    group = parser.add_argument_group("models", "folders; by default the small models that ship")
+    group = parser.add_argument_group(
+        "models", "a folder, a file or a name on the Hugging Face hub, owner/name@revision; by default what ships"
+    )
     add = group.add_argument
     if generates:
-        add("--model", metavar="FOLDER", help="DalleBart that draws the codes")
-    add("--codec", metavar="FOLDER", help="VQGAN that turns codes into pixels")
-    add("--clip", metavar="FOLDER", help="CLIP that scores the pictures")
+        add("--model", metavar="PATH", help="text model that draws the codes")
+        add(
+            "--tokenizer",
+            metavar="PATH",
+            type=Path,
+            help="file or folder that makes ids of prompts, if not beside the model",
+        )
+        add(
+            "--conv-like",
+            choices=["causal", "centred"],
+            help="of a dalle.pt, the window of its convolutional attention: above and left of a code, as since March "
+            "2022, or around it (default: what the file tells)",
+        )
+    codec_default = " (default: the one that lies with the model, else the one that ships)" if generates else ""
+    add("--codec", metavar="PATH", help=f"codec that turns codes into pixels{codec_default}")
+    add("--clip", metavar="PATH", help="CLIP that scores the pictures")
     if generates:
         add("--no-score", action="store_true", help="leave the scores out; `score` adds them later")
     add(

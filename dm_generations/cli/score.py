@@ -55,7 +55,7 @@ def _score(args: argparse.Namespace) -> int:
         if not total:
             print(f"every picture in {args.db} has its scores; nothing to do")
             return 0
-        codec, clip = checkpoints.load(args.codec, "vqgan"), checkpoints.load(args.clip, "clip")
+        codec, clip = checkpoints.load(args.codec, "codec"), checkpoints.load(args.clip, "clip")
         with Progress(total) as progress:
             report = score_archive(archive, codec, clip, args.batch_size, args.all, progress.advance)
     return _tell(report, args, codec.name)

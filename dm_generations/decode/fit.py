@@ -16,27 +16,31 @@ from dm_generations.models.checkpoints import Checkpoint
 _SAMPLE_GROUPS, _SAMPLE_ROWS = 64, 8  # enough to tell a wrong codec from a few bad rows
 
 
-def check_fit(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoint) -> list[str]:
-    """Warnings about `codec` and the rows of `plans`; UserError when its grid or codebook is not theirs.
+def check_fit(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoint) -> tuple[int, list[str]]:
+    """The grid (codes a side) that `codec` is to decode, and warnings about it and the rows of `plans`.
 
-    Rows that record their codec are held against that record; others (2022 archives) against their tokens.
+    UserError when its grid or codebook is not theirs. Rows that record their codec are held against that record;
+    others (2022 archives) against their tokens. A codec decodes another grid than its own if the record says so.
     """
-    warnings = []
+    warnings, grids = [], set()
     models = archive.models()
     for codec_id in _recorded_codecs(archive, plans, models):
         if codec_id is None:
             _check_tokens(archive, plans, codec)
             continue
         recorded = models[codec_id]
-        if (recorded.grid, recorded.codebook_size) != (codec.config.grid, codec.config.codebook_size):
+        is_same = recorded.sha256 == codec.sha256
+        grid = recorded.grid if is_same and recorded.grid else codec.config.grid
+        grids.add(grid)
+        if (recorded.grid, recorded.codebook_size) != (grid, codec.config.codebook_size) or len(grids) > 1:
             theirs = f"{_codes(recorded.grid, recorded.codebook_size)} of {recorded.name!r:.100}"
             raise _misfit(archive, codec, theirs)
-        if recorded.sha256 != codec.sha256:
+        if not is_same:
             warnings.append(
                 f"codec {codec.name!r} has other weights than {recorded.name!r:.100}, "
                 "with which these pictures were made: they will look different"
             )
-    return warnings
+    return next(iter(grids), codec.config.grid), warnings
 
 
 def _recorded_codecs(archive: Archive, plans: Sequence[GroupPlan], models: dict[int, ModelInfo]) -> list[int | None]:

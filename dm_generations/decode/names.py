@@ -9,7 +9,6 @@ import re
 
 NAME_BYTES = 255  # the longest name common file systems take
 STEM_CHARACTERS = 250  # where the 2022 script cut, before it added ".png"
-EXTENSION = ".png"
 
 # What pathvalidate.sanitize_filename deletes by default: control characters, and what Windows forbids.
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
@@ -32,6 +31,7 @@ def picture_file(
     rank: int | None = None,
     page: int = 0,
     is_incomplete: bool = False,
+    extension: str = ".png",
 ) -> str:
     """`0001_k=50,p=1.0,t=1.0,c=10.0_00_None.png`, or without the rank for a gallery; at most 255 bytes.
 
@@ -46,7 +46,7 @@ def picture_file(
         settings += ",incomplete"
     rank_field = "" if rank is None else f"_{rank:02d}"
     stem = _sanitize(f"{settings}{rank_field}_{sc_prompt}")[:STEM_CHARACTERS]
-    return _cut(stem, NAME_BYTES - len(EXTENSION)) + EXTENSION
+    return _cut(stem, NAME_BYTES - len(extension)) + extension
 
 
 def _sanitize(text: str) -> str:

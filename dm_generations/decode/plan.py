@@ -26,7 +26,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class Layout:
-    """How pictures become files: "images" is one each, "gallery" a grid of cols x rows for each group."""
+    """How pictures become files: "images" is one each, "gallery" a grid of cols x rows for each group.
+
+    "npy" is a file of tokens for each, which needs no codec.
+    """
 
     mode: str
     cols: int
@@ -35,6 +38,10 @@ class Layout:
     @property
     def is_gallery(self) -> bool:
         return self.mode == "gallery"
+
+    @property
+    def extension(self) -> str:
+        return ".npy" if self.mode == "npy" else ".png"
 
     @property
     def cells(self) -> int:
@@ -83,7 +90,9 @@ class GroupPlan:
                 incomplete_path = f"{folder}/{names.picture_file(*fields, page=page, is_incomplete=True)}"
                 yield Target(path, page, ranks, incomplete_path)
             else:
-                yield Target(f"{folder}/{names.picture_file(*fields, rank=first)}", 0, ranks, None)
+                yield Target(
+                    f"{folder}/{names.picture_file(*fields, rank=first, extension=layout.extension)}", 0, ranks, None
+                )
 
 
 def select_groups(archive: Archive, selection: Selection) -> list[GroupPlan]:

@@ -5,6 +5,7 @@ and write the one before it. What is finished on disk is not decoded again.
 """
 
 import contextlib
+import functools
 import os
 import stat
 import tempfile
@@ -22,7 +23,9 @@ from dm_generations.browser.manifest import Entry, GalleryEntry, build_manifest,
 from dm_generations.decode.codec import Codec
 from dm_generations.decode.fit import check_fit
 from dm_generations.decode.gallery import Sheet
+from dm_generations.decode.npy import encode_npy
 from dm_generations.decode.plan import GroupPlan, Layout, Selection, Target, is_finished, select_groups
+from dm_generations.decode.png import encode_png
 from dm_generations.decode.progress import Progress
 from dm_generations.decode.tokens import BadTokens, tokens_of
 from dm_generations.decode.writer import FileWriter
@@ -40,7 +43,7 @@ class Options:
     out_dir: Path
     layout: Layout = Layout("images", 8, 4)
     selection: Selection = Selection()
-    codec: str | None = None  # a model folder; None is the embedded one
+    codec: str | None = None  # a folder, a file or a name on the hub; None is the embedded one
     batch_size: int = 32
     num_workers: int | None = None  # None: one for each core
     overwrite: bool = False
@@ -68,20 +71,31 @@ def decode_archive(archive: Archive, options: Options, warn: Callable[[str], Non
     job = _Job(archive, plans, options)
     due_count = job.count_due()
     codec = None
-    if due_count:
-        checkpoint = checkpoints.load(options.codec, "vqgan")
-        for warning in check_fit(archive, plans, checkpoint):
+    if due_count and options.layout.mode == "npy":
+        _make_folder(options.out_dir)
+        codec = _AnyTokens()
+    elif due_count:
+        checkpoint = checkpoints.load(options.codec, "codec")
+        grid, warnings = check_fit(archive, plans, checkpoint)
+        for warning in warnings:
             warn(warning)
-        _check_sheet_size(options.layout, checkpoint.config.image_size)
+        codec = Codec.from_checkpoint(checkpoint, options.batch_size, grid=grid)
+        _check_sheet_size(options.layout, codec.image_size)
         _make_folder(options.out_dir)
         compile_cache.enable()
-        codec = Codec.from_checkpoint(checkpoint, options.batch_size)
     for folder in ("", *{plan.folder for plan in plans}):
         remove_stale_temporaries(options.out_dir / folder)
     with Progress(due_count) as progress:
         job.run(codec, progress)
-    job.write_page()
+    if options.layout.mode != "npy":
+        job.write_page()
     return job.report
+
+
+class _AnyTokens:
+    """What stands for a codec where tokens are written as they are."""
+
+    batch_size, token_count, codebook_size = 1, None, 1 << 16
 
 
 class _Job:
@@ -98,15 +112,21 @@ class _Job:
         targets = (target for plan in self.plans for target in plan.targets(self.layout))
         return sum(len(target.ranks) for target in targets if self._is_due(target))
 
-    def run(self, codec: Codec | None, progress: Progress) -> None:
+    def run(self, codec: Codec | _AnyTokens | None, progress: Progress) -> None:
         """Decode and write what is due; `codec` may be None when nothing is."""
         batch_size = codec.batch_size if codec else 1
+        cells = self._cells(codec, progress)
         with FileWriter(self.options.num_workers or _core_count()) as writer:
-            for sheet, cell, picture in _decode(codec, _batches(self._cells(codec, progress), batch_size)):
+            if self.layout.mode == "npy":
+                for sheet, _, tokens in cells:
+                    encode = functools.partial(encode_npy, tokens)
+                    writer.submit(self.out_dir / sheet.path, encode, self._when_written(sheet, progress))
+                return
+            for sheet, cell, picture in _decode(codec, _batches(cells, batch_size)):
                 sheet.place(cell, picture)
                 if sheet.is_full:
-                    done = self._when_written(sheet, progress)
-                    writer.submit(self.out_dir / sheet.path, sheet.pixels, done)
+                    encode = functools.partial(encode_png, sheet.pixels)
+                    writer.submit(self.out_dir / sheet.path, encode, self._when_written(sheet, progress))
 
     def write_page(self) -> None:
         """`manifest.js` and the page, for the files that are there."""
@@ -121,7 +141,7 @@ class _Job:
     def _is_due(self, target: Target) -> bool:
         return self.options.overwrite or not is_finished(os.path.join(self.out_dir, target.path))
 
-    def _cells(self, codec: Codec | None, progress: Progress) -> Iterator[tuple[Sheet, int, np.ndarray]]:
+    def _cells(self, codec: Codec | _AnyTokens | None, progress: Progress) -> Iterator[tuple[Sheet, int, np.ndarray]]:
         """The tokens to decode, with the place of each picture."""
         for plan in self.plans:
             rows = self.archive.rows(plan.settings, plan.count)
@@ -134,7 +154,7 @@ class _Job:
                     yield from self._cells_of(plan, target, members, codec, progress)
 
     def _cells_of(
-        self, plan: GroupPlan, target: Target, members: list[ImageRow], codec: Codec, progress: Progress
+        self, plan: GroupPlan, target: Target, members: list[ImageRow], codec: Codec | _AnyTokens, progress: Progress
     ) -> Iterator[tuple[Sheet, int, np.ndarray]]:
         good = []
         for cell, row in enumerate(members):

@@ -11,13 +11,18 @@ class BadTokens(Exception):
     """A stored token vector that cannot be decoded; the text says why."""
 
 
-def tokens_of(blob: object, md5: str | None, token_count: int, codebook_size: int) -> np.ndarray:
+def tokens_of(blob: object, md5: str | None, token_count: int | None, codebook_size: int) -> np.ndarray:
     """(token_count,) uint16, each below `codebook_size`. Raises BadTokens.
 
-    An archive may come from anywhere, so `blob` may be whatever SQLite stores. `md5` None is not checked.
+    An archive may come from anywhere, so `blob` may be whatever SQLite stores. `md5` None is not checked, and
+    `token_count` None is any count but 0.
     """
     if not isinstance(blob, bytes):
         raise BadTokens(f"its tokens are stored as {type(blob).__name__}, not as a blob")
+    if token_count is None:
+        if not blob or len(blob) % TOKEN_DTYPE.itemsize:
+            raise BadTokens(f"its token blob of {len(blob):,} bytes is not a row of uint16")
+        token_count = len(blob) // TOKEN_DTYPE.itemsize
     expected = token_count * TOKEN_DTYPE.itemsize
     if len(blob) != expected:
         raise BadTokens(f"its token blob is {len(blob):,} bytes, not {expected:,} ({token_count:,} x uint16)")

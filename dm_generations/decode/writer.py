@@ -6,9 +6,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
-from dm_generations.decode.png import encode_png
 from dm_generations.errors import UserError
 from dm_generations.files import write_atomic
 
@@ -27,14 +24,16 @@ class FileWriter:
         self._limit = _QUEUE_PER_WORKER * workers
         self._pending: deque[tuple[Path, Future, Callable[[Exception | None], None]]] = deque()
 
-    def submit(self, path: Path, pixels: np.ndarray, done: Callable[[Exception | None], None]) -> None:
-        """Queue `pixels` (H, W, 3) uint8 for `path`; waits while the queue is full.
+    def submit(
+        self, path: Path, encode: Callable[[], bytes | memoryview], done: Callable[[Exception | None], None]
+    ) -> None:
+        """Queue what `encode` gives for `path`; waits while the queue is full.
 
         `done` is called later in this thread, with None when the file is written and else with the error.
         """
         while self._pending and (self._pending[0][1].done() or len(self._pending) >= self._limit):
             self._settle(*self._pending.popleft())
-        self._pending.append((path, self._pool.submit(_write_picture, path, pixels), done))
+        self._pending.append((path, self._pool.submit(_write_file, path, encode), done))
 
     def __enter__(self) -> "FileWriter":
         return self
@@ -57,8 +56,8 @@ class FileWriter:
         done(error)
 
 
-def _write_picture(path: Path, pixels: np.ndarray) -> None:
-    data = encode_png(pixels)
+def _write_file(path: Path, encode: Callable[[], bytes | memoryview]) -> None:
+    data = encode()
     try:
         write_atomic(path, data)
     except FileNotFoundError:  # the first picture of a prompt

@@ -1,4 +1,4 @@
-"""DalleBart's sampling loop, compiled whole: prompts, settings and keys of a batch of rows to their tokens.
+"""The sampling loop of every text model, compiled whole: prompts, settings and keys of a batch of rows to their tokens.
 
 N: rows asked for   B: rows of the compiled batch   T: text tokens   V: columns of the logits
 L: tokens of a picture, row-major over its grid
@@ -12,15 +12,18 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dm_generations import sampling
 from dm_generations.errors import UserError
+from dm_generations.generate.dalle_mini import draw_tokens_dalle_mini
 from dm_generations.models.checkpoints import Checkpoint
-from dm_generations.models.dalle_bart import DalleBart
-from dm_generations.text import PromptTokenizer
+from dm_generations.models.networks import network_class
+from dm_generations.models.placement import computable, placed
+from dm_generations.text import TextTokenizer
 
 _INT32_MAX = 2**31 - 1
 
@@ -36,28 +39,36 @@ class RowSettings:
 
 
 class Generator:
-    """A DalleBart on the device, and the program that draws batches of `batch_size` pictures with it.
+    """A text model on the device, and the program that draws batches of `batch_size` pictures with it.
 
     codebook_size: codes that may be drawn; by default all of the model's.
+    rng: "rows" is our own noise; "dalle-mini" repeats dalle-mini's `generate`, called with one prompt and the row's
+    key, and can draw ids that are no codes. Raises UserError for a model that is not DALL-E mini's kind.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        tokenizer: PromptTokenizer,
+        tokenizer: TextTokenizer,
         batch_size: int,
         codebook_size: int | None = None,
         dtype: str = "float32",
+        rng: str = "rows",
     ):
+        if rng == "dalle-mini" and checkpoint.kind != "dalle_bart":
+            raise UserError(
+                f"--rng dalle-mini repeats DALL-E mini and mega; {checkpoint.name!r} is another kind of model"
+            )
         config = checkpoint.config
+        self.rng = rng
         self.batch_size = batch_size
         self.token_count = config.image_length
         self.codebook_size = min(config.codebook_size, codebook_size or config.codebook_size)
         self._name = checkpoint.name
         self._tokenizer = tokenizer
         self._text_length = config.max_text_length
-        self._params = jax.device_put(checkpoint.params)
-        self._model = DalleBart(config, jnp.dtype(dtype))
+        self._params = placed(checkpoint.params)
+        self._model = network_class(checkpoint.kind)(config, jnp.dtype(dtype))
 
     def generate(
         self,
@@ -66,9 +77,10 @@ class Generator:
         settings: RowSettings,
         keys: np.ndarray,
     ) -> np.ndarray:
-        """Tokens uint16 (N, L), each below `codebook_size`.
+        """Tokens uint16 (N, L), each below `codebook_size`; with rng "dalle-mini" ids int32 (N, L), of which those
+        that are not below it are no codes.
 
-        prompts, sc_prompts: N each; None is the empty prompt   keys: (N, 2) uint32
+        prompts, sc_prompts: N each; None is the model's own empty prompt   keys: (N, 2) uint32
         Raises UserError if the model gives no logits to draw from.
         """
         batches = [
@@ -80,16 +92,14 @@ class Generator:
             )
             for start in range(0, len(prompts), self.batch_size)
         ]
-        return np.concatenate([np.empty((0, self.token_count), np.uint16), *batches])
+        return np.concatenate([np.empty((0, self.token_count), batches[0].dtype if batches else np.uint16), *batches])
 
     def _generate_batch(self, prompts, sc_prompts, settings: RowSettings, keys) -> np.ndarray:
         count = len(prompts)
         padding = self.batch_size - count
-        halves = ([*prompts, *[""] * padding], [*(text or "" for text in sc_prompts), *[""] * padding])
-        input_ids, attention_mask = self._tokenizer.encode([*halves[0], *halves[1]], self._text_length)
+        texts = [*prompts, *[None] * padding, *(text or None for text in sc_prompts), *[None] * padding]
         arguments = (
-            input_ids,
-            attention_mask,
+            *self._tokenizer.encode(texts, self._text_length),
             _padded(keys, np.uint32, self.batch_size),
             _padded(np.minimum(settings.top_k, _INT32_MAX), np.int32, self.batch_size),
             *(
@@ -97,9 +107,13 @@ class Generator:
                 for column in (settings.top_p, settings.temperature, settings.cond_scale)
             ),
         )
-        tokens, is_drawable = jax.device_get(
-            draw_tokens(self._model, self.codebook_size, self._params, *jax.device_put(arguments))
-        )
+        if self.rng == "dalle-mini":
+            config = self._model.config
+            ends = np.int32(config.eos_token_id), np.int32(config.pad_token_id)
+            drawn = draw_tokens_dalle_mini(self._model, self._params, *jax.device_put((*arguments, *ends)))
+        else:
+            drawn = draw_tokens(self._model, self.codebook_size, self._params, *jax.device_put(arguments))
+        tokens, is_drawable = jax.device_get(drawn)
         if not is_drawable[:count].all():
             raise UserError(f"model {self._name!r} gives no numbers for some rows: its weights are damaged")
         return tokens[:count]
@@ -108,7 +122,7 @@ class Generator:
 # The model is static, so generators of one configuration share their compiled programs.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def draw_tokens(
-    model: DalleBart,
+    model: nn.Module,
     codebook_size: int,
     params: dict,
     input_ids: jax.Array,
@@ -124,10 +138,9 @@ def draw_tokens(
     input_ids, attention_mask: (2B, T) int32, the B prompts, then the B unconditional prompts
     keys: (B, 2) uint32   top_k: (B,) int32   the other settings: (B,) float32
     """
-    apply = functools.partial(model.apply, {"params": params})
-    encoder_state = apply(input_ids, attention_mask, method="encode")  # (2B, T, d)
-    cache = apply(encoder_state, attention_mask, method="init_cache")
-    start_token = jnp.full(len(keys), model.config.decoder_start_token_id, jnp.int32)
+    apply = functools.partial(model.apply, {"params": computable(params, model.dtype)})
+    cache = apply(input_ids, attention_mask, method="begin")
+    start_token = jnp.full(len(keys), model.config.start_token, jnp.int32)
 
     def draw_one(state, step):
         cache, token, is_drawable = state
@@ -135,7 +148,9 @@ def draw_tokens(
         logits, cache = apply(cache, jnp.concatenate([token, token]), step, method="decode_step")  # (2B, V)
         cond, uncond = jnp.split(logits, 2)
         guided = sampling.guide(cond, uncond, cond_scale)
-        token = sampling.sample(guided, step, keys, top_k, top_p, temperature, codebook_size)
+        token = sampling.sample(
+            guided, step, keys, top_k, top_p, temperature, codebook_size, model.config.sampling_order
+        )
         return (cache, token, is_drawable & sampling.is_drawable(guided, codebook_size)), token
 
     state = (cache, start_token, jnp.ones(len(keys), bool))

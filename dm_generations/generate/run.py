@@ -22,12 +22,14 @@ from dm_generations.generate.generator import Generator, RowSettings
 from dm_generations.generate.sweep import Draw, Plan, Sweep, plan
 from dm_generations.models import checkpoints
 from dm_generations.models.checkpoints import Checkpoint
+from dm_generations.models.networks import ROLES
 from dm_generations.sampling import SAMPLER_VERSION
 from dm_generations.score import Scorer
-from dm_generations.text import PromptTokenizer
+from dm_generations.text import TextTokenizer, load_tokenizer
 
-KIND_IN_ARCHIVE = {"dalle_bart": "generator", "vqgan": "codec", "clip": "clip"}
+ROLE_OF_KIND = {kind: role for role, kinds in ROLES.items() for kind in kinds}
 MAX_CODES = 65536  # tokens are uint16
+SAMPLER_VERSIONS = {"rows": SAMPLER_VERSION, "dalle-mini": 1001}  # stored with each row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +40,34 @@ class Models:
     codec: Checkpoint
     clip: Checkpoint | None  # None: pictures are not scored
 
+    @property
+    def grid(self) -> int:
+        """Codes a side of the generator's pictures; the codec can be made for pictures of another size."""
+        return math.isqrt(self.generator.config.image_length)
 
-def load_models(model: str | None, codec: str | None, clip: str | None, is_scored: bool) -> Models:
-    """Checkpoints from folders; None is the embedded one. Raises UserError: missing, broken, not fitting."""
-    generator_checkpoint = checkpoints.load(model, "dalle_bart")
-    codec_checkpoint = checkpoints.load(codec, "vqgan")
+
+def load_models(
+    model: str | None,
+    codec: str | None,
+    clip: str | None,
+    is_scored: bool,
+    tokenizer: Path | None = None,
+    conv_like: str | None = None,
+) -> Models:
+    """Checkpoints from folders, files or the hub; None is the embedded one, and for the codec the model's own if it
+    lies with the model. `tokenizer` takes the place of the generator's, `conv_like` ("causal", "centred") of what a
+    DALLE-pytorch file tells. Raises UserError: missing, broken, not fitting.
+    """
+    generator_checkpoint = checkpoints.load(model, "generator")
+    if tokenizer is not None:
+        generator_checkpoint = dataclasses.replace(generator_checkpoint, tokenizer=tokenizer)
+    if conv_like is not None:
+        if generator_checkpoint.kind != "dalle_pytorch":
+            raise UserError(f"--conv-like is about DALLE-pytorch's models; {generator_checkpoint.name!r} is none")
+        config = dataclasses.replace(generator_checkpoint.config, conv_like=conv_like)
+        generator_checkpoint = dataclasses.replace(generator_checkpoint, config=config)
+    codec_checkpoint = checkpoints.find(model, "codec") if codec is None and model is not None else None
+    codec_checkpoint = codec_checkpoint or checkpoints.load(codec, "codec")
     _check_fit(generator_checkpoint, codec_checkpoint)
     clip_checkpoint = checkpoints.load(clip, "clip") if is_scored else None
     return Models(generator_checkpoint, codec_checkpoint, clip_checkpoint)
@@ -51,6 +76,8 @@ def load_models(model: str | None, codec: str | None, clip: str | None, is_score
 def _check_fit(generator: Checkpoint, codec: Checkpoint) -> None:
     token_count, codebook_size = generator.config.image_length, generator.config.codebook_size
     grid = codec.config.grid
+    if generator.kind == "dalle_pytorch":  # the DALL-3 fork draws 16 x 16 codes, whatever its codec was trained at
+        grid = math.isqrt(token_count)
     if grid**2 != token_count:
         raise UserError(
             f"model {generator.name!r} draws {token_count} codes a picture, codec {codec.name!r} takes "
@@ -65,24 +92,29 @@ def _check_fit(generator: Checkpoint, codec: Checkpoint) -> None:
         raise UserError(f"model {generator.name!r} has {codebook_size:,} codes, archives hold {MAX_CODES:,}")
 
 
-def model_info(checkpoint: Checkpoint) -> ModelInfo:
-    """What the archive keeps about a model."""
+def model_info(checkpoint: Checkpoint, grid: int | None = None) -> ModelInfo:
+    """What the archive keeps about a model; `grid`: codes a side, of a codec that decodes other than its own."""
     config = json.loads(json.dumps(dataclasses.asdict(checkpoint.config)))  # tuples come back as lists
-    kind = KIND_IN_ARCHIVE[checkpoint.kind]
-    if kind != "codec":
-        return ModelInfo(kind, checkpoint.name, checkpoint.sha256, config)
+    role = ROLE_OF_KIND[checkpoint.kind]
+    if role != "codec":
+        return ModelInfo(role, checkpoint.name, checkpoint.sha256, config)
     sizes = checkpoint.config.grid, checkpoint.config.codebook_size, checkpoint.config.image_size
-    return ModelInfo(kind, checkpoint.name, checkpoint.sha256, config, *sizes)
+    if grid not in (None, checkpoint.config.grid):
+        config["grid"] = grid
+        sizes = grid, checkpoint.config.codebook_size, checkpoint.config.image_size // checkpoint.config.grid * grid
+    return ModelInfo(role, checkpoint.name, checkpoint.sha256, config, *sizes)
 
 
 def known_model(archive: Archive, model: ModelInfo) -> int | None:
-    """The archive's id of this model, None if it is new there.
+    """The archive's id of this model, None if it is new there; a codec without a grid is known with any.
 
     The same weights are the same model if no option has another value; options that only one of both lists do
     not count, so that an archive of an older version of this program can be filled further.
     """
     for row_id, stored in archive.models().items():
         if (stored.kind, stored.sha256) != (model.kind, model.sha256) or not isinstance(stored.config, dict):
+            continue
+        if model.grid not in (None, stored.grid):
             continue
         common = stored.config.keys() & model.config.keys()
         if all(stored.config[name] == model.config[name] for name in common):
@@ -96,10 +128,10 @@ def record_model(archive: Archive, model: ModelInfo) -> int:
     return archive.model_id(model) if row_id is None else row_id
 
 
-def plan_run(sweep: Sweep, archive: Archive | None, generator: Checkpoint) -> Plan:
+def plan_run(sweep: Sweep, archive: Archive | None, generator: Checkpoint, rng: str = "rows") -> Plan:
     """What of `sweep` the archive lacks of this model's pictures."""
     generator_id = None if archive is None else known_model(archive, model_info(generator))
-    return plan(sweep, archive, generator_id, SAMPLER_VERSION)
+    return plan(sweep, archive, generator_id, SAMPLER_VERSIONS[rng])
 
 
 class Pipeline:
@@ -108,20 +140,23 @@ class Pipeline:
     Raises UserError for a model folder that lacks its tokenizer. Nothing is compiled before the first batch.
     """
 
-    def __init__(self, models: Models, batch_size: int):
+    def __init__(self, models: Models, batch_size: int, rng: str = "rows"):
         compile_cache.enable()
-        generator = models.generator
-        tokenizer = PromptTokenizer(generator.folder, vocab_size=generator.config.encoder_vocab_size)
+        tokenizer = tokenizer_of(models.generator)
         self.models = models
         self.batch_size = batch_size
-        self._generator = Generator(generator, tokenizer, batch_size)
+        self.sampler_version = SAMPLER_VERSIONS[rng]
+        self._generator = Generator(models.generator, tokenizer, batch_size, rng=rng)
         self._codec = self._scorer = None
         if models.clip is not None:
-            self._codec = Codec.from_checkpoint(models.codec, batch_size)
+            self._codec = Codec.from_checkpoint(models.codec, batch_size, grid=models.grid)
             self._scorer = make_scorer(models.clip, batch_size)
 
     def draw(self, draws: Sequence[Draw]) -> list[NewImage]:
-        """Pictures of at most `batch_size` draws, with their scores if there is a CLIP."""
+        """Pictures of at most `batch_size` draws, with their scores if there is a CLIP.
+
+        Draws of dalle-mini that hold an id which is no code are left out: it has no picture of them either.
+        """
         combinations = [draw.combination for draw in draws]
         time_start = time.time()
         tokens = self._generator.generate(
@@ -131,6 +166,9 @@ class Pipeline:
             np.array([(draw.key0, draw.key1) for draw in draws], np.uint32),
         )
         time_end = time.time()
+        is_picture = (tokens < self._generator.codebook_size).all(axis=1)
+        tokens = tokens[is_picture]
+        draws = list(itertools.compress(draws, is_picture))
         images = [
             NewImage(
                 **dataclasses.asdict(draw.combination),
@@ -142,10 +180,10 @@ class Pipeline:
             )
             for draw, row in zip(draws, tokens, strict=True)
         ]
-        return images if self._scorer is None else self._scored(images, tokens)
+        return images if self._scorer is None or not images else self._scored(images, tokens)
 
     def _scored(self, images: list[NewImage], tokens: np.ndarray) -> list[NewImage]:
-        pictures = self._codec.decode(tokens)
+        pictures = self._codec.decode(tokens.astype(np.uint16))
         scores = self._scorer.score(pictures, [image.prompt for image in images])
         time_scored = time.time()
         return [
@@ -166,8 +204,11 @@ def fill(archive: Archive, work: Plan, pipeline: Pipeline, on_batch: Callable[[i
     `on_batch` hears of the pictures of each batch once they are on disk.
     """
     models = pipeline.models
-    checkpoints_used = (models.generator, models.codec, models.clip)
-    infos = [None if checkpoint is None else model_info(checkpoint) for checkpoint in checkpoints_used]
+    infos = [
+        model_info(models.generator),
+        model_info(models.codec, models.grid),
+        None if models.clip is None else model_info(models.clip),
+    ]
     added_count = 0
     draws = work.draws()
     while batch := list(itertools.islice(draws, pipeline.batch_size)):
@@ -175,8 +216,8 @@ def fill(archive: Archive, work: Plan, pipeline: Pipeline, on_batch: Callable[[i
             images = pipeline.draw(batch)
         with archive.transaction():
             ids = [None if info is None else record_model(archive, info) for info in infos]
-            added_count += archive.add_images(images, *ids, SAMPLER_VERSION)
-        on_batch(len(images))
+            added_count += archive.add_images(images, *ids, pipeline.sampler_version)
+        on_batch(len(batch))
     return added_count
 
 
@@ -193,8 +234,18 @@ def memory_errors(batch_size: int) -> Iterator[None]:
 
 def make_scorer(clip: Checkpoint, batch_size: int) -> Scorer:
     """The scorer of a loaded CLIP, with the tokenizer of its folder."""
-    vocab_size = clip.config.text_config.vocab_size
-    return Scorer(clip, PromptTokenizer(clip.folder, vocab_size=vocab_size), batch_size)
+    return Scorer(clip, load_tokenizer(clip.folder, "clip", clip.config.text_config.vocab_size), batch_size)
+
+
+def tokenizer_of(generator: Checkpoint) -> TextTokenizer:
+    """What makes ids of the prompts of a loaded generator. Raises UserError if its files are missing or broken."""
+    if generator.tokenizer is None:
+        raise UserError(
+            f"model {generator.name!r} has no tokenizer beside it: give its file or folder with --tokenizer"
+        )
+    config = generator.config
+    is_fork = config.sampling_order == "top_p_first"  # its program draws from prompts in lower case
+    return load_tokenizer(generator.tokenizer, generator.text_style, config.text_vocab_size, lower=is_fork)
 
 
 def open_archive(path: Path) -> Archive:

@@ -1,5 +1,6 @@
 """Give pictures that are in an archive their CLIP scores."""
 
+import dataclasses
 import itertools
 import time
 from collections import Counter
@@ -54,10 +55,11 @@ def score_archive(
     and counted. Rows that name no codec are taken for rows of `codec`. `on_rows` hears of rows dealt with.
     """
     compile_cache.enable()
-    decoder = Codec.from_checkpoint(codec, batch_size)
+    codec_id = known_model(archive, dataclasses.replace(model_info(codec), grid=None))
+    grid = None if codec_id is None else archive.models()[codec_id].grid
+    decoder = Codec.from_checkpoint(codec, batch_size, grid=grid)
     scorer = make_scorer(clip, batch_size)
     clip_info = model_info(clip)
-    codec_id = known_model(archive, model_info(codec))
     name_by_model_id = {row_id: model.name for row_id, model in archive.models().items()}
     prompt_by_id = archive.prompts()
     report = ScoreReport()

@@ -50,7 +50,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every combination of the values, `count` pictures of each, under one seed.
+    """Every combination of the values, `count` pictures of each, under one seed; or a picture for each of `row_keys`.
 
     Picture i has the key `row_key(seed, i)` in every combination, so settings are compared on equal noise.
     Values may repeat; repetitions are dropped. An empty text among `sc_prompts` means the model's own empty
@@ -65,6 +65,7 @@ class Sweep:
     cond_scale: Sequence[float] = (DEFAULT_COND_SCALE,)
     count: int = DEFAULT_COUNT
     seed: int = DEFAULT_SEED
+    row_keys: Sequence[tuple[int, int]] = ()  # if any, these are the keys: `count` and `seed` have no meaning
 
     def __post_init__(self):
         columns = {
@@ -80,6 +81,9 @@ class Sweep:
             object.__setattr__(self, name, tuple(dict.fromkeys(values)))
             if not values:
                 raise UserError(f"{name} needs at least one value")
+        if self.row_keys:
+            object.__setattr__(self, "row_keys", tuple(dict.fromkeys(self.row_keys)))
+            object.__setattr__(self, "count", len(self.row_keys))
         self._check()
 
     def _check(self) -> None:
@@ -87,6 +91,7 @@ class Sweep:
         _check_texts("unconditional prompt", [text for text in self.sc_prompts if text is not None])
         _check_range("n", [self.count], 1, MAX_PICTURES)
         _check_range("seed", [self.seed], 0, MAX_SEED)
+        _check_range("a word of a key", [word for key in self.row_keys for word in key], 0, 2**32 - 1)
         _check_range("top_k", self.top_k, 0, MAX_TOP_K)
         _check_range("temperature", self.temperature, 0, MAX_REAL)
         _check_range("cond_scale", self.cond_scale, 0, MAX_REAL)
@@ -110,7 +115,7 @@ class Sweep:
 
     def keys(self) -> list[tuple[int, int]]:
         """(key0, key1) of each picture of a combination, by its index."""
-        return [row_key(self.seed, index) for index in range(self.count)]
+        return list(self.row_keys) or [row_key(self.seed, index) for index in range(self.count)]
 
     def _axes(self) -> tuple[Sequence, ...]:
         return self.prompts, self.sc_prompts, self.top_k, self.top_p, self.temperature, self.cond_scale

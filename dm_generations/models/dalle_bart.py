@@ -210,8 +210,8 @@ class DalleBart(nn.Module):
     range; nothing checks that here.
 
     Training: `model.apply(variables, input_ids, attention_mask, decoder_input_ids)`.
-    Generation: `encode`, then `init_cache`, then `decode_step` for step 0, 1, ..., image_length - 1, starting
-    with `config.decoder_start_token_id`; each is a method for `model.apply(..., method=...)`.
+    Generation: `begin` (which is `encode`, then `init_cache`), then `decode_step` for step 0, 1, ...,
+    image_length - 1, starting with `config.start_token`; each is a method for `model.apply(..., method=...)`.
     """
 
     config: DalleBartConfig
@@ -243,6 +243,10 @@ class DalleBart(nn.Module):
         """
         x = self.model.decoder(decoder_input_ids, encoder_state, mask_bias(attention_mask), deterministic)
         return self.lm_head(x)
+
+    def begin(self, input_ids, attention_mask) -> Cache:
+        """Cache for a generation from token ids and mask as in `encode`."""
+        return self.init_cache(self.encode(input_ids, attention_mask), attention_mask)
 
     def init_cache(self, encoder_state, attention_mask) -> Cache:
         """Cache for a generation from encoder_state (B, T, d) and its attention_mask (B, T)."""

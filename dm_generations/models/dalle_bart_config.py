@@ -70,12 +70,23 @@ class DalleBartConfig:
     force_ln_scale: bool = False  # a scale also in norms that a dense layer follows
     normalize_text: bool = False  # prompts pass dalle-mini's text normalizer first
     decoder_start_token_id: int | None = None  # None: image_vocab_size
+    # What dalle-mini's own `generate` heeds; None: an id that cannot be drawn, and transformers' 50.
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    top_k: int | None = None  # 0: all
 
     def __post_init__(self):
-        if self.decoder_start_token_id is None:
-            object.__setattr__(self, "decoder_start_token_id", self.image_vocab_size)
+        defaults = {
+            "decoder_start_token_id": self.image_vocab_size,
+            "eos_token_id": self.image_vocab_size + 1,
+            "pad_token_id": self.image_vocab_size + 1,
+            "top_k": 50,
+        }
         for field in dataclasses.fields(self):
-            _check_field(field.name, getattr(self, field.name), type(field.default))
+            if getattr(self, field.name) is None:
+                object.__setattr__(self, field.name, defaults[field.name])
+            if field.name != "top_k" or self.top_k != 0:
+                _check_field(field.name, getattr(self, field.name), type(field.default))
         for name, known in (
             ("activation_function", ACTIVATION_FUNCTIONS),
             ("ln_type", LN_TYPES),
@@ -111,6 +122,21 @@ class DalleBartConfig:
     def codebook_size(self) -> int:
         """Codes that stand for image content; ids from here on (start token, padding rows) do not."""
         return self.decoder_start_token_id
+
+    @property
+    def start_token(self) -> int:
+        """What the decoder reads before the first code."""
+        return self.decoder_start_token_id
+
+    @property
+    def text_vocab_size(self) -> int:
+        """Rows of the table that the prompt's ids index."""
+        return self.encoder_vocab_size
+
+    @property
+    def sampling_order(self) -> str:
+        """See `sampling.filter_logits`."""
+        return "temperature_first"
 
 
 def _check_field(name: str, value: Any, kind: type) -> None:

@@ -1,6 +1,7 @@
 """VQGAN: a picture to a grid of codebook indices, and back.
 
-Module and parameter names are those of vqgan-jax (`VQModel`), so its checkpoints load without renaming.
+Module and parameter names are those of vqgan-jax (`VQModel`), so its checkpoints load without renaming. The VQGANs of
+taming-transformers (`VQModel`, `GumbelVQ`) and of its descendants are the same network under other options.
 Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021, https://arxiv.org/abs/2012.09841
 
 B: batch   H, W: pixels   h, w: token grid   L: tokens, h * w, row-major   C: channels   D: codebook width
@@ -30,6 +31,25 @@ class VQGANConfig:
     out_ch: int = 3
     resamp_with_conv: bool = True
     num_groups: int = 32  # of every group norm; vqgan-jax fixes it
+    group_norm_eps: float = 1e-6
+    is_signed: bool = False  # inside, pixels are in [-1, 1]: taming's; vqgan-jax keeps them in [0, 1]
+    is_gumbel: bool = False  # codes are the argmax of logits, not the nearest codebook row
+
+    def __post_init__(self):
+        """Raises ValueError for sizes that no network can have."""
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type is int}
+        for name in ("ch_mult", "attn_resolutions"):
+            sizes |= {f"{name}[{i}]": size for i, size in enumerate(getattr(self, name))}
+        for name, size in sizes.items():
+            if type(size) is not int or not 1 <= size < 2**31:
+                raise ValueError(f"{name} must be a whole number above 0, not {size!r:.80}")
+        levels, blocks = len(self.ch_mult), self.num_res_blocks
+        if not 1 <= levels <= 16 or blocks > 64:  # how long the network takes to build: far above any that exists
+            raise ValueError(f"{levels} levels of {blocks} blocks: from 1 to 16 levels of at most 64 can be built")
+        if self.resolution % 2 ** (levels - 1):
+            raise ValueError(f"resolution {self.resolution} cannot be halved {levels - 1} times")
+        if (self.in_channels, self.out_ch) != (3, 3):
+            raise ValueError(f"{self.in_channels} channels in and {self.out_ch} out: only RGB pictures are supported")
 
     @classmethod
     def from_dict(cls, values: dict) -> "VQGANConfig":
@@ -61,7 +81,7 @@ def _conv(features: int, size: int, dtype: jnp.dtype, name: str) -> nn.Conv:
 
 
 def _norm(config: VQGANConfig, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
-    return nn.GroupNorm(config.num_groups, epsilon=1e-6, dtype=dtype, name=name)
+    return nn.GroupNorm(config.num_groups, epsilon=config.group_norm_eps, dtype=dtype, name=name)
 
 
 class ResBlock(nn.Module):
@@ -220,8 +240,30 @@ class Quantize(nn.Module):
         return self.embedding(indices)
 
 
+class GumbelQuantize(nn.Module):
+    """The codebook of taming's GumbelVQ: a vector to the code of its largest logit (first on ties), and back.
+
+    The original adds Gumbel noise to the logits, in evaluation too; without it the codes are the likeliest ones.
+    """
+
+    config: VQGANConfig
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.embed = nn.Embed(self.config.n_embed, self.config.embed_dim, dtype=self.dtype, param_dtype=jnp.float32)
+        self.proj = nn.Conv(self.config.n_embed, (1, 1), dtype=jnp.float32)
+
+    def __call__(self, z):  # (B, h, w, D) -> indices (B, h, w), int32
+        return jnp.argmax(self.proj(z.astype(jnp.float32)), axis=-1).astype(jnp.int32)
+
+    def lookup(self, indices):
+        return self.embed(indices)
+
+
 class VQGAN(nn.Module):
     """Encoder, codebook and decoder. Parameters are float32; `dtype` is what the network computes in."""
+
+    DECODER_PARTS = ("decoder", "post_quant_conv", "quantize")  # of the parameters, what `decode_code` needs
 
     config: VQGANConfig
     dtype: jnp.dtype = jnp.float32
@@ -230,12 +272,14 @@ class VQGAN(nn.Module):
         config = self.config
         self.encoder = Encoder(config, self.dtype)
         self.decoder = Decoder(config, self.dtype)
-        self.quantize = Quantize(config, self.dtype)
+        self.quantize = (GumbelQuantize if config.is_gumbel else Quantize)(config, self.dtype)
         self.quant_conv = nn.Conv(config.embed_dim, (1, 1), dtype=self.dtype)
         self.post_quant_conv = nn.Conv(config.z_channels, (1, 1), dtype=self.dtype)
 
     def encode_continuous(self, pixels):
-        """Pixels (B, H, W, 3) to what is quantised: (B, h, w, D)."""
+        """Pixels (B, H, W, 3), [0, 1] is black to white, to what is quantised: (B, h, w, D)."""
+        if self.config.is_signed:
+            pixels = 2 * pixels - 1
         return self.quant_conv(self.encoder(pixels.astype(self.dtype)))
 
     def encode(self, pixels):
@@ -245,7 +289,8 @@ class VQGAN(nn.Module):
 
     def decode(self, quant_states):
         """Codebook rows (B, h, w, D) to pixels (B, H, W, 3) float32, not clipped; [0, 1] is black to white."""
-        return self.decoder(self.post_quant_conv(quant_states.astype(self.dtype))).astype(jnp.float32)
+        pixels = self.decoder(self.post_quant_conv(quant_states.astype(self.dtype))).astype(jnp.float32)
+        return (pixels + 1) / 2 if self.config.is_signed else pixels
 
     def decode_code(self, tokens):
         """Tokens (B, L) int, L a square, to pixels (B, H, W, 3) float32, not clipped.

@@ -16,6 +16,7 @@ import pytest
 
 from dm_generations.browser.manifest import GalleryEntry, build_manifest, write_manifest
 from dm_generations.cli import build_parser
+from dm_generations.cli.generate import parse_key
 from dm_generations.resources import shipped
 
 HOSTILE = {
@@ -277,8 +278,10 @@ def test_command_means_exactly_the_prompt_to_a_shell(page, hostile, tmp_path):
 
         args = build_parser().parse_args(words[2:])
         assert (args.prompts, args.sc_prompts, args.db.name) == ([text], [text], "again.db")
-        settings = (args.top_k, args.top_p, args.temperature, args.cond_scale, args.n)
-        assert settings == ([50], [0.9], [1.0], [3.0], 1)
+        settings = (args.top_k, args.top_p, args.temperature, args.cond_scale)
+        assert settings == ([50], [0.9], [1.0], [3.0])
+        facts = dict(zip(texts(page, "#facts dt"), texts(page, "#facts dd"), strict=True))
+        assert [parse_key(text) for text in args.keys] == [tuple(map(int, facts["key"].split()))]
     assert not (tmp_path / "pwned").exists()
 
 

@@ -12,7 +12,7 @@ from dm_generations.models import checkpoints
 
 @pytest.fixture(scope="module")
 def codec():
-    return Codec.from_checkpoint(checkpoints.load(GOLDEN_CODEC, "vqgan"), batch_size=4)
+    return Codec.from_checkpoint(checkpoints.load(GOLDEN_CODEC, "codec"), batch_size=4)
 
 
 def test_decodes_the_golden_tokens(codec):

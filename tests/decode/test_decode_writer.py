@@ -1,5 +1,6 @@
 """The pool that encodes and writes: bounded, whole files only, no lost error."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -11,17 +12,22 @@ from PIL import Image
 
 from dm_generations import files
 from dm_generations.decode import writer as writer_module
+from dm_generations.decode.png import encode_png
 from dm_generations.decode.writer import FileWriter
 from dm_generations.files import remove_stale_temporaries, write_atomic
 
 PIXELS = np.random.default_rng(0).integers(256, size=(16, 16, 3), dtype=np.uint8)
 
 
+def encoding(pixels):
+    return functools.partial(encode_png, pixels)
+
+
 def test_writes_what_it_was_given(tmp_path):
     results = []
     with FileWriter(2) as writer:
         for number in range(20):
-            writer.submit(tmp_path / "folder" / f"{number}.png", PIXELS + np.uint8(number), results.append)
+            writer.submit(tmp_path / "folder" / f"{number}.png", encoding(PIXELS + np.uint8(number)), results.append)
     assert results == [None] * 20
     for number in range(20):
         written = np.asarray(Image.open(tmp_path / "folder" / f"{number}.png"))
@@ -33,19 +39,19 @@ def test_an_error_surfaces_and_the_rest_is_written(tmp_path):
     results = []
     with FileWriter(2) as writer:
         for number in range(3):
-            writer.submit(tmp_path / f"{number}.png", PIXELS, results.append)
+            writer.submit(tmp_path / f"{number}.png", encoding(PIXELS), results.append)
     assert results[0] is None and results[2] is None and isinstance(results[1], IsADirectoryError)
     assert sorted(os.listdir(tmp_path)) == ["0.png", "1.png", "2.png"]
 
 
 def test_the_queue_is_bounded(tmp_path, monkeypatch):
     may_write = threading.Event()
-    monkeypatch.setattr(writer_module, "_write_picture", lambda *_: may_write.wait(10))
+    monkeypatch.setattr(writer_module, "_write_file", lambda *_: may_write.wait(10))
     submitted = []
 
     def submit_all(writer):
         for number in range(100):
-            writer.submit(tmp_path / f"{number}.png", PIXELS, lambda error: None)
+            writer.submit(tmp_path / f"{number}.png", encoding(PIXELS), lambda error: None)
             submitted.append(number)
 
     with FileWriter(2) as writer:

@@ -31,7 +31,7 @@ KEYS = np.array([row_key(3, index) for index in range(6)], np.uint32)
 def checkpoint(tmp_path_factory):
     # Vocabulary rows beyond the codes, as in DALL-E mega: they must never be drawn.
     folder = tmp_path_factory.mktemp("model")
-    return checkpoints.load(tiny_dalle_bart(folder, image_vocab_size=CODEBOOK_SIZE + 7), "dalle_bart")
+    return checkpoints.load(tiny_dalle_bart(folder, image_vocab_size=CODEBOOK_SIZE + 7), "generator")
 
 
 @pytest.fixture(scope="module")

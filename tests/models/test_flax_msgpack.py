@@ -7,6 +7,7 @@ import pytest
 from flax import serialization
 
 from dm_generations.errors import UserError
+from dm_generations.models.checkpoints import mapped
 from dm_generations.models.checkpoints.flax_msgpack import read_flax_msgpack
 
 
@@ -31,7 +32,7 @@ def array_extension(shape, dtype, data, code=1):
 def test_array_keeps_values_shape_and_dtype(written, dtype):
     array = np.arange(24).reshape(2, 3, 4).astype(dtype)
     read = read_flax_msgpack(written({"model": {"kernel": array}}))["model"]["kernel"]
-    assert read.dtype == array.dtype
+    assert read.dtype == array.dtype and mapped._mapping(read) is not None
     np.testing.assert_array_equal(read, array)
 
 
@@ -52,6 +53,11 @@ def test_array_in_pieces_is_joined(written, monkeypatch):
     read = read_flax_msgpack(path)["a"]
     np.testing.assert_array_equal(read["big"], array)
     np.testing.assert_array_equal(read["small"], array[0, :3])
+
+
+def test_array_in_one_piece_is_a_view(written):
+    read = read_flax_msgpack(written(pieces(shape={"0": 2, "1": 1}, chunks={"0": np.arange(2, dtype=np.float32)})))["a"]
+    assert read.tolist() == [[0], [1]] and mapped._mapping(read) is not None
 
 
 def test_arrays_are_read_only(written):
@@ -105,6 +111,11 @@ def pieces(**changes):
         pytest.param(b"\x81\xa1a" * 100_000 + b"\x80", id="100,000 levels"),
         pytest.param(serialization.msgpack_serialize({"a": np.zeros(2)}) + b"\0", id="more follows"),
         pytest.param(pieces(shape={"0": 5}), id="pieces do not add up"),
+        pytest.param(msgpack.packb({"a": {"b": 1}, "c": True}), id="leaf is a boolean"),
+        pytest.param(b"\x82\xa1a\x80\xa1a\x80", id="a name twice"),
+        pytest.param(b"\x81\xa1\xff\x80", id="a name that is not UTF-8"),
+        pytest.param(b"\x81\xdb\xff\xff\xff\xff", id="name that claims 4 GB"),
+        pytest.param(pieces(shape={"0": 0, "1": 2**62}, chunks={"0": np.zeros(0)}), id="huge empty shape of pieces"),
         pytest.param(pieces(shape={"0": -2, "1": -2}), id="pieces with a negative shape"),
         pytest.param(pieces(shape=None), id="pieces without a shape"),
         pytest.param(pieces(chunks={}), id="no pieces"),

@@ -52,7 +52,7 @@ def test_trained_model_loads_and_rebuilds_pictures(trainer, tmp_path):
     run = train(trainer, tmp_path / "run", 4)
     params = jax.device_get(run.state["params"])
     checkpoints.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), params, np.float16)
-    loaded = checkpoints.load(tmp_path / "model", "vqgan")
+    loaded = checkpoints.load(tmp_path / "model", "codec")
     assert loaded.config == CONFIG
     pictures, tokens = reconstruct(trainer.model, loaded.params, np.asarray(trainer.pixels), batch=32)
     assert pictures.shape == (40, 8, 8, 3) and pictures.dtype == np.uint8

@@ -1,182 +1,161 @@
-"""Model folders to parameter trees, and back: the format is recognised by what lies in the folder.
+"""Models on disk to parameter trees, and back. The format is recognised by what lies in the folder or file.
 
-Our own folder is `config.json` (with `"format": "dm-generations"` and the kind of network) and `model.safetensors`,
-whose tensors are named by their path in the parameter tree, `decoder/conv_in/kernel`. Flax folders of vqgan-jax and
-dalle-mini (`flax_model.msgpack`) and CLIP folders of transformers (`model.safetensors`) load as they are.
+`load` takes a role: "generator" (text to codes), "codec" (codes to pixels) or "clip". One folder can hold several:
+min-dalle's has a generator and its codec. Formats: our own folder (own.py), Flax folders of vqgan-jax and dalle-mini,
+min-dalle's PyTorch files, minDALL-E, DALLE-pytorch and its fork, taming-transformers, OpenAI's discrete VAE, CLIP of
+transformers. Weights are views of mapped files in the dtype of the file; `placement.placed` puts them on the device.
 """
 
 import dataclasses
 import hashlib
-import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from dm_generations.errors import UserError
-from dm_generations.files import write_atomic
-from dm_generations.models.checkpoints import clip_torch, flax_msgpack
+from dm_generations.models.checkpoints import (
+    clip_torch,
+    dalle_pytorch,
+    discrete_vae,
+    flax_folder,
+    hub,
+    min_dalle,
+    mindalle,
+    openai_vae,
+    own,
+    taming,
+)
+from dm_generations.models.checkpoints.own import flatten, save, unflatten
+from dm_generations.models.checkpoints.source import Source
+from dm_generations.models.networks import ROLES, network_class, parameter_shapes
 
-FORMAT = "dm-generations"
+__all__ = ["Checkpoint", "check_names_and_shapes", "find", "flatten", "load", "save", "unflatten"]
+
 EMBEDDED = Path(__file__).resolve().parents[2] / "embedded"
-WEIGHT_FILES = ("model.safetensors", "flax_model.msgpack")
+_EMBEDDED_NAMES = {"generator": "dalle_bart", "codec": "vqgan", "clip": "clip"}
+
+# In this order; each reader gives None for what is not of its format.
+_READERS = {
+    "generator": (own, flax_folder, min_dalle, mindalle, dalle_pytorch),
+    "codec": (own, flax_folder, min_dalle, mindalle, dalle_pytorch, discrete_vae, taming, openai_vae),
+    "clip": (own, clip_torch),
+}
+_EXPECTED = {
+    "generator": "config.json with flax_model.msgpack or model.safetensors, encoder.pt and decoder.pt, "
+    "stage2_last.ckpt, or a dalle.pt",
+    "codec": "config.json with flax_model.msgpack or model.safetensors, detoker.pt, a .ckpt with its .yaml, "
+    "or encoder.pkl and decoder.pkl",
+    "clip": "config.json with model.safetensors or pytorch_model.bin",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model as it lies on disk."""
+    """A model as it lies on disk, its names and shapes checked."""
 
-    kind: str  # "vqgan", "dalle_bart" or "clip"
-    config: Any  # VQGANConfig, DalleBartConfig or CLIPConfig
-    params: dict  # nested, Flax names; float32 NumPy arrays
-    name: str  # "embedded/vqgan", or the folder's name
-    sha256: str  # hex, of the weight file
-    folder: Path
-
-
-def flatten(tree: dict, prefix: str = "") -> dict[str, np.ndarray]:
-    """{"a": {"b": x}} to {"a/b": x}."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}/")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    kind: str  # the network: a key of `networks.NETWORKS`
+    config: Any  # the network's config
+    params: dict  # nested, names of the network; NumPy arrays in the dtype of the file, mapped
+    name: str  # "embedded/vqgan", the folder's or file's name, or the hub's
+    sha256: str  # hex, of the weight file; of several files, of their digests in a row
+    folder: Path  # where the configs beside the weights lie
+    tokenizer: Path | None = None
+    text_style: str | None = None
 
 
-def unflatten(flat: dict[str, np.ndarray]) -> dict:
-    """{"a/b": x} to {"a": {"b": x}}."""
-    tree: dict = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
+def load(spec: str | os.PathLike | None, role: str) -> Checkpoint:
+    """The model for `role` ("generator", "codec", "clip") at `spec`: a folder, a file or a name on the hub.
 
-
-def load(spec: str | os.PathLike | None, kind: str) -> Checkpoint:
-    """The `kind` of model ("vqgan", "dalle_bart", "clip") in the folder `spec`; None is the embedded one.
-
-    Raises UserError when the folder lacks a file, holds another kind of model, or when a tensor is missing,
-    unexpected or of another shape than the config says.
+    None is the embedded one. Raises UserError when there is nothing, nothing of a known format or not for this role,
+    and when a tensor is missing, unexpected or of another shape than the config says.
     """
-    folder = EMBEDDED / kind if spec is None else Path(spec)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such model folder")
-    config_file = folder / "config.json"
-    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if not config_file.is_file():
-        raise UserError(f"{folder} lacks config.json, so it is not a model folder")
-    if weights is None:
-        raise UserError(f"{folder} lacks its weights: {' or '.join(WEIGHT_FILES)}")
-    try:
-        values = json.loads(config_file.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config_file} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{config_file} must hold a JSON object")
-    found = _kind(values)
-    if found != kind:
-        raise UserError(f"{folder} holds a {found or 'model of an unknown kind'}; a {kind} is needed here")
-    params = _read_weights(weights, is_torch=kind == "clip" and values.get("format") != FORMAT)
-    try:
-        config, shapes = _NETWORKS[kind](values, params)
-    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
-        raise UserError(f"{config_file} does not describe a {kind}: {error}") from error
-    check_names_and_shapes(shapes, params, weights)
-    name = f"embedded/{kind}" if spec is None else folder.resolve().name
-    with open(weights, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Checkpoint(kind, config, params, name, digest, folder)
+    found = find(spec, role)
+    if found is None:
+        path = _path_of(spec)
+        others = [other for other in ROLES if other != role and _source(path, other) is not None]
+        what = f"a {others[0]}, not a {role}" if others else "no model that this program knows"
+        raise UserError(f"{path} holds {what}; a {role} is {_EXPECTED[role]}")
+    return found
 
 
-def check_names_and_shapes(expected: dict[str, tuple], params: dict, path: Path) -> None:
+def find(spec: str | os.PathLike | None, role: str) -> Checkpoint | None:
+    """As `load`, but None where `spec` exists and holds nothing for this role."""
+    if spec is None:
+        path, name = EMBEDDED / _EMBEDDED_NAMES[role], f"embedded/{_EMBEDDED_NAMES[role]}"
+    else:
+        path = _path_of(spec)
+        name = str(spec) if path != Path(spec) else path.resolve().name
+    source = _source(path, role)
+    if source is None:
+        return None
+    expected = _expected_shapes(source, path)
+    check_names_and_shapes(expected, source.params, source.files[0])
+    folder = path if path.is_dir() else path.parent
+    digest = _digest(source.files)
+    return Checkpoint(
+        source.kind, source.config, source.params, name, digest, folder, source.tokenizer, source.text_style
+    )
+
+
+def _path_of(spec: str | os.PathLike) -> Path:
+    path = Path(spec)
+    if os.path.exists(path):  # unlike Path.exists, False for a name that cannot be
+        return path
+    if isinstance(spec, str) and hub.is_hub_name(spec):
+        return hub.fetched(spec)
+    raise UserError(f"{str(spec)!r:.300}: no such model folder or file")
+
+
+def _source(path: Path, role: str) -> Source | None:
+    try:
+        for reader in _READERS[role]:
+            read = getattr(reader, role)
+            source = read(path)
+            if source is not None:
+                return source
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from error
+    return None
+
+
+def _expected_shapes(source: Source, path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        shapes = parameter_shapes(source.kind, source.config)
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the config of {path} does not describe a {source.kind}: {reason}") from error
+    parts = getattr(network_class(source.kind), "DECODER_PARTS", None)
+    if parts is not None and source.params.keys() <= set(parts):  # a file of a decoder alone
+        shapes = {name: shape for name, shape in shapes.items() if name.split("/")[0] in parts}
+    return shapes
+
+
+def check_names_and_shapes(expected: dict[str, tuple[int, ...]], params: dict, path: Path) -> None:
     """Raises UserError naming the first tensors that are missing, unexpected or misshapen."""
     found = flatten(params)
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     for what, names in (("lacks", missing), ("has unexpected", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"{path} {what} {', '.join(names[:3])}{more}; its config.json describes another model")
+            raise UserError(f"{path} {what} {', '.join(names[:3])}{more}; its config describes another model")
     for name, shape in expected.items():
         if found[name].shape != shape:
-            raise UserError(f"{path}: {name} has shape {found[name].shape}, its config.json asks for {shape}")
+            raise UserError(f"{path}: {name} has shape {found[name].shape}, its config asks for {shape}")
+        if not (found[name].dtype.kind == "f" or found[name].dtype.name == "bfloat16"):
+            raise UserError(f"{path}: {name} has dtype {found[name].dtype}, weights are floating point")
 
 
-def _kind(values: dict) -> str | None:
-    if values.get("format") == FORMAT:
-        kind = values.get("kind")
-        return kind if kind in _NETWORKS else None
-    if "n_embed" in values and "ch_mult" in values:
-        return "vqgan"
-    return {"dallebart": "dalle_bart", "clip": "clip"}.get(values.get("model_type"))
+def _digest(files: Iterable[Path]) -> str:
+    digests = []
+    for path in files:
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _read_weights(path: Path, is_torch: bool) -> dict:
-    if path.name == "flax_model.msgpack":
-        tree = flax_msgpack.read_flax_msgpack(path)
-        return unflatten({name: np.asarray(value, np.float32) for name, value in flatten(tree).items()})
-    try:
-        flat = safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}") from None
-    flat = {name: value.astype(np.float32) for name, value in flat.items()}
-    return clip_torch.flax_from_torch(flat) if is_torch else unflatten(flat)
-
-
-def _vqgan(values: dict, params: dict) -> tuple[Any, dict]:
-    from dm_generations.models.vqgan import VQGAN, VQGANConfig
-
-    config = VQGANConfig.from_dict(values)
-    return config, _shapes(VQGAN(config), ((1, config.resolution, config.resolution, 3), "float32"))
-
-
-def _dalle_bart(values: dict, params: dict) -> tuple[Any, dict]:
-    from dm_generations.models.dalle_bart import DalleBart, DalleBartConfig, config_for_params
-
-    config = config_for_params(DalleBartConfig.from_dict(values), params)
-    text = ((1, config.max_text_length), "int32")
-    return config, _shapes(DalleBart(config), text, text, ((1, config.image_length), "int32"))
-
-
-def _clip(values: dict, params: dict) -> tuple[Any, dict]:
-    from dm_generations.models.clip import CLIP, CLIPConfig
-
-    config = CLIPConfig.from_dict(values)
-    size = config.vision_config.image_size
-    text = ((1, config.text_config.max_position_embeddings), "int32")
-    return config, _shapes(CLIP(config), ((1, size, size, 3), "float32"), text, text)
-
-
-_NETWORKS = {"vqgan": _vqgan, "dalle_bart": _dalle_bart, "clip": _clip}
-
-
-def _shapes(model: Any, *inputs: tuple[tuple, str]) -> dict[str, tuple]:
-    """The shape of each parameter that the network asks for, by path; nothing is computed."""
-    import jax
-
-    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in inputs]
-    tree = jax.eval_shape(model.init, jax.random.key(0), *arrays)["params"]
-    return {path: leaf.shape for path, leaf in flatten(tree).items()}
-
-
-def save(folder: Path, kind: str, config: dict, params: dict, dtype: np.dtype | type = np.float32) -> None:
-    """Write our own folder: `config.json` and `model.safetensors` with floating tensors as `dtype`.
-
-    `config` is plain JSON data of the network's config; `params` a nested dict of arrays. Each file lands by rename.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {path: np.asarray(value, dtype, order="C") for path, value in sorted(flatten(params).items())}
-    text = json.dumps({"format": FORMAT, "kind": kind} | config, indent=2) + "\n"
-    for name, data in (
-        ("model.safetensors", safetensors.numpy.save(tensors)),
-        ("config.json", text.encode()),
-    ):
-        write_atomic(folder / name, data)
+def nbytes(params: dict) -> int:
+    """Bytes of all tensors."""
+    return sum(np.asarray(array).nbytes for array in flatten(params).values())

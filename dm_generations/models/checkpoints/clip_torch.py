@@ -1,18 +1,43 @@
-"""Names and layouts of a Hugging Face CLIP (PyTorch) as those of transformers' FlaxCLIPModel.
+"""CLIP folders of transformers: `config.json` with `model.safetensors` or `pytorch_model.bin`.
 
-Renames and transposes; whether the result is complete and of the right shapes is the caller's check.
+Names and layouts become those of transformers' FlaxCLIPModel. Renames and transposes; whether the result is complete
+and of the right shapes is the caller's check.
 """
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
 from dm_generations.errors import UserError
+from dm_generations.models.checkpoints.own import FORMAT, read_config
+from dm_generations.models.checkpoints.safetensors_file import read_safetensors
+from dm_generations.models.checkpoints.source import Source
+from dm_generations.models.checkpoints.torch_pickle import read_torch, state_of
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # Constants 0, 1, 2, ... that older transformers saved beside the parameters.
 POSITION_IDS = re.compile(r"(text|vision)_model\.embeddings\.position_ids")
 EMBEDDINGS = ("token_embedding", "position_embedding")
+
+
+def clip(path: Path) -> Source | None:
+    values = read_config(path)
+    if values is None or values.get("model_type") != "clip" or values.get("format") == FORMAT:
+        return None
+    from dm_generations.models.clip import CLIPConfig
+
+    weights = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    if weights is None:
+        raise UserError(f"{path} lacks its weights: {' or '.join(WEIGHT_FILES)}")
+    config = CLIPConfig.from_dict(values)
+    try:
+        tensors = read_safetensors(weights) if weights.suffix == ".safetensors" else state_of(read_torch(weights))
+    except UserError as error:
+        raise error if str(weights) in str(error) else UserError(f"{weights}: {error}") from error
+    return Source("clip", config, flax_from_torch(tensors), (weights,), path, "clip")
 
 
 def flax_from_torch(tensors: Mapping[str, np.ndarray]) -> dict:

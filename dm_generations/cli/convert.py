@@ -1,0 +1,41 @@
+"""`convert`: any model that loads, as our own folder."""
+
+import argparse
+from pathlib import Path
+
+DESCRIPTION = """\
+Write a model of any format that loads as a folder of our own: config.json, model.safetensors and the tokenizer's
+files. It loads faster, since its weights are mapped from the disk, and needs neither PyTorch's nor Flax's formats.
+A generator's own codec goes to the folder codec within.
+"""
+EPILOG = """\
+examples:
+  python -m dm_generations convert dalle-mini/dalle-mega --out mega --dtype float16
+  python -m dm_generations convert vqgan_gumbel_f8 --out gumbel
+"""
+DTYPES = ("as-is", "float32", "float16", "bfloat16")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "convert",
+        help="write a public checkpoint as our own folder",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", metavar="PATH", help="a folder, a file or a name on the Hugging Face hub, owner/name@revision")
+    add("--out", metavar="FOLDER", type=Path, required=True, help="folder to write; it must not exist yet")
+    add("--tokenizer", metavar="PATH", type=Path, help="the generator's tokenizer, if it does not lie with it")
+    add("--dtype", choices=DTYPES, default="as-is", help="how weights are stored (default: as they are)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dm_generations.models.checkpoints.convert import convert
+
+    for line in convert(args.model, args.out, args.tokenizer, None if args.dtype == "as-is" else args.dtype):
+        print(line)
+    return 0

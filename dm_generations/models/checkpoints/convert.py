@@ -1,0 +1,98 @@
+"""A model of any format as our own folder, tensor by tensor."""
+
+import dataclasses
+import os
+import re
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from dm_generations.errors import UserError
+from dm_generations.models import checkpoints
+from dm_generations.models.checkpoints import own
+from dm_generations.models.networks import ROLES
+
+# What tokenizers are made of, in any of the public models.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "enwiki-words-frequency.txt",
+    "bpe-16k-vocab.json",
+    "bpe-16k-merges.txt",
+    "tokenizer.tar.gz",
+    "tokenizer.tgz",
+    "bpe_simple_vocab_16e6.txt",
+    "bpe_simple_vocab_16e6.txt.gz",
+    "preprocessor_config.json",
+)
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def convert(spec: str, out: Path, tokenizer: Path | None = None, dtype: str | None = None) -> list[str]:
+    """Write every model at `spec` below `out`; a line about each. `dtype` None leaves weights as they are.
+
+    Raises UserError when nothing at `spec` loads, when a value does not fit `dtype`, and when `out` exists: it appears
+    as a whole or not at all.
+    """
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists already; choose another --out")
+    found = [checkpoint for role in ROLES if (checkpoint := checkpoints.find(spec, role)) is not None]
+    if not found:
+        raise UserError(f"{spec} holds no model that this program knows")
+    if tokenizer is not None and found[0].text_style is None:
+        raise UserError(f"{spec} is a {found[0].kind}, which has no use for --tokenizer")
+    unfinished = out.with_name(f"{out.name}.unfinished-{os.getpid()}")
+    try:
+        lines = []
+        for index, checkpoint in enumerate(found):
+            is_own_codec = index > 0
+            folder = unfinished / own.CODEC_FOLDER if is_own_codec else unfinished
+            lines.append(_write(checkpoint, folder, out / own.CODEC_FOLDER if is_own_codec else out, tokenizer, dtype))
+        os.rename(unfinished, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return lines
+
+
+def _write(
+    checkpoint: checkpoints.Checkpoint, folder: Path, final: Path, tokenizer: Path | None, dtype: str | None
+) -> str:
+    config = (
+        checkpoint.config.to_dict() if hasattr(checkpoint.config, "to_dict") else dataclasses.asdict(checkpoint.config)
+    )
+    if dtype == "float16":
+        _check_range(checkpoint)
+    own.save(folder, checkpoint.kind, config, checkpoint.params, _DTYPES.get(dtype), checkpoint.text_style or "")
+    source = tokenizer or checkpoint.tokenizer
+    if source is not None:
+        _copy_tokenizer(source, folder)
+    size = (folder / own.WEIGHTS_FILE).stat().st_size
+    return f"{final}: {checkpoint.kind}, {size / 1e6:,.1f} MB"
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    if source.is_file():
+        if match := re.fullmatch(r"vocab(_\w+)\.json", source.name):  # min-dalle's two sizes in one folder
+            shutil.copyfile(source, folder / "vocab.json")
+            shutil.copyfile(source.with_name(f"merges{match[1]}.txt"), folder / "merges.txt")
+        else:
+            shutil.copyfile(source, folder / source.name)
+        return
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for extra in source.glob("*.model"):  # YouTokenToMe's
+        shutil.copyfile(extra, folder / extra.name)
+
+
+def _check_range(checkpoint: checkpoints.Checkpoint) -> None:
+    largest = float(np.finfo(np.float16).max)
+    for name, array in own.flatten(checkpoint.params).items():
+        if array.size and float(np.abs(np.asarray(array, np.float32)).max()) > largest:
+            raise UserError(f"{name} of {checkpoint.name!r} holds values above float16's {largest:,.0f}: use bfloat16")

@@ -1,0 +1,73 @@
+"""Files as read-only memory: arrays that are views of them, and the pages given back once they have been copied.
+
+A page of a mapped file counts as memory of the process from its first reading until it is released. Whoever copies
+a large file array by array, and releases in between, needs the memory of the copy and little more.
+"""
+
+import math
+import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from dm_generations.errors import UserError
+
+
+class MappedFile:
+    """The bytes of a file, mapped read-only.
+
+    Raises UserError if the file cannot be read or is empty. Arrays keep the mapping alive; this object need not live.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                if self.size == 0:
+                    raise UserError(f"{self.path} is empty: download it again")
+                self.content = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+
+    def array(self, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        """The C-ordered array that starts `offset` bytes into the file: a read-only view.
+
+        Raises UserError if the file ends before the array does, or the sizes are none.
+        """
+        dtype = np.dtype(dtype)
+        # without the ones for zeros, an empty array could have sides that NumPy cannot count
+        extent = math.prod(max(size, 1) for size in shape) * dtype.itemsize
+        end = offset if 0 in shape else offset + extent
+        if offset < 0 or min(shape, default=0) < 0 or end > self.size or extent > 2**62:
+            raise UserError(f"{self.path} is damaged: an array of shape {short_shape(shape)} does not fit into it")
+        return np.ndarray(shape, dtype, self.content, offset)
+
+    def release(self) -> None:
+        """Let the pages that were read so far leave the process; reading them again reads the file again."""
+        _release(self.content)
+
+
+def release(arrays: Iterable[np.ndarray]) -> None:
+    """Let the pages of the files behind these arrays leave the process; arrays without a file are passed over."""
+    for mapping in {id(mapping): mapping for mapping in map(_mapping, arrays) if mapping is not None}.values():
+        _release(mapping)
+
+
+def _mapping(array: np.ndarray) -> mmap.mmap | None:
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, mmap.mmap) else None
+
+
+def _release(mapping: mmap.mmap) -> None:
+    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def short_shape(shape: tuple[int, ...]) -> str:
+    """The shape for a message, whatever a file made of it."""
+    return "x".join(f"{size:#x}" if abs(size) > 2**63 else str(size) for size in shape[:8]) or "()"

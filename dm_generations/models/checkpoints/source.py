@@ -1,0 +1,17 @@
+"""What the reader of one public format gives: a config and weights, not yet checked against each other."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model as its files hold it. The arrays are views of mapped files, in the dtype of the file."""
+
+    kind: str  # the network: a key of `checkpoints.NETWORKS`
+    config: Any  # the network's config
+    params: dict  # nested, names of the network
+    files: tuple[Path, ...]  # the weight files
+    tokenizer: Path | None = None  # where the prompts' tokenizer lies, file or folder
+    text_style: str | None = None  # generators: how prompts become ids, see `text.load_tokenizer`

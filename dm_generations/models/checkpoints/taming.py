@@ -1,0 +1,206 @@
+"""VQGANs of taming-transformers: a Lightning `.ckpt` and the `.yaml` with its sizes.
+
+Both `VQModel` and `GumbelVQ`. The network is that of vqgan-jax with pixels in [-1, 1]; names are the same but for
+`down.0.block.1`, here `down_0/block_1`, and PyTorch's names and layouts of weights. Losses are skipped.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dm_generations.errors import UserError
+from dm_generations.models.checkpoints.own import unflatten
+from dm_generations.models.checkpoints.source import Source
+from dm_generations.models.checkpoints.torch_names import (
+    convolution_kernel,
+    count,
+    only_tensors,
+    tensor,
+)
+from dm_generations.models.checkpoints.torch_pickle import read_torch
+from dm_generations.models.vqgan import VQGANConfig
+
+YAML_SUFFIXES = (".yaml", ".yml")
+_YAML_BYTES = 1 << 20  # a config is some hundred bytes
+
+# What training kept beside the network: losses with their networks, moving averages of the codebook, label colours.
+_SKIPPED = re.compile(r"loss\..*|model_ema\..*|quantize\.embedding\.(cluster_size|embed_avg)|colorize")
+_EMBEDDINGS = ("embedding", "embed")
+
+
+def codec(path: Path) -> Source | None:
+    """The VQGAN in a `.ckpt`, with its `.yaml` beside it, or in a folder of the two, `checkpoints` and `configs` within
+    or not. None if there is no such pair.
+    """
+    found = _checkpoint_files(path)
+    if not found:
+        return None
+    yamls = _yaml_files(path)
+    configs = {file: values for file in yamls if (values := _vqgan_values(file)) is not None}
+    if not configs and (yamls or path.is_dir()):
+        return None
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:3])
+        raise UserError(f"{path} holds several checkpoints ({names}): name the file")
+    state = _state_of(found[0])
+    if state is None:
+        return None
+    if not configs:
+        raise UserError(f"{path} lacks its .yaml: put the one it came with beside it")
+    file = _matching(found[0], list(configs))
+    try:
+        config = config_from_yaml_values(configs[file], is_gumbel="quantize.embed.weight" in state)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file} does not describe a VQGAN: {error}") from error
+    return Source("vqgan", config, vqgan_params(state, found[0]), (found[0],))
+
+
+def config_from_yaml_values(values: Mapping[str, Any], is_gumbel: bool = False) -> VQGANConfig:
+    """The config of `embed_dim`, `n_embed` and either `ddconfig` or `hparams`, as YAML files of the family hold them.
+
+    values: what taming has under `model.params` and minDALL-E under `stage1`. Raises TypeError or ValueError.
+    """
+    sizes = values.get("ddconfig", values.get("hparams"))
+    if not isinstance(sizes, Mapping):
+        raise ValueError("ddconfig is missing")
+    own = {"num_groups", "group_norm_eps", "is_signed", "is_gumbel"}  # ours alone
+    sizes = {name: value for name, value in sizes.items() if name not in own}
+    for name in ("embed_dim", "n_embed"):
+        if name not in values:
+            raise ValueError(f"{name} is missing")
+        sizes[name] = values[name]
+    return VQGANConfig.from_dict(sizes | {"is_signed": True, "is_gumbel": is_gumbel})
+
+
+def config_from_shapes(
+    state: Mapping[str, np.ndarray], path: Path, resolution: int = 256, **options: Any
+) -> VQGANConfig:
+    """The config of a VQGAN whose file says nothing but its tensors, named as taming does, encoder or not.
+
+    resolution: pixels a side, which shapes cannot tell   options: further fields of VQGANConfig
+
+    Raises UserError if a tensor that tells a size is missing or has other axes than it should.
+    """
+    is_gumbel = "quantize.embed.weight" in state
+    codebook = tensor(state, "quantize.embed.weight" if is_gumbel else "quantize.embedding.weight", 2, path)
+    after_quantisation = tensor(state, "post_quant_conv.weight", 4, path)
+    level = "decoder.up.{}.block.0.conv1.weight"
+    widths = [tensor(state, level.format(i), 4, path).shape[0] for i in range(max(1, count(state, level)))]
+    width = math.gcd(*widths)
+    if "encoder.conv_in.weight" in state:
+        width = tensor(state, "encoder.conv_in.weight", 4, path).shape[0]
+    if any(features % width for features in widths):
+        raise UserError(f"{path}: levels of {widths} channels are no multiples of encoder.conv_in's {width}")
+    with_attention = [i for i in range(len(widths)) if f"decoder.up.{i}.attn.0.q.weight" in state]
+    upsampled = [i for i in range(len(widths)) if f"decoder.up.{i}.upsample.conv.weight" in state]
+    try:
+        return VQGANConfig(
+            ch=width,
+            ch_mult=tuple(features // width for features in widths),
+            num_res_blocks=max(1, count(state, "decoder.up.0.block.{}.conv1.weight") - 1),
+            attn_resolutions=tuple(resolution // 2**i for i in with_attention),
+            resolution=resolution,
+            z_channels=after_quantisation.shape[0],
+            n_embed=codebook.shape[0],
+            embed_dim=codebook.shape[1],
+            out_ch=tensor(state, "decoder.conv_out.weight", 4, path).shape[0],
+            resamp_with_conv=bool(upsampled) or len(widths) == 1,
+            is_gumbel=is_gumbel,
+            **options,
+        )
+    except ValueError as error:
+        raise UserError(f"{path} is no VQGAN of {resolution} pixels a side: {error}") from error
+
+
+def vqgan_params(state: Mapping[str, Any], path: Path) -> dict:
+    """Parameters of `VQGAN` from a state dict of taming's names: nested, views of the arrays in `state`.
+
+    path: the file, for messages. Raises UserError for what is no tensor.
+    """
+    kept = {name: value for name, value in state.items() if not _SKIPPED.fullmatch(str(name))}
+    flat = {}
+    for name, array in only_tensors(kept, path).items():
+        *modules, leaf = re.sub(r"\.(\d+)(?=\.)", r"_\1", name).split(".")
+        if leaf == "weight":
+            if array.ndim == 2 and modules and modules[-1] in _EMBEDDINGS:
+                leaf = "embedding"
+            else:
+                leaf = "scale" if array.ndim == 1 else "kernel"
+        flat["/".join([*modules, leaf])] = convolution_kernel(array)
+    return unflatten(flat, path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, of plain values only. Raises UserError for anything else."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise UserError(f"reading {path} needs PyYAML: pip install 'dm-generations[checkpoints]'") from error
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_YAML_BYTES + 1)
+        if len(content) > _YAML_BYTES:
+            raise UserError(f"{path} is too long for a config: over {_YAML_BYTES:,} bytes")
+        values = yaml.safe_load(content)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    # Beside its own errors, the parser lets those of Python's numbers, dates and stack out.
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a YAML mapping")
+    return values
+
+
+def _vqgan_values(file: Path) -> dict | None:
+    """`model.params` of the YAML of a first-stage model; None for one of something else."""
+    model = read_yaml(file).get("model")
+    values = model.get("params") if isinstance(model, dict) else None
+    return values if isinstance(values, dict) and "ddconfig" in values else None
+
+
+def _state_of(file: Path) -> dict[str, Any] | None:
+    """The state dict in a Lightning file, or in one that is a state dict; None if it is not a VQGAN's."""
+    content = read_torch(file)
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping):
+        return None
+    tops = {name.split(".")[0] for name in state if isinstance(name, str)}
+    is_vqgan = {"quantize", "decoder"} <= tops
+    return dict(state) if is_vqgan else None
+
+
+def _checkpoint_files(path: Path) -> list[Path]:
+    """The `.ckpt` that `path` is, or those in it: `last.ckpt` alone where training wrote several."""
+    if not path.is_dir():
+        return [path] if path.suffix == ".ckpt" else []
+    files = _files(path, (".ckpt",)) or _files(path / "checkpoints", (".ckpt",))
+    return [file for file in files if file.name == "last.ckpt"] or files
+
+
+def _yaml_files(path: Path) -> list[Path]:
+    folder = path if path.is_dir() else path.parent
+    nearby = (folder, folder / "configs", *([folder.parent / "configs"] if folder.name == "checkpoints" else []))
+    return next((files for place in nearby if (files := _files(place, YAML_SUFFIXES))), [])
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix in suffixes) if folder.is_dir() else []
+
+
+def _matching(checkpoint: Path, configs: list[Path]) -> Path:
+    """The config of `checkpoint`: the only one, else the one whose name begins most like it."""
+
+    def likeness(config: Path) -> int:
+        return len(os.path.commonprefix([checkpoint.name, config.name]))
+
+    best = [config for config in configs if likeness(config) == max(map(likeness, configs))]
+    if len(best) > 1:
+        names = ", ".join(config.name for config in best[:3])
+        raise UserError(f"{checkpoint} could belong to several configs ({names}): leave one beside it")
+    return best[0]

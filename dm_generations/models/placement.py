@@ -1,0 +1,60 @@
+"""Weights onto the device, piece by piece.
+
+The arrays of a checkpoint are views of mapped files. Pages that have been copied are given back while the copying
+goes on, so that loading N bytes of weights takes little more than N bytes of memory.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dm_generations.models.checkpoints.mapped import release
+
+_PIECE = 1 << 25  # bytes between two releases: a call for each small tensor would cost more than it saves
+_ALIGNMENT = 64  # of arrays that JAX takes over on a CPU instead of copying them
+
+
+def placed(params: dict) -> dict:
+    """`params`, a nested dict of NumPy arrays, as arrays of the default device, in the same dtypes."""
+    leaves, structure = jax.tree.flatten(params)
+    on_device, unreleased = [], []
+    for leaf in leaves:
+        leaf = np.asarray(leaf)
+        # Never the mapped memory itself: somebody may write the file anew while the program runs.
+        on_device.append(jax.device_put(_copied(leaf)))
+        unreleased.append(leaf)
+        if sum(view.nbytes for view in unreleased) >= _PIECE:
+            release(unreleased)
+            unreleased.clear()
+    release(unreleased)
+    return jax.tree.unflatten(structure, jax.block_until_ready(on_device))
+
+
+def _copied(array: np.ndarray) -> np.ndarray:
+    """A contiguous copy; of a large array, the pages it lies on are released on the way."""
+    raw = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    if array.nbytes <= _PIECE:
+        copy[...] = array
+        return copy
+    # Along the axis that is slowest in the file, also of a transposed view, so that each page is read once.
+    axis = max(range(array.ndim), key=lambda i: abs(array.strides[i]))
+    count = max(1, array.shape[axis] * _PIECE // array.nbytes)
+    for first in range(0, array.shape[axis], count):
+        piece = (slice(None),) * axis + (slice(first, first + count),)
+        copy[piece] = array[piece]
+        release([array])
+    return copy
+
+
+def computable(params: dict, dtype: jnp.dtype = jnp.float32) -> dict:
+    """`params` inside a compiled function, as what the network computes in: once, and not at each use.
+
+    Matrices as `dtype`; vectors (norms and biases) as float32, which costs nothing.
+    """
+
+    def cast(leaf):
+        return leaf.astype(dtype if leaf.ndim > 1 else jnp.float32)
+
+    return jax.tree.map(cast, params)

@@ -1,0 +1,171 @@
+"""Which model a folder or file is, what is wrong with it, and our own folders."""
+
+import json
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch_files
+from helpers import golden
+from tiny import tiny_clip, tiny_dalle_bart, tiny_vqgan
+
+from dm_generations.errors import UserError
+from dm_generations.models import checkpoints
+from dm_generations.models.checkpoints.convert import convert
+from dm_generations.models.placement import placed
+
+
+@pytest.fixture
+def codec(tmp_path):
+    return tiny_vqgan(tmp_path / "codec")
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def change_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path)
+
+
+def assert_same(left, right):
+    left, right = checkpoints.flatten(left), checkpoints.flatten(right)
+    assert left.keys() == right.keys()
+    for name, array in left.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(right[name]), err_msg=name)
+
+
+def test_embedded_models_load_by_role():
+    kinds = [checkpoints.load(None, role).kind for role in ("generator", "codec", "clip")]
+    assert kinds == ["dalle_bart", "vqgan", "clip"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda t: t.pop("decoder/conv_in/kernel"), "lacks decoder/conv_in/kernel"),
+        (lambda t: t.update(stray=np.zeros(1, np.float32)), "has unexpected stray"),
+        (
+            lambda t: t.update({"decoder/conv_in/bias": np.zeros(5, np.float32)}),
+            r"decoder/conv_in/bias has shape \(5,\), its config asks for \(4,\)",
+        ),
+        (
+            lambda t: t.update({"decoder/conv_in/bias": np.zeros(4, np.int32)}),
+            "decoder/conv_in/bias has dtype int32",
+        ),
+    ],
+    ids=["missing", "extra", "misshapen", "integers"],
+)
+def test_wrong_tensor_is_named_with_its_file(codec, change, expected):
+    change_tensors(codec, change)
+    with pytest.raises(UserError, match=f"model.safetensors:? {expected}|model.safetensors: {expected}"):
+        checkpoints.load(codec, "codec")
+
+
+def test_truncated_weights(codec):
+    path = codec / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match="model.safetensors"):
+        checkpoints.load(codec, "codec")
+
+
+def test_config_of_absurd_sizes_costs_no_memory(codec):
+    change_config(codec, ch=1 << 40)
+    with pytest.raises(UserError, match="codec"):
+        checkpoints.load(codec, "codec")
+
+
+def test_another_role_is_told_from_nothing(codec, tmp_path):
+    with pytest.raises(UserError, match="holds a codec, not a generator"):
+        checkpoints.load(codec, "generator")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no model that this program knows; a codec is config.json with"):
+        checkpoints.load(tmp_path / "empty", "codec")
+    with pytest.raises(UserError, match="no such model folder or file"):
+        checkpoints.load(tmp_path / "gone", "codec")
+
+
+def test_broken_config(codec):
+    (codec / "config.json").write_text("[1, 2")
+    with pytest.raises(UserError, match="config.json is not JSON"):
+        checkpoints.load(codec, "codec")
+
+
+@pytest.mark.parametrize("dtype", [None, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_own_folder_keeps_names_shapes_and_values(codec, tmp_path, dtype):
+    found = checkpoints.load(codec, "codec")
+    checkpoints.save(tmp_path / "again", "vqgan", json.loads((codec / "config.json").read_text()), found.params, dtype)
+    again = checkpoints.load(tmp_path / "again", "codec")
+    assert again.config == found.config
+    assert_same(again.params, jax.tree.map(lambda array: array.astype(dtype or array.dtype), found.params))
+    # other programs read it too
+    assert safetensors.numpy.load_file(codec / "model.safetensors").keys() == checkpoints.flatten(found.params).keys()
+
+
+def test_placed_weights_equal_the_file_and_do_not_follow_it(codec):
+    found = checkpoints.load(codec, "codec")
+    before = jax.tree.map(np.array, found.params)
+    on_device = placed(found.params)
+    path = codec / "model.safetensors"
+    with open(path, "r+b") as file:
+        file.seek(-64, 2)
+        file.write(b"\xff" * 64)
+    assert_same(on_device, before)
+
+
+def test_placed_copies_large_and_transposed_arrays_exactly(monkeypatch):
+    monkeypatch.setattr("dm_generations.models.placement._PIECE", 1000)
+    arrays = {
+        "plain": np.arange(5000, dtype=np.float32).reshape(50, 100),
+        "transposed": np.arange(6000, dtype=np.float32).reshape(60, 100).T,
+        "moved": np.arange(3 * 4 * 5 * 60, dtype=np.float16).reshape(60, 5, 3, 4).transpose(2, 3, 1, 0),
+        "scalar": np.float32(3),
+        "empty": np.zeros((0, 4), np.float32),
+    }
+    assert_same(placed(arrays), arrays)
+
+
+def test_convert_gives_a_folder_that_loads_the_same(tmp_path):
+    source = tmp_path / "mini"
+    shutil.copytree(golden("dalle_bart/mini"), source)
+    shutil.copyfile(golden("dalle_bart/text") / "tokenizer.json", source / "tokenizer.json")
+    (line,) = convert(str(source), tmp_path / "out")
+    assert "dalle_bart" in line and str(tmp_path / "out") in line
+    before, after = (checkpoints.load(path, "generator") for path in (source, tmp_path / "out"))
+    assert after.config == before.config and after.text_style == before.text_style
+    assert_same(after.params, before.params)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_convert_never_overwrites_and_leaves_nothing_half_done(codec, tmp_path):
+    convert(str(codec), tmp_path / "out")
+    with pytest.raises(UserError, match="exists already"):
+        convert(str(codec), tmp_path / "out")
+    change_tensors(codec, lambda t: t.update({"decoder/conv_in/bias": np.full(4, 1e6, np.float32)}))
+    with pytest.raises(UserError, match="decoder/conv_in/bias.*use bfloat16"):
+        convert(str(codec), tmp_path / "half", dtype="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["codec", "out"]
+
+
+def test_clip_loads_from_pytorch_model_bin_too(tmp_path):
+    """A state_dict as torch.save writes it gives the tensors of the safetensors file."""
+    folder = tmp_path / "clip"
+    shutil.copytree(golden("clip/model"), folder)
+    expected = checkpoints.load(folder, "clip")
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch_files.save(folder / "pytorch_model.bin", {name: torch_files.tensor(array) for name, array in tensors.items()})
+    assert_same(checkpoints.load(folder, "clip").params, expected.params)
+
+
+def test_clip_role_knows_its_embedded_kind(tmp_path):
+    assert checkpoints.load(tiny_clip(tmp_path / "clip"), "clip").kind == "clip"
+    assert checkpoints.load(tiny_dalle_bart(tmp_path / "bart"), "generator").text_style == "dalle_bart"

@@ -1,0 +1,109 @@
+"""DALLE-pytorch's own discrete VAE: recorded numbers of the original, and its files."""
+
+import codec_kit
+import numpy as np
+import pytest
+import torch_files
+from helpers import golden
+
+from dm_generations.errors import UserError
+from dm_generations.models import checkpoints
+from dm_generations.models.checkpoints import discrete_vae
+from dm_generations.models.checkpoints.source import Source
+from dm_generations.models.checkpoints.torch_names import without_prefix
+from dm_generations.models.checkpoints.torch_pickle import read_torch
+from dm_generations.models.discrete_vae import DiscreteVAEConfig
+
+CASES = sorted(path.parent for path in golden("dalle_pytorch").glob("*/*/dalle.pt"))
+SIZES = {"image_size": 16, "num_tokens": 9, "codebook_dim": 5, "num_layers": 2, "num_resnet_blocks": 2, "hidden_dim": 4}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda folder: folder.name)
+def case(request):
+    """The VAE inside a recorded `dalle.pt`, its names and shapes checked, and the recorded arrays."""
+    file = request.param / "dalle.pt"
+    content = read_torch(file)
+    config = discrete_vae.discrete_vae_config(content["vae_params"], file)
+    params = discrete_vae.discrete_vae_params(without_prefix(content["weights"], "vae."), file)
+    expected = checkpoints.parameter_shapes("discrete_vae", config)
+    checkpoints.check_names_and_shapes(expected, params, file)
+    with np.load(request.param / "golden.npz") as arrays:
+        return Source("discrete_vae", config, params, (file,)), dict(arrays)
+
+
+def test_decodes_as_the_original_and_undoes_its_normalisation(case):
+    source, arrays = case
+    if "decoded_nchw" not in arrays:
+        pytest.skip("no pictures were recorded")
+    expected = codec_kit.nhwc(arrays["decoded_nchw"])
+    pixels = codec_kit.applied(source, "decode_code", arrays["image_tokens"][: len(expected)])
+    codec_kit.assert_close((pixels - 0.5) / 0.5, expected)
+
+
+def test_encodes_as_the_original(case):
+    source, arrays = case
+    if "vae_indices" not in arrays:
+        pytest.skip("no codes were recorded")
+    rows, indices = codec_kit.applied(source, "encode", codec_kit.nhwc(arrays["vae_input01_nchw"]))
+    np.testing.assert_array_equal(indices, arrays["vae_indices"].reshape(indices.shape))
+    codebook = np.asarray(source.params["codebook"]["embedding"])
+    np.testing.assert_array_equal(np.asarray(rows).reshape(-1, codebook.shape[1]), codebook[indices.reshape(-1)])
+
+
+def vae_file(path, **changes):
+    """A `vae.pt` of its trainer, and its parameters by path."""
+    config = DiscreteVAEConfig.from_dict(SIZES)
+    flat = codec_kit.random_params("discrete_vae", config)
+    weights = {}
+    for name, array in flat.items():
+        parts = name.replace("net_", "net/").replace("_0/", "/0/").split("/")
+        name = ".".join([*parts[:-1], "bias" if parts[-1] == "bias" else "weight"])
+        weights[name] = torch_files.tensor(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array)
+    hparams = SIZES | changes.pop("hparams", {})
+    return torch_files.save(path, {"hparams": hparams, "weights": weights} | changes), flat
+
+
+def test_a_file_of_the_trainer_gives_its_own_arrays(tmp_path):
+    file, flat = vae_file(tmp_path / "vae.pt")
+    for path in (file, tmp_path):
+        source = discrete_vae.codec(path)
+        assert source.config == DiscreteVAEConfig.from_dict(SIZES)
+        codec_kit.assert_same(source.params, flat)
+
+
+def test_normalisation_is_the_one_of_the_file(tmp_path):
+    """Means and deviations scale and shift what the network gives; None leaves it alone."""
+    source = discrete_vae.codec(vae_file(tmp_path / "vae.pt", hparams={"normalization": None})[0])
+    tokens = np.arange(16)[None] % 9
+    raw = codec_kit.applied(source, "decode_code", tokens)
+    normalization = ([0.1, 0.2, 0.3, 0], [0.5, 0.6, 0.7, 1])  # as later versions have it, with a fourth channel
+    file, _ = vae_file(tmp_path / "vae.pt", hparams={"normalization": normalization})
+    pixels = codec_kit.applied(discrete_vae.codec(file), "decode_code", tokens)
+    codec_kit.assert_close(pixels, np.asarray(raw) * [0.5, 0.6, 0.7] + [0.1, 0.2, 0.3], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("hparams", "message"),
+    [
+        ({"channels": 4}, "only RGB"),
+        ({"num_layers": 0}, "num_layers must be a whole number from 1 on"),
+        ({"num_layers": 10**9}, "can be built"),
+        ({"image_size": 18}, "cannot be halved"),
+        ({"hidden_dim": "4"}, "hidden_dim must be"),
+        ({"normalization": 7}, "does not describe a discrete VAE"),
+        ({"normalization": ([0.5] * 3, [0, 1, 1])}, "normalization must be"),
+    ],
+)
+def test_sizes_that_no_network_has_are_one_line(tmp_path, hparams, message):
+    file, _ = vae_file(tmp_path / "vae.pt", hparams=hparams)
+    with pytest.raises(UserError, match=rf"vae\.pt does not describe a discrete VAE: .*{message}|{message}"):
+        discrete_vae.codec(file)
+
+
+def test_other_files_are_left_to_other_readers(tmp_path):
+    assert discrete_vae.codec(tmp_path) is None
+    torch_files.save(tmp_path / "vae.pt", {"hparams": {}, "weights": {"x": 1}})
+    assert discrete_vae.codec(tmp_path) is None
+    file, _ = vae_file(tmp_path / "vae.pt", weights={"codebook.weight": "no tensor"})
+    with pytest.raises(UserError, match="codebook.weight' is no tensor"):
+        discrete_vae.codec(file)

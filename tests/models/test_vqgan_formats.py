@@ -1,0 +1,194 @@
+"""VQGANs of taming-transformers: recorded numbers of the originals, the pairing of files, and what is refused."""
+
+import shutil
+
+import codec_kit
+import numpy as np
+import pytest
+import torch_files
+from helpers import golden, golden_dirs
+
+from dm_generations.decode.codec import Codec
+from dm_generations.errors import UserError
+from dm_generations.models import checkpoints
+from dm_generations.models.checkpoints import taming
+from dm_generations.models.vqgan import VQGANConfig
+
+CASES = sorted(file.parent for file in golden("taming").glob("*/golden.npz"))
+# Two levels, so that attention, shortcuts and resampling are there; 32 groups need 32 channels.
+YAML = """
+model:
+  target: taming.models.vqgan.VQModel
+  params:
+    embed_dim: 6
+    n_embed: 20
+    ddconfig:
+      {double_z: false, z_channels: 8, resolution: 16, in_channels: 3, out_ch: 3, ch: 32, ch_mult: [1, 2],
+       num_res_blocks: 1, attn_resolutions: [8], dropout: 0.0}
+"""
+CONFIG = VQGANConfig(
+    ch=32,
+    ch_mult=(1, 2),
+    num_res_blocks=1,
+    attn_resolutions=(8,),
+    resolution=16,
+    z_channels=8,
+    n_embed=20,
+    embed_dim=6,
+    is_signed=True,
+)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda folder: folder.name)
+def case(request):
+    with np.load(request.param / "golden.npz") as arrays:
+        yield checkpoints.load(request.param, "codec"), dict(arrays)
+
+
+def test_decodes_as_the_original(case):
+    model, arrays = case
+    pixels = codec_kit.applied(model, "decode_code", arrays["codes"])
+    codec_kit.assert_close(2 * pixels - 1, codec_kit.nhwc(arrays["decoded_nchw"]))
+
+
+def test_encodes_as_the_original(case):
+    model, arrays = case
+    pixels = (codec_kit.nhwc(arrays["input_nchw"]) + 1) / 2
+    continuous = codec_kit.applied(model, "encode_continuous", pixels)
+    codec_kit.assert_close(continuous, codec_kit.nhwc(arrays["encoder_out_nchw"]))
+    _, indices = codec_kit.applied(model, "encode", pixels)
+    name = "argmax" if model.config.is_gumbel else "argmin"
+    is_clear = arrays[f"{name}_margin"] > 1e-3
+    expected = arrays["argmax_indices" if model.config.is_gumbel else "indices"]
+    np.testing.assert_array_equal(np.asarray(indices)[is_clear], expected[is_clear])
+
+
+def test_bfloat16_stays_near_float32(case):
+    """Half of its 8 bits of precision are left at the end: 6% of the range at the worst pixel, 1% on average."""
+    model, arrays = case
+    exact = codec_kit.applied(model, "decode_code", arrays["codes"])
+    rounded = codec_kit.applied(model, "decode_code", arrays["codes"], dtype="bfloat16")
+    codec_kit.assert_close(rounded, exact, 0.06)
+    assert np.abs(rounded - exact).mean() < 0.01 * np.abs(exact).max()
+
+
+def test_a_codec_decodes_another_grid_to_larger_pictures():
+    folder = golden("vqgan_jax") / "a"
+    codec = Codec.from_checkpoint(checkpoints.load(folder, "codec"), batch_size=1, grid=11)
+    assert (codec.token_count, codec.image_size) == (121, 44)
+    with np.load(folder / "golden.npz") as arrays:
+        expected = (arrays["decoded_other_grid"].clip(0, 1) * 255).astype(np.uint8)
+        assert np.abs(codec.decode(arrays["tokens_other_grid"]).astype(int) - expected).max() <= 1
+
+
+def test_the_trimmed_golden_files_are_those_of_the_full_set():
+    full, trimmed = (golden_dirs("taming") * 2)[:2]
+    for file in trimmed.glob("*/last.ckpt"):
+        assert file.read_bytes() == (full / file.relative_to(trimmed)).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def flat():
+    return codec_kit.random_params("vqgan", CONFIG)
+
+
+def lightning(path, state, **changes):
+    tensors = {name: torch_files.tensor(array) for name, array in (state | changes).items()}
+    return torch_files.save(path, {"epoch": 3, "state_dict": tensors})
+
+
+def test_a_file_of_lightning_and_one_of_a_state_dict_give_their_own_arrays(tmp_path, flat):
+    """Each tensor under its name in the network, a view of the file; losses are left behind."""
+    (tmp_path / "model.yaml").write_text(YAML)
+    state = codec_kit.taming_state(flat)
+    loss = {"loss.perceptual_loss.net.slice1.0.weight": np.zeros((2, 3, 3, 3), np.float32)}
+    for file in (lightning(tmp_path / "a.ckpt", state, **loss), codec_kit.saved(tmp_path / "b.ckpt", state)):
+        source = taming.codec(file)
+        assert source.config == CONFIG
+        codec_kit.assert_same(source.params, flat)
+
+
+def test_shapes_tell_what_the_yaml_says(tmp_path, flat):
+    state = codec_kit.taming_state(flat)
+    assert taming.config_from_shapes(state, tmp_path, resolution=16, is_signed=True) == CONFIG
+
+
+def test_the_yaml_may_lie_in_a_folder_of_configs(tmp_path, flat):
+    for folder in ("run/checkpoints", "run/configs"):
+        (tmp_path / folder).mkdir(parents=True)
+    lightning(tmp_path / "run/checkpoints/last.ckpt", codec_kit.taming_state(flat))
+    (tmp_path / "run/configs/2021-project.yaml").write_text(YAML)
+    (tmp_path / "run/configs/2021-lightning.yaml").write_text("lightning: {trainer: {gpus: 1}}")
+    for path in ("run", "run/checkpoints/last.ckpt"):
+        assert taming.codec(tmp_path / path).config == CONFIG
+
+
+def test_of_several_files_the_names_decide(tmp_path, flat):
+    """As in the cache of DALLE-pytorch."""
+    file = lightning(tmp_path / "vqgan.1024.model.ckpt", codec_kit.taming_state(flat))
+    (tmp_path / "vqgan.1024.config.yml").write_text(YAML)
+    (tmp_path / "vqgan.16384.config.yml").write_text(YAML.replace("n_embed: 20", "n_embed: 99"))
+    assert taming.codec(file).config.n_embed == 20
+    shutil.copy(file, tmp_path / "vqgan.16384.model.ckpt")
+    with pytest.raises(UserError, match="several checkpoints .*name the file"):
+        taming.codec(tmp_path)
+
+
+def test_what_is_not_a_vqgan_is_left_to_other_readers(tmp_path):
+    assert taming.codec(tmp_path) is None
+    codec_kit.saved(tmp_path / "last.ckpt", {"head.weight": np.zeros((2, 2), np.float32)})
+    assert taming.codec(tmp_path) is None and taming.codec(tmp_path / "last.ckpt") is None
+    (tmp_path / "config.yaml").write_text("stage1: {embed_dim: 3}")
+    assert taming.codec(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        (YAML.replace("n_embed: 20", "n_embed: 21"), r"last\.ckpt.*quantize/embedding/embedding has shape \(20, 6\)"),
+        (YAML.replace("n_embed: 20", ""), r"model\.yaml.*n_embed is missing"),
+        (YAML.replace("ch: 32", "ch: -1"), r"model\.yaml.*ch must be a whole number above 0"),
+        (YAML.replace("[1, 2]", "7"), r"model\.yaml does not describe a VQGAN"),
+        (YAML.replace("num_res_blocks: 1", "num_res_blocks: 1000000000"), "can be built"),
+        ("model: {params: {ddconfig: [", r"model\.yaml is not YAML"),
+        ("!!python/object/apply:os.system ['touch ran']", r"model\.yaml is not YAML"),
+        ("a: " + "[" * 5000, r"model\.yaml is not YAML"),
+        ("n: " + "9" * 5000, r"model\.yaml is not YAML"),
+        ("- 1", "must hold a YAML mapping"),
+        ("#" * (1 << 20) + "\na: 1", "too long"),
+    ],
+)
+def test_a_yaml_that_does_not_fit_is_one_line(tmp_path, monkeypatch, flat, yaml, message):
+    monkeypatch.chdir(tmp_path)
+    lightning(tmp_path / "last.ckpt", codec_kit.taming_state(flat))
+    (tmp_path / "model.yaml").write_text(yaml)
+    with pytest.raises(UserError, match=message) as caught:
+        checkpoints.load(tmp_path, "codec")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tensor_missing_or_more_is_named(tmp_path, flat):
+    (tmp_path / "model.yaml").write_text(YAML)
+    state = codec_kit.taming_state(flat)
+    lightning(tmp_path / "last.ckpt", state, **{"decoder.extra.weight": np.zeros((1, 1, 1, 1), np.float32)})
+    with pytest.raises(UserError, match="last.ckpt has unexpected decoder/extra/kernel"):
+        checkpoints.load(tmp_path, "codec")
+    lightning(tmp_path / "last.ckpt", {name: array for name, array in state.items() if "norm_out" not in name})
+    with pytest.raises(UserError, match="last.ckpt lacks decoder/norm_out/bias, .* and 1 more"):
+        checkpoints.load(tmp_path, "codec")
+
+
+def test_a_checkpoint_without_its_yaml_asks_for_it(tmp_path, flat):
+    file = lightning(tmp_path / "last.ckpt", codec_kit.taming_state(flat))
+    with pytest.raises(UserError, match=r"last\.ckpt lacks its \.yaml"):
+        taming.codec(file)
+
+
+def test_shapes_of_a_damaged_file_are_one_line(tmp_path, flat):
+    state = codec_kit.taming_state(flat)
+    for name in ("quantize.embedding.weight", "post_quant_conv.weight", "decoder.conv_out.weight"):
+        with pytest.raises(UserError, match=f"lacks the tensor {name}"):
+            taming.config_from_shapes({key: array for key, array in state.items() if key != name}, tmp_path)
+        with pytest.raises(UserError, match=f"{name} has shape"):
+            taming.config_from_shapes(state | {name: np.zeros((0, 3, 3), np.float32)}, tmp_path)
