@@ -155,6 +155,7 @@ def _generate(args: argparse.Namespace) -> int:
     if is_dalle_mini and args.top_k is None:
         sweep = dataclasses.replace(sweep, top_k=[getattr(models.generator.config, "top_k", sweeps.DEFAULT_TOP_K)])
     pipeline = Pipeline(models, args.batch_size, args.rng)
+    pipeline.check(sweep)
     if args.dry_run:
         with Archive.open(args.db) if exists else contextlib.nullcontext() as archive:
             work = plan_run(sweep, archive, models.generator, args.rng)

@@ -70,6 +70,10 @@ class Generator:
         self._params = placed(checkpoint.params)
         self._model = network_class(checkpoint.kind)(config, jnp.dtype(dtype))
 
+    def check_texts(self, texts: Sequence[str | None]) -> None:
+        """Raises UserError for a text with a token that the model lacks, as one of a wrong tokenizer has."""
+        self._tokenizer.encode(texts, self._text_length)
+
     def generate(
         self,
         prompts: Sequence[str],

@@ -152,6 +152,10 @@ class Pipeline:
             self._codec = Codec.from_checkpoint(models.codec, batch_size, grid=models.grid)
             self._scorer = make_scorer(models.clip, batch_size)
 
+    def check(self, sweep: Sweep) -> None:
+        """Raises UserError for prompts that the model cannot read, before anything is drawn."""
+        self._generator.check_texts([*sweep.prompts, *sweep.sc_prompts])
+
     def draw(self, draws: Sequence[Draw]) -> list[NewImage]:
         """Pictures of at most `batch_size` draws, with their scores if there is a CLIP.
 

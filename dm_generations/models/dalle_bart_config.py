@@ -74,10 +74,13 @@ class DalleBartConfig:
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     top_k: int | None = None  # 0: all
+    image_code_count: int | None = None  # ids below it are codes; None: those below the start token
 
     def __post_init__(self):
+        start = self.image_vocab_size if self.decoder_start_token_id is None else self.decoder_start_token_id
         defaults = {
-            "decoder_start_token_id": self.image_vocab_size,
+            "decoder_start_token_id": start,
+            "image_code_count": start,
             "eos_token_id": self.image_vocab_size + 1,
             "pad_token_id": self.image_vocab_size + 1,
             "top_k": 50,
@@ -121,7 +124,7 @@ class DalleBartConfig:
     @property
     def codebook_size(self) -> int:
         """Codes that stand for image content; ids from here on (start token, padding rows) do not."""
-        return self.decoder_start_token_id
+        return self.image_code_count
 
     @property
     def start_token(self) -> int:

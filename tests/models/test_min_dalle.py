@@ -7,7 +7,7 @@ import codec_kit
 import jax
 import numpy as np
 import pytest
-from helpers import golden
+from helpers import golden, golden_dirs
 
 from dm_generations.errors import UserError
 from dm_generations.models import checkpoints
@@ -232,3 +232,12 @@ def test_a_damaged_detoker_is_one_line(detoker):
     codec_kit.saved(file, {name: array for name, array in state.items() if name != "decoder.conv_in.bias"})
     with pytest.raises(UserError, match=r"detoker\.pt lacks decoder/conv_in/bias"):
         checkpoints.load(file, "codec")
+
+
+def test_start_token_of_the_last_version_stays_a_code(tmp_path):
+    """min-dalle 0.4.11 starts from 16,383, which its model can draw too."""
+    folders = [folder / "real_constants" for folder in golden_dirs("min_dalle") if (folder / "real_constants").is_dir()]
+    if not folders:
+        pytest.skip("needs the full golden files")
+    config = min_dalle.generator(folders[0]).config
+    assert (config.start_token, config.codebook_size) == (16383, 16384)

@@ -25,7 +25,7 @@ from dm_generations.models.dalle_bart_config import DalleBartConfig
 HEAD_WIDTH = 64  # of mini and mega
 # What DALL-E mini starts from. min-dalle took image_vocab_count at first and 16,383 in its last version, which draw
 # other pictures from the same weights.
-START_TOKEN = 16384
+CODE_COUNT = START_TOKEN = 16384
 SIDE_FILES = ("config.json", "constructor_args.json")
 DETOKER_FILE = "detoker.pt"
 DETOKER_EPSILON = 1e-5  # PyTorch's default, where the original network has 1e-6
@@ -116,6 +116,9 @@ def dalle_bart_config(
         ("decoder_start_token_id", "bos_token"),
     ):
         values[name] = side_values.get(name, side_values.get(name_in_min_dalle, values[name]))
+    # min-dalle's last version starts from the last code, which stays a code.
+    if values["decoder_start_token_id"] == CODE_COUNT - 1:
+        values["image_code_count"] = min(CODE_COUNT, image_vocab_size)
     try:
         return DalleBartConfig.from_dict(values)
     except UserError as error:
