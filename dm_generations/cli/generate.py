@@ -151,7 +151,10 @@ def _generate(args: argparse.Namespace) -> int:
     exists = os.path.exists(args.db)  # unlike Path.exists, False for a name that cannot be
     if exists:  # found out before the models are loaded, which takes a moment
         Archive.open(args.db, "w").close()
-    models = load_models(args.model, args.codec, args.clip, not args.no_score, args.tokenizer, args.conv_like)
+    overrides = {} if args.conv_like is None else {"conv_like": args.conv_like}
+    if args.cond_scale_of is not None:
+        overrides["guides_first_code_alone"] = args.cond_scale_of == "first"
+    models = load_models(args.model, args.codec, args.clip, not args.no_score, args.tokenizer, overrides)
     if is_dalle_mini and args.top_k is None:
         sweep = dataclasses.replace(sweep, top_k=[getattr(models.generator.config, "top_k", sweeps.DEFAULT_TOP_K)])
     pipeline = Pipeline(models, args.batch_size, args.rng)

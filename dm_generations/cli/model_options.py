@@ -30,6 +30,12 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
             help="of a dalle.pt, the window of its convolutional attention: above and left of a code, as since March "
             "2022, or around it (default: what the file tells)",
         )
+        add(
+            "--cond-scale-of",
+            choices=["all", "first"],
+            help="of a dalle.pt, which codes a condition scale guides: all, or the first alone, the rest being drawn "
+            "without the prompt, as DALLE-pytorch's own program does by mistake (default: all)",
+        )
     codec_default = " (default: the one that lies with the model, else the one that ships)" if generates else ""
     add("--codec", metavar="PATH", help=f"codec that turns codes into pixels{codec_default}")
     add("--clip", metavar="PATH", help="CLIP that scores the pictures")

@@ -152,6 +152,8 @@ def draw_tokens(
         logits, cache = apply(cache, jnp.concatenate([token, token]), step, method="decode_step")  # (2B, V)
         cond, uncond = jnp.split(logits, 2)
         guided = sampling.guide(cond, uncond, cond_scale)
+        if getattr(model.config, "guides_first_code_alone", False):
+            guided = jnp.where(((step > 0) & (cond_scale != 1))[:, None], uncond, guided)
         token = sampling.sample(
             guided, step, keys, top_k, top_p, temperature, codebook_size, model.config.sampling_order
         )

@@ -7,8 +7,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,19 +54,22 @@ def load_models(
     clip: str | None,
     is_scored: bool,
     tokenizer: Path | None = None,
-    conv_like: str | None = None,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> Models:
     """Checkpoints from folders, files or the hub; None is the embedded one, and for the codec the model's own if it
-    lies with the model. `tokenizer` takes the place of the generator's, `conv_like` ("causal", "centred") of what a
-    DALLE-pytorch file tells. Raises UserError: missing, broken, not fitting.
+    lies with the model. `tokenizer` takes the place of the generator's, `overrides` of what
+    the config of a DALLE-pytorch file tells. Raises UserError: missing, broken, not fitting.
     """
     generator_checkpoint = checkpoints.load(model, "generator")
     if tokenizer is not None:
         generator_checkpoint = dataclasses.replace(generator_checkpoint, tokenizer=tokenizer)
-    if conv_like is not None:
+    if overrides:
         if generator_checkpoint.kind != "dalle_pytorch":
-            raise UserError(f"--conv-like is about DALLE-pytorch's models; {generator_checkpoint.name!r} is none")
-        config = dataclasses.replace(generator_checkpoint.config, conv_like=conv_like)
+            raise UserError(
+                "--conv-like and --cond-scale-of are about DALLE-pytorch's models; "
+                f"{generator_checkpoint.name!r} is none"
+            )
+        config = dataclasses.replace(generator_checkpoint.config, **overrides)
         generator_checkpoint = dataclasses.replace(generator_checkpoint, config=config)
     codec_checkpoint = checkpoints.find(model, "codec") if codec is None and model is not None else None
     codec_checkpoint = codec_checkpoint or checkpoints.load(codec, "codec")

@@ -19,6 +19,7 @@ _FLAGS = (
     "sandwich_norm",
     "layer_scale",
     "share_input_output_emb",
+    "guides_first_code_alone",
 )
 
 
@@ -47,6 +48,7 @@ class DallePytorchConfig:
     conv_like: str = "causal"  # "causal": 5x5 codes up and left of the query; "centred": 5x5 around it, none later
     sparse_layout: tuple[str, ...] | None = None  # a row of blocks each, "1" where it sees the block of that column
     sampling_order: str = "temperature_first"  # see `sampling.sample`
+    guides_first_code_alone: bool = False  # as DALLE-pytorch's own program does with a condition scale, by mistake
 
     def __post_init__(self):
         for name in ("attn_types", "shared_attn_ids", "shared_ff_ids", "sparse_layout"):

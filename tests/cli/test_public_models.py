@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from dm_generations import cli
 from dm_generations.archive import Archive
 from dm_generations.models import checkpoints
+from dm_generations.models.networks import network_class
 
 PROMPT = "a red cat"
 LETTERS = ["<s>", "<pad>", "</s>", "<unk>", "Ġ", *"abcdefghijklmnopqrstuvwxyz"]
@@ -257,3 +258,31 @@ def test_commands_of_the_readme_draw(flags, people_have):
 
 def test_the_table_has_every_format():
     assert len(readme_flags()) == 10
+
+
+def test_condition_scale_as_dalle_pytorch_has_it(letters, tmp_path):
+    """With `--cond-scale-of first` the first code is the guided one, and all later ones follow without the prompt."""
+    model = DALLE_PYTORCHES[0] / "dalle.pt"
+    words = ["--model", model, "--tokenizer", letters / "tokenizer.json", "--no-score", "--batch-size", 2, "--n", 1]
+    words += ["--prompts", PROMPT, "--temperature", 0, "--cond-scale", 3, "--cpu-only"]
+    tokens = {}
+    for guided in ("all", "first"):
+        db = tmp_path / f"{guided}.db"
+        run("generate", "--db", db, *words, "--cond-scale-of", guided)
+        with Archive.open(db) as archive:
+            (group,) = archive.groups()
+            (row,) = archive.rows(group.settings)
+        tokens[guided] = np.frombuffer(row.quantvec, "<u2").astype(np.int32)
+    assert tokens["all"][0] == tokens["first"][0]
+
+    found = checkpoints.load(model, "generator")
+    null = np.zeros((1, found.config.text_seq_len), np.int32)
+    logits = network_class(found.kind)(found.config).apply({"params": found.params}, null, tokens["first"][None])
+    image = np.asarray(logits)[0, found.config.text_seq_len :, -found.config.codebook_size :]
+    np.testing.assert_array_equal(image.argmax(1)[1:], tokens["first"][1:])
+
+
+@pytest.mark.parametrize("flags", [["--conv-like", "causal"], ["--cond-scale-of", "first"]])
+def test_flags_of_dalle_pytorch_are_refused_elsewhere(flags, tmp_path, capsys):
+    assert cli.main(["generate", "--db", str(tmp_path / "x.db"), "--prompts", PROMPT, "--no-score", *flags]) == 1
+    assert "about DALLE-pytorch's models; 'embedded/dalle_bart' is none" in capsys.readouterr().err
