@@ -18,7 +18,18 @@ import jax.numpy as jnp
 
 from dm_generations.threefry import row_key, threefry2x32
 
-__all__ = ["ORDERS", "SAMPLER_VERSION", "draw", "filter_logits", "guide", "gumbel", "is_drawable", "row_key", "sample"]
+__all__ = [
+    "ORDERS",
+    "SAMPLER_VERSION",
+    "draw",
+    "filter_logits",
+    "guide",
+    "gumbel",
+    "is_drawable",
+    "margin",
+    "row_key",
+    "sample",
+]
 
 # In which the filters are applied: temperature, top_k, top_p (DALL-E mini, minDALL-E, DALLE-pytorch), or top_p on the
 # logits as they are, top_k, temperature (the DALL-3 fork).
@@ -84,6 +95,34 @@ def draw(
     drawn = filter_logits(logits, top_k, top_p, temperature, codebook_size, order) + noise
     scores = jnp.where(_is_greedy(logits, temperature)[:, None], logits, drawn)
     return jnp.argmax(scores, axis=1).astype(jnp.int32)
+
+
+def margin(
+    logits: jax.Array,
+    codes: jax.Array,
+    step: jax.Array,
+    keys: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    temperature: jax.Array,
+    codebook_size: int,
+    order: str = "temperature_first",
+) -> jax.Array:
+    """By how much `codes` (B,) int32 missed being drawn, (B,) float32 in units of tempered logits; 0 for the winner.
+
+    A code that a filter removes misses by its distance to the lowest logit that is kept, if that is more. The other
+    arguments as in `sample`. Rows made on other hardware differ by rounding alone, so their margins are small.
+    """
+    logits = _real_codes(logits, codebook_size)
+    is_greedy = _is_greedy(logits, temperature)[:, None]
+    filtered = filter_logits(logits, top_k, top_p, temperature, codebook_size, order)
+    noise = jnp.where(is_greedy, 0.0, gumbel(keys, step, logits.shape[1]))
+    tempered = logits / jnp.where(is_greedy, 1.0, temperature[:, None])
+    best = (jnp.where(is_greedy, logits, filtered) + noise).max(axis=1)
+    lowest_kept = jnp.where(is_greedy | jnp.isneginf(filtered), jnp.inf, filtered).min(axis=1)
+    own, own_noise = (jnp.take_along_axis(x, codes[:, None], axis=1)[:, 0] for x in (tempered, noise))
+    below = jnp.where(jnp.isinf(lowest_kept), 0.0, lowest_kept - own)
+    return jnp.maximum(jnp.maximum(best - (own + own_noise), below), 0.0)
 
 
 def filter_logits(

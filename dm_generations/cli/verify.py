@@ -3,15 +3,22 @@
 import argparse
 import dataclasses
 import json
+import sys
+from pathlib import Path
 
 DESCRIPTION = """\
 Check an archive: SQLite's own integrity, ids that point nowhere, types and ranges of all values, lengths of
 token vectors, codes beyond the codebook, MD5. Prints a line for each problem with the row's id; the exit
 status is 1 when there is one. Nothing is changed.
+
+With --regenerate the rows are drawn again by their model and compared; with --replay their codes are fed to it, and
+each must be the one that the row's noise chooses, or miss by no more than --margin (in units of logits over
+temperature), so that rows made on other hardware, where numbers are rounded differently, can be checked too.
 """
 EPILOG = """\
 example:
   python -m dm_generations verify --db archive/emoji.db
+  python -m dm_generations verify --db archive/emoji.db --replay --sample 64
 """
 
 
@@ -26,6 +33,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--db", metavar="FILE", help="archive (default: the emoji archive that ships)")
     parser.add_argument("--json", action="store_true", help="print each problem as one line of JSON")
+    group = parser.add_argument_group("does the model give the rows again?")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--regenerate", action="store_true", help="draw rows again and compare their codes")
+    which.add_argument("--replay", action="store_true", help="check that each stored code is the one that wins")
+    group.add_argument("--sample", type=int, metavar="N", help="N rows, evenly spread (default: all)")
+    group.add_argument("--margin", type=float, default=0.01, help="by how much a code may miss (default: 0.01)")
+    group.add_argument("--model", metavar="PATH", help="the model that drew them (default: the one that ships)")
+    group.add_argument("--tokenizer", metavar="PATH", type=Path, help="its tokenizer, if not beside it")
+    group.add_argument("--batch-size", type=int, default=32, metavar="N", help="as they were drawn with (default: 32)")
+    group.add_argument("--cpu-only", action="store_true", help="leave accelerators alone")
     parser.set_defaults(run=run)
 
 
@@ -49,4 +66,48 @@ def run(args: argparse.Namespace) -> int:
                 else f"sound, {counted(archive.count(), 'picture')} checked"
             )
             print(f"{printable(str(archive.path), 1000)}: {verdict}")
+        if args.regenerate or args.replay:
+            problem_count += _draw_again(archive, args)
     return 1 if problem_count else 0
+
+
+def _draw_again(archive, args: argparse.Namespace) -> int:
+    """How many rows the model does not give again; a line for each."""
+    from dm_generations.cli._text import counted
+    from dm_generations.cli.model_options import check_batch_size, prepare_device
+    from dm_generations.decode.progress import Progress
+    from dm_generations.errors import UserError
+
+    check_batch_size(args.batch_size)
+    if args.sample is not None and args.sample < 1:
+        raise UserError(f"--sample must be at least 1, not {args.sample}")
+    if not args.margin >= 0:
+        raise UserError(f"--margin must be 0 or more, not {args.margin}")
+    prepare_device(args.cpu_only)
+    from dm_generations.generate.again import differences, ids_of_model
+    from dm_generations.models import checkpoints
+
+    generator = checkpoints.load(args.model, "generator")
+    if args.tokenizer is not None:
+        generator = dataclasses.replace(generator, tokenizer=args.tokenizer)
+    ids, other_count = ids_of_model(archive, generator, args.sample)
+    if other_count:
+        rows = counted(other_count, "row")
+        print(f"{rows} not checked: drawn by another model or with other noise than its own", file=sys.stderr)
+    if not ids:
+        raise UserError(f"{archive.path} holds no row that {generator.name!r} drew; give the model with --model")
+    found_count = 0
+    margin = None if args.regenerate else args.margin
+    with Progress(len(ids)) as progress:
+        left = len(ids)
+        for found in differences(archive, generator, ids, args.batch_size, margin):
+            found_count += len(found)
+            for difference in found:
+                print(json.dumps(dataclasses.asdict(difference)) if args.json else difference)
+            progress.advance(min(left, args.batch_size))
+            left -= args.batch_size
+    if not args.json:
+        what = "drawn again" if args.regenerate else "replayed"
+        verdict = counted(found_count, "difference") if found_count else "all as stored"
+        print(f"{counted(len(ids), 'picture')} {what}: {verdict}")
+    return found_count

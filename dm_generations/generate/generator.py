@@ -10,7 +10,7 @@ tokens alone, at any position and in any company.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
 import jax
@@ -87,40 +87,58 @@ class Generator:
         prompts, sc_prompts: N each; None is the model's own empty prompt   keys: (N, 2) uint32
         Raises UserError if the model gives no logits to draw from.
         """
-        batches = [
-            self._generate_batch(
-                prompts[start : start + self.batch_size],
-                sc_prompts[start : start + self.batch_size],
-                RowSettings(*(column[start : start + self.batch_size] for column in _columns(settings))),
-                keys[start : start + self.batch_size],
-            )
-            for start in range(0, len(prompts), self.batch_size)
-        ]
+        rows = (prompts, sc_prompts, *_columns(settings), keys)
+        batches = [self._generate_batch(*batch) for batch in _batches(rows, self.batch_size)]
         return np.concatenate([np.empty((0, self.token_count), batches[0].dtype if batches else np.uint16), *batches])
 
-    def _generate_batch(self, prompts, sc_prompts, settings: RowSettings, keys) -> np.ndarray:
-        count = len(prompts)
-        padding = self.batch_size - count
-        texts = [*prompts, *[None] * padding, *(text or None for text in sc_prompts), *[None] * padding]
-        arguments = (
-            *self._tokenizer.encode(texts, self._text_length),
-            _padded(keys, np.uint32, self.batch_size),
-            _padded(np.minimum(settings.top_k, _INT32_MAX), np.int32, self.batch_size),
-            *(
-                _padded(column, np.float32, self.batch_size)
-                for column in (settings.top_p, settings.temperature, settings.cond_scale)
-            ),
-        )
+    def replay(
+        self,
+        prompts: Sequence[str],
+        sc_prompts: Sequence[str | None],
+        settings: RowSettings,
+        keys: np.ndarray,
+        tokens: np.ndarray,
+    ) -> np.ndarray:
+        """By how much each of `tokens` (N, L) missed being drawn, float32 (N, L); see `sampling.margin`.
+
+        Every step reads the codes given, whatever would have been drawn. NaN where the model gives no numbers.
+        """
+        rows = (prompts, sc_prompts, *_columns(settings), keys, tokens)
+        batches = [self._replay_batch(*batch) for batch in _batches(rows, self.batch_size)]
+        return np.concatenate([np.empty((0, self.token_count), np.float32), *batches])
+
+    def _generate_batch(self, prompts, sc_prompts, *columns_and_keys) -> np.ndarray:
+        arguments = self._arguments(prompts, sc_prompts, *columns_and_keys)
         if self.rng == "dalle-mini":
             config = self._model.config
             ends = np.int32(config.eos_token_id), np.int32(config.pad_token_id)
             drawn = draw_tokens_dalle_mini(self._model, self._params, *jax.device_put((*arguments, *ends)))
         else:
             drawn = draw_tokens(self._model, self.codebook_size, self._params, *jax.device_put(arguments))
-        tokens, is_drawable = jax.device_get(drawn)
-        if not is_drawable[:count].all():
+        tokens, is_drawable = (array[: len(prompts)] for array in jax.device_get(drawn))
+        if not is_drawable.all():
             raise UserError(f"model {self._name!r} gives no numbers for some rows: its weights are damaged")
-        return tokens[:count]
+        return tokens
+
+    def _replay_batch(self, prompts, sc_prompts, *columns_and_keys_and_tokens) -> np.ndarray:
+        *columns_and_keys, tokens = columns_and_keys_and_tokens
+        arguments = (
+            *self._arguments(prompts, sc_prompts, *columns_and_keys),
+            _padded(tokens, np.int32, self.batch_size),
+        )
+        margins = replay_tokens(self._model, self.codebook_size, self._params, *jax.device_put(arguments))
+        return jax.device_get(margins)[: len(prompts)]
+
+    def _arguments(self, prompts, sc_prompts, top_k, top_p, temperature, cond_scale, keys) -> tuple[np.ndarray, ...]:
+        """What the compiled functions take of B rows at most, padded to B."""
+        padding = [None] * (self.batch_size - len(prompts))
+        texts = [*prompts, *padding, *(text or None for text in sc_prompts), *padding]
+        return (
+            *self._tokenizer.encode(texts, self._text_length),
+            _padded(keys, np.uint32, self.batch_size),
+            _padded(np.minimum(top_k, _INT32_MAX), np.int32, self.batch_size),
+            *(_padded(column, np.float32, self.batch_size) for column in (top_p, temperature, cond_scale)),
+        )
 
 
 # The model is static, so generators of one configuration share their compiled programs.
@@ -142,27 +160,64 @@ def draw_tokens(
     input_ids, attention_mask: (2B, T) int32, the B prompts, then the B unconditional prompts
     keys: (B, 2) uint32   top_k: (B,) int32   the other settings: (B,) float32
     """
-    apply = functools.partial(model.apply, {"params": computable(params, model.dtype)})
-    cache = apply(input_ids, attention_mask, method="begin")
+    params = computable(params, model.dtype)
+    cache = model.apply({"params": params}, input_ids, attention_mask, method="begin")
     start_token = jnp.full(len(keys), model.config.start_token, jnp.int32)
 
     def draw_one(state, step):
         cache, token, is_drawable = state
-        # Both halves read the code that was drawn: they share one picture.
-        logits, cache = apply(cache, jnp.concatenate([token, token]), step, method="decode_step")  # (2B, V)
-        cond, uncond = jnp.split(logits, 2)
-        guided = sampling.guide(cond, uncond, cond_scale)
-        if getattr(model.config, "guides_first_code_alone", False):
-            guided = jnp.where(((step > 0) & (cond_scale != 1))[:, None], uncond, guided)
-        token = sampling.sample(
-            guided, step, keys, top_k, top_p, temperature, codebook_size, model.config.sampling_order
-        )
+        guided, cache = _guided(model, params, cache, token, step, cond_scale)
+        order = model.config.sampling_order
+        token = sampling.sample(guided, step, keys, top_k, top_p, temperature, codebook_size, order)
         return (cache, token, is_drawable & sampling.is_drawable(guided, codebook_size)), token
 
     state = (cache, start_token, jnp.ones(len(keys), bool))
     steps = jnp.arange(model.config.image_length, dtype=jnp.int32)
     (_, _, is_drawable), tokens = jax.lax.scan(draw_one, state, steps)  # tokens (L, B)
     return tokens.T.astype(jnp.uint16), is_drawable
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def replay_tokens(
+    model: nn.Module,
+    codebook_size: int,
+    params: dict,
+    input_ids: jax.Array,
+    attention_mask: jax.Array,
+    keys: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    temperature: jax.Array,
+    cond_scale: jax.Array,
+    tokens: jax.Array,
+) -> jax.Array:
+    """Margins float32 (B, L) of `tokens` (B, L) int32, each read by the step after it; the rest as `draw_tokens`."""
+    params = computable(params, model.dtype)
+    cache = model.apply({"params": params}, input_ids, attention_mask, method="begin")
+    start_token = jnp.full(len(keys), model.config.start_token, jnp.int32)
+
+    def replay_one(state, step_and_token):
+        cache, token = state
+        step, stored = step_and_token
+        guided, cache = _guided(model, params, cache, token, step, cond_scale)
+        order = model.config.sampling_order
+        margin = sampling.margin(guided, stored, step, keys, top_k, top_p, temperature, codebook_size, order)
+        return (cache, stored), jnp.where(sampling.is_drawable(guided, codebook_size), margin, jnp.nan)
+
+    steps = jnp.arange(model.config.image_length, dtype=jnp.int32)
+    _, margins = jax.lax.scan(replay_one, (cache, start_token), (steps, tokens.T))
+    return margins.T
+
+
+def _guided(model: nn.Module, params: dict, cache, token: jax.Array, step: jax.Array, cond_scale: jax.Array):
+    """Guided logits (B, V) of one step that reads `token` (B,), and the cache for the next."""
+    # Both halves read the code that was drawn: they share one picture.
+    logits, cache = model.apply({"params": params}, cache, jnp.concatenate([token, token]), step, method="decode_step")
+    cond, uncond = jnp.split(logits, 2)
+    guided = sampling.guide(cond, uncond, cond_scale)
+    if getattr(model.config, "guides_first_code_alone", False):
+        guided = jnp.where(((step > 0) & (cond_scale != 1))[:, None], uncond, guided)
+    return guided, cache
 
 
 def _columns(settings: RowSettings) -> list[np.ndarray]:
@@ -173,3 +228,9 @@ def _padded(rows: np.ndarray, dtype: type, count: int) -> np.ndarray:
     """`rows` as `dtype`, followed by zeros up to `count` rows. A row of zeros draws greedily."""
     rows = np.asarray(rows, dtype)
     return np.pad(rows, [(0, count - len(rows))] + [(0, 0)] * (rows.ndim - 1))
+
+
+def _batches(columns: Sequence[Sequence], size: int) -> Iterator[list[Sequence]]:
+    """`columns`, of N rows each, in batches of at most `size` rows."""
+    for start in range(0, len(columns[0]), size):
+        yield [column[start : start + size] for column in columns]

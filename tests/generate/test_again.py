@@ -1,0 +1,72 @@
+"""`verify --regenerate` and `--replay`: rows that their model gives again, and rows that it does not."""
+
+import hashlib
+import json
+import sqlite3
+
+import numpy as np
+import pytest
+from tiny import tiny_models
+
+from dm_generations import cli
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def db(models, tmp_path):
+    path = tmp_path / "drawn.db"
+    words = ["generate", "--db", path, "--prompts", "a cat", "a dog", "--n", 5, "--batch-size", 4, "--no-score"]
+    words += ["--model", models.dalle_bart, "--codec", models.vqgan, "--temperature", 0, 0.7, 2, "--cond-scale", 1, 3]
+    assert cli.main([str(word) for word in [*words, "--top-k", 5, "--top-p", 0.9]]) == 0
+    return path
+
+
+def verify(models, db, *words) -> int:
+    flags = ["verify", "--db", db, "--model", models.dalle_bart, "--batch-size", 4, *words]
+    return cli.main([str(word) for word in flags])
+
+
+def change_code(db, row_id: int, position: int) -> None:
+    """Another code, with the MD5 that belongs to it: nothing but the model can tell."""
+    with sqlite3.connect(db) as connection:
+        (blob,) = connection.execute("SELECT quantvec FROM images WHERE id = ?", [row_id]).fetchone()
+        tokens = np.frombuffer(blob, "<u2").copy()
+        tokens[position] = (tokens[position] + 7) % 32
+        values = tokens.tobytes(), hashlib.md5(tokens.tobytes()).hexdigest(), row_id
+        connection.execute("UPDATE images SET quantvec = ?, quantvec_md5 = ? WHERE id = ?", values)
+
+
+@pytest.mark.parametrize("flag", ["--regenerate", "--replay"])
+def test_untouched_rows_come_out_again_at_any_place_in_a_batch(models, db, flag, capsys):
+    assert verify(models, db, flag) == 0
+    assert "60 pictures" in capsys.readouterr().out
+    assert verify(models, db, flag, "--sample", 7) == 0
+    assert "7 pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--regenerate", "--replay"])
+def test_a_changed_code_is_found_with_its_place(models, db, flag, capsys):
+    change_code(db, 17, 9)
+    assert verify(models, db, flag, "--json") == 1
+    (found,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert found["id"] == 17
+    # Codes after it follow from what is stored: regenerating points at the first, replaying at the one that is wrong,
+    # or at one that would not have followed it.
+    assert found["position"] == 9 if flag == "--regenerate" else found["position"] >= 9
+
+
+def test_a_wide_margin_lets_pass_what_a_narrow_one_does_not(models, db):
+    change_code(db, 17, 9)
+    assert verify(models, db, "--replay", "--margin", 1e9) == 0
+    assert verify(models, db, "--replay", "--margin", 0) == 1
+
+
+def test_rows_of_another_model_are_not_judged(models, db, tmp_path, capsys):
+    other = tiny_models(tmp_path / "other", seed=1)
+    assert cli.main(["verify", "--db", str(db), "--model", str(other.dalle_bart), "--regenerate"]) == 1
+    captured = capsys.readouterr()
+    assert "60 rows not checked" in captured.err and "give the model with --model" in captured.err
