@@ -12,6 +12,7 @@ from pathlib import Path
 from dm_generations.cli.model_options import STOPPED, add_model_options, check_batch_size, prepare_device
 from dm_generations.errors import UserError
 from dm_generations.generate import sweep as sweeps
+from dm_generations.generate.sweep_file import KEYS, read_sweep
 
 DESCRIPTION = """\
 Draw pictures from text and keep them, as tokens with their settings, keys and scores, in an archive.
@@ -24,6 +25,7 @@ EPILOG = """\
 examples:
   python -m dm_generations generate --db rockets.db --prompts "a rocket" --n 16
   python -m dm_generations generate --db sweep.db --prompts "a castle" "a cat" --top-k 50 0 --cond-scale 1 3
+  python -m dm_generations generate --db sweep.db --sweep castles.toml --dry-run
 """
 
 
@@ -38,19 +40,23 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     add = parser.add_argument
     add("--db", metavar="FILE", type=Path, required=True, help="archive to fill; made if there is none")
-    add("--prompts", nargs="+", default=[], metavar="TEXT", help="what to draw")
+    add("--prompts", nargs="+", metavar="TEXT", help="what to draw")
     add("--prompts-file", metavar="FILE", type=Path, help="more prompts: UTF-8 text, one a line")
+    add(
+        "--sweep",
+        metavar="FILE",
+        type=Path,
+        help="TOML file with prompts, settings, n and seed, named as the flags with _ for -; a flag goes before it",
+    )
     add(
         "--n",
         type=int,
-        default=sweeps.DEFAULT_COUNT,
         metavar="N",
         help=f"pictures of each combination (default: {sweeps.DEFAULT_COUNT})",
     )
     add(
         "--seed",
         type=int,
-        default=sweeps.DEFAULT_SEED,
         help=f"whole number from 0 to 2^64 - 1; another one draws others (default: {sweeps.DEFAULT_SEED})",
     )
     add(
@@ -65,7 +71,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add(
         "--keys",
         nargs="+",
-        default=[],
         metavar="KEY0:KEY1",
         help="draw the pictures of these keys, as archive and page show them, in place of --n and --seed",
     )
@@ -89,7 +94,6 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
         "--top-p",
         type=float,
         nargs="+",
-        default=[sweeps.DEFAULT_TOP_P],
         metavar="P",
         help="draw among the best codes that hold P of the probability; 1 is no limit "
         f"(default: {sweeps.DEFAULT_TOP_P:g})",
@@ -98,7 +102,6 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
         "--temperature",
         type=float,
         nargs="+",
-        default=[sweeps.DEFAULT_TEMPERATURE],
         metavar="T",
         help=f"above 1 bolder, below 1 tamer, 0 the best code (default: {sweeps.DEFAULT_TEMPERATURE:g})",
     )
@@ -106,7 +109,6 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
         "--cond-scale",
         type=float,
         nargs="+",
-        default=[sweeps.DEFAULT_COND_SCALE],
         metavar="C",
         help="super conditioning: how strongly the prompt is weighed against the unconditional one; 1 is off "
         f"(default: {sweeps.DEFAULT_COND_SCALE:g})",
@@ -114,7 +116,6 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
     add(
         "--sc-prompts",
         nargs="+",
-        default=[None],
         metavar="TEXT",
         help='unconditional prompts, for what not to draw; "" is the model\'s own empty one (default: "")',
     )
@@ -133,16 +134,18 @@ def _generate(args: argparse.Namespace) -> int:
     if args.no_score and args.clip:
         raise UserError("use just one of --clip and --no-score")
     is_dalle_mini = args.rng == "dalle-mini"
+    described = {} if args.sweep is None else read_sweep(args.sweep)
+    described |= {name: value for name in KEYS if (value := getattr(args, name)) is not None}
     sweep = sweeps.Sweep(
-        prompts=[*args.prompts, *_prompts_of(args.prompts_file)],
-        sc_prompts=args.sc_prompts,
-        top_k=args.top_k or [sweeps.DEFAULT_TOP_K],
-        top_p=args.top_p,
-        temperature=args.temperature,
-        cond_scale=args.cond_scale,
-        count=args.n,
-        seed=args.seed,
-        row_keys=[parse_key(text) for text in args.keys],
+        prompts=[*described.get("prompts", []), *_prompts_of(args.prompts_file)],
+        sc_prompts=described.get("sc_prompts", [None]),
+        top_k=described.get("top_k", [sweeps.DEFAULT_TOP_K]),
+        top_p=described.get("top_p", [sweeps.DEFAULT_TOP_P]),
+        temperature=described.get("temperature", [sweeps.DEFAULT_TEMPERATURE]),
+        cond_scale=described.get("cond_scale", [sweeps.DEFAULT_COND_SCALE]),
+        count=described.get("n", sweeps.DEFAULT_COUNT),
+        seed=described.get("seed", sweeps.DEFAULT_SEED),
+        row_keys=[parse_key(text) for text in described.get("keys", [])],
     )
     prepare_device(args.cpu_only)
     from dm_generations.archive import Archive
@@ -155,7 +158,7 @@ def _generate(args: argparse.Namespace) -> int:
     if args.cond_scale_of is not None:
         overrides["guides_first_code_alone"] = args.cond_scale_of == "first"
     models = load_models(args.model, args.codec, args.clip, not args.no_score, args.tokenizer, overrides)
-    if is_dalle_mini and args.top_k is None:
+    if is_dalle_mini and "top_k" not in described:
         sweep = dataclasses.replace(sweep, top_k=[getattr(models.generator.config, "top_k", sweeps.DEFAULT_TOP_K)])
     pipeline = Pipeline(models, args.batch_size, args.rng)
     pipeline.check(sweep)

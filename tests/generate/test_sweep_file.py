@@ -1,0 +1,75 @@
+"""Sweeps from a TOML file: what they draw, how flags go before them, and what is refused."""
+
+import pytest
+
+from dm_generations import cli
+from dm_generations.errors import UserError
+from dm_generations.generate.sweep_file import KEYS, read_sweep
+
+SWEEP = """
+prompts = ["a cat", "a dog"]
+top_k = [5, 0]
+top_p = 0.9
+temperature = [0.7, 1, 2.0]
+cond_scale = 3
+n = 4
+seed = 18446744073709551615
+"""
+
+
+@pytest.fixture
+def sweep_file(tmp_path):
+    def write(text):
+        path = tmp_path / "sweep.toml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def planned(tmp_path, capsys, *words) -> str:
+    words = ["generate", "--db", tmp_path / "x.db", "--no-score", "--dry-run", *words]
+    assert cli.main([str(word) for word in words]) == 0
+    assert not (tmp_path / "x.db").exists()
+    return capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_file_describes_a_sweep_and_flags_go_before_it(tmp_path, capsys, sweep_file):
+    path = sweep_file(SWEEP)
+    assert planned(tmp_path, capsys, "--sweep", path).startswith("12 combinations x 4 = 48 pictures")
+    found = planned(tmp_path, capsys, "--sweep", path, "--temperature", 1, "--n", 3, "--prompts", "a bee")
+    assert found.startswith("2 combinations x 3 = 6 pictures")
+
+
+def test_single_values_and_lists_are_read_alike(sweep_file):
+    values = read_sweep(sweep_file(SWEEP))
+    assert values["top_p"] == [0.9] and values["temperature"] == [0.7, 1, 2.0] and values["n"] == 4
+
+
+def test_every_key_is_a_flag():
+    flags = vars(cli.build_parser().parse_args(["generate", "--db", "x.db"]))
+    assert KEYS.keys() <= flags.keys() and all(flags[key] is None for key in KEYS)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("prompt = 'a cat'", "unknown key 'prompt'; known are prompts"),
+        ("n = [1, 2]", "n takes one value"),
+        ("top_k = [1.5]", "top_k must be a whole number, not 1.5"),
+        ("top_p = true", "top_p must be a whole number or a number, not True"),
+        ("prompts = [1]", "prompts must be text, not 1"),
+        ("prompts = [", "not a TOML file"),
+        (b"prompts = ['\xff']", "not a TOML file"),
+        ("[prompts]\na = 1", "prompts must be text"),
+    ],
+)
+def test_what_is_wrong_is_named(sweep_file, text, expected):
+    with pytest.raises(UserError, match="--sweep") as caught:
+        read_sweep(sweep_file(text))
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        read_sweep(tmp_path / "none.toml")
