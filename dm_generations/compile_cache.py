@@ -1,14 +1,21 @@
 """Compiled programs kept between runs, so that a second start is quick."""
 
+import contextlib
 import hashlib
+import os
 import platform
 import sys
+import time
+import zlib
 from pathlib import Path
+from typing import Any
 
 from dm_generations.errors import UserError
 from dm_generations.resources import cache_dir
 
 MAX_BYTES = 1 << 30
+_CHECKED = "checked"  # a file whose time says: entries older than this were found whole
+_CLOCK_SLACK_NS = 10**9  # file systems round times, and lag behind the clock
 
 
 def enable() -> None:
@@ -25,6 +32,7 @@ def enable() -> None:
         folder = cache_dir("xla") / _machine()
         folder.mkdir(mode=0o700, exist_ok=True)
         _prune(folder.parent, MAX_BYTES)
+        _remove_cut_off(folder)
     except (OSError, UserError) as error:
         print(f"warning: compiled programs are not kept: {error}", file=sys.stderr)
         return
@@ -62,3 +70,50 @@ def _prune(folder: Path, max_bytes: int) -> None:
             return
         path.unlink(missing_ok=True)
         total -= size
+
+
+def _remove_cut_off(folder: Path) -> None:
+    """Delete entries that a killed process or a full disk left half written.
+
+    JAX writes them in place, would warn of them at each start and would never replace them.
+    """
+    started = time.time_ns()
+    checked = folder / _CHECKED
+    since = checked.stat().st_mtime_ns if checked.exists() else 0
+    for path in folder.glob("*-cache"):
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            if path.stat().st_mtime_ns >= since and not _is_whole(path.read_bytes()):
+                path.unlink()
+    checked.touch()
+    os.utime(checked, ns=(started, started - _CLOCK_SLACK_NS))
+
+
+def _is_whole(entry: bytes) -> bool:
+    """Whether a compressed entry has its end. JAX compresses with zstd where there is one, else with zlib."""
+    if not entry.startswith(b"\x28\xb5\x2f\xfd"):  # https://www.rfc-editor.org/rfc/rfc8878#section-3.1.1
+        decompressor, errors = zlib.decompressobj(), zlib.error
+    elif (found := _zstd()) is not None:
+        decompressor, errors = found
+    else:
+        return True  # another installation's, which JAX is not going to read here
+    try:
+        decompressor.decompress(entry)
+    except errors:
+        return False
+    return decompressor.eof
+
+
+def _zstd() -> tuple[Any, type[Exception]] | None:
+    """A decompressor, and what it raises; None where there is none."""
+    try:
+        from compression import zstd  # Python 3.14
+
+        return zstd.ZstdDecompressor(), zstd.ZstdError
+    except ImportError:
+        pass
+    try:
+        import zstandard
+
+        return zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
+    except ImportError:
+        return None

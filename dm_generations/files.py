@@ -20,8 +20,7 @@ _FOREIGN_STALE_S = 3600  # a file is written in far less, so an older one of ano
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write `path` whole or not at all; its folder must exist. Raises OSError."""
-    # Short, whatever the length of the final name: a longer one might not fit the file system.
-    temporary = path.with_name(f".dmg-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = temporary_path(path.parent)
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -29,6 +28,12 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_path(folder: Path) -> Path:
+    """Where to write a file that is to be renamed within `folder` when it is whole."""
+    # Short, whatever the length of the final name: a longer one might not fit the file system.
+    return folder / f".dmg-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 def remove_stale_temporaries(folder: Path) -> None:

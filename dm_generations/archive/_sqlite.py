@@ -1,6 +1,7 @@
 """SQLite underneath: connecting, telling file kinds apart, and SQLite's errors as one clear line."""
 
 import contextlib
+import os
 import sqlite3
 import struct
 from collections.abc import Iterator
@@ -28,6 +29,11 @@ def sqlite_errors(path: Path) -> Iterator[None]:
         raise ArchiveError(f"{path}: text with a lone surrogate cannot be stored: {error.object!r:.100}") from error
     except OverflowError as error:
         raise ArchiveError(f"{path}: a number does not fit into 64 bits") from error
+
+
+def is_damage(error: ArchiveError) -> bool:
+    """Whether SQLite met a page that is not what it should be."""
+    return (getattr(error.__cause__, "sqlite_errorname", None) or "").startswith("SQLITE_CORRUPT")
 
 
 def _explain(error: sqlite3.Error) -> str:
@@ -60,6 +66,7 @@ def read_header(path: Path) -> bytes:
             raise ArchiveError(f"{path}: this is not a regular file")  # reading a pipe would wait for ever
         with open(path, "rb") as file:
             header = file.read(HEADER_BYTES)
+            size = os.fstat(file.fileno()).st_size
     except FileNotFoundError as error:
         raise ArchiveError(f"{path}: no such file") from error
     except IsADirectoryError as error:
@@ -70,9 +77,19 @@ def read_header(path: Path) -> bytes:
         raise ArchiveError(f"{path}: the file is empty, not an archive")
     if not header.startswith(MAGIC):
         raise ArchiveError(f"{path}: this is not an SQLite database, so not an archive")
-    if len(header) < HEADER_BYTES:
+    # SQLite takes the end of a page that is cut off for zeros.
+    if len(header) < HEADER_BYTES or (size % _page_bytes(header) and not _is_being_written(path)):
         raise ArchiveError(f"{path}: the file is damaged or cut short; get another copy of it")
     return header
+
+
+def _page_bytes(header: bytes) -> int:
+    (page_bytes,) = struct.unpack_from(">H", header, 16)
+    return 65536 if page_bytes == 1 else page_bytes or 1
+
+
+def _is_being_written(path: Path) -> bool:
+    return any(path.with_name(path.name + suffix).exists() for suffix in ("-journal", "-wal"))
 
 
 def application_id(header: bytes) -> int:

@@ -23,6 +23,7 @@ from dm_generations.archive._sqlite import (
     ArchiveError,
     application_id,
     connect,
+    is_damage,
     is_wal,
     read_header,
     sqlite_errors,
@@ -193,10 +194,13 @@ class Archive:
         return self.read_rows(ids)
 
     def read_rows(self, ids: Iterable[int]) -> Iterator[ImageRow]:
-        """These pictures, in the order of `ids`; ids that do not exist are left out."""
-        query = self.sql(f"{SELECT_IMAGES} WHERE {{id}} IN (SELECT value FROM json_each(?))")
+        """These pictures, in the order of `ids`; ids that do not exist are left out.
+
+        Of a row on a damaged page come the id, no tokens, and None for all else: it must not pass its place in the
+        order to the next.
+        """
         for chunk in _chunks(ids):
-            row_by_id = {row[0]: row for row in self._all(query, [json.dumps(chunk)])}
+            row_by_id = self._readable_rows(chunk)
             for row_id in chunk:
                 if row_id in row_by_id:
                     yield _image_row(row_by_id[row_id])
@@ -342,6 +346,19 @@ class Archive:
     def _all(self, query: str, parameters: Collection = ()) -> list[tuple]:
         with sqlite_errors(self.path):
             return self.connection.execute(query, parameters).fetchall()
+
+    def _readable_rows(self, ids: list[int]) -> dict[int, tuple]:
+        """Rows by id. Around a damaged page by halves, down to the rows that cannot be read."""
+        try:
+            query = self.sql(f"{SELECT_IMAGES} WHERE {{id}} IN (SELECT value FROM json_each(?))")
+            return {row[0]: row for row in self._all(query, [json.dumps(ids)])}
+        except ArchiveError as error:
+            if not is_damage(error):
+                raise
+        if len(ids) == 1:
+            return {ids[0]: (ids[0], *[None] * (len(IMAGE_COLUMNS) - 1))}
+        middle = len(ids) // 2
+        return self._readable_rows(ids[:middle]) | self._readable_rows(ids[middle:])
 
     def _insert(self, query: str, parameters: tuple) -> int:
         assert self.connection.in_transaction, "written outside a transaction"

@@ -32,6 +32,8 @@ from dm_generations.files import write_atomic
 from dm_generations.resources import shipped
 
 MANIFEST_VERSION = 1
+MANIFEST = "manifest.js"
+MANIFEST_START = "window.DM_MANIFEST = "
 PAGE = "samplebrowser.html"
 
 
@@ -112,11 +114,15 @@ def write_manifest(out_dir: Path, manifest: dict[str, Any]) -> Path:
 
     Raises OSError, and UserError if the installation lacks the page.
     """
-    text = f"window.DM_MANIFEST = {_script_json(manifest)};\n"
-    page, page_bytes = out_dir / PAGE, shipped(PAGE).read_bytes()
-    write_atomic(out_dir / "manifest.js", text.encode("ascii"))
-    write_atomic(page, page_bytes)
-    return page
+    for name, content in manifest_files(manifest).items():
+        write_atomic(out_dir / name, content)
+    return out_dir / PAGE
+
+
+def manifest_files(manifest: dict[str, Any]) -> dict[str, bytes]:
+    """What goes beside the pictures, by name: `manifest.js` and the page. UserError if the page is not installed."""
+    text = f"{MANIFEST_START}{_script_json(manifest)};\n"
+    return {MANIFEST: text.encode("ascii"), PAGE: shipped(PAGE).read_bytes()}
 
 
 def _pack(mode: str, members: list[Entries]) -> tuple[str, str, list[list]]:
@@ -128,9 +134,9 @@ def _pack(mode: str, members: list[Entries]) -> tuple[str, str, list[list]]:
     suffix = commonprefix([rest[::-1] for rest in rests])[::-1]
     middles = [rest[: len(rest) - len(suffix)] for rest in rests]
     if mode == "images":
-        rows = [[entry.rank, _score(entry.score), entry.key0, entry.key1] for entry in members]
+        rows = [[entry.rank, rounded_score(entry.score), entry.key0, entry.key1] for entry in members]
     else:
-        rows = [[entry.page, [_score(score) for score in entry.scores]] for entry in members]
+        rows = [[entry.page, [rounded_score(score) for score in entry.scores]] for entry in members]
     return prefix, suffix, [[middle, *row] for middle, row in zip(middles, rows, strict=True)]
 
 
@@ -138,7 +144,7 @@ def _finite(number: float | None) -> float | None:
     return None if number is None or not math.isfinite(number) else number
 
 
-def _score(score: float | None) -> float | None:
+def rounded_score(score: float | None) -> float | None:
     """Rounded to what the page shows, and a digit more: the manifest is read whole at each start."""
     return None if _finite(score) is None else round(score, 3)
 

@@ -5,7 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-DESCRIPTION = "Decode the pictures of an archive into PNG files, with a page to look at them."
+from dm_generations.errors import UserError
+
+DESCRIPTION = "Decode the pictures of an archive into files, with a page to look at them."
 EPILOG = """\
 Pictures that are on disk already are left as they are, so a run that was stopped goes on when it is repeated.
 
@@ -33,28 +35,57 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     add(
         "--mode",
-        choices=["images", "gallery", "npy"],
+        choices=["images", "gallery", "npy", "tar", "zip"],
         default="images",
-        help="a file for each picture, one for all of a prompt and setting, or a file of tokens for each picture "
-        "(default: images)",
+        help="a file for each picture, one for all of a prompt and setting, a file of tokens for each picture, "
+        "WebDataset shards with the rows as JSON, or one zip with what images would write (default: images)",
     )
     add("--output", choices=["png", "npy"], default="png", help="npy is the same as --mode npy (default: png)")
     add("--out-dir", metavar="FOLDER", help="folder to write into (default: the name of the mode)")
     add("--overwrite", action="store_true", help="decode again what is on disk already")
     add(
         "--batch-size",
-        type=_at_least_one,
+        type=_batch_size,
         default=32,
         metavar="N",
-        help="pictures decoded at a time; use fewer if memory runs out (default: 32)",
+        help="pictures decoded at a time, or auto for what the device has memory for (default: 32)",
+    )
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="numbers that the decoder computes with; the 16-bit ones are faster on most accelerators, and change "
+        "pixels a little (default: float32)",
     )
     add(
         "--num-workers",
         type=_at_least_one,
         metavar="N",
-        help="threads that encode PNG files (default: one for each core)",
+        help="threads that encode files (default: one for each core)",
     )
     add("--cpu-only", action="store_true", help="leave accelerators alone")
+
+    files = parser.add_argument_group("files")
+    files.add_argument("--format", choices=["png", "webp", "jpeg"], help="of the pictures (default: png)")
+    files.add_argument(
+        "--quality",
+        type=_quality,
+        metavar="N",
+        help="1 to 100, of jpeg (default: 90) and webp (default: lossless, which is smaller than png)",
+    )
+    files.add_argument(
+        "--png",
+        choices=["default", "fast", "small"],
+        help="effort for png: fast is quicker still and a little larger, small takes long (default: default)",
+    )
+    files.add_argument(
+        "--metadata",
+        action="store_true",
+        help="pictures carry their row: prompt, settings, key, scores and models, as text (default: off)",
+    )
+    files.add_argument(
+        "--shard-size", type=_at_least_one, metavar="N", help="pictures in a shard of --mode tar (default: 1000)"
+    )
 
     gallery = parser.add_argument_group(
         "gallery", "a group with more pictures goes on to files with page=2, page=3, ..."
@@ -64,6 +95,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     gallery.add_argument(
         "--gallery-rows", type=_at_least_one, default=4, metavar="N", help="rows of pictures (default: 4)"
+    )
+    gallery.add_argument(
+        "--captions", action="store_true", help="a strip above the pictures with prompt and settings (default: off)"
+    )
+    gallery.add_argument("--score-labels", action="store_true", help="CLIP scores below the pictures (default: off)")
+    gallery.add_argument(
+        "--caption-font",
+        metavar="FILE",
+        help="font for this text, for scripts other than Latin (default: the one of Pillow)",
     )
 
     chosen = parser.add_argument_group(
@@ -101,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
     from dm_generations.archive import Archive
     from dm_generations.resources import shipped
 
+    _check_flags(args)
     with Archive.open(args.db or shipped("archive/emoji.db")) as archive:
         return _decode(archive, args)
 
@@ -110,20 +151,26 @@ def _decode(archive, args: argparse.Namespace) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
+    from dm_generations.decode.captions import Strips
+    from dm_generations.decode.encode import Encoding
     from dm_generations.decode.plan import Layout, Selection
     from dm_generations.decode.run import Options, decode_archive
 
-    mode = "npy" if args.output == "npy" else args.mode
+    mode = _mode(args)
     if args.cpu_only:
         jax.config.update("jax_platforms", "cpu")
     options = Options(
         out_dir=Path(args.out_dir or mode),
-        layout=Layout(mode, args.gallery_cols, args.gallery_rows),
+        layout=Layout(mode, args.gallery_cols, args.gallery_rows, shard_size=args.shard_size or 1000),
         selection=Selection(args.prompt_ids, args.prompt_texts, args.sc_prompt_ids, args.sc_prompt_texts, args.n_best),
         codec=args.codec,
+        dtype=args.dtype,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         overwrite=args.overwrite,
+        encoding=Encoding(args.format or "png", args.quality, args.png or "default"),
+        has_metadata=args.metadata,
+        strips=Strips(args.captions, args.score_labels, args.caption_font),
     )
     report = decode_archive(archive, options, lambda line: print(f"warning: {line}", file=sys.stderr))
     summary = f"{report.written:,} {'file' if report.written == 1 else 'files'} written to {options.out_dir}"
@@ -135,6 +182,47 @@ def _decode(archive, args: argparse.Namespace) -> int:
     return 1 if report.problems else 0
 
 
+def _mode(args: argparse.Namespace) -> str:
+    return "npy" if args.output == "npy" else args.mode
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """UserError for a flag that would have no effect beside the others."""
+    mode, picture_format = _mode(args), args.format or "png"
+    without_effect = [
+        ("--format", args.format and mode == "npy", "files of tokens have no picture format"),
+        ("--metadata", args.metadata and mode == "npy", "files of tokens carry nothing else"),
+        ("--quality", args.quality and picture_format == "png", "png is lossless; choose --format webp or jpeg"),
+        (
+            "--png",
+            args.png and (picture_format != "png" or mode == "npy"),
+            f"no png is written with --format {picture_format}",
+        ),
+        ("--shard-size", args.shard_size and mode != "tar", "it is for --mode tar"),
+        ("--captions", args.captions and mode != "gallery", "it is for --mode gallery"),
+        ("--score-labels", args.score_labels and mode != "gallery", "it is for --mode gallery"),
+        (
+            "--caption-font",
+            args.caption_font and not (args.captions or args.score_labels),
+            "it is for --captions and --score-labels",
+        ),
+    ]
+    for flag, is_wrong, reason in without_effect:
+        if is_wrong:
+            raise UserError(f"{flag} has no effect here: {reason}")
+
+
+def _batch_size(text: str) -> int | None:
+    return None if text == "auto" else _at_least_one(text)
+
+
+def _quality(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 100:
+        raise argparse.ArgumentTypeError(f"{number} is not between 1 and 100")
+    return number
+
+
 def _at_least_one(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -142,4 +230,5 @@ def _at_least_one(text: str) -> int:
     return number
 
 
-_at_least_one.__name__ = "whole number"  # argparse names the type when int() fails
+_at_least_one.__name__ = _quality.__name__ = "whole number"  # argparse names the type when int() fails
+_batch_size.__name__ = "whole number or auto"

@@ -1,65 +1,165 @@
-"""The codec's decoder on the device: a batch of tokens to pictures.
+"""The codec's decoder on the devices: batches of tokens to pictures.
 
-B: batch, fixed   n: pictures asked for, at most B   L: tokens of a picture, row-major over its grid
-H, W: pixels of a picture
+B: batch, fixed   n: pictures asked for   L: tokens of a picture, row-major over its grid   H, W: pixels of a picture
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dm_generations.decode.memory import fitting_batch_size, is_out_of_memory
 from dm_generations.errors import UserError
 from dm_generations.models.networks import network_class
 from dm_generations.models.placement import computable, placed
+from dm_generations.models.vqgan_decoder import VQGANDecoder
+
+DTYPES = ("float32", "bfloat16", "float16")
+_AXIS = "pictures"
 
 
 class Codec:
-    """One compiled decoder. Every call has the shape (B, L): short batches are padded, to compile once."""
+    """One compiled decoder, its batch divided among the local devices.
+
+    Every call has the shape (B, L): short batches are padded, to compile once. Where a batch does not fit into the
+    memory of a device, B is halved and the batch decoded in parts.
+    """
 
     def __init__(
-        self, kind: str, config: Any, params: dict, batch_size: int, dtype: str = "float32", grid: int | None = None
+        self,
+        kind: str,
+        config: Any,
+        params: dict,
+        batch_size: int | Literal["auto"],
+        dtype: str = "float32",
+        grid: int | None = None,
     ):
         """`kind`: of the network, a codec of `networks.ROLES`   `params`: as in a checkpoint, `dtype`: of activations
 
+        batch_size: pictures at a time, of all devices together; rounded up to as many for each device. "auto" is what
+        their memory holds, or less where more would be no faster.
         grid: codes a side; None is the size that the codec was made for. The networks are convolutions all over, and
         attention over whatever there is, so that they decode other grids to pictures of another size.
         """
-        self.batch_size = batch_size
         self.grid = grid or config.grid
         self.token_count = self.grid**2
         self.codebook_size = config.codebook_size
         self.image_size = config.image_size // config.grid * self.grid
-        network = network_class(kind)
-        model = network(config, jnp.dtype(dtype))
+        self._devices = jax.local_devices()
+        mesh = Mesh(self._devices, (_AXIS,))
+        self._rows = NamedSharding(mesh, PartitionSpec(_AXIS))
+        prepare, decode = _network(kind, config, np.dtype(dtype), self._devices[0].platform)
+        self._params = prepare(params, NamedSharding(mesh, PartitionSpec()))
 
-        def to_uint8(params, tokens):  # (B, L) uint16 -> (B, H, W, 3) uint8
-            variables = {"params": computable(params)}
-            pixels = model.apply(variables, tokens.astype(jnp.int32), method="decode_code")
+        def to_uint8(params, tokens):  # (b, L) uint16 -> (b, H, W, 3) uint8, of one device
+            with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+                pixels = decode(params, tokens.astype(jnp.int32))
             # Truncated, not rounded: what the 2022 script wrote.
             return (jnp.clip(pixels, 0.0, 1.0) * jnp.float32(255)).astype(jnp.uint8)
 
-        self._params = placed({name: params[name] for name in network.DECODER_PARTS})
-        self._to_uint8 = jax.jit(to_uint8)
+        if batch_size == "auto":
+            batch_size = len(self._devices) * fitting_batch_size(
+                lambda tokens: to_uint8(self._params, tokens), self.token_count, self.image_size, self._devices
+            )
+        self.batch_size = -(-batch_size // len(self._devices)) * len(self._devices)
+        self._to_uint8 = jax.jit(_on_each_device(to_uint8, mesh) if len(self._devices) > 1 else to_uint8)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint, batch_size: int, dtype: str = "float32", grid: int | None = None) -> "Codec":
+    def from_checkpoint(
+        cls, checkpoint, batch_size: int | Literal["auto"], dtype: str = "float32", grid: int | None = None
+    ) -> "Codec":
         """The codec of a loaded checkpoint."""
         return cls(checkpoint.kind, checkpoint.config, checkpoint.params, batch_size, dtype, grid)
 
-    def start(self, tokens: np.ndarray) -> jax.Array:
-        """Begin decoding `tokens` (n, L) uint16; returns (B, H, W, 3) uint8 on the device, not waited for.
+    def start(self, tokens: np.ndarray) -> "Decoding":
+        """Begin decoding `tokens` (n, L) uint16, for any n; does not wait for the pictures.
 
-        The first n pictures are those asked for. Raises UserError for codes outside the codebook, of which
-        the network would make pictures of NaN.
+        Raises UserError for codes outside the codebook, of which the network would make pictures of NaN, and when
+        not even one picture for each device fits into memory.
         """
         if tokens.size and int(tokens.max()) >= self.codebook_size:
             raise UserError(f"code {int(tokens.max()):,} is outside the codec's codebook of {self.codebook_size:,}")
-        padded = np.zeros((self.batch_size, self.token_count), np.uint16)  # new: the device may read it later
-        padded[: len(tokens)] = tokens
-        return self._to_uint8(self._params, jax.device_put(padded))
+        return Decoding(self, tokens)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """Pictures (n, H, W, 3) uint8 of `tokens` (n, L) uint16, n at most B."""
-        return jax.device_get(self.start(tokens))[: len(tokens)]
+        """Pictures (n, H, W, 3) uint8 of `tokens` (n, L) uint16. Raises as `start`."""
+        return self.start(tokens).pictures()
+
+    def _start_batch(self, tokens: np.ndarray, batch_size: int) -> jax.Array:
+        padded = np.zeros((batch_size, self.token_count), np.uint16)  # new: the device may read it later
+        padded[: len(tokens)] = tokens
+        return self._to_uint8(self._params, jax.device_put(padded, self._rows))
+
+    def _halve(self, batch_size: int, error: Exception) -> None:
+        """After a batch of this size did not fit."""
+        if batch_size <= len(self._devices):
+            raise UserError(
+                "not enough memory to decode one picture at a time; end what else uses the device, "
+                "or give --dtype bfloat16"
+            ) from error
+        halved = -(-batch_size // 2 // len(self._devices)) * len(self._devices)
+        self.batch_size = min(self.batch_size, halved)
+
+
+class Decoding:
+    """Pictures on their way from a codec; keeps the tokens until they are there."""
+
+    def __init__(self, codec: Codec, tokens: np.ndarray):
+        self._codec = codec
+        self._parts: list[tuple[np.ndarray, jax.Array]] = []  # tokens (at most B, L), pictures (B, H, W, 3)
+        self._start(tokens)
+
+    def pictures(self) -> np.ndarray:
+        """Wait for them: (n, H, W, 3) uint8."""
+        found = [self._fetched(*part) for part in self._parts]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _start(self, tokens: np.ndarray) -> None:
+        first = 0
+        while first < len(tokens) or not self._parts:
+            size = self._codec.batch_size
+            part = tokens[first : first + size]
+            try:
+                self._parts.append((part, self._codec._start_batch(part, size)))
+                first += size
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._codec._halve(size, error)
+
+    def _fetched(self, tokens: np.ndarray, pictures: jax.Array) -> np.ndarray:
+        size = len(pictures)
+        try:
+            return jax.device_get(pictures)[: len(tokens)]
+        except jax.errors.JaxRuntimeError as error:  # of a computation that began without an error
+            if not is_out_of_memory(error):
+                raise
+            self._codec._halve(size, error)
+        del pictures
+        return self._codec.decode(tokens)
+
+
+def _network(kind: str, config: Any, dtype: np.dtype, platform: str) -> tuple[Callable, Callable]:
+    """What places parameters on devices (params, sharding), and what decodes tokens with them (params, tokens)."""
+    network = network_class(kind)
+    if kind == "vqgan":
+        decoder = VQGANDecoder(config, dtype, platform)
+        return lambda params, where: decoder.prepare(params, lambda array: jax.device_put(array, where)), decoder.decode
+    model = network(config, dtype)
+
+    def prepare(params, where):
+        return placed({name: params[name] for name in network.DECODER_PARTS}, where)
+
+    def decode(params, tokens):
+        return model.apply({"params": computable(params)}, tokens, method="decode_code")
+
+    return prepare, decode
+
+
+def _on_each_device(function: Callable, mesh: Mesh) -> Callable:
+    """`function` of parameters, on all devices, and rows, divided among them."""
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec(_AXIS)), "out_specs": PartitionSpec(_AXIS)}
+    return jax.shard_map(function, mesh=mesh, **specs)

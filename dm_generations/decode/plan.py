@@ -1,5 +1,6 @@
 """What a decode is to write: which groups, which files, and which of those are finished already."""
 
+import functools
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,12 +29,15 @@ class Selection:
 class Layout:
     """How pictures become files: "images" is one each, "gallery" a grid of cols x rows for each group.
 
-    "npy" is a file of tokens for each, which needs no codec.
+    "npy" is a file of tokens for each, which needs no codec. "tar" is a file for each `shard_size` pictures, and
+    "zip" one file for all (see shards.py).
     """
 
     mode: str
     cols: int
     rows: int
+    picture_extension: str = ".png"
+    shard_size: int = 1000
 
     @property
     def is_gallery(self) -> bool:
@@ -41,7 +45,11 @@ class Layout:
 
     @property
     def extension(self) -> str:
-        return ".npy" if self.mode == "npy" else ".png"
+        return ".npy" if self.mode == "npy" else self.picture_extension
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.mode in ("tar", "zip")
 
     @property
     def cells(self) -> int:
@@ -83,16 +91,14 @@ class GroupPlan:
             settings.cond_scale,
             self.sc_prompt,
         )
+        name = functools.partial(names.picture_file, *fields, extension=layout.extension)
         for page, first in enumerate(range(0, self.count, layout.cells)):
             ranks = range(first, min(first + layout.cells, self.count))
             if layout.is_gallery:
-                path = f"{folder}/{names.picture_file(*fields, page=page)}"
-                incomplete_path = f"{folder}/{names.picture_file(*fields, page=page, is_incomplete=True)}"
-                yield Target(path, page, ranks, incomplete_path)
+                incomplete_path = f"{folder}/{name(page=page, is_incomplete=True)}"
+                yield Target(f"{folder}/{name(page=page)}", page, ranks, incomplete_path)
             else:
-                yield Target(
-                    f"{folder}/{names.picture_file(*fields, rank=first, extension=layout.extension)}", 0, ranks, None
-                )
+                yield Target(f"{folder}/{name(rank=first)}", 0, ranks, None)
 
 
 def select_groups(archive: Archive, selection: Selection) -> list[GroupPlan]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from dm_generations.errors import UserError
 from dm_generations.files import write_atomic
 
-_QUEUE_PER_WORKER = 4  # enough to keep threads busy, few enough to bound memory
+QUEUE_PER_WORKER = 4  # enough to keep threads busy, few enough to bound memory
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no later file would fare better
 
 
@@ -21,7 +21,7 @@ class FileWriter:
 
     def __init__(self, workers: int):
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
-        self._limit = _QUEUE_PER_WORKER * workers
+        self._limit = QUEUE_PER_WORKER * workers
         self._pending: deque[tuple[Path, Future, Callable[[Exception | None], None]]] = deque()
 
     def submit(
@@ -47,13 +47,18 @@ class FileWriter:
 
     def _settle(self, path: Path, future: Future, done: Callable[[Exception | None], None]) -> None:
         error = future.exception()
-        if isinstance(error, OSError) and error.errno in _HOPELESS:
-            raise UserError(
-                f"cannot write {path}: {error.strerror}; make room and run the same command again to go on"
-            ) from error
+        raise_if_hopeless(path, error)
         if error is not None and not isinstance(error, Exception):
             raise error
         done(error)
+
+
+def raise_if_hopeless(path: Path, error: BaseException | None) -> None:
+    """UserError if `error`, of writing `path`, is one that every later file would meet."""
+    if isinstance(error, OSError) and error.errno in _HOPELESS:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; make room and run the same command again to go on"
+        ) from error
 
 
 def _write_file(path: Path, encode: Callable[[], bytes | memoryview]) -> None:

@@ -14,14 +14,14 @@ _PIECE = 1 << 25  # bytes between two releases: a call for each small tensor wou
 _ALIGNMENT = 64  # of arrays that JAX takes over on a CPU instead of copying them
 
 
-def placed(params: dict) -> dict:
-    """`params`, a nested dict of NumPy arrays, as arrays of the default device, in the same dtypes."""
+def placed(params: dict, where: jax.sharding.Sharding | None = None) -> dict:
+    """`params`, a nested dict of NumPy arrays, as arrays of the default device or `where`, in the same dtypes."""
     leaves, structure = jax.tree.flatten(params)
     on_device, unreleased = [], []
     for leaf in leaves:
         leaf = np.asarray(leaf)
         # Never the mapped memory itself: somebody may write the file anew while the program runs.
-        on_device.append(jax.device_put(_copied(leaf)))
+        on_device.append(jax.device_put(_copied(leaf), where))
         unreleased.append(leaf)
         if sum(view.nbytes for view in unreleased) >= _PIECE:
             release(unreleased)

@@ -1,10 +1,16 @@
 """The codec on the device: exact, compiled once, a row in any company the same."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
 from decode_kit import GOLDEN_CODEC, random_tokens
+from helpers import ROOT
 
+from dm_generations.decode import memory
 from dm_generations.decode.codec import Codec
 from dm_generations.errors import UserError
 from dm_generations.models import checkpoints
@@ -42,3 +48,95 @@ def test_a_code_outside_the_codebook_is_refused(codec):
     tokens = np.full((1, codec.token_count), codec.codebook_size, np.uint16)
     with pytest.raises(UserError, match="outside the codec's codebook"):
         codec.decode(tokens)
+
+
+def test_more_tokens_than_a_batch_are_decoded_in_parts(codec):
+    tokens = random_tokens(10, codec.token_count, codec.codebook_size)
+    parts = [codec.decode(tokens[first : first + 4]) for first in (0, 4, 8)]
+    np.testing.assert_array_equal(codec.decode(tokens), np.concatenate(parts))
+    assert codec.decode(tokens[:0]).shape == (0, codec.image_size, codec.image_size, 3)
+
+
+@pytest.mark.parametrize(("dtype", "largest", "mean"), [("bfloat16", 40, 4), ("float16", 6, 0.6)])
+def test_half_precision_is_near(codec, dtype, largest, mean):
+    rounded = Codec.from_checkpoint(checkpoints.load(GOLDEN_CODEC, "codec"), batch_size=4, dtype=dtype)
+    tokens = random_tokens(4, codec.token_count, codec.codebook_size)
+    error = np.abs(rounded.decode(tokens).astype(int) - codec.decode(tokens))
+    assert error.max() <= largest and error.mean() <= mean, f"{error.max()} {error.mean():.2f}"
+
+
+def test_auto_takes_what_memory_holds(monkeypatch):
+    """A picture of 32x32 pixels is small, so a CPU takes many; with next to no memory it takes one."""
+    checkpoint = checkpoints.load(GOLDEN_CODEC, "codec")
+    assert Codec.from_checkpoint(checkpoint, "auto").batch_size >= 64
+    monkeypatch.setattr(memory, "_free_bytes", lambda device: 1)
+    assert Codec.from_checkpoint(checkpoint, "auto").batch_size == 1
+
+
+def failing(codec, monkeypatch, largest: int, when_fetched: bool = False) -> list[int]:
+    """Lets batches above `largest` run out of memory, on starting or on fetching; the list grows by those tried."""
+    tried, decode = [], codec._to_uint8
+
+    class Failed:
+        def __init__(self, pictures):
+            self.pictures = pictures
+
+        def __len__(self):
+            return len(self.pictures)
+
+        def __array__(self, *_):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
+
+    def to_uint8(params, tokens):
+        tried.append(len(tokens))
+        pictures = decode(params, tokens)
+        if len(tokens) <= largest:
+            return pictures
+        return Failed(pictures) if when_fetched else np.asarray(Failed(pictures))
+
+    monkeypatch.setattr(codec, "_to_uint8", to_uint8)
+    return tried
+
+
+@pytest.mark.parametrize("when_fetched", [False, True])
+def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch, when_fetched):
+    codec = Codec.from_checkpoint(checkpoints.load(GOLDEN_CODEC, "codec"), batch_size=16)
+    tokens = random_tokens(21, codec.token_count, codec.codebook_size)
+    expected = codec.decode(tokens)
+    tried = failing(codec, monkeypatch, 4, when_fetched)
+    np.testing.assert_array_equal(codec.decode(tokens), expected)
+    assert codec.batch_size == 4 and max(tried) == 16
+    tried.clear()
+    np.testing.assert_array_equal(codec.decode(tokens), expected)
+    assert tried == [4] * 6  # what it learned, it keeps
+
+
+def test_no_memory_for_one_picture_is_an_error(monkeypatch):
+    codec = Codec.from_checkpoint(checkpoints.load(GOLDEN_CODEC, "codec"), batch_size=4)
+    failing(codec, monkeypatch, 0)
+    with pytest.raises(UserError, match="not enough memory to decode one picture"):
+        codec.decode(random_tokens(1, codec.token_count, codec.codebook_size))
+
+
+FOUR_DEVICES = """
+import jax, numpy as np, sys
+from dm_generations.decode.codec import Codec
+from dm_generations.models import checkpoints
+tokens = np.load(sys.argv[2])
+codec = Codec.from_checkpoint(checkpoints.load(sys.argv[1], "codec"), batch_size=6)
+assert codec.batch_size == 8  # two for each device
+with jax.transfer_guard("disallow"):
+    decoding = codec.start(tokens)
+    assert {len(shard.data) for _, part in decoding._parts for shard in part.addressable_shards} == {2}
+    np.save(sys.argv[3], decoding.pictures())
+assert len(jax.devices()) == 4
+"""
+
+
+def test_several_devices_share_a_batch(codec, tmp_path):
+    tokens = random_tokens(11, codec.token_count, codec.codebook_size)
+    np.save(tmp_path / "tokens.npy", tokens)
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    arguments = (str(GOLDEN_CODEC), str(tmp_path / "tokens.npy"), str(tmp_path / "pictures.npy"))
+    subprocess.run([sys.executable, "-c", FOUR_DEVICES, *arguments], check=True, env=environment, cwd=ROOT)
+    np.testing.assert_array_equal(np.load(tmp_path / "pictures.npy"), codec.decode(tokens))

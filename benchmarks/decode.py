@@ -1,0 +1,265 @@
+"""Time the decoder of a full-size VQGAN (f16, 16,384 codes, random weights), alone and with all that is around it.
+
+    python benchmarks/decode.py network                  # pictures a second of each dtype, and of torch if it is there
+    python benchmarks/decode.py errors                   # each dtype against float64
+    python benchmarks/decode.py pipeline --count 64      # an archive to PNG files, against decode, wait, encode in turn
+
+On 2 cores some minutes each; --codec PATH takes another codec's weights, "embedded" the one that ships.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import os
+import resource
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from dm_generations.archive import Archive
+from dm_generations.decode.codec import DTYPES, Codec
+from dm_generations.decode.options import Options
+from dm_generations.decode.run import decode_archive
+from dm_generations.models.checkpoints import load, save, unflatten
+from dm_generations.models.networks import parameter_shapes
+from dm_generations.models.vqgan import VQGAN, VQGANConfig
+from dm_generations.models.vqgan_decoder import VQGANDecoder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["network", "errors", "pipeline"])
+    parser.add_argument("--codec", metavar="PATH", help="(default: random weights of full size)")
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="(default: 4)")
+    parser.add_argument("--count", type=int, default=32, metavar="N", help="pictures of `pipeline` (default: 32)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of `pipeline` (default: float32)")
+    parser.add_argument("--structure", help=argparse.SUPPRESS)  # what a process of `pipeline` runs, and where
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not args.structure:
+        print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, load {os.getloadavg()[0]:.1f}", flush=True)
+    {"network": network, "errors": errors, "pipeline": pipeline}[args.what](args)
+
+
+def network(args: argparse.Namespace) -> None:
+    """Pictures a second on the device, nothing else; GFLOP are those of the network as it is written."""
+    config, params = codec_of(args.codec)
+    tokens = random_tokens(config, args.batch_size)
+    peak = {dtype: matrix_peak(dtype) for dtype in DTYPES}
+    model = VQGAN(config)
+    decoder_params = {name: params[name] for name in VQGAN.DECODER_PARTS}
+    written = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, method="decode_code"))
+    gflop = written.lower(decoder_params, tokens).cost_analysis()["flops"] / args.batch_size / 1e9
+    print(f"{gflop:.0f} GFLOP a picture")
+
+    def line(what: str, dtype: str, seconds: float) -> None:
+        rate = args.batch_size / seconds
+        share = f"{rate * gflop / peak[dtype]:4.0%} of the {peak[dtype]:,.0f} GFLOP/s of a matrix product"
+        print(f"{what:34} {rate:9.2f} pictures/s {1e3 / rate:9.1f} ms {share}", flush=True)
+
+    placed = jax.device_put(decoder_params)
+    line("the network as it is written", "float32", seconds_of(lambda: written(placed, tokens)))
+    del placed
+    for dtype in DTYPES:
+        codec = Codec("vqgan", config, params, args.batch_size, dtype)
+        line(f"ours, {dtype}", dtype, seconds_of(lambda codec=codec: codec._to_uint8(codec._params, tokens)))
+    time_torch(config, params, tokens, line)
+
+
+def errors(args: argparse.Namespace) -> None:
+    """Against float64, in units of a pixel's 255 steps, before they are cut to whole numbers; and how many differ."""
+    config, params = codec_of(args.codec)
+    tokens = random_tokens(config, args.batch_size)
+    platform = jax.devices()[0].platform
+
+    def decoded(dtype: str) -> np.ndarray:
+        decoder = VQGANDecoder(config, np.dtype(dtype), platform)
+        return np.clip(np.asarray(jax.jit(decoder.decode)(decoder.prepare(params), tokens), np.float64), 0, 1) * 255
+
+    with jax.enable_x64(True):
+        exact = decoded("float64")
+    print("dtype        mean      largest   bytes that differ")
+    for dtype in DTYPES:
+        found = decoded(dtype)
+        error, differing = np.abs(found - exact), np.mean(np.floor(found) != np.floor(exact))
+        print(f"{dtype:10} {error.mean():9.6f} {error.max():9.5f} {differing:9.3%}", flush=True)
+
+
+def pipeline(args: argparse.Namespace) -> None:
+    """Pictures a second on disk and peak memory of the host, each structure in a process of its own."""
+    if args.structure:
+        folder = Path(args.folder)
+        seconds = {"simple": simple_structure, "ours": our_structure}[args.structure](folder, args)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        rate = args.count / seconds
+        print(f"{args.structure:10} {rate:9.2f} pictures/s on disk, start included; peak memory {memory:,.0f} MB")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        config, params = codec_of(args.codec)
+        tokens = random_tokens(config, args.count)
+        np.save(f"{folder}/tokens.npy", tokens)
+        write_archive(f"{folder}/archive.db", tokens)
+        save(Path(folder) / "codec", "vqgan", dataclasses.asdict(config), params)
+        for structure in ("simple", "ours"):
+            command = [sys.executable, __file__, *sys.argv[1:], "--structure", structure, "--folder", folder]
+            subprocess.run(command, check=True)
+
+
+def simple_structure(folder: Path, args: argparse.Namespace) -> float:
+    """Seconds to decode, wait and encode in turn, with the network as it is written and Pillow's defaults."""
+    started = time.perf_counter()
+    checkpoint = load(str(folder / "codec"), "codec")
+    model = VQGAN(checkpoint.config)
+    params = jax.tree.map(jnp.asarray, {name: checkpoint.params[name] for name in VQGAN.DECODER_PARTS})
+    decode = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, method="decode_code"))
+    tokens = np.load(folder / "tokens.npy")
+    for first in range(0, len(tokens), args.batch_size):
+        pixels = np.asarray(decode(params, tokens[first : first + args.batch_size]))
+        for number, picture in enumerate((pixels.clip(0, 1) * 255).astype(np.uint8), first):
+            Image.fromarray(picture).save(folder / f"{number}.png")
+    return time.perf_counter() - started
+
+
+def our_structure(folder: Path, args: argparse.Namespace) -> float:
+    """Seconds that the decode command's function takes."""
+    started = time.perf_counter()
+    options = Options(folder / "images", codec=str(folder / "codec"), dtype=args.dtype, batch_size=args.batch_size)
+    with Archive.open(folder / "archive.db") as archive:
+        report = decode_archive(archive, options, warn=print)
+    assert report.written == args.count, report.problems
+    return time.perf_counter() - started
+
+
+def write_archive(path: str, tokens: np.ndarray) -> None:
+    """An archive in the 2022 layout: one prompt and setting."""
+    connection = sqlite3.connect(path)
+    connection.executescript(
+        """CREATE TABLE prompts (id INTEGER PRIMARY KEY, desc TEXT);
+        CREATE TABLE sc_prompts (id INTEGER PRIMARY KEY, desc TEXT);
+        CREATE TABLE images (id INTEGER PRIMARY KEY, prompt_id INTEGER, sc_prompt_id INTEGER, top_k INTEGER,
+            top_p REAL, temperature REAL, cond_scale REAL, key0 INTEGER, key1 INTEGER, quantvec BLOB,
+            quantvec_md5 TEXT, clip_score_input REAL, clip_score_tokenized REAL);
+        INSERT INTO prompts VALUES (1, 'a boat');
+        INSERT INTO sc_prompts VALUES (1, NULL);"""
+    )
+    blobs = [row.astype("<u2").tobytes() for row in tokens]
+    connection.executemany(
+        "INSERT INTO images VALUES (NULL, 1, 1, 50, 1.0, 1.0, 10.0, 0, ?, ?, ?, 30.0, 0.0)",
+        [(key, blob, hashlib.md5(blob).hexdigest()) for key, blob in enumerate(blobs)],
+    )
+    connection.commit()
+    connection.close()
+
+
+def codec_of(path: str | None) -> tuple[VQGANConfig, dict]:
+    """Config and parameters, NumPy float32."""
+    if path is not None:
+        checkpoint = load(None if path == "embedded" else path, "codec")
+        return checkpoint.config, jax.tree.map(lambda leaf: np.array(leaf, np.float32), checkpoint.params)
+    config, rng = VQGANConfig(), np.random.default_rng(0)
+    flat = {}
+    for name, shape in parameter_shapes("vqgan", config).items():
+        values = rng.standard_normal(shape, np.float32)
+        if name.endswith("kernel"):  # activations stay near 1
+            values *= np.prod(shape[:-1]) ** -0.5
+        elif not name.endswith("embedding"):  # biases near 0, scales near 1
+            values = values * 0.1 + name.endswith("scale")
+        flat[name] = values.astype(np.float32)
+    return config, unflatten(flat)
+
+
+def random_tokens(config: VQGANConfig, count: int) -> np.ndarray:
+    """(count, L) int32."""
+    return np.random.default_rng(1).integers(config.codebook_size, size=(count, config.grid**2), dtype=np.int32)
+
+
+def seconds_of(function: Callable, repeats: int = 3) -> float:
+    """The best of some calls; the first, which compiles, is left out."""
+    jax.block_until_ready(function())
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def matrix_peak(dtype: str, size: int = 4096) -> float:
+    """GFLOP/s of a large matrix product."""
+    matrix = jnp.ones((size, size), dtype)
+    return 2 * size**3 / seconds_of(lambda: matrix @ matrix) / 1e9
+
+
+def time_torch(config: VQGANConfig, params: dict, tokens: np.ndarray, line: Callable[[str, str, float], None]) -> None:
+    """The same network in PyTorch, channels last, at its best settings: float32 and under autocast to bfloat16."""
+    try:
+        import torch
+    except ImportError:
+        print("torch is not installed")
+        return
+    from torch.nn import functional
+
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("highest")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def placed(tree):
+        if isinstance(tree, dict):
+            return {name: placed(part) for name, part in tree.items()}
+        array = torch.from_numpy(np.ascontiguousarray(tree.transpose(3, 2, 0, 1) if tree.ndim == 4 else tree))
+        return array.to(device, memory_format=torch.channels_last if tree.ndim == 4 else torch.contiguous_format)
+
+    def conv(weights, x):
+        return functional.conv2d(x, weights["kernel"], weights["bias"], padding=weights["kernel"].shape[-1] // 2)
+
+    def norm(weights, x):
+        return functional.group_norm(x, config.num_groups, weights["scale"], weights["bias"], config.group_norm_eps)
+
+    def res_block(weights, x):
+        h = conv(weights["conv1"], functional.silu(norm(weights["norm1"], x)))
+        h = conv(weights["conv2"], functional.silu(norm(weights["norm2"], h)))
+        return h + (conv(weights["nin_shortcut"], x) if "nin_shortcut" in weights else x)
+
+    def attention(weights, x):
+        normed = norm(weights["norm"], x)
+        q, k, v = (conv(weights[name], normed).flatten(2).transpose(1, 2)[:, None] for name in ("q", "k", "v"))
+        mixed = functional.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + conv(weights["proj_out"], mixed.transpose(1, 2).reshape(x.shape))
+
+    def decode(tokens):
+        side = config.grid
+        x = functional.embedding(tokens, codebook).reshape(-1, side, side, codebook.shape[1]).permute(0, 3, 1, 2)
+        weights = decoder
+        x = conv(weights["conv_in"], conv(after, x))
+        x = res_block(weights["mid"]["block_1"], x)
+        x = res_block(weights["mid"]["block_2"], attention(weights["mid"]["attn_1"], x))
+        for i in reversed(range(len(config.ch_mult))):
+            level = weights[f"up_{i}"]
+            for j in range(config.num_res_blocks + 1):
+                x = res_block(level[f"block_{j}"], x)
+                if f"attn_{j}" in level:
+                    x = attention(level[f"attn_{j}"], x)
+            if i:
+                x = conv(level["upsample"]["conv"], functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return conv(weights["conv_out"], functional.silu(norm(weights["norm_out"], x)))
+
+    codebook = placed(params["quantize"]["embedding"]["embedding"])
+    after, decoder = placed(params["post_quant_conv"]), placed(params["decoder"])
+    tokens = torch.from_numpy(tokens).to(device)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for dtype in ("float32", "bfloat16"):
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            line(f"torch {torch.__version__}, {dtype}", dtype, seconds_of(lambda: (decode(tokens), wait())[1]))
+
+
+if __name__ == "__main__":
+    main()

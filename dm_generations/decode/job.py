@@ -1,0 +1,244 @@
+"""One decode under way: rows are read, checked and put into batches, and what comes back is put into files."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+
+from dm_generations.archive import Archive, ImageRow
+from dm_generations.browser.manifest import (
+    Entry,
+    GalleryEntry,
+    build_manifest,
+    manifest_files,
+    write_manifest,
+)
+from dm_generations.browser.shown import shown_before, shown_by
+from dm_generations.decode.codec import Codec, Decoding
+from dm_generations.decode.gallery import Sheet
+from dm_generations.decode.npy import encode_npy
+from dm_generations.decode.options import Options, Report
+from dm_generations.decode.piece import Finish, Piece, entry
+from dm_generations.decode.plan import GroupPlan, Target, is_finished
+from dm_generations.decode.progress import Progress
+from dm_generations.decode.shards import Member, Shard, ShardSet, ShardWriter, fingerprint
+from dm_generations.decode.tokens import BadTokens, tokens_of
+from dm_generations.decode.writer import FileWriter
+from dm_generations.errors import UserError
+
+Cell = tuple[Piece, int, np.ndarray]  # a picture to be: the file, its cell there, and its tokens (L,) uint16
+
+
+class AnyTokens:
+    """What stands for a codec where tokens are written as they are."""
+
+    batch_size, token_count, codebook_size = 1, None, 1 << 16
+
+
+class Job:
+    """What is to be written, and what is known of it by now."""
+
+    def __init__(self, archive: Archive, plans: list[GroupPlan], options: Options):
+        self.archive, self.plans, self.options = archive, plans, options
+        self.layout = replace(options.layout, picture_extension=options.encoding.extension)
+        self.out_dir = options.out_dir
+        self.report = Report()
+        self._entries: dict[str, Entry | GalleryEntry] = {}  # by path, for files that are there or will be
+        needs_models = options.has_metadata or self.layout.mode == "tar"
+        models = archive.models() if needs_models else {}
+        self._finish = Finish(options.encoding, options.strips, options.has_metadata, models)
+        self._moved_paths = set(self._find_moved())
+        self._set_id = fingerprint(self._contents()) if self.layout.is_sharded else ""
+
+    def count_due(self) -> int:
+        """Pictures that are to be decoded."""
+        return sum(len(target.ranks) for _, target, shard in self._targets() if self._is_due(target, shard))
+
+    def run(self, codec: Codec | AnyTokens | None, progress: Progress) -> None:
+        """Decode and write what is due; `codec` may be None when nothing is."""
+        workers = self.options.num_workers or _core_count()
+        cells = self._cells(codec, progress)
+        if self.layout.mode == "npy":
+            with FileWriter(workers) as writer:
+                for piece, _, tokens in cells:
+                    encode = functools.partial(encode_npy, tokens)
+                    writer.submit(self.out_dir / piece.sheet.path, encode, self._when_written(piece, progress))
+        elif self.layout.is_sharded:
+            added = functools.partial(progress.advance, 1)
+            ended = functools.partial(self._when_shard_ended, progress=progress)
+            with ShardWriter(self.out_dir, self.layout.mode, workers, added, ended, self._last_members) as writer:
+                for piece in _full(_decoded(codec, cells)):
+                    writer.submit(piece.shard, functools.partial(piece.members, self._finish, self.layout.mode))
+        else:
+            with FileWriter(workers) as writer:
+                for piece in _full(_decoded(codec, cells)):
+                    encode = functools.partial(piece.encoded, self._finish)
+                    writer.submit(self.out_dir / piece.sheet.path, encode, self._when_written(piece, progress))
+
+    def write_page(self) -> None:
+        """`manifest.js` and the page, for the files that are there."""
+        if not self._entries or self.layout.mode not in ("images", "gallery"):
+            return
+        try:
+            self.report.page = write_manifest(self.out_dir, self._manifest())
+        except OSError as error:
+            raise UserError(f"cannot write the page into {self.out_dir}: {error.strerror}") from error
+
+    def _manifest(self) -> dict:
+        mode = "gallery" if self.layout.is_gallery else "images"
+        return build_manifest(mode, self.archive.path.name, self._entries.values())
+
+    def _last_members(self) -> list[Member]:
+        """A zip is the tree that separate files would be, with its page."""
+        return list(manifest_files(self._manifest()).items()) if self.layout.mode == "zip" else []
+
+    def _contents(self) -> Iterator[object]:
+        """What tells one set of shards from another."""
+        yield self.layout.mode, self.layout.extension, self.layout.shard_size if self.layout.mode == "tar" else None
+        for plan in self.plans:
+            yield plan
+            for row in self.archive.rows(plan.settings, plan.count):
+                yield row.id, row.quantvec_md5
+
+    def _targets(self) -> Iterator[tuple[GroupPlan, Target, Shard | None]]:
+        """All files asked for; those that are parts of shards, with the shard."""
+        shards = ShardSet(self.layout.mode, self.layout.shard_size, self._set_id, self._is_path_due)
+        targets = ((plan, target) for plan in self.plans for target in plan.targets(self.layout))
+        for position, (plan, target) in enumerate(targets):
+            yield plan, target, shards.at(position) if self.layout.is_sharded else None
+
+    def _is_due(self, target: Target, shard: Shard | None) -> bool:
+        return self._is_path_due(target.path) if shard is None else shard.is_due
+
+    def _is_path_due(self, path: str) -> bool:
+        is_due = self.options.overwrite or path in self._moved_paths
+        return is_due or not is_finished(os.path.join(self.out_dir, path))
+
+    def _find_moved(self) -> Iterator[str]:
+        """Paths of files that stand, but whose names belong to other pictures by now."""
+        shown = shown_before(self.out_dir) if self.layout.mode in ("images", "gallery") else {}
+        for plan in self.plans if shown else ():
+            rows = self.archive.rows(plan.settings, plan.count)
+            for target in plan.targets(self.layout):
+                members = list(islice(rows, len(target.ranks)))
+                # A row that cannot be read could not be decoded again either.
+                if target.path in shown and members and all(row.quantvec for row in members):
+                    if shown[target.path] != shown_by(entry(plan, target, target.path, members)):
+                        yield target.path
+
+    def _cells(self, codec: Codec | AnyTokens | None, progress: Progress) -> Iterator[Cell]:
+        """The tokens to decode, with the place of each picture."""
+        rows_of: GroupPlan | None = None
+        finished_shard: Shard | None = None
+        for plan, target, shard in self._targets():
+            if plan is not rows_of:
+                rows_of, rows = plan, self.archive.rows(plan.settings, plan.count)
+            members = list(islice(rows, len(target.ranks)))
+            if codec is not None and self._is_due(target, shard):
+                yield from self._cells_of(plan, target, members, shard, codec, progress)
+            elif shard is None:
+                self.report.already_there += 1
+                self._entries[target.path] = entry(plan, target, target.path, members)
+            elif shard is not finished_shard:
+                finished_shard = shard
+                self.report.already_there += 1
+
+    def _cells_of(
+        self,
+        plan: GroupPlan,
+        target: Target,
+        members: list[ImageRow],
+        shard: Shard | None,
+        codec: Codec | AnyTokens,
+        progress: Progress,
+    ) -> Iterator[Cell]:
+        good = []
+        for cell, row in enumerate(members):
+            try:
+                tokens = tokens_of(row.quantvec, row.quantvec_md5, codec.token_count, codec.codebook_size)
+            except BadTokens as error:
+                self._problem(f"image {row.id} was not decoded: {error}", progress)
+            else:
+                good.append((cell, row, tokens))
+        if len(members) < len(target.ranks):
+            self._problem(f"{target.path}: {self.archive.path} changed while it was read; run again", progress)
+        progress.advance(len(target.ranks) - len(good))
+        is_whole = len(good) == len(target.ranks)
+        if shard is not None and not is_whole:
+            shard.is_whole = False
+        if not good:
+            return
+        path = target.path if is_whole or not target.incomplete_path else target.incomplete_path
+        self._entries[path] = entry(plan, target, path, members)
+        cols, rows = (self.layout.cols, self.layout.rows) if self.layout.is_gallery else (1, 1)
+        replaced = target.incomplete_path if is_whole else None
+        sheet = Sheet(path, replaced, cols, rows, len(good))
+        piece = Piece(sheet, plan, target, [(cell, row) for cell, row, _ in good], shard)
+        for cell, _, tokens in good:
+            yield piece, cell, tokens
+
+    def _when_written(self, piece: Piece, progress: Progress) -> Callable[[Exception | None], None]:
+        sheet = piece.sheet
+        # Not the sheet, nor the piece: they hold pixels.
+        path, replaced, picture_count = sheet.path, sheet.replaced, sheet.picture_count
+
+        def done(error: Exception | None) -> None:
+            progress.advance(picture_count)
+            if error is not None:
+                del self._entries[path]
+                self._not_written(path, error, progress)
+                return
+            self.report.written += 1
+            if replaced is not None:
+                with contextlib.suppress(OSError):
+                    (self.out_dir / replaced).unlink()
+
+        return done
+
+    def _when_shard_ended(self, shard: Shard, error: Exception | None, progress: Progress) -> None:
+        if error is not None:
+            self._not_written(shard.final_path, error, progress)
+        else:
+            self.report.written += 1
+
+    def _not_written(self, path: str, error: Exception, progress: Progress) -> None:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+        self._problem(f"{self.out_dir / path} was not written: {reason}", progress)
+
+    def _problem(self, line: str, progress: Progress) -> None:
+        self.report.problems.append(line)
+        progress.say(f"error: {line}")
+
+
+def _full(placed: Iterable[tuple[Piece, int, np.ndarray]]) -> Iterator[Piece]:
+    """The files that are full, each when its last picture is on it."""
+    for piece, cell, picture in placed:
+        piece.sheet.place(cell, picture)
+        if piece.sheet.is_full:
+            yield piece
+
+
+def _decoded(codec: Codec | None, cells: Iterator[Cell]) -> Iterator[tuple[Piece, int, np.ndarray]]:
+    """The picture (H, W, 3) uint8 of each cell; a batch is handed over while the next one is computed."""
+    running: tuple[list[Cell], Decoding] | None = None
+    while batch := list(islice(cells, codec.batch_size if codec else 1)):
+        started = batch, codec.start(np.stack([tokens for _, _, tokens in batch]))
+        if running is not None:
+            yield from _pictures(*running)
+        running = started
+    if running is not None:
+        yield from _pictures(*running)
+
+
+def _pictures(batch: list[Cell], decoding: Decoding) -> Iterator[tuple[Piece, int, np.ndarray]]:
+    for (piece, cell, _), picture in zip(batch, decoding.pictures(), strict=True):
+        yield piece, cell, picture
+
+
+def _core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,123 @@
+"""Decodes that are killed or interrupted at any moment: nothing half done passes for done, and the next run goes on."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+
+import pytest
+from decode_kit import all_files
+from faults_kit import bytes_under, without_progress
+from helpers import ROOT
+
+MODES = {
+    "images": (),
+    "gallery": ("--mode", "gallery", "--gallery-cols", "3", "--gallery-rows", "2"),
+    "npy": ("--mode", "npy"),
+    "tar": ("--mode", "tar", "--shard-size", "64"),
+    "zip": ("--mode", "zip"),
+}
+PAGE = {"manifest.js", "samplebrowser.html"}
+
+
+def undisturbed(command, folder, flags):
+    """The files of a run that nothing happens to, by path."""
+    assert command.run(folder, *flags) == 0
+    return all_files(folder)
+
+
+def check_kills(command, out, whole, flags, kill_count, seed):
+    """Kill decodes into one folder, each at a random moment of what is left to do, `kill_count` times in all.
+
+    Whenever little is left, a run may end, its folder must be whole, and a new one is begun.
+    """
+    moments = random.Random(seed)
+    picture_bytes = sum(len(data) for path, data in whole.items() if path not in PAGE)
+    while kill_count:
+        if bytes_under(out) > 0.9 * picture_bytes:
+            check_whole(command, out, whole, flags, seed)
+            shutil.rmtree(out)
+        byte_count = moments.randrange(bytes_under(out), picture_bytes)
+        killed = command.signalled(out, byte_count, signal.SIGKILL, *flags)
+        assert killed.returncode in (-signal.SIGKILL, 0), killed.stderr
+        kill_count -= killed.returncode == -signal.SIGKILL
+        assert finished_files(out).items() <= whole.items(), f"half done at {byte_count:,} bytes, seed {seed}"
+    check_whole(command, out, whole, flags, seed)
+
+
+def check_whole(command, out, whole, flags, seed):
+    """A run that nothing happens to brings what earlier ones left to the tree of an undisturbed run."""
+    assert command.run(out, *flags) == 0
+    assert all_files(out) == whole, f"seed {seed}"
+
+
+def finished_files(folder):
+    """All files but those under temporary names, which a killed run may leave."""
+    if not folder.exists():
+        return {}
+    return {path: data for path, data in all_files(folder).items() if not os.path.basename(path).startswith(".dmg-")}
+
+
+def test_five_killed_runs_go_on_to_the_same_tree(command, whole, tmp_path):
+    check_kills(command, tmp_path / "cut", whole, (), kill_count=5, seed=random.randrange(10**6))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("mode", MODES)
+def test_fifty_killed_runs_go_on_to_the_same_tree(command, tmp_path, mode):
+    flags = MODES[mode]
+    whole = undisturbed(command, tmp_path / "whole", flags)
+    check_kills(command, tmp_path / "cut", whole, flags, kill_count=50, seed=random.randrange(10**6))
+
+
+def test_what_a_killed_run_on_another_machine_left_stays_while_it_is_young(command, tmp_path):
+    foreign = f".dmg-{'0' * 8}-1-{'0' * 8}.tmp"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / foreign).touch()
+    assert command.run(tmp_path / "out", "--prompt-ids", "1", "--n-best", "1") == 0
+    assert (tmp_path / "out" / foreign).exists()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_interrupted_run_says_so_and_goes_on(command, tmp_path, mode):
+    flags, out = MODES[mode], tmp_path / "cut"
+    expected = undisturbed(command, tmp_path / "whole", flags)
+    byte_count = sum(map(len, expected.values())) // 4
+    stopped = command.signalled(out, byte_count, signal.SIGINT, *flags)
+    assert stopped.returncode == 130, stopped.stderr
+    assert without_progress(stopped.stderr) == "interrupted; repeat the command to go on\n"
+    left = all_files(out)
+    assert left or mode == "zip"
+    assert left.items() < expected.items()
+    assert command.run(out, *flags) == 0
+    assert all_files(out) == expected
+
+
+def test_a_finished_folder_is_left_as_it_is(command, tmp_path):
+    out = tmp_path / "out"
+    assert command.run(out) == 0
+    before = {path: os.stat(path).st_mtime_ns for path in out.rglob("*.png")}
+    assert len(before) == 1500
+    assert command.run(out) == 0
+    assert {path: os.stat(path).st_mtime_ns for path in out.rglob("*.png")} == before
+
+
+def test_a_compiled_program_that_was_cut_off_is_compiled_again(command, tmp_path):
+    """What a run that is killed while JAX keeps its program leaves would trouble each later run."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    def run():
+        line = command.line(tmp_path / "out", "--overwrite", "--prompt-ids", "1", "--n-best", "1")
+        ended = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert (ended.returncode, without_progress(ended.stderr)) == (0, "")
+        return {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*-cache")}
+
+    kept = run()
+    assert kept
+    for path, data in kept.items():
+        path.write_bytes(data[: len(data) // 2])
+    again = run()
+    assert again.keys() == kept.keys()
+    assert all(len(data) > len(kept[path]) * 0.9 for path, data in again.items())

@@ -1,0 +1,92 @@
+"""Decodes in processes of their own, to be killed, stopped or starved, and what they left behind."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+from dm_generations.cli import main
+
+CANNOT_MOUNT = 77
+
+
+class Command:
+    """The decode of one archive, to be run into any folder with any more flags."""
+
+    def __init__(self, db: Path, codec: Path):
+        self._arguments = ["decode", "--db", str(db), "--codec", str(codec), "--batch-size", "16", "--num-workers", "2"]
+
+    def line(self, out: Path, *flags: str) -> list[str]:
+        """What to start for a process of its own, in the folder ROOT."""
+        return [sys.executable, "-m", "dm_generations", *self._arguments, "--cpu-only", "--out-dir", str(out), *flags]
+
+    def run(self, out: Path, *flags: str) -> int:
+        """The exit status of a decode in this process, which needs no start."""
+        return main([*self._arguments, "--out-dir", str(out), *flags])
+
+    def signalled(
+        self, out: Path, byte_count: int, signal_number: int, *flags: str
+    ) -> subprocess.CompletedProcess[str]:
+        """A process that is sent a signal once `out` holds `byte_count` bytes, unless it ends before."""
+        process = subprocess.Popen(self.line(out, *flags), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        try:
+            while process.poll() is None and bytes_under(out) < byte_count:
+                time.sleep(0.001)
+            process.send_signal(signal_number)
+            _, errors = process.communicate(timeout=100)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, stderr=errors)
+
+
+def bytes_under(folder: Path) -> int:
+    """Of all files, unfinished ones too; 0 if there is no such folder."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(root, name)).st_size
+            except FileNotFoundError:  # renamed or removed since it was listed
+                pass
+    return total
+
+
+def run_with_mounts(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a shell script, started in ROOT, that may mount disks, which it alone sees and which end with it.
+
+    `arguments` are its "$1", "$2", ...; where it ends with CANNOT_MOUNT the test is skipped.
+    """
+    if not shutil.which("unshare"):
+        pytest.skip("needs unshare to mount a small disk")
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", *map(str, arguments)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if ended.returncode == CANNOT_MOUNT or "unshare" in ended.stderr:
+        pytest.skip("may not mount a small disk here")
+    return ended
+
+
+def without_root_rights(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command, started in ROOT, that must heed permissions of files, whoever runs the tests."""
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("root may read and write everything")
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def error_line(errors: str) -> str:
+    """The error of a command that printed this one on stderr, and nothing else."""
+    lines = without_progress(errors)
+    assert lines.startswith("error: ") and lines.count("\n") == 1, errors
+    return lines
+
+
+def without_progress(errors: str) -> str:
+    """What a command printed on stderr but for the lines that a slow one prints to say how far it is."""
+    return re.sub(r"(?m)^[\d,]+ of [\d,]+ pictures, .*\n", "", errors)
