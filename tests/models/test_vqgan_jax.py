@@ -1,0 +1,40 @@
+"""VQGANs of vqgan-jax against numbers recorded from it: decoding, other grids, encoding."""
+
+import codec_kit
+import numpy as np
+import pytest
+from helpers import golden_dirs
+
+from dm_generations.models import checkpoints
+
+# The fuller set comes first, so that a folder that both sets have is taken from it.
+FOLDERS = {
+    file.parent.name: file.parent for root in golden_dirs("vqgan_jax")[::-1] for file in root.glob("*/golden.npz")
+}
+
+
+@pytest.fixture(scope="module", params=sorted(FOLDERS))
+def case(request):
+    folder = FOLDERS[request.param]
+    with np.load(folder / "golden.npz") as arrays:
+        yield checkpoints.load(folder, "codec"), dict(arrays)
+
+
+@pytest.mark.parametrize("suffix", ["", "_other_grid"])
+def test_decodes_as_the_original(case, suffix):
+    model, arrays = case
+    tokens = arrays[f"tokens{suffix}"].astype(np.int32)
+    pixels = codec_kit.applied(model, "decode_code", tokens.reshape(len(tokens), -1))
+    codec_kit.assert_close(pixels, arrays[f"decoded{suffix}"])
+
+
+def test_encodes_as_the_original(case):
+    model, arrays = case
+    continuous = codec_kit.applied(model, "encode_continuous", arrays["pixels"])
+    codec_kit.assert_close(continuous.reshape(arrays["encoder_out"].shape), arrays["encoder_out"])
+    rows, indices = codec_kit.applied(model, "encode", arrays["pixels"])
+    is_clear = arrays["argmin_margin"].reshape(indices.shape) > 1e-3
+    np.testing.assert_array_equal(np.asarray(indices)[is_clear], arrays["indices"].reshape(indices.shape)[is_clear])
+    if is_clear.all():
+        codec_kit.assert_close(np.asarray(rows), arrays["quant_states"].reshape(rows.shape))
+        codec_kit.assert_close(codec_kit.applied(model, "__call__", arrays["pixels"]), arrays["reconstruction"])
