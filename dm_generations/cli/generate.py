@@ -133,7 +133,6 @@ def _generate(args: argparse.Namespace) -> int:
     check_batch_size(args.batch_size)
     if args.no_score and args.clip:
         raise UserError("use just one of --clip and --no-score")
-    is_dalle_mini = args.rng == "dalle-mini"
     described = {} if args.sweep is None else read_sweep(args.sweep)
     described |= {name: value for name in KEYS if (value := getattr(args, name)) is not None}
     sweep = sweeps.Sweep(
@@ -158,10 +157,10 @@ def _generate(args: argparse.Namespace) -> int:
     if args.cond_scale_of is not None:
         overrides["guides_first_code_alone"] = args.cond_scale_of == "first"
     models = load_models(args.model, args.codec, args.clip, not args.no_score, args.tokenizer, overrides)
-    if is_dalle_mini and "top_k" not in described:
-        sweep = dataclasses.replace(sweep, top_k=[getattr(models.generator.config, "top_k", sweeps.DEFAULT_TOP_K)])
     pipeline = Pipeline(models, args.batch_size, args.rng)
     pipeline.check(sweep)
+    if args.rng == "dalle-mini" and "top_k" not in described:
+        sweep = dataclasses.replace(sweep, top_k=[models.generator.config.top_k])
     if args.dry_run:
         with Archive.open(args.db) if exists else contextlib.nullcontext() as archive:
             work = plan_run(sweep, archive, models.generator, args.rng)

@@ -177,7 +177,7 @@ class DallePytorchConfig:
         by_layer = [ids[layer % len(ids)] for layer in range(self.depth)]
         return tuple(by_layer.index(shared) for shared in by_layer)
 
-    def top_k(self, filter_thres: float) -> int:
+    def top_k_of(self, filter_thres: float) -> int:
         """The top_k that DALLE-pytorch's `filter_thres` stands for: a share of text and image tokens together.
 
         In Python's floats, as there: (1 - 0.9) * 100 is 9.99..., so 9.

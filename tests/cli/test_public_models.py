@@ -179,14 +179,19 @@ def test_tokens_as_npy(letters, tmp_path):
     ("words", "expected"),
     [
         (["--rng", "dalle-mini", "--model", golden("mindalle_kakao/ckpt")], "repeats DALL-E mini and mega"),
+        (
+            ["--rng", "dalle-mini", "--model", DALLE_PYTORCHES[0] / "dalle.pt", "--tokenizer", "LETTERS"],
+            "repeats DALL-E mini and mega",
+        ),
         (["--model", golden("dalle_bart/mini")], "takes 8x8: give the model's own codec"),
         (["--model", golden("mindalle_kakao/ckpt"), "--codec", golden("vqgan_jax/a")], "give the model's own codec"),
         (["--keys", "12"], "is not two whole numbers"),
         (["--keys", f"1:{2**32}"], "must be from 0 to 4,294,967,295"),
     ],
 )
-def test_what_does_not_fit_is_one_line_and_leaves_nothing(words, expected, tmp_path, capsys):
+def test_what_does_not_fit_is_one_line_and_leaves_nothing(words, expected, letters, tmp_path, capsys):
     db = tmp_path / "x.db"
+    words = [letters / "tokenizer.json" if word == "LETTERS" else word for word in words]
     assert cli.main([str(w) for w in ["generate", "--db", db, "--prompts", PROMPT, "--no-score", *words]]) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and expected in error and "\n" not in error

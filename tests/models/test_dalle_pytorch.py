@@ -134,7 +134,7 @@ def test_sampling_repeats_the_original(case):
     np.testing.assert_allclose(logits, recorded, rtol=0, atol=1e-4)
     rows = logits.shape[0] * count
     settings = (
-        jnp.full(rows, config.top_k(filter_thres), jnp.int32),
+        jnp.full(rows, config.top_k_of(filter_thres), jnp.int32),
         jnp.ones(rows),
         jnp.full(rows, temperature, jnp.float32),
     )
@@ -171,7 +171,7 @@ def test_the_fork_draws_from_the_recorded_probabilities(case, name):
     rows = logits.shape[0] * len(steps)
     filtered = sampling.filter_logits(
         jnp.asarray(logits.reshape(rows, -1)),
-        jnp.full(rows, config.top_k(threshold) if name == "topk" else 0, jnp.int32),
+        jnp.full(rows, config.top_k_of(threshold) if name == "topk" else 0, jnp.int32),
         jnp.full(rows, 1.0 if name == "topk" else threshold, jnp.float32),
         jnp.full(rows, temperature, jnp.float32),
         config.codebook_size,
@@ -413,7 +413,7 @@ def test_file_without_vae_has_no_codec(monkeypatch):
 def test_filter_thres_is_a_share_of_all_tokens():
     config = dataclasses.replace(SMALL, num_text_tokens=80, num_image_tokens=15)
     assert config.text_rows + config.num_image_tokens == 100
-    assert [config.top_k(thres) for thres in (0.9, 0.5, 0.995, 0.0)] == [9, 50, 1, 100]
+    assert [config.top_k_of(thres) for thres in (0.9, 0.5, 0.995, 0.0)] == [9, 50, 1, 100]
 
 
 def test_padding_is_read_by_position():
