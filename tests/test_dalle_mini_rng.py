@@ -11,6 +11,7 @@ from helpers import golden
 from dm_generations import dalle_mini_rng
 from dm_generations.dalle_mini_rng import call_gumbel, prng_key, row_gumbel, split
 from dm_generations.generate.dalle_mini import draw_tokens_dalle_mini
+from dm_generations.generate.row_inputs import RowInputs
 from dm_generations.models.checkpoints.flax_msgpack import read_flax_msgpack
 from dm_generations.models.dalle_bart import DalleBart, DalleBartConfig, config_for_params
 
@@ -49,10 +50,12 @@ def generate(case, keys, indices=None, **values):
     tokens, is_drawable = draw_tokens_dalle_mini(
         model,
         params,
-        *halves,
-        np.asarray(keys, np.uint32),
-        np.full(len(indices), values.get("top_k", model.config.top_k), np.int32),
-        *(ones * values.get(name, 1) for name in ("top_p", "temperature", "condition_scale")),
+        RowInputs(
+            *halves,
+            np.asarray(keys, np.uint32),
+            np.full(len(indices), values.get("top_k", model.config.top_k), np.int32),
+            *(ones * values.get(name, 1) for name in ("top_p", "temperature", "condition_scale")),
+        ),
         np.int32(model.config.eos_token_id),
         np.int32(model.config.pad_token_id),
     )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from dm_generations import sampling
 from dm_generations.dalle_mini_rng import call_gumbel, row_gumbel, split
+from dm_generations.generate.row_inputs import RowInputs
 from dm_generations.models.dalle_bart import DalleBart
 from dm_generations.models.placement import computable
 
@@ -27,43 +28,35 @@ from dm_generations.models.placement import computable
 def draw_tokens_dalle_mini(
     model: DalleBart,
     params: dict,
-    input_ids: jax.Array,
-    attention_mask: jax.Array,
-    keys: jax.Array,
-    top_k: jax.Array,
-    top_p: jax.Array,
-    temperature: jax.Array,
-    cond_scale: jax.Array,
+    rows: RowInputs,
     end_token: jax.Array,
     pad_token: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Ids int32 (B, L) from 0 to V - 1 or `pad_token`, and for each row whether every step had one to draw, bool (B,).
 
-    input_ids, attention_mask: (2B, T) int32, the B prompts, then the B unconditional prompts
-    keys: (B, 2) uint32, each row a call of its own with one prompt; or (2,), one call with B prompts
-    top_k: (B,) int32   the other settings: (B,) float32   end_token, pad_token: () int32, `eos_token_id` and
-    `pad_token_id` of config.json
+    rows.keys: (B, 2) uint32, each row a call of its own with one prompt; or (2,), one call with B prompts
+    end_token, pad_token: () int32, `eos_token_id` and `pad_token_id` of config.json
     A row of (B, 2) keys does not depend on the others; a row of one call does, through the shape of the noise.
     """
     apply = functools.partial(model.apply, {"params": computable(params, model.dtype)})
-    cache = apply(input_ids, attention_mask, method="begin")
-    rows = len(input_ids) // 2
+    cache = apply(rows.input_ids, rows.attention_mask, method="begin")
+    count = len(rows.top_k)
 
     def draw_one(state, step):
         cache, token, keys, has_ended, is_drawable = state
         logits, cache = apply(cache, jnp.concatenate([token, token]), step, method="decode_step")  # (2B, V)
-        guided = sampling.guide(*jnp.split(logits, 2), cond_scale)
+        guided = sampling.guide(*jnp.split(logits, 2), rows.cond_scale)
         columns = guided.shape[1]
         keys, next_keys = split(keys)
-        noise = call_gumbel(keys, rows, columns) if keys.ndim == 1 else row_gumbel(keys, columns)
-        token = sampling.draw(guided, noise, top_k, top_p, temperature, columns)
+        noise = call_gumbel(keys, count, columns) if keys.ndim == 1 else row_gumbel(keys, columns)
+        token = sampling.draw(guided, noise, rows.top_k, rows.top_p, rows.temperature, columns)
         is_drawable &= has_ended | sampling.is_drawable(guided, columns)
         has_ended |= token == end_token
         token = jnp.where(has_ended, pad_token, token)  # the end token itself too
         return (cache, token, next_keys, has_ended, is_drawable), token
 
-    start_token = jnp.full(rows, model.config.decoder_start_token_id, jnp.int32)
-    state = (cache, start_token, keys, jnp.zeros(rows, bool), jnp.ones(rows, bool))
+    start_token = jnp.full(count, model.config.start_token, jnp.int32)
+    state = (cache, start_token, rows.keys, jnp.zeros(count, bool), jnp.ones(count, bool))
     steps = jnp.arange(model.config.image_length, dtype=jnp.int32)
     (*_, is_drawable), tokens = jax.lax.scan(draw_one, state, steps)  # tokens (L, B)
     return tokens.T, is_drawable

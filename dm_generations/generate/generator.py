@@ -11,6 +11,7 @@ tokens alone, at any position and in any company.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,6 +21,7 @@ import numpy as np
 from dm_generations import sampling
 from dm_generations.errors import UserError
 from dm_generations.generate.dalle_mini import draw_tokens_dalle_mini
+from dm_generations.generate.row_inputs import RowInputs
 from dm_generations.models.checkpoints import Checkpoint
 from dm_generations.models.networks import network_class
 from dm_generations.models.placement import computable, placed
@@ -108,13 +110,13 @@ class Generator:
         return np.concatenate([np.empty((0, self.token_count), np.float32), *batches])
 
     def _generate_batch(self, prompts, sc_prompts, *columns_and_keys) -> np.ndarray:
-        arguments = self._arguments(prompts, sc_prompts, *columns_and_keys)
+        rows = jax.device_put(self._inputs(prompts, sc_prompts, *columns_and_keys))
         if self.rng == "dalle-mini":
             config = self._model.config
             ends = np.int32(config.eos_token_id), np.int32(config.pad_token_id)
-            drawn = draw_tokens_dalle_mini(self._model, self._params, *jax.device_put((*arguments, *ends)))
+            drawn = draw_tokens_dalle_mini(self._model, self._params, rows, *jax.device_put(ends))
         else:
-            drawn = draw_tokens(self._model, self.codebook_size, self._params, *jax.device_put(arguments))
+            drawn = draw_tokens(self._model, self.codebook_size, self._params, rows)
         tokens, is_drawable = (array[: len(prompts)] for array in jax.device_get(drawn))
         if not is_drawable.all():
             raise UserError(f"model {self._name!r} gives no numbers for some rows: its weights are damaged")
@@ -122,18 +124,16 @@ class Generator:
 
     def _replay_batch(self, prompts, sc_prompts, *columns_and_keys_and_tokens) -> np.ndarray:
         *columns_and_keys, tokens = columns_and_keys_and_tokens
-        arguments = (
-            *self._arguments(prompts, sc_prompts, *columns_and_keys),
-            _padded(tokens, np.int32, self.batch_size),
-        )
-        margins = replay_tokens(self._model, self.codebook_size, self._params, *jax.device_put(arguments))
+        rows = self._inputs(prompts, sc_prompts, *columns_and_keys)
+        tokens = _padded(tokens, np.int32, self.batch_size)
+        margins = replay_tokens(self._model, self.codebook_size, self._params, *jax.device_put((rows, tokens)))
         return jax.device_get(margins)[: len(prompts)]
 
-    def _arguments(self, prompts, sc_prompts, top_k, top_p, temperature, cond_scale, keys) -> tuple[np.ndarray, ...]:
-        """What the compiled functions take of B rows at most, padded to B."""
+    def _inputs(self, prompts, sc_prompts, top_k, top_p, temperature, cond_scale, keys) -> RowInputs:
+        """B rows at most, padded to B, on the host."""
         padding = [None] * (self.batch_size - len(prompts))
         texts = [*prompts, *padding, *(text or None for text in sc_prompts), *padding]
-        return (
+        return RowInputs(
             *self._tokenizer.encode(texts, self._text_length),
             _padded(keys, np.uint32, self.batch_size),
             _padded(np.minimum(top_k, _INT32_MAX), np.int32, self.batch_size),
@@ -147,31 +147,19 @@ def draw_tokens(
     model: nn.Module,
     codebook_size: int,
     params: dict,
-    input_ids: jax.Array,
-    attention_mask: jax.Array,
-    keys: jax.Array,
-    top_k: jax.Array,
-    top_p: jax.Array,
-    temperature: jax.Array,
-    cond_scale: jax.Array,
+    rows: RowInputs,
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens uint16 (B, L), and for each row whether every step had a code to draw, bool (B,).
-
-    input_ids, attention_mask: (2B, T) int32, the B prompts, then the B unconditional prompts
-    keys: (B, 2) uint32   top_k: (B,) int32   the other settings: (B,) float32
-    """
+    """Tokens uint16 (B, L), and for each row whether every step had a code to draw, bool (B,)."""
     params = computable(params, model.dtype)
-    cache = model.apply({"params": params}, input_ids, attention_mask, method="begin")
-    start_token = jnp.full(len(keys), model.config.start_token, jnp.int32)
+    cache, start_token = _begin(model, params, rows)
 
     def draw_one(state, step):
         cache, token, is_drawable = state
-        guided, cache = _guided(model, params, cache, token, step, cond_scale)
-        order = model.config.sampling_order
-        token = sampling.sample(guided, step, keys, top_k, top_p, temperature, codebook_size, order)
+        guided, cache = _guided(model, params, cache, token, step, rows.cond_scale)
+        token = sampling.sample(guided, step, *_sampled(rows), codebook_size, model.config.sampling_order)
         return (cache, token, is_drawable & sampling.is_drawable(guided, codebook_size)), token
 
-    state = (cache, start_token, jnp.ones(len(keys), bool))
+    state = (cache, start_token, jnp.ones(len(rows.keys), bool))
     steps = jnp.arange(model.config.image_length, dtype=jnp.int32)
     (_, _, is_drawable), tokens = jax.lax.scan(draw_one, state, steps)  # tokens (L, B)
     return tokens.T.astype(jnp.uint16), is_drawable
@@ -182,31 +170,34 @@ def replay_tokens(
     model: nn.Module,
     codebook_size: int,
     params: dict,
-    input_ids: jax.Array,
-    attention_mask: jax.Array,
-    keys: jax.Array,
-    top_k: jax.Array,
-    top_p: jax.Array,
-    temperature: jax.Array,
-    cond_scale: jax.Array,
+    rows: RowInputs,
     tokens: jax.Array,
 ) -> jax.Array:
     """Margins float32 (B, L) of `tokens` (B, L) int32, each read by the step after it; the rest as `draw_tokens`."""
     params = computable(params, model.dtype)
-    cache = model.apply({"params": params}, input_ids, attention_mask, method="begin")
-    start_token = jnp.full(len(keys), model.config.start_token, jnp.int32)
+    cache, start_token = _begin(model, params, rows)
 
     def replay_one(state, step_and_token):
         cache, token = state
         step, stored = step_and_token
-        guided, cache = _guided(model, params, cache, token, step, cond_scale)
-        order = model.config.sampling_order
-        margin = sampling.margin(guided, stored, step, keys, top_k, top_p, temperature, codebook_size, order)
+        guided, cache = _guided(model, params, cache, token, step, rows.cond_scale)
+        margin = sampling.margin(guided, stored, step, *_sampled(rows), codebook_size, model.config.sampling_order)
         return (cache, stored), jnp.where(sampling.is_drawable(guided, codebook_size), margin, jnp.nan)
 
     steps = jnp.arange(model.config.image_length, dtype=jnp.int32)
     _, margins = jax.lax.scan(replay_one, (cache, start_token), (steps, tokens.T))
     return margins.T
+
+
+def _begin(model: nn.Module, params: dict, rows: RowInputs) -> tuple[Any, jax.Array]:
+    """The cache of a generation, and the token that its first step reads, (B,) int32."""
+    cache = model.apply({"params": params}, rows.input_ids, rows.attention_mask, method="begin")
+    return cache, jnp.full(len(rows.keys), model.config.start_token, jnp.int32)
+
+
+def _sampled(rows: RowInputs) -> tuple[jax.Array, ...]:
+    """What `sampling` takes of each row."""
+    return rows.keys, rows.top_k, rows.top_p, rows.temperature
 
 
 def _guided(model: nn.Module, params: dict, cache, token: jax.Array, step: jax.Array, cond_scale: jax.Array):

@@ -18,6 +18,7 @@ import numpy as np
 from dm_generations import compile_cache
 from dm_generations.archive import Archive, ModelInfo, NewImage
 from dm_generations.decode.codec import Codec
+from dm_generations.decode.memory import is_out_of_memory
 from dm_generations.decode.tokens import TOKEN_DTYPE
 from dm_generations.errors import UserError
 from dm_generations.generate.generator import Generator, RowSettings
@@ -236,7 +237,7 @@ def memory_errors(batch_size: int) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(f"not enough memory for batches of {batch_size}; use a smaller --batch-size") from error
 

@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dm_generations.errors import UserError
 from dm_generations.models.checkpoints import (
     clip_torch,
@@ -154,8 +152,3 @@ def _digest(files: Iterable[Path]) -> str:
         with open(path, "rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def nbytes(params: dict) -> int:
-    """Bytes of all tensors."""
-    return sum(np.asarray(array).nbytes for array in flatten(params).values())

@@ -6,7 +6,6 @@ JSON file beside them if there is one (`config.json` of DALL-E mini, or the argu
 `constructor_args.json`), else from what every published one has.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dm_generations.errors import UserError
-from dm_generations.models.checkpoints.own import unflatten
+from dm_generations.models.checkpoints.own import read_json_object, unflatten
 from dm_generations.models.checkpoints.source import Source
 from dm_generations.models.checkpoints.taming import config_from_shapes, vqgan_params
 from dm_generations.models.checkpoints.torch_names import count, only_tensors, tensor
@@ -144,15 +143,7 @@ def _tokenizer(folder: Path, suffix: str) -> Path | None:
 def _side_values(folder: Path) -> dict[str, Any]:
     """What the first of SIDE_FILES says; nothing if there is none. Raises UserError for one that is no JSON object."""
     file = next((folder / name for name in SIDE_FILES if (folder / name).is_file()), None)
-    if file is None:
-        return {}
-    try:
-        values = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file} must hold a JSON object")
-    return values
+    return {} if file is None else read_json_object(file)
 
 
 def _stack_params(state: Mapping[str, Any], layer: str, path: Path) -> dict:

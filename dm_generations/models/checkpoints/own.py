@@ -7,14 +7,13 @@ own codec may lie in the folder `codec` within. Large tensors come first and are
 
 import json
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dm_generations.errors import UserError
-from dm_generations.files import write_atomic
+from dm_generations.files import temporary_path, write_atomic
 from dm_generations.models.checkpoints.mapped import release
 from dm_generations.models.checkpoints.safetensors_file import read_safetensors
 from dm_generations.models.checkpoints.source import Source
@@ -58,8 +57,11 @@ def _read(folder: Path, role: str) -> Source | None:
 def read_config(folder: Path) -> dict | None:
     """The `config.json` of a folder; None if there is none. Raises UserError for one that is not a JSON object."""
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        return None
+    return read_json_object(path) if path.is_file() else None
+
+
+def read_json_object(path: Path) -> dict:
+    """Raises UserError, naming the file, for one that is not a JSON object."""
     try:
         values = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -126,7 +128,7 @@ def _write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: np.dty
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_path(path.parent)
     try:
         with open(temporary, "xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
