@@ -2,34 +2,26 @@
 
     python benchmarks/decode.py network                  # pictures a second of each dtype, and of torch if it is there
     python benchmarks/decode.py errors                   # each dtype against float64
-    python benchmarks/decode.py pipeline --count 64      # an archive to PNG files, against decode, wait, encode in turn
+    python benchmarks/decode.py pipeline --count 64      # an archive to PNG files and each stage of it, against the
+                                                         # straightforward structure: read, decode, wait, encode in turn
+    python benchmarks/decode.py memory                   # of 1,000 and 71,680 pictures, with a tiny codec
+    python benchmarks/decode.py memory --modes images gallery npy tar zip
 
 On 2 cores some minutes each; --codec PATH takes another codec's weights, "embedded" the one that ships.
 """
 
 import argparse
-import dataclasses
-import hashlib
 import os
-import resource
-import sqlite3
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import decode_stages
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from dm_generations.archive import Archive
 from dm_generations.decode.codec import DTYPES, Codec
-from dm_generations.decode.options import Options
-from dm_generations.decode.run import decode_archive
-from dm_generations.models.checkpoints import load, save, unflatten
+from dm_generations.models.checkpoints import load, unflatten
 from dm_generations.models.networks import parameter_shapes
 from dm_generations.models.vqgan import VQGAN, VQGANConfig
 from dm_generations.models.vqgan_decoder import VQGANDecoder
@@ -37,17 +29,22 @@ from dm_generations.models.vqgan_decoder import VQGANDecoder
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["network", "errors", "pipeline"])
+    parser.add_argument("what", choices=["network", "errors", "pipeline", "memory"])
     parser.add_argument("--codec", metavar="PATH", help="(default: random weights of full size)")
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="(default: 4)")
     parser.add_argument("--count", type=int, default=32, metavar="N", help="pictures of `pipeline` (default: 32)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of `pipeline` (default: float32)")
-    parser.add_argument("--structure", help=argparse.SUPPRESS)  # what a process of `pipeline` runs, and where
+    parser.add_argument("--counts", type=int, nargs="+", default=[1000, 71_680], metavar="N", help="of `memory`")
+    modes = decode_stages.MODES
+    parser.add_argument("--modes", choices=modes, nargs="+", default=["images", "zip"], help="of `memory`")
+    parser.add_argument("--structure", help=argparse.SUPPRESS)  # what a process of its own runs, and where
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not args.structure:
-        print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, load {os.getloadavg()[0]:.1f}", flush=True)
-    {"network": network, "errors": errors, "pipeline": pipeline}[args.what](args)
+    if args.structure:
+        {"pipeline": decode_stages.pipeline_process, "memory": decode_stages.memory_process}[args.what](args)
+        return
+    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, load {os.getloadavg()[0]:.1f}", flush=True)
+    {"network": network, "errors": errors, "pipeline": pipeline, "memory": decode_stages.memory}[args.what](args)
 
 
 def network(args: argparse.Namespace) -> None:
@@ -95,69 +92,9 @@ def errors(args: argparse.Namespace) -> None:
 
 
 def pipeline(args: argparse.Namespace) -> None:
-    """Pictures a second on disk and peak memory of the host, each structure in a process of its own."""
-    if args.structure:
-        folder = Path(args.folder)
-        seconds = {"simple": simple_structure, "ours": our_structure}[args.structure](folder, args)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        rate = args.count / seconds
-        print(f"{args.structure:10} {rate:9.2f} pictures/s on disk, start included; peak memory {memory:,.0f} MB")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        config, params = codec_of(args.codec)
-        tokens = random_tokens(config, args.count)
-        np.save(f"{folder}/tokens.npy", tokens)
-        write_archive(f"{folder}/archive.db", tokens)
-        save(Path(folder) / "codec", "vqgan", dataclasses.asdict(config), params)
-        for structure in ("simple", "ours"):
-            command = [sys.executable, __file__, *sys.argv[1:], "--structure", structure, "--folder", folder]
-            subprocess.run(command, check=True)
-
-
-def simple_structure(folder: Path, args: argparse.Namespace) -> float:
-    """Seconds to decode, wait and encode in turn, with the network as it is written and Pillow's defaults."""
-    started = time.perf_counter()
-    checkpoint = load(str(folder / "codec"), "codec")
-    model = VQGAN(checkpoint.config)
-    params = jax.tree.map(jnp.asarray, {name: checkpoint.params[name] for name in VQGAN.DECODER_PARTS})
-    decode = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, method="decode_code"))
-    tokens = np.load(folder / "tokens.npy")
-    for first in range(0, len(tokens), args.batch_size):
-        pixels = np.asarray(decode(params, tokens[first : first + args.batch_size]))
-        for number, picture in enumerate((pixels.clip(0, 1) * 255).astype(np.uint8), first):
-            Image.fromarray(picture).save(folder / f"{number}.png")
-    return time.perf_counter() - started
-
-
-def our_structure(folder: Path, args: argparse.Namespace) -> float:
-    """Seconds that the decode command's function takes."""
-    started = time.perf_counter()
-    options = Options(folder / "images", codec=str(folder / "codec"), dtype=args.dtype, batch_size=args.batch_size)
-    with Archive.open(folder / "archive.db") as archive:
-        report = decode_archive(archive, options, warn=print)
-    assert report.written == args.count, report.problems
-    return time.perf_counter() - started
-
-
-def write_archive(path: str, tokens: np.ndarray) -> None:
-    """An archive in the 2022 layout: one prompt and setting."""
-    connection = sqlite3.connect(path)
-    connection.executescript(
-        """CREATE TABLE prompts (id INTEGER PRIMARY KEY, desc TEXT);
-        CREATE TABLE sc_prompts (id INTEGER PRIMARY KEY, desc TEXT);
-        CREATE TABLE images (id INTEGER PRIMARY KEY, prompt_id INTEGER, sc_prompt_id INTEGER, top_k INTEGER,
-            top_p REAL, temperature REAL, cond_scale REAL, key0 INTEGER, key1 INTEGER, quantvec BLOB,
-            quantvec_md5 TEXT, clip_score_input REAL, clip_score_tokenized REAL);
-        INSERT INTO prompts VALUES (1, 'a boat');
-        INSERT INTO sc_prompts VALUES (1, NULL);"""
-    )
-    blobs = [row.astype("<u2").tobytes() for row in tokens]
-    connection.executemany(
-        "INSERT INTO images VALUES (NULL, 1, 1, 50, 1.0, 1.0, 10.0, 0, ?, ?, ?, 30.0, 0.0)",
-        [(key, blob, hashlib.md5(blob).hexdigest()) for key, blob in enumerate(blobs)],
-    )
-    connection.commit()
-    connection.close()
+    """See decode_stages.py."""
+    config, params = codec_of(args.codec)
+    decode_stages.pipeline(args, config, params, random_tokens(config, args.count))
 
 
 def codec_of(path: str | None) -> tuple[VQGANConfig, dict]:

@@ -1,5 +1,7 @@
 """Encoders of pictures, against Pillow's default PNG: milliseconds of a core, bytes, and pictures a second on threads.
 
+The last figure is for as many processes as there are cores, which share no interpreter lock: what the machine gives.
+
     python benchmarks/encode.py                       # the archive that ships, 16 pictures in each of 256x256
     python benchmarks/encode.py --pictures FOLDER     # PNG files of your own
 
@@ -8,9 +10,11 @@ Sixteen VQGAN pictures of the shipped archive have more flat parts than one of V
 
 import argparse
 import io
+import multiprocessing
 import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -73,6 +77,28 @@ def rate(encode: Callable, pictures: list[np.ndarray], threads: int, seconds: fl
         return count / elapsed
 
 
+def process_rates(names: Iterable[str], pictures: list[np.ndarray], processes: int) -> Iterator[float]:
+    """Pictures a second of each encoder on so many processes of one thread each."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/pictures.npz"
+        np.savez(path, *pictures)
+        with context.Pool(processes, _start_process, (path, context.Barrier(processes))) as pool:
+            for name in names:
+                yield sum(pool.map(_rate_of_process, [name] * processes, chunksize=1))
+
+
+def _start_process(path: str, barrier: multiprocessing.Barrier) -> None:
+    global _pictures, _together
+    _pictures, _together = list(np.load(path).values()), barrier
+
+
+def _rate_of_process(name: str) -> float:
+    ENCODERS[name](_pictures[0])
+    _together.wait()  # each process takes one of these calls, and all run at the same time
+    return rate(ENCODERS[name], _pictures, 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, help="a folder of PNG files (default: from the shipped archive)")
@@ -84,17 +110,19 @@ def main() -> None:
         pictures = [np.asarray(Image.open(file).convert("RGB")) for file in files]
     else:
         pictures = shipped_pictures(args.count)
-    threads = [1, *(count for count in (2, 4, 8, 16, 32) if count <= (os.cpu_count() or 1))]
-    print(f"{len(pictures)} pictures; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    print(f"{'':28}{'ms':>8}{'times':>8}{'KB':>8}{'size':>8}   pictures/s on {', '.join(map(str, threads))} threads")
+    cores = os.cpu_count() or 1
+    threads = sorted({1, cores, *(count for count in (2, 4, 8, 16, 32) if count < cores)})
+    print(f"{len(pictures)} pictures; load {os.getloadavg()[0]:.1f} on {cores} cores")
+    heading = f"pictures/s on {', '.join(map(str, threads))} threads; on {cores} processes"
+    print(f"{'':28}{'ms':>8}{'times':>8}{'KB':>8}{'size':>8}   {heading}")
     base: tuple[float, float] | None = None
-    for name, encode in ENCODERS.items():
+    for (name, encode), of_processes in zip(ENCODERS.items(), process_rates(ENCODERS, pictures, cores), strict=True):
         size = sum(len(encode(pixels)) for pixels in pictures) / len(pictures)
         seconds = core_time(encode, pictures, args.repeats)
         base = base or (seconds, size)
         rates = ", ".join(f"{rate(encode, pictures, count):,.0f}" for count in threads)
         shares = f"{seconds * 1e3:8.2f}{base[0] / seconds:8.1f}{size / 1024:8.1f}{size / base[1]:8.3f}"
-        print(f"{name:28}{shares}   {rates}", flush=True)
+        print(f"{name:28}{shares}   {rates}; {of_processes:,.0f}", flush=True)
 
 
 if __name__ == "__main__":

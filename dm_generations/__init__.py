@@ -1,3 +1,31 @@
-"""An archive of text-to-image generations, and the pipeline around it."""
+"""An archive of text-to-image generations, and the pipeline around it.
+
+In Python: `MinDalle`, the methods of the package min-dalle, and `Generator` with `RowSettings`, the sampling loop. They
+are imported when they are asked for, and JAX with them.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dm_generations.generate.generator import Generator, RowSettings
+    from dm_generations.min_dalle import MinDalle
 
 __version__ = "0.1.0"
+__all__ = ["Generator", "MinDalle", "RowSettings"]
+
+_MODULES = {
+    "Generator": "dm_generations.generate.generator",
+    "MinDalle": "dm_generations.min_dalle",
+    "RowSettings": "dm_generations.generate.generator",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

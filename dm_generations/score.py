@@ -3,29 +3,24 @@
 n: pictures   B: batch   H, W: pixels   P: CLIP's projection width
 """
 
+import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
+from dm_generations.decode.codec import Decoding
 from dm_generations.errors import UserError
-from dm_generations.models.clip import (
-    CLIP,
-    OPENAI_MEAN,
-    OPENAI_STD,
-    CLIPConfig,
-    normalise,
-    resize_and_crop,
-    unit,
-)
-from dm_generations.models.placement import computable, placed
+from dm_generations.models.clip import CLIP, OPENAI_MEAN, OPENAI_STD, CLIPConfig, preprocess, unit
+from dm_generations.models.placement import placed
+from dm_generations.models.resize import FILTERS
 from dm_generations.text import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -64,6 +59,10 @@ class Preprocessing:
             raise UserError(f"{path}: not a CLIP preprocessor config ({error})") from error
         if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
             raise UserError(f"{path}: image_mean and image_std must be 3 numbers each, the latter above 0")
+        if resample not in FILTERS:
+            raise UserError(
+                f"{path}: resample {resample} is not one of {', '.join(str(int(name)) for name in FILTERS)}"
+            )
         if sizes - {image_size}:
             raise UserError(f"{path}: pictures of {sorted(sizes)} pixels, but the model reads {image_size}")
         return cls(image_size, mean, std, resample)
@@ -77,9 +76,10 @@ def _side(size: int | dict) -> int:
 
 
 class Scorer:
-    """CLIP scores in batches of one fixed shape: each tower is compiled once.
+    """CLIP scores in batches of one fixed shape, divided among the local devices: each tower is compiled once.
 
-    checkpoint: of kind "clip". batch_size: pictures of one run; fewer are padded with black.
+    checkpoint: of kind "clip"   batch_size: pictures of one run, rounded up to as many for each device; fewer are
+    padded with black
     """
 
     def __init__(self, checkpoint: "Checkpoint", tokenizer: PromptTokenizer, batch_size: int = 32):
@@ -88,33 +88,37 @@ class Scorer:
         model = CLIP(config)
         self._preprocessing = preprocessing
         self._tokenizer = tokenizer
-        self._batch_size = batch_size
+        devices = jax.local_devices()
+        mesh = Mesh(devices, ("pictures",))
+        self._divided, self._everywhere = (
+            NamedSharding(mesh, PartitionSpec("pictures")),
+            NamedSharding(mesh, PartitionSpec()),
+        )
+        self._batch_size = -(-batch_size // len(devices)) * len(devices)
         self._width = config.projection_dim
         self._text_length = config.text_config.max_position_embeddings
-        self._params = placed(checkpoint.params)
+        self._params = placed(checkpoint.params, where=self._everywhere)
         self._scale = float(np.exp(np.float32(checkpoint.params["logit_scale"])))
         self._text_features: dict[str, np.ndarray] = {}
 
         @jax.jit
         def image_tower(params, images):
-            pixels = normalise(images, preprocessing.mean, preprocessing.std)
-            params = computable(params, jnp.float32)
+            pixels = preprocess(images, **dataclasses.asdict(preprocessing))
             return unit(model.apply({"params": params}, pixels, method="get_image_features"))
 
         @jax.jit
         def text_tower(params, input_ids, attention_mask):
-            params = computable(params, jnp.float32)
             features = model.apply({"params": params}, input_ids, attention_mask, method="get_text_features")
             return unit(features)
 
         self._image_tower = image_tower
         self._text_tower = text_tower
 
-    def score(self, images: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def score(self, images: np.ndarray | Decoding, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(score_input, score_tokenized), float32 (n,): cosine x exp(logit_scale) of picture i and prompt i.
 
         The first is for the prompt as typed, the second for the prompt as CLIP's tokenizer reads it back.
-        images: uint8 (n, H, W, 3), of any size; they are resized as transformers' CLIP processor does it.
+        images: as `image_features` takes them.
         """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images do not match {len(prompts)} prompts")
@@ -124,17 +128,27 @@ class Scorer:
         read = self.text_features([readbacks[prompt] for prompt in prompts])
         return tuple(np.float32(self._scale) * np.sum(features * text, axis=-1) for text in (typed, read))
 
-    def image_features(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (n, H, W, 3) -> float32 (n, P), rows of unit length."""
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+    def image_features(self, images: np.ndarray | Decoding) -> np.ndarray:
+        """Pictures -> float32 (n, P), rows of unit length.
+
+        images: uint8 (n, H, W, 3) of any size, or pictures on their way from a codec, which stay on the device. They
+        are resized as transformers' CLIP processor does it.
+        """
+        if isinstance(images, Decoding):
+            parts = images.on_device()
+        elif images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3:
+            parts = self._on_device(images)
+        else:
             raise ValueError(f"images must be uint8 (n, H, W, 3), not {images.dtype} {images.shape}")
-        pending = []  # the device works on one batch while the host resizes the next
+        pending = [(self._image_tower(self._params, batch), count) for batch, count in parts]
+        features = [jax.device_get(rows)[:count] for rows, count in pending]
+        return np.concatenate([np.empty((0, self._width), np.float32), *features])
+
+    def _on_device(self, images: np.ndarray) -> Iterator[tuple[jax.Array, int]]:
+        """Batches (B, H, W, 3) on the device, and how many pictures each holds."""
         for start in range(0, len(images), self._batch_size):
             batch = images[start : start + self._batch_size]
-            batch = resize_and_crop(batch, self._preprocessing.image_size, self._preprocessing.resample)
-            batch = jax.device_put(_padded(batch, self._batch_size))
-            pending.append(self._image_tower(self._params, batch))
-        return self._fetched(pending, len(images))
+            yield jax.device_put(_padded(batch, self._batch_size), self._divided), len(batch)
 
     def text_features(self, texts: Sequence[str]) -> np.ndarray:
         """n texts -> float32 (n, P), rows of unit length. Features of recent texts are remembered."""
@@ -144,17 +158,13 @@ class Scorer:
         pending = []
         for start in range(0, len(new), TEXT_BATCH):
             ids, mask = self._tokenizer.encode(new[start : start + TEXT_BATCH], self._text_length)
-            ids, mask = (jax.device_put(_padded(x, TEXT_BATCH)) for x in (ids, mask))
+            ids, mask = (jax.device_put(_padded(x, TEXT_BATCH), self._everywhere) for x in (ids, mask))
             pending.append(self._text_tower(self._params, ids, mask))
-        features.update(zip(new, self._fetched(pending, len(new)), strict=True))
+        features.update(zip(new, np.concatenate(jax.device_get(pending))[: len(new)] if new else [], strict=True))
         self._text_features.update((text, features[text]) for text in new)
         while len(self._text_features) > TEXTS_KEPT:
             del self._text_features[next(iter(self._text_features))]  # the oldest
         return np.array([features[text] for text in texts], np.float32).reshape(len(texts), self._width)
-
-    def _fetched(self, batches: list[jax.Array], count: int) -> np.ndarray:
-        """The first `count` rows of all batches, on the host: float32 (count, P)."""
-        return np.concatenate([np.empty((0, self._width), np.float32), *jax.device_get(batches)])[:count]
 
 
 def _padded(rows: np.ndarray, count: int) -> np.ndarray:

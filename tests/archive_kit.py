@@ -1,7 +1,13 @@
 """Small archives for tests."""
 
+import contextlib
+import hashlib
+import json
 import sqlite3
+from collections.abc import Iterable
 from pathlib import Path
+
+from helpers import ROOT
 
 from dm_generations.archive import Archive, ModelInfo, NewImage
 
@@ -37,6 +43,36 @@ def fill(archive: Archive, *images: NewImage, clip: ModelInfo | None = CLIP) -> 
     with archive.transaction():
         models = [None if model is None else archive.model_id(model) for model in (GENERATOR, CODEC, clip)]
         return archive.add_images(images, *models, sampler_version=1)
+
+
+def archive_v1(path: Path, keys: Iterable[int] = ()) -> Path:
+    """A file of version 1, as programs of that time left it, with the pictures `new_image(key)` of the tiny models."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript((ROOT / "schema" / "0001.sql").read_text())
+        connection.executemany(
+            "INSERT INTO models (kind, name, sha256, config, grid, codebook_size, image_size) VALUES (?,?,?,?,?,?,?)",
+            [
+                (m.kind, m.name, m.sha256, json.dumps(m.config, separators=(",", ":")))
+                + (m.grid, m.codebook_size, m.image_size)
+                for m in (GENERATOR, CODEC, CLIP)
+            ],
+        )
+        connection.execute("INSERT INTO prompts (desc) VALUES ('a red cube')")
+        for image in map(new_image, keys):
+            insert_v1(connection, image)
+        connection.commit()
+    return path
+
+
+def insert_v1(connection: sqlite3.Connection, image: NewImage) -> int:
+    """Stores a picture as programs of version 1 do; how many rows that added."""
+    return connection.execute(
+        """INSERT INTO images (prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, key0, key1, quantvec,
+            quantvec_md5, time_start, time_end, generator_id, codec_id, sampler_version)
+        VALUES (1, 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 2, 1) ON CONFLICT DO NOTHING""",
+        (image.top_k, image.top_p, image.temperature, image.cond_scale, image.key0, image.key1, image.quantvec)
+        + (hashlib.md5(image.quantvec).hexdigest(), image.time_start, image.time_end),
+    ).rowcount
 
 
 def archive_2022(path: Path, columns: str = COLUMNS_2022) -> Path:

@@ -3,17 +3,27 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from decode_kit import all_files
 from helpers import ROOT
 
 from dm_generations.cli import main
 
 CANNOT_MOUNT = 77
+MODES = {
+    "images": (),
+    "gallery": ("--mode", "gallery", "--gallery-cols", "3", "--gallery-rows", "2"),
+    "npy": ("--mode", "npy"),
+    "tar": ("--mode", "tar", "--shard-size", "64"),
+    "zip": ("--mode", "zip"),
+}
+PAGE = {"manifest.js", "samplebrowser.html"}
 
 
 class Command:
@@ -34,6 +44,8 @@ class Command:
         self, out: Path, byte_count: int, signal_number: int, *flags: str
     ) -> subprocess.CompletedProcess[str]:
         """A process that is sent a signal once `out` holds `byte_count` bytes, unless it ends before."""
+        # Tests that a shell runs in the background ignore this signal, and what they start would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(self.line(out, *flags), cwd=ROOT, stderr=subprocess.PIPE, text=True)
         try:
             while process.poll() is None and bytes_under(out) < byte_count:
@@ -43,6 +55,12 @@ class Command:
         finally:
             process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, stderr=errors)
+
+
+def undisturbed(command: Command, folder: Path, flags: tuple[str, ...]) -> dict[str, bytes]:
+    """The files of a run into `folder` that nothing happens to, by path."""
+    assert command.run(folder, *flags) == 0
+    return all_files(folder)
 
 
 def bytes_under(folder: Path) -> int:

@@ -10,10 +10,11 @@ from helpers import golden
 
 from dm_generations import dalle_mini_rng
 from dm_generations.dalle_mini_rng import call_gumbel, prng_key, row_gumbel, split
-from dm_generations.generate.dalle_mini import draw_tokens_dalle_mini
-from dm_generations.generate.row_inputs import RowInputs
+from dm_generations.generate import loop
+from dm_generations.generate.dalle_mini import DalleMiniDrawing
+from dm_generations.generate.row_inputs import TEXT_BATCH, RowInputs
 from dm_generations.models.checkpoints.flax_msgpack import read_flax_msgpack
-from dm_generations.models.dalle_bart import DalleBart, DalleBartConfig, config_for_params
+from dm_generations.models.dalle_bart import DalleBart, DalleBartConfig, config_for_params, unscanned
 
 CASES = sorted(path.parent for path in golden("dalle_bart").glob("**/sample_settings.json"))
 CALL_GUMBEL = jax.jit(call_gumbel, static_argnums=(1, 2))
@@ -39,28 +40,39 @@ def generate(case, keys, indices=None, **values):
     """Sequences (B, L) without the start token, of the golden prompts at `indices`."""
     config_values, _ = read(case)
     params = jax.tree.map(jnp.asarray, read_flax_msgpack(case / "flax_model.msgpack"))
-    model = DalleBart(config_for_params(DalleBartConfig.from_dict(config_values), params))
+    config, params = unscanned(config_for_params(DalleBartConfig.from_dict(config_values), params), params)
+    model = DalleBart(config)
     forward = np.load(case / "forward.npz")
-    indices = range(len(forward["input_ids"])) if indices is None else indices
-    halves = [
-        np.concatenate([forward[f"{name}{suffix}"][list(indices)] for suffix in ("", "_uncond")])
+    indices = list(range(len(forward["input_ids"])) if indices is None else indices)
+    count = len(indices)
+    texts = [
+        np.concatenate([forward[f"{name}{suffix}"][indices] for suffix in ("", "_uncond")])
         for name in ("input_ids", "attention_mask")
     ]
-    ones = np.ones(len(indices), np.float32)
-    tokens, is_drawable = draw_tokens_dalle_mini(
-        model,
-        params,
-        RowInputs(
-            *halves,
-            np.asarray(keys, np.uint32),
-            np.full(len(indices), values.get("top_k", model.config.top_k), np.int32),
-            *(ones * values.get(name, 1) for name in ("top_p", "temperature", "condition_scale")),
-        ),
-        np.int32(model.config.eos_token_id),
-        np.int32(model.config.pad_token_id),
+    slots = -(-2 * count // TEXT_BATCH) * TEXT_BATCH
+    texts = [np.pad(array, ((0, slots - 2 * count), (0, 0))) for array in texts]
+    ones, numbers = np.ones(count, np.float32), np.arange(count, dtype=np.int32)
+    rows = RowInputs(
+        *texts,
+        text_count=np.array([2 * count], np.int32),
+        row_count=np.array([count], np.int32),
+        text_of_sequence=np.arange(2 * count, dtype=np.int32),
+        row_of_sequence=np.concatenate([numbers, numbers]),
+        cond=numbers,
+        uncond=count + numbers,
+        keys=np.asarray(keys, np.uint32),
+        top_k=np.full(count, values.get("top_k", config.top_k), np.int32),
+        top_p=ones * values.get("top_p", 1),
+        temperature=ones * values.get("temperature", 1),
+        cond_scale=ones * values.get("condition_scale", 1),
+        init_tokens=np.zeros((count, config.image_length), np.int32),
+        init_count=np.zeros(count, np.int32),
     )
-    assert is_drawable.all()
-    return np.asarray(tokens)
+    drawing = DalleMiniDrawing(config.image_vocab_size + 1, config.eos_token_id, config.pad_token_id)
+    fixed = model, drawing, None, params, rows
+    state = loop.advance(*fixed, loop.begin(*fixed), np.int32(0), np.int32(config.image_length))
+    assert state.last.is_drawable.all()
+    return np.asarray(state.tokens)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

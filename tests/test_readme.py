@@ -57,6 +57,15 @@ def test_every_command_of_the_readme_works(checkout):
     assert (checkout / "images" / "samplebrowser.html").is_file()
 
 
+def test_the_python_of_the_readme_runs(checkout):
+    blocks = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 2
+    for code in blocks:
+        done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    assert (checkout / "rockets.png").stat().st_size > 1000
+
+
 def test_readme_names_every_subcommand_and_its_pictures_exist():
     from dm_generations.cli import COMMANDS
 

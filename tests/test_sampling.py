@@ -24,6 +24,7 @@ FORMAT_PAGE = Path(__file__).parents[1] / "schema" / "sampling.md"
 VARIANTS = ["mini", "mega", "other"]
 SAMPLE = jax.jit(sampling.sample, static_argnames=("codebook_size", "order"))
 FILTER = jax.jit(sampling.filter_logits, static_argnames=("codebook_size", "order"))
+LOG_PROB = jax.jit(sampling.log_prob, static_argnames="codebook_size")
 GUMBEL = jax.jit(sampling.gumbel, static_argnames="codebook_size")
 OFF = {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
 
@@ -141,23 +142,127 @@ def test_filtered_logits_and_dalle_minis_noise_give_the_codes_it_drew(variant):
     assert is_filled.mean() < 0.1
 
 
-def reference_distribution(logits, top_k, top_p, temperature):
+def reference_distribution(logits, top_k, top_p, temperature, order="temperature_first"):
     """Exact probabilities in float64, by sorting: the definition, not the way it is computed."""
     tempered = np.asarray(logits, np.float64) / temperature
-    best_first = np.argsort(-tempered, kind="stable")
-    kept = best_first[: top_k or None]
-    weights = np.exp(tempered[kept] - tempered.max())
+    weighed = tempered if order == "temperature_first" else np.asarray(logits, np.float64)
+    kept = np.argsort(-tempered, kind="stable")  # best first
+    if order == "temperature_first":
+        kept = kept[: top_k or None]
+    weights = np.exp(weighed[kept] - weighed.max())
     before = np.cumsum(weights / weights.sum()) - weights / weights.sum()
     kept = kept[before < top_p] if top_p < 1 else kept
+    kept = kept[: top_k or None]
     result = np.zeros(len(tempered))
     result[kept] = np.exp(tempered[kept] - tempered.max())
     return result / result.sum()
 
 
-def test_draws_follow_the_filtered_distribution():
-    """Chi-square of 65,536 draws for each of 8 settings, mixed in one batch of rows."""
+def chi_square_tail(statistic, freedom):
+    """The probability that chi-square with `freedom` degrees exceeds `statistic`.
+
+    The regularised upper incomplete gamma function Q(freedom / 2, statistic / 2) by its recurrence
+    Q(a + 1, x) = Q(a, x) + x^a e^-x / Gamma(a + 1), from Q(1, x) = e^-x or Q(1/2, x) = erfc(sqrt(x)).
+    """
+    x = statistic / 2
+    a, tail = (0.5, math.erfc(math.sqrt(x))) if freedom % 2 else (1.0, math.exp(-x))
+    while a < freedom / 2:
+        tail += math.exp(a * math.log(x) - x - math.lgamma(a + 1)) if x > 0 else 0.0
+        a += 1
+    return tail
+
+
+def fit(codes, distribution):
+    """The p-value of `codes` (n,) as draws of `distribution` (V,); 0 if one of them cannot be drawn."""
+    observed = np.bincount(codes, minlength=len(distribution))
+    if observed[distribution == 0].any():
+        return 0.0
+    order = np.argsort(distribution)
+    expected, observed = distribution[order] * len(codes), observed[order]
+    # Cells from the rarest on, each as many codes as it takes to expect 5: fewer are not near a normal number.
+    cells, open_cell = [], np.zeros(2)
+    for pair in np.stack([expected, observed], axis=1):
+        open_cell = open_cell + pair
+        if open_cell[0] >= 5:
+            cells.append(open_cell)
+            open_cell = np.zeros(2)
+    cells[-1] = cells[-1] + open_cell
+    expected, observed = np.transpose(cells)
+    if len(cells) == 1:
+        return 1.0
+    return chi_square_tail(((observed - expected) ** 2 / expected).sum(), len(cells) - 1)
+
+
+@pytest.mark.parametrize(
+    "freedom, statistic, tail",
+    # NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.4
+    [
+        (1, 3.841, 0.05),
+        (1, 6.635, 0.01),
+        (2, 13.816, 0.001),
+        (10, 18.307, 0.05),
+        (59, 98.324, 0.001),
+        (100, 77.929, 0.95),
+    ],
+)
+def test_chi_square_tail_is_that_of_tables(freedom, statistic, tail):
+    assert chi_square_tail(statistic, freedom) == pytest.approx(tail, rel=2e-3)
+
+
+def distribution_case(number):
+    """Logits (64,) and settings over wide ranges, whose exact distribution does not hang on a rounding error."""
+    random = np.random.default_rng([8, number])
+    while True:
+        logits = (random.normal(size=64) * random.uniform(0.3, 3)).astype(np.float32)
+        top_k = 0 if random.random() < 0.3 else int(80 ** random.random())
+        top_p = 1.0 if random.random() < 0.3 else float(np.float32(random.uniform(0.02, 1)))
+        temperature = float(np.float32(10 ** random.uniform(-1, 1)))
+        case = logits, top_k, top_p, temperature, sampling.ORDERS[number % 2]
+        nearby = [reference_distribution(*case[:2], top_p + error, *case[3:]) > 0 for error in (-1e-5, 1e-5)]
+        if top_p == 1 or (nearby[0] == nearby[1]).all():
+            return case
+
+
+def many_draws(number, draw_count, row_count=1 << 14):
+    """(draw_count,) codes of a case, with keys that are all different, at as many steps as it takes."""
+    logits, top_k, top_p, temperature, order = distribution_case(number)
+    settings = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "order": order}
+    keys = np.array([row_key(number, index) for index in range(row_count)], np.uint32)
+    codes = [draw(logits, keys, step, **settings) for step in range(-(-draw_count // row_count))]
+    return np.concatenate(codes)[:draw_count]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_draws_follow_the_filtered_distribution(number):
+    """Chi-square of 65,536 draws. 1e-3 in all, over 4 tests."""
+    assert fit(many_draws(number, 1 << 16), reference_distribution(*distribution_case(number))) > 1e-3 / 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(50))
+def test_a_million_draws_follow_the_filtered_distribution(number):
+    """1e-3 in all, over 50 tests."""
+    assert fit(many_draws(number, 10**6), reference_distribution(*distribution_case(number))) > 1e-3 / 50
+
+
+def test_a_wrong_distribution_does_not_pass():
+    number = next(number for number in range(50) if distribution_case(number)[1] > 8 and number % 2 == 0)
+    codes, case = many_draws(number, 1 << 16), distribution_case(number)
+    logits, top_k, top_p, temperature, order = case
+    right = reference_distribution(*case)
+    assert fit(codes, right) > 1e-3
+    assert fit(codes, reference_distribution(logits, top_k, top_p, temperature * 1.1, order)) < 1e-6
+    assert fit(codes, reference_distribution(logits, np.count_nonzero(right) - 1, 1.0, temperature, order)) == 0
+    assert fit(codes, reference_distribution(logits, np.count_nonzero(right) + 1, 1.0, temperature, order)) < 1e-6
+    shifted = right.copy()
+    best, second = np.argsort(-right)[:2]
+    shifted[[best, second]] += np.array([-0.02, 0.02])
+    assert fit(codes, shifted) < 1e-6
+
+
+def test_rows_of_one_batch_follow_their_own_distributions():
     random = np.random.default_rng(0)
-    per_setting, code_count = 65536, 12
+    per_setting, code_count = 1 << 14, 12
     axes = [(0, 1.0, 1.0), (5, 1.0, 1.0), (0, 0.8, 1.0), (7, 0.9, 1.5)]
     axes += [(0, 1.0, 3.0), (12, 0.5, 0.7), (1, 1.0, 1.0), (40, 0.97, 0.5)]
     rows = [random.normal(size=code_count).astype(np.float32) * 1.5 for _ in axes]
@@ -166,17 +271,101 @@ def test_draws_follow_the_filtered_distribution():
     names = ("top_k", "top_p", "temperature")
     codes = draw(np.repeat(rows, per_setting, axis=0), keys, **dict(zip(names, columns, strict=True)))
     for index, (logits, setting) in enumerate(zip(rows, axes, strict=True)):
-        expected = reference_distribution(logits, *setting) * per_setting
         drawn = codes[index * per_setting : (index + 1) * per_setting]
-        observed = np.bincount(drawn, minlength=code_count)
-        assert (observed[expected == 0] == 0).all(), setting
-        possible = expected > 0
-        statistic = ((observed - expected)[possible] ** 2 / expected[possible]).sum()
-        freedom = possible.sum() - 1
-        # Wilson-Hilferty: the 0.99999 quantile of chi-square with `freedom` degrees
-        spread = 2 / (9 * max(freedom, 1))
-        limit = freedom * (1 - spread + 4.265 * math.sqrt(spread)) ** 3
-        assert statistic <= limit, (setting, observed, expected)
+        assert fit(drawn, reference_distribution(logits, *setting)) > 1e-3 / len(axes), setting
+
+
+def plain_keep_top_k(logits, top_k):
+    """`_keep_top_k` as sampler version 1 first had it: no shortcuts, one bit a pass."""
+    code_count = logits.shape[1]
+    count = jnp.where((top_k > 0) & (top_k < code_count), top_k, code_count)[:, None]
+    order = sampling._sortable(logits)
+
+    def count_of(is_counted):
+        return is_counted.sum(axis=1, keepdims=True, dtype=jnp.int32)
+
+    threshold = plain_bisect(order, lambda candidate: count_of(order >= candidate) >= count)
+    is_above, is_tied = order > threshold, order == threshold
+    tie_rank = jnp.cumsum(is_tied, axis=1, dtype=jnp.int32)
+    return is_above | (is_tied & (tie_rank <= count - count_of(is_above)))
+
+
+def plain_keep_top_p(logits, top_p):
+    """`_keep_top_p` as sampler version 1 first had it."""
+    best = logits.max(axis=1, keepdims=True)
+    weights = jnp.exp(logits - jnp.where(jnp.isfinite(best), best, 0.0))
+    target = jnp.maximum(top_p[:, None] * weights.sum(axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    order = sampling._sortable(logits)
+
+    def weigh(is_counted):
+        return jnp.where(is_counted, weights, 0.0).sum(axis=1, keepdims=True)
+
+    threshold = plain_bisect(order, lambda candidate: weigh(order >= candidate) >= target)
+    is_above, is_tied = order > threshold, order == threshold
+    ties_before = (jnp.cumsum(is_tied, axis=1, dtype=jnp.int32) - 1).astype(jnp.float32)
+    return is_above | (is_tied & (weigh(is_above) + ties_before * weights < target)) | (top_p >= 1)[:, None]
+
+
+def plain_bisect(order, is_reached):
+    def set_bit(index, threshold):
+        candidate = threshold | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
+        return jnp.where(is_reached(candidate), candidate, threshold)
+
+    return jax.lax.fori_loop(0, 32, set_bit, jnp.zeros((order.shape[0], 1), jnp.uint32))
+
+
+@jax.jit
+def plain_draw(logits, noise, top_k, top_p, temperature):
+    logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
+    is_greedy = ((temperature == 0) | ~jnp.isfinite(logits.max(axis=1) / temperature))[:, None]
+    drawn = logits / jnp.where(is_greedy, 1.0, temperature[:, None])
+    drawn = jnp.where(plain_keep_top_k(drawn, top_k), drawn, -jnp.inf)
+    drawn = jnp.where(plain_keep_top_p(drawn, top_p), drawn, -jnp.inf) + noise
+    return jnp.argmax(jnp.where(is_greedy, logits, drawn), axis=1)
+
+
+def odd_logits(random, row_count, code_count):
+    """Rows of every scale, among them ties, NaN, infinities and rows of one value."""
+
+    def rarely(values):
+        return random.random((row_count, code_count)) < random.choice(values, (row_count, 1))
+
+    rows = random.normal(size=(row_count, code_count)) * random.choice([0, 0.01, 0.5, 2, 20, 1e3, 1e37], (row_count, 1))
+    rows = np.where(random.random((row_count, 1)) < 0.3, np.round(rows, 1), rows)
+    rows = np.where(random.random((row_count, 1)) < 0.1, random.choice([0.0, -0.0, 1e-40, -50, 3e38]), rows)
+    for value in (np.nan, -np.inf, np.inf):
+        rows = np.where(rarely([0, 0, 0, 0.02, 0.9]), value, rows)
+    return jnp.asarray(rows, jnp.float32)
+
+
+@pytest.mark.parametrize("filters", ["none", "top_k", "top_p", "both"])
+def test_shortcuts_change_no_result(filters):
+    random = np.random.default_rng(5)
+    row_count, code_count = 128, 700
+    keep_top_k, keep_top_p, plain_k, plain_p = map(
+        jax.jit, (sampling._keep_top_k, sampling._keep_top_p, plain_keep_top_k, plain_keep_top_p)
+    )
+    for step in range(8):
+        logits = odd_logits(random, row_count, code_count)
+        numbers = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
+        top_k = random.choice([0, 1, 2, 5, 50, 256, 699, 700, 701, 2**31 - 1], row_count)
+        top_p = random.choice([0, 1e-40, 1e-3, 0.1, 0.5, 0.9, 0.999999, 1, 2, np.nan, random.random()], row_count)
+        temperature = random.choice([0, 1e-40, 0.1, 0.5, 1, 1, 1, 2, 3e38], row_count)
+        settings = settings_arrays(
+            row_count,
+            top_k if filters in ("top_k", "both") else 0,
+            top_p if filters in ("top_p", "both") else 1.0,
+            temperature if step else 0.0,
+        )
+        for found, expected in (
+            (keep_top_k(numbers, settings["top_k"]), plain_k(numbers, settings["top_k"])),
+            (keep_top_p(numbers, settings["top_p"]), plain_p(numbers, settings["top_p"])),
+        ):
+            np.testing.assert_array_equal(found, expected)
+        keys = jnp.asarray(random.integers(0, 2**32, (row_count, 2), dtype=np.uint32))
+        noise = GUMBEL(keys, jnp.int32(step), codebook_size=code_count)
+        found = SAMPLE(logits, jnp.int32(step), keys, codebook_size=code_count, **settings)
+        np.testing.assert_array_equal(found, plain_draw(logits, noise, **settings))
 
 
 def test_filters_keep_what_a_sort_would_keep_on_random_rows_with_many_ties():
@@ -261,6 +450,37 @@ def test_a_row_without_numbers_gives_code_0_and_is_not_drawable():
     logits = np.array([[np.nan, np.nan, -np.inf, 4], [np.nan, 0, -np.inf, 4]], np.float32)
     assert draw(logits, codebook_size=3).tolist() == [0, 1]
     assert np.asarray(sampling.is_drawable(jnp.asarray(logits), 3)).tolist() == [False, True]
+
+
+def test_log_prob_is_the_log_softmax_over_the_real_codes():
+    random = np.random.default_rng(4)
+    logits = (random.normal(size=(40, 3000)) * random.uniform(0, 60, (40, 1))).astype(np.float32)
+    logits[random.random(logits.shape) < 0.01] = np.nan
+    logits[random.random(logits.shape) < 0.01] = -np.inf
+    logits[:, 2900:] = 1e3  # columns that are no codes
+    codes = random.integers(0, 2900, 40).astype(np.int32)
+    real = np.where(np.isnan(logits), -np.inf, logits)[:, :2900].astype(np.float64)
+    real -= real.max(axis=1, keepdims=True)
+    exact = real[np.arange(40), codes] - np.log(np.exp(real).sum(axis=1))
+    found = LOG_PROB(jnp.asarray(logits), jnp.asarray(codes), codebook_size=2900)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, exact, rtol=1e-6, atol=1e-5)
+
+
+def test_log_prob_of_what_cannot_be_drawn_is_minus_infinity():
+    inf, nan = np.inf, np.nan
+    rows = [[nan, 0, -inf, 0], [inf, 5, inf, nan], [nan, nan, -inf, -inf], [3, -1e38, -inf, 3e38], [-1, nan, nan, nan]]
+    logits = jnp.asarray(rows, jnp.float32)
+    found = [LOG_PROB(logits, jnp.full(5, code), codebook_size=4) for code in range(5)]
+    half = math.log(0.5)
+    expected = [
+        [-inf, half, -inf, half],
+        [half, -inf, half, -inf],
+        [-inf] * 4,
+        [-3e38, -inf, -inf, 0],
+        [0] + [-inf] * 3,
+    ]
+    np.testing.assert_allclose(np.transpose(found), np.c_[expected, [-inf] * 5], rtol=1e-6)
 
 
 def test_only_real_codes_are_drawn_and_counted():

@@ -60,11 +60,10 @@ class Pipeline:
     def draw(self, prompts: list[str], count: int, cond_scale: float, temperature=1.0, top_k=256, seed=0):
         """Pictures uint8 (len(prompts), count, S, S, 3) and their scores (len(prompts), count)."""
         rows = [(prompt, i) for prompt in prompts for i in range(count)]
-        n = len(rows)
-        settings = RowSettings(np.full(n, top_k), np.full(n, 1.0), np.full(n, temperature), np.full(n, cond_scale))
+        settings = RowSettings(top_k, 1.0, temperature, cond_scale)
         keys = np.array([sampling.row_key(seed, i) for _, i in rows], np.uint32)
         texts = [prompt for prompt, _ in rows]
-        tokens = self.generator.generate(texts, [None] * n, settings, keys)
+        tokens = self.generator.generate(texts, settings, keys)
         pictures = self.decode(tokens)
         scores = self.scorer.score(pictures, texts)[0]
         return pictures.reshape(len(prompts), count, *pictures.shape[1:]), scores.reshape(len(prompts), count)

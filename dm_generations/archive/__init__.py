@@ -5,11 +5,12 @@ with Archive.open("archive/emoji.db") as archive:
         best = next(archive.rows(group.settings, limit=1))
 """
 
-from dm_generations.archive._info import ArchiveInfo, ModelUse, PromptInfo, ScoreInfo, TokenInfo, info
+from dm_generations.archive._info import ArchiveInfo, LogProbInfo, ModelUse, PromptInfo, ScoreInfo, TokenInfo, info
 from dm_generations.archive._merge import SourceReport, merge
 from dm_generations.archive._records import Group, ImageRow, ModelInfo, NewImage, Settings
 from dm_generations.archive._sqlite import ArchiveError
 from dm_generations.archive._store import Archive
+from dm_generations.archive._tokens import init_md5
 from dm_generations.archive._verify import Problem, verify
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ArchiveInfo",
     "Group",
     "ImageRow",
+    "LogProbInfo",
     "ModelInfo",
     "ModelUse",
     "NewImage",
@@ -28,6 +30,7 @@ __all__ = [
     "SourceReport",
     "TokenInfo",
     "info",
+    "init_md5",
     "merge",
     "verify",
 ]

@@ -3,17 +3,19 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from dm_generations.archive._layout import SCHEMA_VERSION, SETTINGS
+from dm_generations.archive._layout import SETTINGS
 from dm_generations.archive._store import Archive
 from dm_generations.archive._tokens import grid_side
 
 COUNT_LENGTHS = """
 SELECT length(quantvec), count(*) FROM images WHERE typeof(quantvec) = 'blob' GROUP BY 1 ORDER BY 1
 """
-SCORE_RANGE = """
-SELECT count({score}), min({score}), avg({score}), max({score}) FROM images
-WHERE typeof({score}) IN ('real', 'integer')
+RANGE = """
+SELECT count({column}), min({column}), avg({column}), max({column}) FROM images
+WHERE typeof({column}) IN ('real', 'integer')
 """
+COUNT_DTYPES = "SELECT {dtype}, count(*) FROM images WHERE typeof({dtype}) = 'text' GROUP BY 1 ORDER BY 1"
+COUNT_CONTINUED = "SELECT count(*) FROM images WHERE {init_count} > 0"
 
 AXES = SETTINGS[2:]  # top_k, top_p, temperature, cond_scale
 
@@ -30,6 +32,16 @@ class ScoreInfo:
     """Smallest, mean and largest score, None where no picture has one."""
 
     scored_count: int
+    smallest: float | None
+    mean: float | None
+    largest: float | None
+
+
+@dataclass(frozen=True)
+class LogProbInfo:
+    """The same for the log-probabilities of the codes that were drawn."""
+
+    image_count: int
     smallest: float | None
     mean: float | None
     largest: float | None
@@ -59,7 +71,7 @@ class TokenInfo:
 @dataclass(frozen=True)
 class ArchiveInfo:
     path: str
-    layout: str  # "1", the version of our format, or "2022"
+    layout: str  # "2" for instance, the version of our format, or "2022"
     file_bytes: int
     image_count: int
     group_count: int
@@ -70,6 +82,9 @@ class ArchiveInfo:
     axes: dict[str, list[float]]  # values by setting, ascending
     models: list[ModelUse]
     scores: dict[str, ScoreInfo]  # by column
+    log_prob: LogProbInfo
+    image_count_by_dtype: dict[str, int]  # of the pictures that tell what they were computed in
+    continued_count: int  # pictures that go on from given codes
     tokens: list[TokenInfo]
     first_time: float | None  # UTC Unix seconds: when the first batch started
     last_time: float | None  # and the last one ended
@@ -88,7 +103,7 @@ def info(archive: Archive) -> ArchiveInfo:
     last_time = archive.query("SELECT max({time_end}) FROM images WHERE typeof({time_end}) = 'real'")
     return ArchiveInfo(
         path=str(archive.path),
-        layout="2022" if archive.is_2022 else str(SCHEMA_VERSION),
+        layout="2022" if archive.is_2022 else str(archive.version),
         file_bytes=archive.path.stat().st_size,
         image_count=sum(sizes),
         group_count=len(groups),
@@ -98,7 +113,10 @@ def info(archive: Archive) -> ArchiveInfo:
         sc_prompts=[PromptInfo(i, text, image_count_by_sc_prompt[i]) for i, text in archive.sc_prompts().items()],
         axes={name: sorted({getattr(group.settings, name) for group in groups}) for name in AXES},
         models=_models(archive),
-        scores={name: _scores(archive, name) for name in ("clip_score_input", "clip_score_tokenized")},
+        scores={name: ScoreInfo(*_range(archive, name)) for name in ("clip_score_input", "clip_score_tokenized")},
+        log_prob=LogProbInfo(*_range(archive, "log_prob")),
+        image_count_by_dtype=dict(archive.query(COUNT_DTYPES)),
+        continued_count=archive.query(COUNT_CONTINUED)[0][0],
         tokens=[
             TokenInfo(byte_count, grid_side(byte_count), image_count)
             for byte_count, image_count in archive.query(COUNT_LENGTHS)
@@ -108,8 +126,9 @@ def info(archive: Archive) -> ArchiveInfo:
     )
 
 
-def _scores(archive: Archive, column: str) -> ScoreInfo:
-    return ScoreInfo(*archive.query(SCORE_RANGE.replace("score", column))[0])
+def _range(archive: Archive, column: str) -> tuple:
+    """Count, smallest, mean, largest."""
+    return archive.query(RANGE.replace("column", column))[0]
 
 
 def _models(archive: Archive) -> list[ModelUse]:

@@ -11,15 +11,16 @@ from dm_generations.archive._files import new_file
 from dm_generations.archive._layout import INSERT_COLUMNS
 from dm_generations.archive._sqlite import ArchiveError, sqlite_errors
 from dm_generations.archive._store import Archive
-from dm_generations.archive._tokens import check_tokens, quantvec_md5
+from dm_generations.archive._tokens import check_init, check_tokens, quantvec_md5
 
-# A draw that the target has already still gives its scores where the target has none.
+# A draw that the target has already still gives its scores where the target has none of the same tokens: other
+# hardware, or another dtype, can turn one draw into two pictures.
 INSERT_OR_FILL = f"""
 INSERT INTO images ({", ".join(INSERT_COLUMNS)}) VALUES ({", ".join("?" * len(INSERT_COLUMNS))})
 ON CONFLICT DO UPDATE SET clip_score_input = excluded.clip_score_input,
     clip_score_tokenized = excluded.clip_score_tokenized, clip_id = excluded.clip_id,
     time_scored = excluded.time_scored
-WHERE clip_score_input IS NULL AND excluded.clip_score_input IS NOT NULL
+WHERE clip_score_input IS NULL AND excluded.clip_score_input IS NOT NULL AND quantvec_md5 = excluded.quantvec_md5
 """
 MODEL_COLUMNS = ("generator_id", "codec_id", "clip_id")
 
@@ -100,6 +101,7 @@ class _Rows:
             row["prompt_id"] = self._new_id(self.prompt_ids, row, "prompt_id")
             row["sc_prompt_id"] = self._new_id(self.sc_prompt_ids, row, "sc_prompt_id")
             row["quantvec_md5"] = self._checked_md5(row)
+            self._check_init(row)
             for name in MODEL_COLUMNS:
                 row[name] = self._new_id(self.model_ids, row, name)
             yield tuple(row.values())
@@ -123,6 +125,14 @@ class _Rows:
         if row["quantvec_md5"] not in (None, md5):
             raise self._error("quantvec_md5 is not the MD5 of the tokens")
         return md5
+
+    def _check_init(self, row: dict) -> None:
+        if not isinstance(row["init_count"], int):
+            raise self._error(f"init_count is {row['init_count']!r:.40}, not a whole number")
+        try:
+            check_init(row["quantvec"], row["init_count"], row["init_md5"])
+        except ArchiveError as error:
+            raise self._error(str(error)) from error
 
     def _error(self, what: str) -> ArchiveError:
         return ArchiveError(f"{self.source.path}: picture {self.current_id}: {what}; run `verify` on it")

@@ -1,7 +1,10 @@
 """The values that go in and out of an archive: small, frozen, holding no cursor.
 
 Units: `top_k` 0 and `top_p` 1.0 mean no limit, `cond_scale` 1.0 no super conditioning; `key0` and `key1` are
-the uint32 words of the picture's PRNG key; times are UTC Unix seconds; scores are CLIP logits.
+the uint32 words of the picture's PRNG key; times are UTC Unix seconds; scores are CLIP logits. `log_prob` is the
+natural logarithm of how likely the model found the codes that were drawn, `dtype` what it computed in ("float32",
+"bfloat16" or "float16"); the first `init_count` codes were given, not drawn, and `init_md5` is their hex MD5, "" if
+there are none.
 """
 
 from dataclasses import dataclass, field
@@ -44,6 +47,11 @@ class ImageRow:
     clip_score_tokenized: float | None
     generator_id: int | None
     codec_id: int | None
+    sampler_version: int | None = None
+    log_prob: float | None = None
+    dtype: str | None = None
+    init_count: int = 0
+    init_md5: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,10 @@ class NewImage:
     clip_score_input: float | None = None
     clip_score_tokenized: float | None = None
     time_scored: float | None = None
+    log_prob: float | None = None
+    dtype: str | None = None
+    init_count: int = 0
+    init_md5: str = ""
 
 
 @dataclass(frozen=True)

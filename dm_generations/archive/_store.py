@@ -2,7 +2,8 @@
 
 Locking: the rollback journal, not WAL. So the archive is one file whenever no batch is in flight, works on
 network disks, and is read from folders that cannot be written. The price, that a reader holds off a commit,
-is kept small: no method leaves a query open between two rows.
+is kept small: no method leaves a query open between two rows. Programs that fill one archive together claim what
+they are about to draw (`claim`), so that nobody holds a lock while it draws.
 """
 
 import array
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import sqlite3
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +20,7 @@ from types import TracebackType
 from dm_generations.archive._files import check_writable, new_file
 from dm_generations.archive._layout import IMAGE_COLUMNS, INSERT_COLUMNS, SETTINGS, Layout, read_layout
 from dm_generations.archive._records import Group, ImageRow, ModelInfo, NewImage, Settings
+from dm_generations.archive._schema import SCHEMA_VERSION, upgrade
 from dm_generations.archive._sqlite import (
     APPLICATION_ID,
     ArchiveError,
@@ -29,8 +32,7 @@ from dm_generations.archive._sqlite import (
     sqlite_errors,
     undo_interrupted_write,
 )
-from dm_generations.archive._tokens import check_tokens, quantvec_md5
-from dm_generations.resources import shipped
+from dm_generations.archive._tokens import check_init, check_tokens, quantvec_md5
 
 LOCK_TIMEOUT = 10.0  # seconds to wait for another program's lock
 COMMIT_TIMEOUT = 60.0  # the same when finished work would be lost
@@ -43,7 +45,17 @@ SELECT_MODELS = "SELECT id, kind, name, sha256, config, grid, codebook_size, ima
 KEYS_OF_GROUP = """
 SELECT key0, key1 FROM images
 WHERE prompt_id = ? AND sc_prompt_id = ? AND top_k = ? AND top_p = ? AND temperature = ? AND cond_scale = ?
-    AND {generator_id} IS ? AND (? IS NULL OR {sampler_version} = ?)
+    AND {generator_id} IS ? AND (? IS NULL OR {sampler_version} = ?) AND {init_md5} = ?
+"""
+# Written as the index images_draw has it, to be answered from there.
+HAS_DRAW = """
+SELECT EXISTS (
+    SELECT 1 FROM images
+    WHERE prompt_id = (SELECT id FROM prompts WHERE desc = ?)
+        AND sc_prompt_id = (SELECT id FROM sc_prompts WHERE desc IS ?)
+        AND top_k = ? AND top_p = ? AND temperature = ? AND cond_scale = ? AND key0 = ? AND key1 = ?
+        AND coalesce({generator_id}, 0) = ? AND coalesce({sampler_version}, 0) = ? AND {init_md5} = ?
+)
 """
 # The same draw again is left out; unlike OR IGNORE, this still refuses bad values.
 INSERT_IMAGE = f"""
@@ -52,6 +64,11 @@ ON CONFLICT DO NOTHING
 """
 SET_SCORES = """
 UPDATE images SET clip_score_input = ?, clip_score_tokenized = ?, clip_id = ?, time_scored = ? WHERE id = ?
+"""
+# Nobody's claim, an expired one or one's own.
+CLAIM = """
+INSERT INTO claims (digest, owner, expires) VALUES (:digest, :owner, :until)
+ON CONFLICT (digest) DO UPDATE SET expires = excluded.expires WHERE owner = excluded.owner
 """
 COUNT_GROUPS = """
 SELECT prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, count(*) FROM {order}
@@ -82,13 +99,15 @@ CREATE INDEX temp.image_order_by_group ON image_order (
 class Archive:
     """An open archive; a context manager. Use it from one thread at a time.
 
-    path: the file. is_2022: it has the 2022 layout, and is open for reading only.
+    path: the file. version: of the format, 0 for the layout of 2022. is_2022: it has that layout, and is open for
+    reading only.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection, mode: str, timeout: float, layout: Layout):
         """Not for callers, who use `open` or `create`."""
         self.path = path
         self.mode = mode
+        self.version = layout.version
         self.is_2022 = layout.is_2022
         self.connection = connection
         self.sql = layout.sql
@@ -100,14 +119,31 @@ class Archive:
         """A new, empty archive, open for writing. Refuses a path that exists."""
         path = Path(path)
         with new_file(path) as temporary, sqlite_errors(path):
-            with contextlib.closing(sqlite3.connect(temporary)) as connection:
-                connection.executescript(shipped("schema/0001.sql").read_text(encoding="utf-8"))
+            with contextlib.closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
+                connection.execute("BEGIN")
+                upgrade(connection)
+                connection.execute("COMMIT")
         return cls.open(path, "w")
 
     @classmethod
-    def open(cls, path: str | os.PathLike, mode: str = "r", timeout: float = LOCK_TIMEOUT) -> "Archive":
-        """An existing archive; "r" leaves the file as it is, "w" is for ours only.
+    def open_or_create(cls, path: str | os.PathLike, timeout: float = LOCK_TIMEOUT) -> "Archive":
+        """The archive at `path`, open for writing; made if there is none, also when several programs do so at once."""
+        path = Path(path)
+        if not os.path.lexists(path):
+            try:
+                cls.create(path).close()
+            except ArchiveError:
+                if not os.path.exists(path):  # or else another program was quicker
+                    raise
+        return cls.open(path, "w", timeout)
 
+    @classmethod
+    def open(cls, path: str | os.PathLike, mode: str = "r", timeout: float = LOCK_TIMEOUT) -> "Archive":
+        """An existing archive; "r" leaves the file as it is, "w" is for ours only and updates an older format.
+
+        That step is one transaction: others find the old format or the new one. While this process writes to the
+        file, use `duplicate` for a second connection: this reads the header by hand, and a file that is closed by
+        hand loses SQLite's locks (https://www.sqlite.org/howtocorrupt.html, 2.2).
         timeout: seconds to wait, here and later, while another program has the file locked.
         ArchiveError: no such file, not a database, damaged, other tables, newer than this program, read-only.
         """
@@ -133,8 +169,20 @@ class Archive:
                         f"{path}: the 2022 layout is only read; `merge` it into a new archive to add to it"
                     )
                 _prepare_to_write(connection, header)
+                if layout.version < SCHEMA_VERSION:
+                    with cls(path, connection, mode, timeout, layout).transaction():
+                        upgrade(connection)
+                    layout = read_layout(path, connection)
             on_error.pop_all()
         return cls(path, connection, mode, timeout, layout)
+
+    def duplicate(self) -> "Archive":
+        """A second connection to an archive that is open for writing, for another thread, which closes it."""
+        assert self.mode == "w", self.mode
+        with sqlite_errors(self.path):
+            connection = connect(self.path, b"", "w", self._timeout)
+            _prepare_to_write(connection, b"")
+            return Archive(self.path, connection, "w", self._timeout, read_layout(self.path, connection))
 
     def close(self) -> None:
         self.connection.close()
@@ -213,11 +261,39 @@ class Archive:
         return map(_image_row, self.scan(IMAGE_COLUMNS, condition, parameters))
 
     def existing_keys(
-        self, settings: Settings, generator_id: int | None, sampler_version: int | None = None
+        self, settings: Settings, generator_id: int | None, sampler_version: int | None = None, init_md5: str = ""
     ) -> set[tuple[int, int]]:
-        """(key0, key1) of the pictures that this generator drew; sampler_version None: with any sampler."""
-        parameters = [*_values(settings), generator_id, sampler_version, sampler_version]
+        """(key0, key1) of the pictures that this generator drew; sampler_version None: with any sampler.
+
+        init_md5: of the codes that the pictures go on from; "" is for those that were drawn whole.
+        """
+        parameters = [*_values(settings), generator_id, sampler_version, sampler_version, init_md5]
         return set(self._all(self.sql(KEYS_OF_GROUP), parameters))
+
+    def has_draw(
+        self,
+        prompt: str,
+        sc_prompt: str | None,
+        top_k: int,
+        top_p: float,
+        temperature: float,
+        cond_scale: float,
+        key0: int,
+        key1: int,
+        generator_id: int,
+        sampler_version: int,
+        init_md5: str = "",
+    ) -> bool:
+        """Whether this draw is stored; one look into an index, however many pictures there are."""
+        group = prompt, sc_prompt, top_k, top_p, temperature, cond_scale
+        parameters = *group, key0, key1, generator_id, sampler_version, init_md5
+        return bool(self._all(self.sql(HAS_DRAW), parameters)[0][0])
+
+    def claims(self) -> dict[bytes, str]:
+        """Who is at work on what: owner by digest, of the claims that have not expired."""
+        if self.version < 2:
+            return {}
+        return dict(self._all("SELECT digest, owner FROM claims WHERE expires > ?", (time.time(),)))
 
     def scan(self, columns: Sequence[str], condition: str = "TRUE", parameters: dict | None = None) -> Iterator[tuple]:
         """These columns of the pictures that meet an SQL condition, by id; constant memory. See `query`."""
@@ -231,7 +307,7 @@ class Archive:
             after = rows[-1][0]
 
     def query(self, template: str) -> list[tuple]:
-        """All rows of a query; `{name}` stands for that column of images, or NULL if a 2022 file lacks it."""
+        """All rows of a query; `{name}` stands for that column of images, or its default if an older file lacks it."""
         return self._all(self.sql(template))
 
     # Writing
@@ -288,7 +364,7 @@ class Archive:
         """Stores pictures and returns how many were new: a draw that is there already is left as it is.
 
         Inside a transaction. `clip_id` is kept for the rows that have a score.
-        ArchiveError: tokens that do not fit the codec, settings out of range.
+        ArchiveError: tokens that do not fit the codec, settings out of range, an `init_md5` of other codes.
         """
         assert self.connection.in_transaction, "add_images outside a transaction"
         codec = None if codec_id is None else self.models()[codec_id]
@@ -304,6 +380,7 @@ class Archive:
                 quantvec = image.quantvec
                 if codec is not None:
                     check_tokens(quantvec, codec)
+                check_init(quantvec, image.init_count, image.init_md5)
                 is_scored = image.clip_score_input is not None
                 yield (
                     prompt_id,
@@ -325,6 +402,10 @@ class Archive:
                     codec_id,
                     clip_id if is_scored else None,
                     sampler_version,
+                    image.log_prob,
+                    image.dtype,
+                    image.init_count,
+                    image.init_md5,
                 )
 
         return self._write_many(INSERT_IMAGE, values())
@@ -336,7 +417,40 @@ class Archive:
             SET_SCORES, ((score, back, clip_id, time_scored, row_id) for row_id, score, back in rows)
         )
 
+    def claim(self, digests: Sequence[bytes], owner: str, until: float) -> list[bool]:
+        """Claims what nobody else holds, until a UTC Unix time; says of each whether it is the owner's now.
+
+        Inside a transaction. Expired claims, of anybody, are dropped first. A claim keeps nobody from writing: it is
+        a word between programs that ask for it. `owner` is any text of at least one character, and who may use it
+        is up to those programs, as is what a digest stands for.
+        """
+        assert self.connection.in_transaction, "claim outside a transaction"
+        self._drop_expired_claims()
+        with sqlite_errors(self.path):
+            return [
+                self.connection.execute(CLAIM, {"digest": digest, "owner": owner, "until": until}).rowcount == 1
+                for digest in digests
+            ]
+
+    def renew_claims(self, owner: str, until: float) -> None:
+        """Moves the end of all claims that an owner still has. Inside a transaction."""
+        assert self.connection.in_transaction, "renew_claims outside a transaction"
+        self._write_many("UPDATE claims SET expires = ? WHERE owner = ?", [(until, owner)])
+
+    def release_claims(self, owner: str, digests: Iterable[bytes] | None = None) -> None:
+        """Gives back an owner's claims, these or all of them, and expired ones of anybody. Inside a transaction."""
+        assert self.connection.in_transaction, "release_claims outside a transaction"
+        self._drop_expired_claims()
+        if digests is None:
+            self._write_many("DELETE FROM claims WHERE owner = ?", [(owner,)])
+        else:
+            mine = ((owner, digest) for digest in digests)
+            self._write_many("DELETE FROM claims WHERE owner = ? AND digest = ?", mine)
+
     # Underneath
+
+    def _drop_expired_claims(self) -> None:
+        self._write_many("DELETE FROM claims WHERE expires <= ?", [(time.time(),)])
 
     def _without_nul(self, text: str) -> str:
         if "\x00" in text:

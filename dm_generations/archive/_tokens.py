@@ -17,6 +17,11 @@ def quantvec_md5(quantvec: bytes) -> str:
     return hashlib.md5(quantvec, usedforsecurity=False).hexdigest()
 
 
+def init_md5(quantvec: bytes, init_count: int) -> str:
+    """Hex MD5 of the first `init_count` codes, which were given and not drawn; "" if there are none."""
+    return quantvec_md5(quantvec[: BYTES_PER_TOKEN * init_count]) if init_count else ""
+
+
 def grid_side(byte_count: int) -> int | None:
     """Side of the square grid that a token vector of this many bytes fills, or None if there is none."""
     token_count, odd = divmod(byte_count, BYTES_PER_TOKEN)
@@ -42,6 +47,15 @@ def codes_fit(quantvec: bytes, codebook_size: int) -> bool:
     if not quantvec[1::2].translate(None, delete=_ALL_BYTES[:high_limit]):
         return True
     return largest_code(quantvec) < codebook_size
+
+
+def check_init(quantvec: bytes, init_count: int, md5: str) -> None:
+    """ArchiveError unless a vector has `init_count` codes that were given, and `md5` is theirs."""
+    token_count = len(quantvec) // BYTES_PER_TOKEN
+    if not 0 <= init_count <= token_count:
+        raise ArchiveError(f"init_count is {init_count}, not from 0 to the {token_count} codes of the picture")
+    if init_md5(quantvec, init_count) != md5:
+        raise ArchiveError(f"init_md5 is {md5!r:.40}, not that of the first {init_count} codes")
 
 
 def check_tokens(quantvec: bytes, codec: ModelInfo) -> None:

@@ -6,17 +6,18 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dm_generations.archive._layout import columns_of
+from dm_generations.archive._layout import ADDED, columns_of
 from dm_generations.archive._records import ModelInfo
 from dm_generations.archive._sqlite import ArchiveError
 from dm_generations.archive._store import Archive
-from dm_generations.archive._tokens import codes_fit, grid_side, largest_code, quantvec_md5
+from dm_generations.archive._tokens import BYTES_PER_TOKEN, codes_fit, grid_side, init_md5, largest_code, quantvec_md5
 
 INTEGRITY_LIMIT = 20  # lines of SQLite's own report; a broken page can cause thousands
 UINT32_MAX = 2**32 - 1
 INDEXES = frozenset({"images_by_group", "images_draw"})
 MODEL_KINDS = {"generator_id": "generator", "codec_id": "codec", "clip_id": "clip"}
 SCORES = ("clip_score_input", "clip_score_tokenized")
+DTYPES = ("float32", "bfloat16", "float16")
 TIMES = ("time_start", "time_end", "time_scored")
 CHECKED_COLUMNS = (
     "id",
@@ -34,6 +35,7 @@ CHECKED_COLUMNS = (
     *TIMES,
     *MODEL_KINDS,
     "sampler_version",
+    *ADDED,
 )
 USUAL_BYTE_COUNT = """
 SELECT length(quantvec) FROM images WHERE typeof(quantvec) = 'blob' AND {codec_id} IS NULL
@@ -60,14 +62,17 @@ def verify(archive: Archive) -> Iterator[Problem]:
 
     Looks at SQLite's own integrity, ids that point nowhere, types and ranges of every value, the length of
     each token vector (its codec's grid, or where no codec is known, a square like the others), its codes
-    (below the codec's codebook size) and its MD5. Damage of the file is reported, never raised.
+    (below the codec's codebook size), its MD5 and that of its given codes. Damage of the file is reported, never
+    raised.
     """
     try:
         yield from _check_file(archive)
+        # Pictures that are added from here on may belong to prompts and models that are not read any more.
+        last_id = archive.query("SELECT max({id}) FROM images")[0][0]
         prompt_ids = yield from _check_texts(archive, "prompts")
         sc_prompt_ids = yield from _check_texts(archive, "sc_prompts")
         models = {} if archive.is_2022 else (yield from _check_models(archive))
-        yield from _check_images(archive, prompt_ids, sc_prompt_ids, models)
+        yield from _check_images(archive, last_id, prompt_ids, sc_prompt_ids, models)
     except (sqlite3.Error, ArchiveError) as error:
         yield Problem(None, None, f"reading stopped: {error}")
 
@@ -137,11 +142,11 @@ def _check_models(archive: Archive) -> Iterator[Problem]:
 
 
 def _check_images(
-    archive: Archive, prompt_ids: set[int], sc_prompt_ids: set[int], models: dict[int, ModelInfo]
+    archive: Archive, last_id: int | None, prompt_ids: set[int], sc_prompt_ids: set[int], models: dict[int, ModelInfo]
 ) -> Iterator[Problem]:
     usual_bytes = _usual_byte_count(archive)
     has_md5 = "quantvec_md5" in columns_of(archive.connection, "images")
-    for values in archive.scan(CHECKED_COLUMNS):
+    for values in archive.scan(CHECKED_COLUMNS, "{id} <= :last_id", {"last_id": last_id}):
         row = dict(zip(CHECKED_COLUMNS, values, strict=True))
         if row["prompt_id"] not in prompt_ids:
             yield Problem("images", row["id"], f"prompt_id {row['prompt_id']!r:.40} is not in prompts")
@@ -157,6 +162,8 @@ def _check_images(
             if row["quantvec_md5"] != md5:
                 found = row["quantvec_md5"]
                 yield Problem("images", row["id"], f"quantvec_md5 is {found!r:.40}, the tokens have {md5}")
+        for what in _wrong_init(row["quantvec"], row["init_count"], row["init_md5"]):
+            yield Problem("images", row["id"], what)
 
 
 def _usual_byte_count(archive: Archive) -> int | None:
@@ -178,7 +185,7 @@ def _wrong_values(row: dict, models: dict[int, ModelInfo]) -> Iterator[str]:
     for name in ("key0", "key1"):
         if not _is_whole(row[name], 0) or row[name] > UINT32_MAX:
             yield f"{name} is {row[name]!r:.40}, not a uint32"
-    for name in SCORES + TIMES:
+    for name in (*SCORES, *TIMES, "log_prob"):
         if row[name] is not None and not _is_finite(row[name]):
             yield f"{name} is {row[name]!r:.40}, not a number"
     if _is_finite(row["time_start"]) and _is_finite(row["time_end"]) and row["time_end"] < row["time_start"]:
@@ -189,6 +196,8 @@ def _wrong_values(row: dict, models: dict[int, ModelInfo]) -> Iterator[str]:
             yield f"{name} {model_id!r:.40} is not a {kind} in models"
     if row["sampler_version"] is not None and not isinstance(row["sampler_version"], int):
         yield f"sampler_version is {row['sampler_version']!r:.40}, not a whole number"
+    if row["dtype"] is not None and row["dtype"] not in DTYPES:
+        yield f"dtype is {row['dtype']!r:.40}, not one of {', '.join(DTYPES)}"
 
 
 def _wrong_tokens(quantvec: object, codec: ModelInfo | None, usual_bytes: int | None) -> Iterator[str]:
@@ -205,6 +214,14 @@ def _wrong_tokens(quantvec: object, codec: ModelInfo | None, usual_bytes: int | 
         yield f"quantvec has {len(quantvec)} bytes, not the {expected} of {codec.grid}x{codec.grid} uint16"
     elif not codes_fit(quantvec, codec.codebook_size):
         yield f"code {largest_code(quantvec)} is not below the codebook size {codec.codebook_size}"
+
+
+def _wrong_init(quantvec: object, init_count: object, md5: object) -> Iterator[str]:
+    token_count = len(quantvec) // BYTES_PER_TOKEN if isinstance(quantvec, bytes) else 0
+    if not _is_whole(init_count, 0) or init_count > token_count:
+        yield f"init_count is {init_count!r:.40}, not from 0 to the {token_count} codes of the picture"
+    elif md5 != (expected := init_md5(quantvec, init_count)):
+        yield f"init_md5 is {md5!r:.40}, the first {init_count} codes have {expected!r}"
 
 
 def _is_finite(value: object) -> bool:

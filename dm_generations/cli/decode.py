@@ -40,7 +40,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="a file for each picture, one for all of a prompt and setting, a file of tokens for each picture, "
         "WebDataset shards with the rows as JSON, or one zip with what images would write (default: images)",
     )
-    add("--output", choices=["png", "npy"], default="png", help="npy is the same as --mode npy (default: png)")
+    add(
+        "--output",
+        choices=["pictures", "npy"],
+        default="pictures",
+        help="npy is the same as --mode npy (default: pictures)",
+    )
     add("--out-dir", metavar="FOLDER", help="folder to write into (default: the name of the mode)")
     add("--overwrite", action="store_true", help="decode again what is on disk already")
     add(
@@ -95,6 +100,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     gallery.add_argument(
         "--gallery-rows", type=_at_least_one, default=4, metavar="N", help="rows of pictures (default: 4)"
+    )
+    gallery.add_argument(
+        "--seamless",
+        action="store_true",
+        help="the pictures of a file are decoded as one, and run into each other without seams (default: off)",
     )
     gallery.add_argument(
         "--captions", action="store_true", help="a strip above the pictures with prompt and settings (default: off)"
@@ -161,7 +171,13 @@ def _decode(archive, args: argparse.Namespace) -> int:
         jax.config.update("jax_platforms", "cpu")
     options = Options(
         out_dir=Path(args.out_dir or mode),
-        layout=Layout(mode, args.gallery_cols, args.gallery_rows, shard_size=args.shard_size or 1000),
+        layout=Layout(
+            mode,
+            args.gallery_cols,
+            args.gallery_rows,
+            shard_size=args.shard_size or 1000,
+            is_seamless=args.seamless,
+        ),
         selection=Selection(args.prompt_ids, args.prompt_texts, args.sc_prompt_ids, args.sc_prompt_texts, args.n_best),
         codec=args.codec,
         dtype=args.dtype,
@@ -199,6 +215,7 @@ def _check_flags(args: argparse.Namespace) -> None:
             f"no png is written with --format {picture_format}",
         ),
         ("--shard-size", args.shard_size and mode != "tar", "it is for --mode tar"),
+        ("--seamless", args.seamless and mode != "gallery", "it is for --mode gallery"),
         ("--captions", args.captions and mode != "gallery", "it is for --mode gallery"),
         ("--score-labels", args.score_labels and mode != "gallery", "it is for --mode gallery"),
         (
@@ -210,6 +227,9 @@ def _check_flags(args: argparse.Namespace) -> None:
     for flag, is_wrong, reason in without_effect:
         if is_wrong:
             raise UserError(f"{flag} has no effect here: {reason}")
+    if args.seamless and (args.captions or args.score_labels):
+        text = "--captions" if args.captions else "--score-labels"
+        raise UserError(f"use just one of --seamless and {text}: one picture has no room for text between its parts")
 
 
 def _batch_size(text: str) -> int | None:

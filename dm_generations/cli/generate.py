@@ -74,8 +74,29 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="KEY0:KEY1",
         help="draw the pictures of these keys, as archive and page show them, in place of --n and --seed",
     )
-    add("--dry-run", action="store_true", help="only say how many pictures would be drawn")
+    add(
+        "--same-seeds",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="picture i has the same key under all settings, so that they are compared on equal noise; without, each "
+        "combination has keys of its own (default: the same)",
+    )
+    add(
+        "--progressive",
+        type=int,
+        metavar="N",
+        help="write a picture of the codes so far after every N of them, the rest filled with the first one",
+    )
+    add(
+        "--progressive-dir",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("progressive"),
+        help="where --progressive writes (default: progressive)",
+    )
+    add("--dry-run", action="store_true", help="only say what would be drawn: pictures, bytes, memory and time")
     _add_settings(parser.add_argument_group("settings", "each takes one or more values"))
+    _add_given(parser.add_argument_group("given codes", "pictures that go on from the first codes of another one"))
     add_model_options(parser, generates=True)
     parser.set_defaults(run=run)
 
@@ -121,6 +142,13 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_given(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--init-image", metavar="FILE", type=Path, help="a picture, cropped to a square, through the codec's encoder")
+    add("--init-tokens", metavar="FILE", type=Path, help="a .npy file of codes, as --output npy writes them")
+    add("--init-count", metavar="N", type=int, help="codes that are kept, row by row from the top (default: 7 of 16)")
+
+
 def run(args: argparse.Namespace) -> int:
     try:
         return _generate(args)
@@ -131,6 +159,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     check_batch_size(args.batch_size)
+    if args.progressive is not None and args.progressive < 1:
+        raise UserError(f"--progressive must be at least 1, not {args.progressive}")
     if args.no_score and args.clip:
         raise UserError("use just one of --clip and --no-score")
     described = {} if args.sweep is None else read_sweep(args.sweep)
@@ -144,52 +174,74 @@ def _generate(args: argparse.Namespace) -> int:
         cond_scale=described.get("cond_scale", [sweeps.DEFAULT_COND_SCALE]),
         count=described.get("n", sweeps.DEFAULT_COUNT),
         seed=described.get("seed", sweeps.DEFAULT_SEED),
+        same_seeds=described.get("same_seeds", True),
         row_keys=[parse_key(text) for text in described.get("keys", [])],
     )
     prepare_device(args.cpu_only)
     from dm_generations.archive import Archive
-    from dm_generations.generate.run import Pipeline, load_models, open_archive, plan_run
+    from dm_generations.generate.given import load_given
+    from dm_generations.generate.run import Pipeline, Progressive, load_models, open_archive
 
     exists = os.path.exists(args.db)  # unlike Path.exists, False for a name that cannot be
     if exists:  # found out before the models are loaded, which takes a moment
-        Archive.open(args.db, "w").close()
+        Archive.open(args.db, "r" if args.dry_run else "w").close()
     overrides = {} if args.conv_like is None else {"conv_like": args.conv_like}
     if args.cond_scale_of is not None:
         overrides["guides_first_code_alone"] = args.cond_scale_of == "first"
     models = load_models(args.model, args.codec, args.clip, not args.no_score, args.tokenizer, overrides)
-    pipeline = Pipeline(models, args.batch_size, args.rng)
+    config = models.generator.config
+    given = load_given(
+        args.init_image, args.init_tokens, args.init_count, models.codec, config.image_length, config.codebook_size
+    )
+    progress = None if args.progressive is None else Progressive(args.progressive, args.progressive_dir)
+    pipeline = Pipeline(models, args.batch_size, args.rng, args.dtype, given, progress)
     pipeline.check(sweep)
+    if pipeline.generator.batch_size < args.batch_size:
+        print(f"memory holds batches of {pipeline.generator.batch_size}, not of {args.batch_size}", file=sys.stderr)
     if args.rng == "dalle-mini" and "top_k" not in described:
-        sweep = dataclasses.replace(sweep, top_k=[models.generator.config.top_k])
+        sweep = dataclasses.replace(sweep, top_k=[config.top_k])
     if args.dry_run:
         with Archive.open(args.db) if exists else contextlib.nullcontext() as archive:
-            work = plan_run(sweep, archive, models.generator, args.rng)
-        byte_count = work.missing_count * models.generator.config.image_length * 2
-        print(f"{_describe(sweep)}; {work.existing_count:,} there already, {work.missing_count:,} to draw")
-        print(f"their codes take {byte_count:,} bytes; nothing was drawn")
+            _estimate(pipeline, pipeline.plan(sweep, archive))
         return 0
     with open_archive(args.db) as archive:
-        return _fill(archive, plan_run(sweep, archive, models.generator, args.rng), pipeline, args)
+        return _fill(archive, pipeline.plan(sweep, archive), pipeline, args)
+
+
+def _estimate(pipeline, work: sweeps.Plan) -> None:
+    """Say what a run would draw, and what that takes."""
+    from tqdm import tqdm
+
+    generator = pipeline.generator
+    print(f"{_describe(work.sweep)}; {work.existing_count:,} there already, {work.missing_count:,} to draw")
+    print(f"their codes take {work.missing_count * generator.token_count * 2:,} bytes in the archive")
+    megabytes = generator.batch_bytes(generator.batch_size) / 1e6
+    print(f"a batch of {generator.batch_size} takes {megabytes:,.0f} MB of memory besides the weights", flush=True)
+    if work.missing:
+        about = tqdm.format_interval(pipeline.seconds(work))
+        print(f"drawing and scoring takes about {about}, by the speed of a few steps; nothing was drawn")
 
 
 def _fill(archive, work: sweeps.Plan, pipeline, args: argparse.Namespace) -> int:
     from dm_generations.decode.progress import Progress
-    from dm_generations.generate.run import fill
 
     print(f"{_describe(work.sweep)}, {work.missing_count:,} of them to draw", file=sys.stderr)
     started = time.monotonic()
-    added_count = 0
+    added_count = elsewhere_count = 0
     if work.missing:
         with Progress(work.missing_count) as progress:
-            added_count = fill(archive, work, pipeline, progress.advance)
+            filled = pipeline.fill(archive, work, progress.advance)
+            added_count, elsewhere_count = filled.added, filled.elsewhere
     seconds = time.monotonic() - started
     summary = f"{added_count:,} {_pictures(added_count)} added to {args.db}, {work.existing_count:,} there already"
+    if elsewhere_count:
+        summary += f", {elsewhere_count:,} added by other processes"
     if added_count:
         summary += f"; {added_count / seconds:.1f} pictures a second"
     print(f"{summary}. To look at them:\n  {_decode_command(args)}")
     has_failed = args.output == "npy" and not _write_npy(archive, work.sweep, args.out_dir)
-    # Another process may have added some of them meanwhile; only dalle-mini's noise leaves pictures out.
-    if args.rng == "dalle-mini" and (left_out := work.missing_count - added_count):
+    # Only dalle-mini's noise leaves pictures out.
+    if args.rng == "dalle-mini" and (left_out := work.missing_count - added_count - elsewhere_count):
         what = "picture holds an id that is no code" if left_out == 1 else "pictures hold ids that are no codes"
         print(f"error: {left_out:,} {what} (dalle-mini draws its end token too), and was left out", file=sys.stderr)
         return 1

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dm_generations.archive import ArchiveInfo, PromptInfo
+    from dm_generations.archive import ArchiveInfo, LogProbInfo, PromptInfo, ScoreInfo
 
 DESCRIPTION = """\
 Print what an archive holds: prompts, sampling settings and their values, how many pictures, which models
-made them, CLIP scores, sizes. Archives in the 2022 layout are read too. Nothing is changed.
+made them, CLIP scores, log-probabilities, sizes. Archives in the 2022 layout are read too. Nothing is changed.
 """
 EPILOG = """\
 example:
@@ -74,10 +74,19 @@ def _lines(found: "ArchiveInfo") -> Iterator[str]:
     yield "\nCLIP scores: smallest, mean, largest"
     for name, score in found.scores.items():
         if score.scored_count:
-            values = f"{score.smallest:.2f}  {score.mean:.2f}  {score.largest:.2f}"
-            yield f"  {name:<21} {values}  ({counted(score.scored_count, 'picture')})"
+            yield f"  {name:<21} {_range(score)}  ({counted(score.scored_count, 'picture')})"
         else:
             yield f"  {name:<21} none"
+
+    if found.log_prob.image_count:
+        yield "\nlog-probability of the codes: smallest, mean, largest"
+        yield f"  {'log_prob':<21} {_range(found.log_prob)}  ({counted(found.log_prob.image_count, 'picture')})"
+    if found.image_count_by_dtype:
+        yield "\ncomputed in"
+        for dtype, count in found.image_count_by_dtype.items():
+            yield f"  {printable(dtype):<21} ({counted(count, 'picture')})"
+    if found.continued_count:
+        yield f"\ndrawn on from given codes: {counted(found.continued_count, 'picture')}"
 
     yield "\nmodels" if found.models else "\nmodels: not recorded"
     for model in found.models:
@@ -86,6 +95,10 @@ def _lines(found: "ArchiveInfo") -> Iterator[str]:
         pixels = f", {model.image_size} px" if model.image_size else ""
         name, digest, kind = (printable(str(text)) for text in (model.name, model.sha256, model.kind))
         yield f"  {model.id:>3}  {kind:<9}  {name}  sha256 {digest[:12]}{codes}{pixels}  ({use})"
+
+
+def _range(values: "ScoreInfo | LogProbInfo") -> str:
+    return f"{values.smallest:.2f}  {values.mean:.2f}  {values.largest:.2f}"
 
 
 def _prompt_lines(title: str, prompts: "list[PromptInfo]") -> Iterator[str]:

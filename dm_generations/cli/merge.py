@@ -5,7 +5,8 @@ import argparse
 DESCRIPTION = """\
 Add the pictures of archives to another, which is made if it does not exist. Prompts and models get ids anew;
 a picture that is there already is not added again, but gives its CLIP scores if those are missing. Archives
-in the 2022 layout are taken too. Everything is merged or, when something is wrong with a source, nothing.
+of older formats and of the 2022 layout are taken too; the one that they are added to gets the newest format.
+Everything is merged or, when something is wrong with a source, nothing.
 """
 EPILOG = """\
 example:

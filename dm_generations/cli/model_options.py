@@ -46,8 +46,15 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
         type=int,
         default=sweeps.DEFAULT_BATCH_SIZE,
         metavar="N",
-        help=f"pictures at a time; use fewer if memory runs out (default: {sweeps.DEFAULT_BATCH_SIZE})",
+        help=f"pictures at a time; halved where memory does not hold them (default: {sweeps.DEFAULT_BATCH_SIZE})",
     )
+    if generates:
+        add(
+            "--dtype",
+            choices=["float32", "bfloat16", "float16"],
+            default="float32",
+            help="of activations and caches; rows remember it (default: float32)",
+        )
     add("--cpu-only", action="store_true", help="leave accelerators alone")
 
 

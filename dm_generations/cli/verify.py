@@ -96,18 +96,17 @@ def _draw_again(archive, args: argparse.Namespace) -> int:
         print(f"{rows} not checked: drawn by another model or with other noise than its own", file=sys.stderr)
     if not ids:
         raise UserError(f"{archive.path} holds no row that {generator.name!r} drew; give the model with --model")
-    found_count = 0
+    row_count, found_count = sum(map(len, ids.values())), 0
     margin = None if args.regenerate else args.margin
-    with Progress(len(ids)) as progress:
-        left = len(ids)
-        for found in differences(archive, generator, ids, args.batch_size, margin):
-            found_count += len(found)
-            for difference in found:
-                print(json.dumps(dataclasses.asdict(difference)) if args.json else difference)
-            progress.advance(min(left, args.batch_size))
-            left -= args.batch_size
+    with Progress(row_count) as progress:
+        for dtype, ids_of_dtype in ids.items():
+            for count, found in differences(archive, generator, ids_of_dtype, args.batch_size, margin, dtype):
+                found_count += len(found)
+                for difference in found:
+                    print(json.dumps(dataclasses.asdict(difference)) if args.json else difference)
+                progress.advance(count)
     if not args.json:
         what = "drawn again" if args.regenerate else "replayed"
         verdict = counted(found_count, "difference") if found_count else "all as stored"
-        print(f"{counted(len(ids), 'picture')} {what}: {verdict}")
+        print(f"{counted(row_count, 'picture')} {what}: {verdict}")
     return found_count

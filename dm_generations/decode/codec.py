@@ -1,9 +1,11 @@
 """The codec's decoder on the devices: batches of tokens to pictures.
 
 B: batch, fixed   n: pictures asked for   L: tokens of a picture, row-major over its grid   H, W: pixels of a picture
+R, C: rows and columns of pictures on a sheet
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -11,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dm_generations.decode.memory import fitting_batch_size, is_out_of_memory
+from dm_generations.decode.memory import check_fits, fitting_batch_size, is_out_of_memory
 from dm_generations.errors import UserError
 from dm_generations.models.networks import network_class
-from dm_generations.models.placement import computable, placed
+from dm_generations.models.placement import placed
 from dm_generations.models.vqgan_decoder import VQGANDecoder
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,13 +50,14 @@ class Codec:
         self.token_count = self.grid**2
         self.codebook_size = config.codebook_size
         self.image_size = config.image_size // config.grid * self.grid
+        self._item, self._what = (self.token_count,), "picture"  # what is decoded as one: shape of its tokens, and name
         self._devices = jax.local_devices()
-        mesh = Mesh(self._devices, (_AXIS,))
+        self._mesh = mesh = Mesh(self._devices, (_AXIS,))
         self._rows = NamedSharding(mesh, PartitionSpec(_AXIS))
         prepare, decode = _network(kind, config, np.dtype(dtype), self._devices[0].platform)
         self._params = prepare(params, NamedSharding(mesh, PartitionSpec()))
 
-        def to_uint8(params, tokens):  # (b, L) uint16 -> (b, H, W, 3) uint8, of one device
+        def to_uint8(params, tokens):  # (b, L) or grids (b, h, w), uint16 -> (b, H, W, 3) uint8, of one device
             with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
                 pixels = decode(params, tokens.astype(jnp.int32))
             # Truncated, not rounded: what the 2022 script wrote.
@@ -64,8 +67,7 @@ class Codec:
             batch_size = len(self._devices) * fitting_batch_size(
                 lambda tokens: to_uint8(self._params, tokens), self.token_count, self.image_size, self._devices
             )
-        self.batch_size = -(-batch_size // len(self._devices)) * len(self._devices)
-        self._to_uint8 = jax.jit(_on_each_device(to_uint8, mesh) if len(self._devices) > 1 else to_uint8)
+        self._compile(to_uint8, batch_size)
 
     @classmethod
     def from_checkpoint(
@@ -73,6 +75,30 @@ class Codec:
     ) -> "Codec":
         """The codec of a loaded checkpoint."""
         return cls(checkpoint.kind, checkpoint.config, checkpoint.params, batch_size, dtype, grid)
+
+    def tiled(self, rows: int, cols: int) -> "Codec":
+        """This codec for sheets of R x C pictures that are decoded as one token grid, so that there are no seams.
+
+        It takes tokens (n, R * C, L), along the rows of the sheet, and gives (n, R * H, C * W, 3). Weights are shared;
+        a batch is of as many sheets as come near this codec's pictures. UserError for a sheet that memory cannot hold.
+        """
+        of_grids, side = self._of_one_device, self.grid
+
+        def to_uint8(params, tokens):
+            grids = tokens.reshape(-1, rows, cols, side, side).transpose(0, 1, 3, 2, 4)
+            return of_grids(params, grids.reshape(-1, rows * side, cols * side))
+
+        sheets = copy.copy(self)
+        sheets._item, sheets._what = (rows * cols, self.token_count), f"sheet of {cols} x {rows} pictures"
+        check_fits(lambda tokens: to_uint8(self._params, tokens), sheets._item, self._devices[0], sheets._what)
+        sheets._compile(to_uint8, max(1, self.batch_size // (rows * cols)))
+        return sheets
+
+    def _compile(self, to_uint8: Callable, batch_size: int) -> None:
+        """to_uint8: (params, tokens of a batch) to pictures, of one device   batch_size: of all, to be rounded up"""
+        self._of_one_device = to_uint8
+        self.batch_size = -(-batch_size // len(self._devices)) * len(self._devices)
+        self._to_uint8 = jax.jit(_on_each_device(to_uint8, self._mesh) if len(self._devices) > 1 else to_uint8)
 
     def start(self, tokens: np.ndarray) -> "Decoding":
         """Begin decoding `tokens` (n, L) uint16, for any n; does not wait for the pictures.
@@ -89,7 +115,7 @@ class Codec:
         return self.start(tokens).pictures()
 
     def _start_batch(self, tokens: np.ndarray, batch_size: int) -> jax.Array:
-        padded = np.zeros((batch_size, self.token_count), np.uint16)  # new: the device may read it later
+        padded = np.zeros((batch_size, *self._item), np.uint16)  # new: the device may read it later
         padded[: len(tokens)] = tokens
         return self._to_uint8(self._params, jax.device_put(padded, self._rows))
 
@@ -97,7 +123,7 @@ class Codec:
         """After a batch of this size did not fit."""
         if batch_size <= len(self._devices):
             raise UserError(
-                "not enough memory to decode one picture at a time; end what else uses the device, "
+                f"not enough memory to decode one {self._what} at a time; end what else uses the device, "
                 "or give --dtype bfloat16"
             ) from error
         halved = -(-batch_size // 2 // len(self._devices)) * len(self._devices)
@@ -109,13 +135,33 @@ class Decoding:
 
     def __init__(self, codec: Codec, tokens: np.ndarray):
         self._codec = codec
+        self._count = len(tokens)
         self._parts: list[tuple[np.ndarray, jax.Array]] = []  # tokens (at most B, L), pictures (B, H, W, 3)
         self._start(tokens)
 
+    def __len__(self) -> int:
+        """n"""
+        return self._count
+
     def pictures(self) -> np.ndarray:
-        """Wait for them: (n, H, W, 3) uint8."""
-        found = [self._fetched(*part) for part in self._parts]
+        """Wait for them, once: (n, H, W, 3) uint8."""
+        found = [jax.device_get(pictures)[:count] for pictures, count in self.on_device()]
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def on_device(self) -> Iterator[tuple[jax.Array, int]]:
+        """Wait for them, once: batches (B, H, W, 3) uint8 where they are, and how many pictures each holds."""
+        while self._parts:
+            tokens, pictures = self._parts.pop(0)
+            try:
+                jax.block_until_ready(pictures)
+            except jax.errors.JaxRuntimeError as error:  # of a computation that began without an error
+                if not is_out_of_memory(error):
+                    raise
+                self._codec._halve(len(pictures), error)
+                del pictures
+                yield from self._codec.start(tokens).on_device()
+            else:
+                yield pictures, len(tokens)
 
     def _start(self, tokens: np.ndarray) -> None:
         first = 0
@@ -130,17 +176,6 @@ class Decoding:
                     raise
                 self._codec._halve(size, error)
 
-    def _fetched(self, tokens: np.ndarray, pictures: jax.Array) -> np.ndarray:
-        size = len(pictures)
-        try:
-            return jax.device_get(pictures)[: len(tokens)]
-        except jax.errors.JaxRuntimeError as error:  # of a computation that began without an error
-            if not is_out_of_memory(error):
-                raise
-            self._codec._halve(size, error)
-        del pictures
-        return self._codec.decode(tokens)
-
 
 def _network(kind: str, config: Any, dtype: np.dtype, platform: str) -> tuple[Callable, Callable]:
     """What places parameters on devices (params, sharding), and what decodes tokens with them (params, tokens)."""
@@ -151,10 +186,10 @@ def _network(kind: str, config: Any, dtype: np.dtype, platform: str) -> tuple[Ca
     model = network(config, dtype)
 
     def prepare(params, where):
-        return placed({name: params[name] for name in network.DECODER_PARTS}, where)
+        return placed({name: params[name] for name in network.DECODER_PARTS}, where=where)
 
     def decode(params, tokens):
-        return model.apply({"params": computable(params)}, tokens, method="decode_code")
+        return model.apply({"params": params}, tokens, method="decode_code")
 
     return prepare, decode
 

@@ -3,6 +3,8 @@
 H, W: pixels of one picture
 """
 
+from collections.abc import Collection, Mapping
+
 import numpy as np
 
 
@@ -31,3 +33,22 @@ class Sheet:
         row, col = divmod(cell, self.cols)
         self.pixels[row * height : (row + 1) * height, col * width : (col + 1) * width] = picture
         self._missing -= 1
+
+    def place_all(self, pixels: np.ndarray, cells: Collection[int]) -> None:
+        """Put all pictures at once, `pixels` (rows * H, cols * W, 3) uint8; what is not among `cells` becomes black."""
+        height, width = pixels.shape[0] // self.rows, pixels.shape[1] // self.cols
+        self.pixels = pixels.copy()
+        for cell in set(range(self.rows * self.cols)).difference(cells):
+            row, col = divmod(cell, self.cols)
+            self.pixels[row * height : (row + 1) * height, col * width : (col + 1) * width] = 0
+        self._missing = 0
+
+
+def sheet_tokens(tokens_by_cell: Mapping[int, np.ndarray], cell_count: int) -> np.ndarray:
+    """Tokens (cell_count, L) of a sheet that is decoded as one.
+
+    A cell without a picture gets one of the others: whatever stands there shows a little in the pictures beside it,
+    and those look least odd beside their like.
+    """
+    present = list(tokens_by_cell.values())
+    return np.stack([tokens_by_cell.get(cell, present[cell % len(present)]) for cell in range(cell_count)])

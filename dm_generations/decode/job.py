@@ -19,7 +19,7 @@ from dm_generations.browser.manifest import (
 )
 from dm_generations.browser.shown import shown_before, shown_by
 from dm_generations.decode.codec import Codec, Decoding
-from dm_generations.decode.gallery import Sheet
+from dm_generations.decode.gallery import Sheet, sheet_tokens
 from dm_generations.decode.npy import encode_npy
 from dm_generations.decode.options import Options, Report
 from dm_generations.decode.piece import Finish, Piece, entry
@@ -30,7 +30,9 @@ from dm_generations.decode.tokens import BadTokens, tokens_of
 from dm_generations.decode.writer import FileWriter
 from dm_generations.errors import UserError
 
-Cell = tuple[Piece, int, np.ndarray]  # a picture to be: the file, its cell there, and its tokens (L,) uint16
+# What is decoded as one: the file, the cell there, and the tokens (L,) uint16; or no cell, and those of all its cells
+# (cells, L).
+Cell = tuple[Piece, int | None, np.ndarray]
 
 
 class AnyTokens:
@@ -178,6 +180,9 @@ class Job:
         replaced = target.incomplete_path if is_whole else None
         sheet = Sheet(path, replaced, cols, rows, len(good))
         piece = Piece(sheet, plan, target, [(cell, row) for cell, row, _ in good], shard)
+        if self.layout.is_seamless:
+            yield piece, None, sheet_tokens({cell: tokens for cell, _, tokens in good}, cols * rows)
+            return
         for cell, _, tokens in good:
             yield piece, cell, tokens
 
@@ -214,16 +219,19 @@ class Job:
         progress.say(f"error: {line}")
 
 
-def _full(placed: Iterable[tuple[Piece, int, np.ndarray]]) -> Iterator[Piece]:
+def _full(placed: Iterable[tuple[Piece, int | None, np.ndarray]]) -> Iterator[Piece]:
     """The files that are full, each when its last picture is on it."""
-    for piece, cell, picture in placed:
-        piece.sheet.place(cell, picture)
+    for piece, cell, pixels in placed:
+        if cell is None:
+            piece.sheet.place_all(pixels, [cell for cell, _ in piece.rows])
+        else:
+            piece.sheet.place(cell, pixels)
         if piece.sheet.is_full:
             yield piece
 
 
-def _decoded(codec: Codec | None, cells: Iterator[Cell]) -> Iterator[tuple[Piece, int, np.ndarray]]:
-    """The picture (H, W, 3) uint8 of each cell; a batch is handed over while the next one is computed."""
+def _decoded(codec: Codec | None, cells: Iterator[Cell]) -> Iterator[tuple[Piece, int | None, np.ndarray]]:
+    """The pixels of each, (H, W, 3) uint8 of a cell; a batch is handed over while the next one is computed."""
     running: tuple[list[Cell], Decoding] | None = None
     while batch := list(islice(cells, codec.batch_size if codec else 1)):
         started = batch, codec.start(np.stack([tokens for _, _, tokens in batch]))
@@ -234,7 +242,7 @@ def _decoded(codec: Codec | None, cells: Iterator[Cell]) -> Iterator[tuple[Piece
         yield from _pictures(*running)
 
 
-def _pictures(batch: list[Cell], decoding: Decoding) -> Iterator[tuple[Piece, int, np.ndarray]]:
+def _pictures(batch: list[Cell], decoding: Decoding) -> Iterator[tuple[Piece, int | None, np.ndarray]]:
     for (piece, cell, _), picture in zip(batch, decoding.pictures(), strict=True):
         yield piece, cell, picture
 

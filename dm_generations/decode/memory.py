@@ -1,12 +1,16 @@
 """How many pictures fit into the memory of a device at a time."""
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.extend.core import jaxprs_in_params
+
+from dm_generations.errors import UserError
 
 # Pixels of a batch beyond which more are no faster: a CPU is busy with a picture, a GPU with some dozens.
 _ENOUGH_PIXELS = {"cpu": 1 << 20}
@@ -28,11 +32,30 @@ def fitting_batch_size(
     """
     pixels = _ENOUGH_PIXELS.get(devices[0].platform, _ENOUGH_PIXELS_ELSEWHERE)
     enough = max(1, pixels // image_size**2)
-    traced = jax.make_jaxpr(decode)(jax.ShapeDtypeStruct((1, token_count), np.uint16))
-    largest = max(_sizes(traced.jaxpr))
-    free = min(map(_free_bytes, devices)) / (len(devices) if devices[0].platform == "cpu" else 1)
+    largest = _largest(decode, (token_count,))
+    free = min(map(free_bytes, devices)) / (len(devices) if devices[0].platform == "cpu" else 1)
     fitting = max(1, int(free * _SHARE / (largest * _MAPS)))
     return 1 << int(math.log2(min(enough, fitting)))
+
+
+def check_fits(decode: Callable[[jax.Array], jax.Array], item: tuple[int, ...], device: jax.Device, what: str) -> None:
+    """UserError where decoding tokens of shape (1, *item) takes more memory than `device` has left, by an estimate.
+
+    For what grows faster than its pixels: the attention of a sheet holds a number for each two of its codes. A CPU
+    that is asked for too much may grant it, and end the program later.
+    """
+    needed = 2 * _largest(decode, item)  # what the largest step reads and writes
+    if needed > (free := free_bytes(device)):
+        raise UserError(
+            f"a {what} takes {needed / 1e9:,.0f} GB to decode as one, and {free / 1e9:,.1f} GB are free; "
+            "put fewer pictures on it"
+        )
+
+
+def _largest(decode: Callable[[jax.Array], jax.Array], item: tuple[int, ...]) -> int:
+    """Bytes of the largest array in decoding one `item` of tokens; nothing is computed."""
+    traced = jax.make_jaxpr(decode)(jax.ShapeDtypeStruct((1, *item), np.uint16))
+    return max(_sizes(traced.jaxpr))
 
 
 def _sizes(jaxpr) -> Iterator[int]:
@@ -43,8 +66,13 @@ def _sizes(jaxpr) -> Iterator[int]:
             yield from _sizes(inner)
 
 
-def _free_bytes(device: jax.Device) -> int:
+def free_bytes(device: jax.Device) -> int:
+    """Bytes that new arrays on a device can take, in its own memory or, of a CPU, in the host's."""
     statistics = device.memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    with contextlib.suppress(OSError):  # Linux; pages of files count, which it gives up when memory is asked for
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -49,8 +49,17 @@ def picture_file(
     return _cut(stem, NAME_BYTES - len(extension)) + extension
 
 
+def step_file(combination: str, key0: int, key1: int, count: int, prompt: str) -> str:
+    """`<combination>_<key0>_<key1>_<count>_<prompt>.png`: a picture that is being drawn, after `count` codes.
+
+    combination: hex digits that stand for prompt and settings; at most 255 bytes in all
+    """
+    stem = _sanitize(f"{combination}_{key0}_{key1}_{count:04d}_{prompt}")[:STEM_CHARACTERS]
+    return _cut(stem, NAME_BYTES - len(".png")) + ".png"
+
+
 def _sanitize(text: str) -> str:
-    """What pathvalidate.sanitize_filename makes of a text that starts with a number.
+    """What pathvalidate.sanitize_filename makes of a text that starts with a digit or a letter.
 
     Lone surrogates, at which that fails, become U+FFFD.
     """

@@ -38,6 +38,7 @@ class Layout:
     rows: int
     picture_extension: str = ".png"
     shard_size: int = 1000
+    is_seamless: bool = False  # of galleries: the pictures of a file are decoded as one
 
     @property
     def is_gallery(self) -> bool:

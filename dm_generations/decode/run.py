@@ -48,6 +48,8 @@ def decode_archive(archive: Archive, options: Options, warn: Callable[[str], Non
             warn(warning)
         codec = Codec.from_checkpoint(checkpoint, options.batch_size or "auto", options.dtype, grid=grid)
         _check_sheet_size(options, codec.image_size)
+        if options.layout.is_seamless:
+            codec = codec.tiled(options.layout.rows, options.layout.cols)
         _make_folder(options.out_dir)
         compile_cache.enable()
     folders = [] if options.layout.is_sharded else {plan.folder for plan in plans}

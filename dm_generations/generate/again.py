@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from dm_generations.decode.tokens import BadTokens, tokens_of
 from dm_generations.generate.generator import Generator, RowSettings
 from dm_generations.generate.run import SAMPLER_VERSIONS, known_model, model_info, tokenizer_of
 from dm_generations.models.checkpoints import Checkpoint
+
+_SETTINGS = tuple(field.name for field in fields(RowSettings))
 
 
 @dataclass(frozen=True)
@@ -26,37 +28,46 @@ class Difference:
         return f"image {self.id}: {self.what} at code {self.position}"
 
 
-def ids_of_model(archive: Archive, generator: Checkpoint, sample: int | None) -> tuple[list[int], int]:
-    """Ids of the rows that `generator` drew with this program's own noise, and how many rows are of other kinds.
+def ids_of_model(archive: Archive, generator: Checkpoint, sample: int | None) -> tuple[dict[str, list[int]], int]:
+    """Ids of the rows that `generator` drew with this program's own noise, by dtype, and how many others there are.
 
     sample: at most so many, evenly spread; None is all.
     """
     generator_id = known_model(archive, model_info(generator))
-    rows = archive.scan(("id", "generator_id", "sampler_version"))
     own, other_count = [], 0
-    for row_id, row_generator, sampler_version in rows:
+    columns = ("id", "generator_id", "sampler_version", "dtype")
+    for row_id, row_generator, sampler_version, dtype in archive.scan(columns):
         if generator_id is not None and (row_generator, sampler_version) == (generator_id, SAMPLER_VERSIONS["rows"]):
-            own.append(row_id)
+            own.append((row_id, dtype or "float32"))
         else:
             other_count += 1
     if sample is not None and sample < len(own):
         own = [own[index * len(own) // sample] for index in range(sample)]
-    return own, other_count
+    ids: dict[str, list[int]] = {}
+    for row_id, dtype in own:
+        ids.setdefault(dtype, []).append(row_id)
+    return ids, other_count
 
 
 def differences(
-    archive: Archive, generator: Checkpoint, ids: Sequence[int], batch_size: int, largest_margin: float | None
-) -> Iterator[list[Difference]]:
-    """The rows `ids` that do not come out again, a list for each batch of rows that was looked at.
+    archive: Archive,
+    generator: Checkpoint,
+    ids: Sequence[int],
+    batch_size: int,
+    largest_margin: float | None,
+    dtype: str = "float32",
+) -> Iterator[tuple[int, list[Difference]]]:
+    """The rows `ids` that do not come out again: how many rows were looked at, and those of them, batch after batch.
 
     largest_margin: None draws every row anew and compares codes. A number feeds the stored codes to the model and
     reports rows with a code that missed being drawn by more; one pass serves rows made on other hardware too.
+    dtype: that the rows were drawn in
     """
     compile_cache.enable()
-    drawer = Generator(generator, tokenizer_of(generator), batch_size)
+    drawer = Generator(generator, tokenizer_of(generator), batch_size, dtype=dtype)
     prompts, sc_prompts = archive.prompts(), archive.sc_prompts()
     rows = archive.read_rows(ids)
-    while batch := list(itertools.islice(rows, batch_size)):
+    while batch := list(itertools.islice(rows, drawer.capacity)):
         found, usable, tokens = [], [], []
         for row in batch:
             try:
@@ -66,20 +77,16 @@ def differences(
                 found.append(Difference(row.id, 0, str(error)))
         if usable:
             stored = np.stack(tokens)
-            arguments = _arguments(usable, prompts, sc_prompts)
+            settings = RowSettings(*(np.array([getattr(row, name) for row in usable]) for name in _SETTINGS))
+            keys = np.array([(row.key0, row.key1) for row in usable], np.uint32)
+            what = [prompts[row.prompt_id] for row in usable], settings, keys
+            sc_texts = [sc_prompts[row.sc_prompt_id] for row in usable]
+            kept = np.array([row.init_count for row in usable])
             if largest_margin is None:
-                found += _drawn_differently(usable, stored, drawer.generate(*arguments))
+                found += _drawn_differently(usable, stored, drawer.generate(*what, sc_texts, stored, kept))
             else:
-                found += _missed(usable, drawer.replay(*arguments, stored), largest_margin)
-        yield found
-
-
-def _arguments(rows: list[ImageRow], prompts: dict, sc_prompts: dict) -> tuple:
-    settings = RowSettings(
-        *(np.array([getattr(row, name) for row in rows]) for name in ("top_k", "top_p", "temperature", "cond_scale"))
-    )
-    keys = np.array([(row.key0, row.key1) for row in rows], np.uint32)
-    return [prompts[row.prompt_id] for row in rows], [sc_prompts[row.sc_prompt_id] for row in rows], settings, keys
+                found += _missed(usable, drawer.replay(*what, stored, sc_texts, kept), largest_margin)
+        yield len(batch), found
 
 
 def _drawn_differently(rows: list[ImageRow], stored: np.ndarray, drawn: np.ndarray) -> Iterator[Difference]:

@@ -1,17 +1,17 @@
-"""dalle-mini's own `generate`, compiled whole: the tokens that it draws from a checkpoint and a JAX key.
+"""Drawing as dalle-mini's own `generate` did, with its noise: the same code for the same checkpoint and key.
 
-B: rows   T: text tokens   L: tokens of a picture   V: columns of the logits, image_vocab_size + 1
+Of its behaviour (borisdayma/dalle-mini 0.1.5 on transformers 4.25.1) this repeats:
 
-Unlike our own sampling it draws from all V columns, also those that are no code of the codebook (rows above the
-codebook, the start token), and it has an end: once a row draws the end token, the rest of it is padding. DALL-E mini's
-end token lies above its columns; mega's can be drawn. An archive holds codes alone, so the caller says what becomes of
-a row with other ids.
+- filters run over all V columns; ids from the codebook's size on, the end token among them, can be drawn
+- at every step the key is split; the next draw has the second half
+- after the end token a row is padding, starting with the end token itself, and the loop runs to the end
+- a temperature of 1, a top_k of V or more and a top_p of 1 or more change nothing
 
-Source: borisdayma/dalle-mini f0be4de, `src/dalle_mini/model/modeling.py` (`generate`, `_sample`), and transformers
-4.25.1, `generation/flax_utils.py` and `flax_logits_process.py`.
+It is compiled for any mix of settings, where dalle-mini compiled anew for each.
 """
 
-import functools
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,44 +19,32 @@ import jax.numpy as jnp
 from dm_generations import sampling
 from dm_generations.dalle_mini_rng import call_gumbel, row_gumbel, split
 from dm_generations.generate.row_inputs import RowInputs
-from dm_generations.models.dalle_bart import DalleBart
-from dm_generations.models.placement import computable
 
 
-# The model is static, so all calls with one configuration share their compiled programs.
-@functools.partial(jax.jit, static_argnums=0)
-def draw_tokens_dalle_mini(
-    model: DalleBart,
-    params: dict,
-    rows: RowInputs,
-    end_token: jax.Array,
-    pad_token: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Ids int32 (B, L) from 0 to V - 1 or `pad_token`, and for each row whether every step had one to draw, bool (B,).
+class Noise(NamedTuple):
+    keys: jax.Array  # (R, 2) uint32, each row a call of its own with one prompt; or (2,), one call with R prompts
+    has_ended: jax.Array  # (R,) bool
 
-    rows.keys: (B, 2) uint32, each row a call of its own with one prompt; or (2,), one call with B prompts
-    end_token, pad_token: () int32, `eos_token_id` and `pad_token_id` of config.json
-    A row of (B, 2) keys does not depend on the others; a row of one call does, through the shape of the noise.
+
+@dataclass(frozen=True)
+class DalleMiniDrawing:
+    """A rule of drawing for `loop`. A row with keys of its own does not depend on the others; a row of one call
+    does, through the shape of the noise.
     """
-    apply = functools.partial(model.apply, {"params": computable(params, model.dtype)})
-    cache = apply(rows.input_ids, rows.attention_mask, method="begin")
-    count = len(rows.top_k)
 
-    def draw_one(state, step):
-        cache, token, keys, has_ended, is_drawable = state
-        logits, cache = apply(cache, jnp.concatenate([token, token]), step, method="decode_step")  # (2B, V)
-        guided = sampling.guide(*jnp.split(logits, 2), rows.cond_scale)
-        columns = guided.shape[1]
-        keys, next_keys = split(keys)
-        noise = call_gumbel(keys, count, columns) if keys.ndim == 1 else row_gumbel(keys, columns)
-        token = sampling.draw(guided, noise, rows.top_k, rows.top_p, rows.temperature, columns)
-        is_drawable &= has_ended | sampling.is_drawable(guided, columns)
-        has_ended |= token == end_token
-        token = jnp.where(has_ended, pad_token, token)  # the end token itself too
-        return (cache, token, next_keys, has_ended, is_drawable), token
+    columns: int  # all of the logits: V
+    end_token: int  # `eos_token_id` of config.json
+    pad_token: int  # `pad_token_id`
 
-    start_token = jnp.full(count, model.config.start_token, jnp.int32)
-    state = (cache, start_token, rows.keys, jnp.zeros(count, bool), jnp.ones(count, bool))
-    steps = jnp.arange(model.config.image_length, dtype=jnp.int32)
-    (*_, is_drawable), tokens = jax.lax.scan(draw_one, state, steps)  # tokens (L, B)
-    return tokens.T, is_drawable
+    def begin(self, rows: RowInputs) -> Noise:
+        return Noise(rows.keys, jnp.zeros(len(rows.top_k), bool))
+
+    def draw(self, guided, step, rows, noise):
+        keys, next_keys = split(noise.keys)
+        is_one_call = keys.ndim == 1
+        gumbel = call_gumbel(keys, len(guided), self.columns) if is_one_call else row_gumbel(keys, self.columns)
+        token = sampling.draw(guided, gumbel, rows.top_k, rows.top_p, rows.temperature, self.columns)
+        is_drawable = noise.has_ended | sampling.is_drawable(guided, self.columns)
+        has_ended = noise.has_ended | (token == self.end_token)
+        token = jnp.where(has_ended, self.pad_token, token)  # the end token itself too
+        return token, is_drawable, Noise(next_keys, has_ended)

@@ -1,49 +1,61 @@
-"""The sampling loop of every text model, compiled whole: prompts, settings and keys of a batch of rows to their tokens.
+"""A text model on the devices: prompts, settings and keys of rows to their codes.
 
-N: rows asked for   B: rows of the compiled batch   T: text tokens   V: columns of the logits
-L: tokens of a picture, row-major over its grid
-
-Prompts, settings and keys are arrays over rows, so one program serves every mix of them. A batch always has B
-rows, short ones are padded, and no row reads another: with one B, on one kind of device, a row gives the same
-tokens alone, at any position and in any company.
+n: rows asked for   L: codes of a picture, row-major over its grid
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dm_generations import sampling
+from dm_generations import compile_cache
+from dm_generations.decode.memory import free_bytes, is_out_of_memory
 from dm_generations.errors import UserError
-from dm_generations.generate.dalle_mini import draw_tokens_dalle_mini
-from dm_generations.generate.row_inputs import RowInputs
+from dm_generations.generate import loop
+from dm_generations.generate.dalle_mini import DalleMiniDrawing
+from dm_generations.generate.row_inputs import Row, RowInputs, laid_out, sequence_count, take_fitting
+from dm_generations.models import checkpoints
 from dm_generations.models.checkpoints import Checkpoint
+from dm_generations.models.dalle_bart_config import unscanned
 from dm_generations.models.networks import network_class
-from dm_generations.models.placement import computable, placed
-from dm_generations.text import TextTokenizer
+from dm_generations.models.placement import placed
+from dm_generations.text import TextTokenizer, load_tokenizer
 
-_INT32_MAX = 2**31 - 1
+_TIMED_STEPS = 4
+_LOGITS_COPIES = 8  # halves, guided, filtered, noise and what a compiler keeps of them
 
 
 @dataclasses.dataclass(frozen=True)
 class RowSettings:
-    """Sampling settings of N rows, (N,) each, of any numeric dtype; named as the archive's columns."""
+    """Sampling settings of n rows: (n,) each, or one number for all. Named as the archive's columns."""
 
-    top_k: np.ndarray  # 0: all codes
-    top_p: np.ndarray  # 1: all codes
-    temperature: np.ndarray  # 0: always the best code
-    cond_scale: np.ndarray  # 1: no super conditioning
+    top_k: np.ndarray | int = 256  # 0: all codes
+    top_p: np.ndarray | float = 1.0  # 1: all codes
+    temperature: np.ndarray | float = 1.0  # 0: always the best code
+    cond_scale: np.ndarray | float = 3.0  # 1: no super conditioning
+
+
+class Drawn(NamedTuple):
+    tokens: (
+        np.ndarray
+    )  # (n, L) uint16, each below the codebook size; with dalle-mini's noise int32, also ids of no code
+    log_probs: np.ndarray  # (n,) float32, of the codes drawn, summed: natural, guided, before temperature and filters
 
 
 class Generator:
-    """A text model on the device, and the program that draws batches of `batch_size` pictures with it.
+    """A text model on the local devices, and the program that draws batches with it.
 
+    batch_size: pictures at a time on each device; those of cond_scale 1 count half. Fewer if memory does not hold as
+    many, and halved whenever it turns out not to.
     codebook_size: codes that may be drawn; by default all of the model's.
+    dtype: of activations and caches, "float32", "bfloat16" or "float16"; logits and noise are float32 in any case.
     rng: "rows" is our own noise; "dalle-mini" repeats dalle-mini's `generate`, called with one prompt and the row's
     key, and can draw ids that are no codes. Raises UserError for a model that is not DALL-E mini's kind.
     """
@@ -61,167 +73,258 @@ class Generator:
             raise UserError(
                 f"--rng dalle-mini repeats DALL-E mini and mega; {checkpoint.name!r} is another kind of model"
             )
-        config = checkpoint.config
-        self.rng = rng
-        self.batch_size = batch_size
+        config, params = checkpoint.config, checkpoint.params
         self.token_count = config.image_length
         self.codebook_size = min(config.codebook_size, codebook_size or config.codebook_size)
+        self.dtype = dtype
         self._name = checkpoint.name
         self._tokenizer = tokenizer
-        self._text_length = config.max_text_length
-        self._params = placed(checkpoint.params)
+        if checkpoint.kind == "dalle_bart":
+            config, params = unscanned(config, params)
         self._model = network_class(checkpoint.kind)(config, jnp.dtype(dtype))
+        if rng == "dalle-mini":
+            columns = config.image_vocab_size + 1
+            self._drawing = DalleMiniDrawing(columns, config.eos_token_id, config.pad_token_id)
+        else:
+            self._drawing = loop.RowDrawing(self.codebook_size, config.sampling_order)
+        self._devices = jax.local_devices()
+        self._mesh = Mesh(self._devices, (loop.AXIS,)) if len(self._devices) > 1 else None
+        self._divided, self._everywhere = (
+            None if self._mesh is None else NamedSharding(self._mesh, spec)
+            for spec in (PartitionSpec(loop.AXIS), PartitionSpec())
+        )
+        self._params = placed(params, self._model.dtype, self._everywhere)
+        self.set_batch_size(batch_size)
+
+    @classmethod
+    def load(cls, model: str | None = None, batch_size: int = 32, dtype: str = "float32") -> "Generator":
+        """The generator of a folder, a file or a hub name; None is the model that ships. Raises UserError."""
+        compile_cache.enable()
+        checkpoint = checkpoints.load(model, "generator")
+        return cls(checkpoint, tokenizer_of(checkpoint), batch_size, dtype=dtype)
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that all devices draw at a time: a row takes one or, if its cond_scale is not 1, two."""
+        return 2 * self.batch_size * len(self._devices)
+
+    def set_batch_size(self, wanted: int) -> None:
+        """So many pictures at a time on each device, or as many halvings of it as the memory that is free asks for."""
+        free = min(map(free_bytes, self._devices)) / (len(self._devices) if self._devices[0].platform == "cpu" else 1)
+        while wanted > 1 and self.batch_bytes(wanted) > free:
+            wanted //= 2
+        self.batch_size = wanted
 
     def check_texts(self, texts: Sequence[str | None]) -> None:
         """Raises UserError for a text with a token that the model lacks, as one of a wrong tokenizer has."""
-        self._tokenizer.encode(texts, self._text_length)
+        self._tokenizer.encode(texts, self._model.config.max_text_length)
 
     def generate(
         self,
         prompts: Sequence[str],
-        sc_prompts: Sequence[str | None],
         settings: RowSettings,
         keys: np.ndarray,
+        sc_prompts: Sequence[str | None] | None = None,
+        init_tokens: np.ndarray | None = None,
+        init_count: np.ndarray | int = 0,
     ) -> np.ndarray:
-        """Tokens uint16 (N, L), each below `codebook_size`; with rng "dalle-mini" ids int32 (N, L), of which those
-        that are not below it are no codes.
+        """Tokens (n, L) of n rows; see `draw`."""
+        return self.draw(prompts, settings, keys, sc_prompts, init_tokens, init_count).tokens
 
-        prompts, sc_prompts: N each; None is the model's own empty prompt   keys: (N, 2) uint32
-        Raises UserError if the model gives no logits to draw from.
+    def draw(
+        self,
+        prompts: Sequence[str],
+        settings: RowSettings,
+        keys: np.ndarray,
+        sc_prompts: Sequence[str | None] | None = None,
+        init_tokens: np.ndarray | None = None,
+        init_count: np.ndarray | int = 0,
+        every: int | None = None,
+        on_codes: Callable[[int, np.ndarray], None] = lambda first_row, tokens: None,
+    ) -> Drawn:
+        """Tokens of n rows and their log-probabilities.
+
+        prompts: n texts   keys: (n, 2) uint32, `threefry.row_key` makes them   sc_prompts: n texts or None, which is
+        the model's own empty prompt; None for all   init_tokens: (n, L), of which each row keeps the first
+        `init_count` (n,) and draws the rest   every: steps after which `on_codes` hears of the codes so far, as the
+        number of the first row and (m, count) of the rows that are drawn together; None for never
+        Raises UserError if the model gives no logits to draw from, or memory does not hold one picture.
         """
-        rows = (prompts, sc_prompts, *_columns(settings), keys)
-        batches = [self._generate_batch(*batch) for batch in _batches(rows, self.batch_size)]
-        return np.concatenate([np.empty((0, self.token_count), batches[0].dtype if batches else np.uint16), *batches])
+        rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
+        count = len(rows)
+        tokens, log_probs = [np.empty((0, self.token_count), self._token_dtype)], [np.empty(0, np.float32)]
+        while rows:
+            batch = self._next_batch(rows)
+            try:
+                for drawn in self._stream(batch, every or self.token_count):
+                    on_codes(count - len(rows), drawn.tokens)
+            except jax.errors.JaxRuntimeError as error:
+                self._halve(error)
+                continue
+            tokens.append(drawn.tokens)
+            log_probs.append(drawn.log_probs)
+            rows = rows[len(drawn.tokens) :]
+        return Drawn(np.concatenate(tokens), np.concatenate(log_probs))
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        settings: RowSettings,
+        keys: np.ndarray,
+        every: int,
+        sc_prompts: Sequence[str | None] | None = None,
+        init_tokens: np.ndarray | None = None,
+        init_count: np.ndarray | int = 0,
+    ) -> Iterator[np.ndarray]:
+        """The first codes (n, count) after every `every` steps, at last all (n, L); the arguments are those of `draw`.
+
+        Raises UserError, besides what `draw` raises, for more rows than one batch holds.
+        """
+        if every < 1:
+            raise ValueError(f"every (={every}) must be at least 1")
+        rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
+        batch = self._next_batch(rows)
+        if sum(map(len, batch)) < len(rows):
+            raise UserError(f"{len(rows)} pictures are too many for a batch of {self.batch_size}: draw fewer at a time")
+        return (drawn.tokens for drawn in self._stream(batch, every))
 
     def replay(
         self,
         prompts: Sequence[str],
-        sc_prompts: Sequence[str | None],
         settings: RowSettings,
         keys: np.ndarray,
         tokens: np.ndarray,
+        sc_prompts: Sequence[str | None] | None = None,
+        init_count: np.ndarray | int = 0,
     ) -> np.ndarray:
-        """By how much each of `tokens` (N, L) missed being drawn, float32 (N, L); see `sampling.margin`.
+        """By how much each of `tokens` (n, L) missed being drawn, float32 (n, L); see `sampling.margin`.
 
-        Every step reads the codes given, whatever would have been drawn. NaN where the model gives no numbers.
+        Every step reads the codes given, whatever would have been drawn. NaN where the model gives no numbers, 0 for
+        the first `init_count` codes, which were not drawn.
         """
-        rows = (prompts, sc_prompts, *_columns(settings), keys, tokens)
-        batches = [self._replay_batch(*batch) for batch in _batches(rows, self.batch_size)]
-        return np.concatenate([np.empty((0, self.token_count), np.float32), *batches])
+        rows = self._rows(prompts, settings, keys, sc_prompts, tokens, self.token_count)
+        margins = [np.empty((0, self.token_count), np.float32)]
+        while rows:
+            batch = self._next_batch(rows)
+            try:
+                inputs = self._inputs(batch)
+                state = self._begin(inputs)
+                found = loop.replay(self._model, self._drawing, self._mesh, self._params, inputs, state)
+                margins.append(self._in_use(found, batch))
+            except jax.errors.JaxRuntimeError as error:
+                self._halve(error)
+                continue
+            rows = rows[len(margins[-1]) :]
+        is_drawn = np.arange(self.token_count) >= np.reshape(init_count, (-1, 1))
+        return np.where(is_drawn, np.concatenate(margins), np.float32(0))
 
-    def _generate_batch(self, prompts, sc_prompts, *columns_and_keys) -> np.ndarray:
-        rows = jax.device_put(self._inputs(prompts, sc_prompts, *columns_and_keys))
-        if self.rng == "dalle-mini":
-            config = self._model.config
-            ends = np.int32(config.eos_token_id), np.int32(config.pad_token_id)
-            drawn = draw_tokens_dalle_mini(self._model, self._params, rows, *jax.device_put(ends))
-        else:
-            drawn = draw_tokens(self._model, self.codebook_size, self._params, rows)
-        tokens, is_drawable = (array[: len(prompts)] for array in jax.device_get(drawn))
-        if not is_drawable.all():
-            raise UserError(f"model {self._name!r} gives no numbers for some rows: its weights are damaged")
-        return tokens
+    def seconds_a_batch(self) -> float:
+        """How long a batch takes, from a few steps of one; compiles what that needs."""
+        count = self.capacity // 2
+        rows = self._rows([""] * count, RowSettings(), np.zeros((count, 2), np.uint32), None, None, 0)
+        inputs = self._inputs(self._next_batch(rows))
+        jax.block_until_ready(self._advance(inputs, self._begin(inputs), 0, 1))  # compiled, and warm
+        started = time.perf_counter()
+        state = jax.block_until_ready(self._begin(inputs))
+        began = time.perf_counter()
+        jax.block_until_ready(self._advance(inputs, state, 0, _TIMED_STEPS))
+        step = (time.perf_counter() - began) / _TIMED_STEPS  # each reads the whole cache, and takes as long as the next
+        return began - started + step * self.token_count
 
-    def _replay_batch(self, prompts, sc_prompts, *columns_and_keys_and_tokens) -> np.ndarray:
-        *columns_and_keys, tokens = columns_and_keys_and_tokens
-        rows = self._inputs(prompts, sc_prompts, *columns_and_keys)
-        tokens = _padded(tokens, np.int32, self.batch_size)
-        margins = replay_tokens(self._model, self.codebook_size, self._params, *jax.device_put((rows, tokens)))
-        return jax.device_get(margins)[: len(prompts)]
+    def batch_bytes(self, batch_size: int) -> int:
+        """Memory of a device that a batch takes besides the weights: caches, texts and logits. An estimate."""
+        inputs = laid_out([], 2 * batch_size, self._tokenizer, self._model.config.max_text_length, self.token_count)
+        state = jax.eval_shape(functools.partial(loop.begin, self._model, self._drawing, None), self._params, inputs)
+        cached = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        return cached + 2 * batch_size * self._drawing.columns * 4 * _LOGITS_COPIES
 
-    def _inputs(self, prompts, sc_prompts, top_k, top_p, temperature, cond_scale, keys) -> RowInputs:
-        """B rows at most, padded to B, on the host."""
-        padding = [None] * (self.batch_size - len(prompts))
-        texts = [*prompts, *padding, *(text or None for text in sc_prompts), *padding]
-        return RowInputs(
-            *self._tokenizer.encode(texts, self._text_length),
-            _padded(keys, np.uint32, self.batch_size),
-            _padded(np.minimum(top_k, _INT32_MAX), np.int32, self.batch_size),
-            *(_padded(column, np.float32, self.batch_size) for column in (top_p, temperature, cond_scale)),
+    # Underneath
+
+    def _rows(self, prompts, settings, keys, sc_prompts, init_tokens, init_count) -> list[Row]:
+        count = len(prompts)
+        columns = (np.broadcast_to(getattr(settings, field.name), count) for field in dataclasses.fields(settings))
+        keys = np.asarray(keys, np.uint32).reshape(-1, 2)
+        if len(keys) != count:
+            raise ValueError(f"{len(keys)} keys do not match {count} prompts")
+        init_count = np.broadcast_to(init_count, count)
+        if init_tokens is None:
+            if init_count.any():
+                raise ValueError("init_count needs init_tokens")
+            init_tokens = [None] * count
+        return [
+            Row(*values)
+            for values in zip(
+                prompts,
+                [None] * count if sc_prompts is None else sc_prompts,
+                *columns,
+                keys,
+                init_tokens,
+                init_count,
+                strict=True,
+            )
+        ]
+
+    def _next_batch(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
+        """The first rows, as many as fit, for each device."""
+        batch, taken = [], 0
+        for _ in self._devices:
+            ahead = rows[taken : taken + 2 * self.batch_size]
+            batch.append(take_fitting(ahead, [sequence_count(row.cond_scale) for row in ahead], 2 * self.batch_size))
+            taken += len(batch[-1])
+        return batch
+
+    def _inputs(self, batch: list[Sequence[Row]]) -> RowInputs:
+        text_length = self._model.config.max_text_length
+        parts = [laid_out(rows, 2 * self.batch_size, self._tokenizer, text_length, self.token_count) for rows in batch]
+        inputs = parts[0] if len(parts) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+        return jax.device_put(inputs, self._divided)
+
+    def _begin(self, inputs: RowInputs) -> loop.DrawState:
+        return loop.begin(self._model, self._drawing, self._mesh, self._params, inputs)
+
+    def _advance(self, inputs: RowInputs, state: loop.DrawState, first: int, end: int) -> loop.DrawState:
+        steps = jax.device_put((np.int32(first), np.int32(end)), self._everywhere)
+        return loop.advance(self._model, self._drawing, self._mesh, self._params, inputs, state, *steps)
+
+    def _stream(self, batch: list[Sequence[Row]], every: int) -> Iterator[Drawn]:
+        """Tokens (m, count) and log-probabilities of a batch's m rows after every `every` steps, and at the end."""
+        inputs = self._inputs(batch)
+        state = self._begin(inputs)
+        for first in range(0, self.token_count, every):
+            end = min(first + every, self.token_count)
+            state = self._advance(inputs, state, first, end)
+            if not self._in_use(state.last.is_drawable, batch).all():
+                raise UserError(f"model {self._name!r} gives no numbers for some rows: its weights are damaged")
+            tokens = self._in_use(state.tokens, batch)[:, :end].astype(self._token_dtype)
+            yield Drawn(tokens, self._in_use(state.last.log_prob, batch))
+
+    def _in_use(self, array: jax.Array, batch: list[Sequence[Row]]) -> np.ndarray:
+        """The rows of a batch, of an array with 2 x batch_size for each device."""
+        parts = np.split(jax.device_get(array), len(batch))
+        return np.concatenate([part[: len(rows)] for part, rows in zip(parts, batch, strict=True)])
+
+    @property
+    def _token_dtype(self) -> type:
+        return np.int32 if isinstance(self._drawing, DalleMiniDrawing) else np.uint16
+
+    def _halve(self, error: jax.errors.JaxRuntimeError) -> None:
+        """After a batch did not fit into the memory of a device; raises any other error again."""
+        if not is_out_of_memory(error):
+            raise error
+        if self.batch_size == 1:
+            raise UserError(
+                "not enough memory to draw one picture at a time; end what else uses the device, or give "
+                "--dtype bfloat16"
+            ) from error
+        self.batch_size //= 2
+
+
+def tokenizer_of(generator: Checkpoint) -> TextTokenizer:
+    """What makes ids of the prompts of a loaded generator. Raises UserError if its files are missing or broken."""
+    if generator.tokenizer is None:
+        raise UserError(
+            f"model {generator.name!r} has no tokenizer beside it: give its file or folder with --tokenizer"
         )
-
-
-# The model is static, so generators of one configuration share their compiled programs.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def draw_tokens(
-    model: nn.Module,
-    codebook_size: int,
-    params: dict,
-    rows: RowInputs,
-) -> tuple[jax.Array, jax.Array]:
-    """Tokens uint16 (B, L), and for each row whether every step had a code to draw, bool (B,)."""
-    params = computable(params, model.dtype)
-    cache, start_token = _begin(model, params, rows)
-
-    def draw_one(state, step):
-        cache, token, is_drawable = state
-        guided, cache = _guided(model, params, cache, token, step, rows.cond_scale)
-        token = sampling.sample(guided, step, *_sampled(rows), codebook_size, model.config.sampling_order)
-        return (cache, token, is_drawable & sampling.is_drawable(guided, codebook_size)), token
-
-    state = (cache, start_token, jnp.ones(len(rows.keys), bool))
-    steps = jnp.arange(model.config.image_length, dtype=jnp.int32)
-    (_, _, is_drawable), tokens = jax.lax.scan(draw_one, state, steps)  # tokens (L, B)
-    return tokens.T.astype(jnp.uint16), is_drawable
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def replay_tokens(
-    model: nn.Module,
-    codebook_size: int,
-    params: dict,
-    rows: RowInputs,
-    tokens: jax.Array,
-) -> jax.Array:
-    """Margins float32 (B, L) of `tokens` (B, L) int32, each read by the step after it; the rest as `draw_tokens`."""
-    params = computable(params, model.dtype)
-    cache, start_token = _begin(model, params, rows)
-
-    def replay_one(state, step_and_token):
-        cache, token = state
-        step, stored = step_and_token
-        guided, cache = _guided(model, params, cache, token, step, rows.cond_scale)
-        margin = sampling.margin(guided, stored, step, *_sampled(rows), codebook_size, model.config.sampling_order)
-        return (cache, stored), jnp.where(sampling.is_drawable(guided, codebook_size), margin, jnp.nan)
-
-    steps = jnp.arange(model.config.image_length, dtype=jnp.int32)
-    _, margins = jax.lax.scan(replay_one, (cache, start_token), (steps, tokens.T))
-    return margins.T
-
-
-def _begin(model: nn.Module, params: dict, rows: RowInputs) -> tuple[Any, jax.Array]:
-    """The cache of a generation, and the token that its first step reads, (B,) int32."""
-    cache = model.apply({"params": params}, rows.input_ids, rows.attention_mask, method="begin")
-    return cache, jnp.full(len(rows.keys), model.config.start_token, jnp.int32)
-
-
-def _sampled(rows: RowInputs) -> tuple[jax.Array, ...]:
-    """What `sampling` takes of each row."""
-    return rows.keys, rows.top_k, rows.top_p, rows.temperature
-
-
-def _guided(model: nn.Module, params: dict, cache, token: jax.Array, step: jax.Array, cond_scale: jax.Array):
-    """Guided logits (B, V) of one step that reads `token` (B,), and the cache for the next."""
-    # Both halves read the code that was drawn: they share one picture.
-    logits, cache = model.apply({"params": params}, cache, jnp.concatenate([token, token]), step, method="decode_step")
-    cond, uncond = jnp.split(logits, 2)
-    guided = sampling.guide(cond, uncond, cond_scale)
-    if getattr(model.config, "guides_first_code_alone", False):
-        guided = jnp.where(((step > 0) & (cond_scale != 1))[:, None], uncond, guided)
-    return guided, cache
-
-
-def _columns(settings: RowSettings) -> list[np.ndarray]:
-    return [getattr(settings, field.name) for field in dataclasses.fields(settings)]
-
-
-def _padded(rows: np.ndarray, dtype: type, count: int) -> np.ndarray:
-    """`rows` as `dtype`, followed by zeros up to `count` rows. A row of zeros draws greedily."""
-    rows = np.asarray(rows, dtype)
-    return np.pad(rows, [(0, count - len(rows))] + [(0, 0)] * (rows.ndim - 1))
-
-
-def _batches(columns: Sequence[Sequence], size: int) -> Iterator[list[Sequence]]:
-    """`columns`, of N rows each, in batches of at most `size` rows."""
-    for start in range(0, len(columns[0]), size):
-        yield [column[start : start + size] for column in columns]
+    config = generator.config
+    is_fork = config.sampling_order == "top_p_first"  # its program draws from prompts in lower case
+    return load_tokenizer(generator.tokenizer, generator.text_style, config.text_vocab_size, lower=is_fork)

@@ -1,17 +1,105 @@
-"""What the compiled sampling loops read of a batch of rows."""
+"""Rows laid out for the compiled sampling loop: distinct texts, the sequences that read them, and the rows they serve.
 
-from typing import NamedTuple
+A row needs one sequence of codes under its prompt, and a second one under its unconditional prompt unless its
+cond_scale is 1. Rows are packed into a fixed number of sequences, so that one program serves every mix.
+
+S: sequences of one device's batch   R: rows at most, S   N: texts at most, S in whole batches of TEXT_BATCH
+T: text tokens   L: codes of a picture
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
+import numpy as np
+
+from dm_generations.text import TextTokenizer
+
+TEXT_BATCH = 8  # texts read at a time: a batch has few distinct ones
+_INT32_MAX = 2**31 - 1
+_T = TypeVar("_T")
 
 
 class RowInputs(NamedTuple):
-    """B rows. T: text tokens."""
+    """A batch of one device; of D devices, with D times as many rows of everything. What is not in use is 0."""
 
-    input_ids: jax.Array  # (2B, T) int32, the B prompts, then the B unconditional prompts
-    attention_mask: jax.Array  # (2B, T) int32, 1 for text, 0 for padding
-    keys: jax.Array  # (B, 2) uint32
-    top_k: jax.Array  # (B,) int32
-    top_p: jax.Array  # (B,) float32, as the two below
+    input_ids: jax.Array  # (N, T) int32, the distinct texts
+    attention_mask: jax.Array  # (N, T) int32, 1 for text, 0 for padding
+    text_count: jax.Array  # (1,) int32, how many of them are in use
+    row_count: jax.Array  # (1,) int32
+    text_of_sequence: jax.Array  # (S,) int32
+    row_of_sequence: jax.Array  # (S,) int32, whose codes it reads
+    cond: jax.Array  # (R,) int32, the sequence under the row's prompt
+    uncond: jax.Array  # (R,) int32, the one under its unconditional prompt; `cond` where its scale is 1
+    keys: jax.Array  # (R, 2) uint32; or (2,) for one call of dalle-mini's `generate`
+    top_k: jax.Array  # (R,) int32
+    top_p: jax.Array  # (R,) float32, as the two below
     temperature: jax.Array
     cond_scale: jax.Array
+    init_tokens: jax.Array  # (R, L) int32
+    init_count: jax.Array  # (R,) int32, how many of them are kept
+
+
+class Row(NamedTuple):
+    """One picture to draw."""
+
+    prompt: str | None
+    sc_prompt: str | None
+    top_k: int
+    top_p: float
+    temperature: float
+    cond_scale: float
+    key: tuple[int, int]
+    init_tokens: np.ndarray | None  # (L,)
+    init_count: int
+
+
+def sequence_count(cond_scale: float) -> int:
+    """Sequences that a row of this cond_scale needs."""
+    return 1 if np.float32(cond_scale) == 1 else 2
+
+
+def take_fitting(rows: Sequence[_T], sequences: Sequence[int], capacity: int) -> Sequence[_T]:
+    """As many of the first `rows` as fit into `capacity`, if each needs so many `sequences`; one at least."""
+    used = itertools.accumulate(sequences)
+    return rows[: max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= capacity, used)))]
+
+
+def laid_out(rows: Sequence[Row], capacity: int, tokenizer: TextTokenizer, text_length: int, length: int) -> RowInputs:
+    """`rows`, which fit into S = `capacity` sequences, for one device: NumPy arrays. text_length: T   length: L"""
+    texts: dict[str | None, int] = {}
+    sequences: list[tuple[int, int]] = []  # text, row
+    cond, uncond = [], []
+    for number, row in enumerate(rows):
+        cond.append(len(sequences))
+        sequences.append((texts.setdefault(row.prompt, len(texts)), number))
+        if sequence_count(row.cond_scale) == 2:
+            sequences.append((texts.setdefault(row.sc_prompt or None, len(texts)), number))
+        uncond.append(len(sequences) - 1)
+    padding = [None] * (-(-capacity // TEXT_BATCH) * TEXT_BATCH - len(texts))
+    init_tokens = np.zeros((capacity, length), np.int32)
+    for number, row in enumerate(rows):
+        if row.init_count:
+            init_tokens[number, : row.init_count] = row.init_tokens[: row.init_count]
+
+    def column(values: Sequence, dtype: type) -> np.ndarray:
+        values = np.asarray(values, dtype)
+        return np.concatenate([values, np.zeros((capacity - len(values), *values.shape[1:]), dtype)])
+
+    return RowInputs(
+        *tokenizer.encode([*texts, *padding], text_length),
+        np.array([len(texts)], np.int32),
+        np.array([len(rows)], np.int32),
+        column([text for text, _ in sequences], np.int32),
+        column([row for _, row in sequences], np.int32),
+        column(cond, np.int32),
+        column(uncond, np.int32),
+        column(np.array([row.key for row in rows], np.uint32).reshape(-1, 2), np.uint32),
+        column([min(int(row.top_k), _INT32_MAX) for row in rows], np.int32),
+        column([row.top_p for row in rows], np.float32),
+        column([row.temperature for row in rows], np.float32),
+        column([row.cond_scale for row in rows], np.float32),
+        init_tokens,
+        column([row.init_count for row in rows], np.int32),
+    )

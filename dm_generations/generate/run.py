@@ -5,12 +5,11 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,14 +20,18 @@ from dm_generations.decode.codec import Codec
 from dm_generations.decode.memory import is_out_of_memory
 from dm_generations.decode.tokens import TOKEN_DTYPE
 from dm_generations.errors import UserError
-from dm_generations.generate.generator import Generator, RowSettings
-from dm_generations.generate.sweep import Draw, Plan, Sweep, plan
+from dm_generations.generate.claims import Claims
+from dm_generations.generate.generator import Generator, RowSettings, tokenizer_of
+from dm_generations.generate.given import Given
+from dm_generations.generate.progressive import write_progress
+from dm_generations.generate.row_inputs import sequence_count
+from dm_generations.generate.sweep import Combination, Draw, Plan, Sweep, plan
 from dm_generations.models import checkpoints
 from dm_generations.models.checkpoints import Checkpoint
 from dm_generations.models.networks import ROLES
 from dm_generations.sampling import SAMPLER_VERSION
 from dm_generations.score import Scorer
-from dm_generations.text import TextTokenizer, load_tokenizer
+from dm_generations.text import load_tokenizer
 
 ROLE_OF_KIND = {kind: role for role, kinds in ROLES.items() for kind in kinds}
 MAX_CODES = 65536  # tokens are uint16
@@ -134,51 +137,70 @@ def record_model(archive: Archive, model: ModelInfo) -> int:
     return archive.model_id(model) if row_id is None else row_id
 
 
-def plan_run(sweep: Sweep, archive: Archive | None, generator: Checkpoint, rng: str = "rows") -> Plan:
-    """What of `sweep` the archive lacks of this model's pictures."""
-    generator_id = None if archive is None else known_model(archive, model_info(generator))
-    return plan(sweep, archive, generator_id, SAMPLER_VERSIONS[rng])
-
-
 class Pipeline:
-    """The models of a run on the device: draws to pictures ready to store.
+    """The models of a run on the devices: draws to pictures ready to store.
 
+    batch_size: pictures at a time on each device   given: codes that every picture goes on from   progress: where to
+    write the pictures while they are drawn
     Raises UserError for a model folder that lacks its tokenizer. Nothing is compiled before the first batch.
     """
 
-    def __init__(self, models: Models, batch_size: int, rng: str = "rows"):
+    def __init__(
+        self,
+        models: Models,
+        batch_size: int,
+        rng: str = "rows",
+        dtype: str = "float32",
+        given: Given | None = None,
+        progress: "Progressive | None" = None,
+    ):
         compile_cache.enable()
-        tokenizer = tokenizer_of(models.generator)
         self.models = models
-        self.batch_size = batch_size
+        self.given = given
+        self.progress = progress
         self.sampler_version = SAMPLER_VERSIONS[rng]
-        self._generator = Generator(models.generator, tokenizer, batch_size, rng=rng)
+        self.generator = Generator(models.generator, tokenizer_of(models.generator), batch_size, dtype=dtype, rng=rng)
         self._codec = self._scorer = None
-        if models.clip is not None:
+        if models.clip is not None or progress is not None:
             self._codec = Codec.from_checkpoint(models.codec, batch_size, grid=models.grid)
+        if models.clip is not None:
             self._scorer = make_scorer(models.clip, batch_size)
 
     def check(self, sweep: Sweep) -> None:
         """Raises UserError for prompts that the model cannot read, before anything is drawn."""
-        self._generator.check_texts([*sweep.prompts, *sweep.sc_prompts])
+        self.generator.check_texts([*sweep.prompts, *sweep.sc_prompts])
+
+    def plan(self, sweep: Sweep, archive: Archive | None) -> Plan:
+        """What of `sweep` the archive lacks of these pictures."""
+        generator_id = None if archive is None else known_model(archive, model_info(self.models.generator))
+        return plan(sweep, archive, generator_id, self.sampler_version, self._init_md5)
 
     def draw(self, draws: Sequence[Draw]) -> list[NewImage]:
-        """Pictures of at most `batch_size` draws, with their scores if there is a CLIP.
+        """Pictures of some draws, with their scores if there is a CLIP.
 
         Draws of dalle-mini that hold an id which is no code are left out: it has no picture of them either.
         """
+        count, init_count = len(draws), 0 if self.given is None else self.given.count
+
+        def write(first: int, tokens: np.ndarray) -> None:
+            if self.progress is not None:
+                # dalle-mini draws ids that are no codes, too
+                codes = np.minimum(tokens, self.generator.codebook_size - 1).astype(np.uint16)
+                write_progress(self.progress.folder, draws[first : first + len(codes)], codes, self._codec)
+
         combinations = [draw.combination for draw in draws]
         time_start = time.time()
-        tokens = self._generator.generate(
+        tokens, log_probs = self.generator.draw(
             [combination.prompt for combination in combinations],
-            [combination.sc_prompt for combination in combinations],
-            _row_settings(draws),
+            _row_settings(combinations),
             np.array([(draw.key0, draw.key1) for draw in draws], np.uint32),
+            [combination.sc_prompt for combination in combinations],
+            None if self.given is None else np.tile(self.given.tokens, (count, 1)),
+            init_count,
+            None if self.progress is None else self.progress.every,
+            write,
         )
         time_end = time.time()
-        is_picture = (tokens < self._generator.codebook_size).all(axis=1)
-        tokens = tokens[is_picture]
-        draws = list(itertools.compress(draws, is_picture))
         images = [
             NewImage(
                 **dataclasses.asdict(draw.combination),
@@ -187,14 +209,68 @@ class Pipeline:
                 quantvec=row.astype(TOKEN_DTYPE).tobytes(),
                 time_start=time_start,
                 time_end=time_end,
+                log_prob=finite(log_prob),
+                dtype=self.generator.dtype,
+                init_count=init_count,
+                init_md5=self._init_md5,
             )
-            for draw, row in zip(draws, tokens, strict=True)
+            for draw, row, log_prob in zip(draws, tokens, log_probs, strict=True)
         ]
+        is_picture = (tokens < self.generator.codebook_size).all(axis=1)
+        images, tokens = list(itertools.compress(images, is_picture)), tokens[is_picture]
         return images if self._scorer is None or not images else self._scored(images, tokens)
 
+    def seconds(self, work: Plan) -> float:
+        """How long `work` is going to take, by a few steps of a batch and the scoring of one. Compiles the programs."""
+        sequences = sum(sequence_count(c.cond_scale) * len(indices) for c, indices in work.missing)
+        seconds = math.ceil(sequences / self.generator.capacity) * self.generator.seconds_a_batch()
+        if self._scorer is None:
+            return seconds
+        count = self._codec.batch_size
+        tokens = np.zeros((count, self.generator.token_count), np.uint16)
+        for _ in range(2):  # compiled by the first
+            started = time.perf_counter()
+            self._scorer.score(self._codec.start(tokens), ["a picture"] * count)
+        return seconds + work.missing_count / count * (time.perf_counter() - started)
+
+    def fill(self, archive: Archive, work: Plan, on_pictures: Callable[[int], None]) -> "Filled":
+        """Draw all that `work` lists into `archive`.
+
+        Each batch is one transaction, so a stop at any moment loses the batch in flight and nothing else. Several
+        processes may fill one archive: what one of them is drawing, the others leave to it.
+        `on_pictures` hears how many pictures were stored, by this process or another.
+        """
+        models = self.models
+        infos = [
+            model_info(models.generator),
+            model_info(models.codec, models.grid),
+            None if models.clip is None else model_info(models.clip),
+        ]
+        filled = Filled(0, 0)
+
+        def stored_elsewhere(count: int) -> None:
+            filled.elsewhere += count
+            on_pictures(count)
+
+        with Claims(archive, infos[0], self.sampler_version, known_model, lambda draw: self._init_md5) as claims:
+            capacity = self.generator.capacity
+            for batch in claims.batches(work.draws(), capacity, _sequences, stored_elsewhere):
+                with memory_errors():
+                    images = self.draw(batch)
+                with archive.transaction():
+                    ids = [None if info is None else record_model(archive, info) for info in infos]
+                    filled.added += archive.add_images(images, *ids, self.sampler_version)
+                    claims.release(batch)
+                on_pictures(len(batch))
+        return filled
+
+    @property
+    def _init_md5(self) -> str:
+        return "" if self.given is None else self.given.md5
+
     def _scored(self, images: list[NewImage], tokens: np.ndarray) -> list[NewImage]:
-        pictures = self._codec.decode(tokens.astype(np.uint16))
-        scores = self._scorer.score(pictures, [image.prompt for image in images])
+        decoding = self._codec.start(tokens.astype(np.uint16))
+        scores = self._scorer.score(decoding, [image.prompt for image in images])
         time_scored = time.time()
         return [
             dataclasses.replace(
@@ -207,39 +283,30 @@ class Pipeline:
         ]
 
 
-def fill(archive: Archive, work: Plan, pipeline: Pipeline, on_batch: Callable[[int], None]) -> int:
-    """Draw all that `work` lists into `archive`; returns how many pictures were added.
+class Progressive(NamedTuple):
+    """Pictures of the codes so far, after every so many, in a folder."""
 
-    Each batch is one transaction, so a stop at any moment loses the batch in flight and nothing else.
-    `on_batch` hears of the pictures of each batch once they are on disk.
-    """
-    models = pipeline.models
-    infos = [
-        model_info(models.generator),
-        model_info(models.codec, models.grid),
-        None if models.clip is None else model_info(models.clip),
-    ]
-    added_count = 0
-    draws = work.draws()
-    while batch := list(itertools.islice(draws, pipeline.batch_size)):
-        with memory_errors(pipeline.batch_size):
-            images = pipeline.draw(batch)
-        with archive.transaction():
-            ids = [None if info is None else record_model(archive, info) for info in infos]
-            added_count += archive.add_images(images, *ids, pipeline.sampler_version)
-        on_batch(len(batch))
-    return added_count
+    every: int
+    folder: Path
+
+
+@dataclasses.dataclass
+class Filled:
+    """Pictures that a run added, and those that other processes did meanwhile."""
+
+    added: int
+    elsewhere: int
 
 
 @contextlib.contextmanager
-def memory_errors(batch_size: int) -> Iterator[None]:
-    """Turns the device's lack of memory into a UserError that says what to do."""
+def memory_errors() -> Iterator[None]:
+    """Turns a device's lack of memory, where a smaller batch was no help, into a UserError that says what to do."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"not enough memory for batches of {batch_size}; use a smaller --batch-size") from error
+        raise UserError("not enough memory on the device; use a smaller --batch-size") from error
 
 
 def make_scorer(clip: Checkpoint, batch_size: int) -> Scorer:
@@ -247,21 +314,10 @@ def make_scorer(clip: Checkpoint, batch_size: int) -> Scorer:
     return Scorer(clip, load_tokenizer(clip.folder, "clip", clip.config.text_config.vocab_size), batch_size)
 
 
-def tokenizer_of(generator: Checkpoint) -> TextTokenizer:
-    """What makes ids of the prompts of a loaded generator. Raises UserError if its files are missing or broken."""
-    if generator.tokenizer is None:
-        raise UserError(
-            f"model {generator.name!r} has no tokenizer beside it: give its file or folder with --tokenizer"
-        )
-    config = generator.config
-    is_fork = config.sampling_order == "top_p_first"  # its program draws from prompts in lower case
-    return load_tokenizer(generator.tokenizer, generator.text_style, config.text_vocab_size, lower=is_fork)
-
-
 def open_archive(path: Path) -> Archive:
     """The archive at `path`, open for writing; made if there is none."""
     try:
-        return Archive.open(path, "w") if os.path.exists(path) else Archive.create(path)
+        return Archive.open_or_create(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
 
@@ -271,6 +327,10 @@ def finite(score: float) -> float | None:
     return float(score) if math.isfinite(score) else None
 
 
-def _row_settings(draws: Sequence[Draw]) -> RowSettings:
+def _sequences(draw: Draw) -> int:
+    return sequence_count(draw.combination.cond_scale)
+
+
+def _row_settings(combinations: Sequence[Combination]) -> RowSettings:
     names = [field.name for field in dataclasses.fields(RowSettings)]
-    return RowSettings(*(np.array([getattr(draw.combination, name) for draw in draws]) for name in names))
+    return RowSettings(*(np.array([getattr(combination, name) for combination in combinations]) for name in names))

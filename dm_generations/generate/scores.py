@@ -79,8 +79,8 @@ def score_archive(
             usable.append((row, tokens))
         if usable:
             usable_rows, tokens = zip(*usable, strict=True)
-            with memory_errors(batch_size):
-                pictures = decoder.decode(np.stack(tokens))
+            with memory_errors():
+                pictures = decoder.start(np.stack(tokens))
                 scores = scorer.score(pictures, [prompt_by_id.get(row.prompt_id) or "" for row in usable_rows])
             found = [
                 (row.id, finite(score_input), finite(score_tokenized))

@@ -3,7 +3,11 @@
 Reads archives and draws nothing; imports neither NumPy nor JAX.
 """
 
+import dataclasses
+import functools
+import hashlib
 import itertools
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,9 +56,10 @@ class Draw:
 class Sweep:
     """Every combination of the values, `count` pictures of each, under one seed; or a picture for each of `row_keys`.
 
-    Picture i has the key `row_key(seed, i)` in every combination, so settings are compared on equal noise.
-    Values may repeat; repetitions are dropped. An empty text among `sc_prompts` means the model's own empty
-    prompt. Raises UserError for values out of range.
+    With `same_seeds` picture i has the key `row_key(seed, i)` in every combination, so that settings are compared on
+    equal noise; without, each combination has a seed of its own, made of `seed` and its values. Values may repeat;
+    repetitions are dropped. An empty text among `sc_prompts` means the model's own empty prompt. Raises UserError for
+    values out of range.
     """
 
     prompts: Sequence[str]
@@ -65,6 +70,7 @@ class Sweep:
     cond_scale: Sequence[float] = (DEFAULT_COND_SCALE,)
     count: int = DEFAULT_COUNT
     seed: int = DEFAULT_SEED
+    same_seeds: bool = True
     row_keys: Sequence[tuple[int, int]] = ()  # if any, these are the keys: `count` and `seed` have no meaning
 
     def __post_init__(self):
@@ -113,9 +119,11 @@ class Sweep:
         """In the order of the archive's groups: the last axis changes fastest."""
         return (Combination(*values) for values in itertools.product(*self._axes()))
 
-    def keys(self) -> list[tuple[int, int]]:
+    def keys(self, combination: Combination) -> Sequence[tuple[int, int]]:
         """(key0, key1) of each picture of a combination, by its index."""
-        return list(self.row_keys) or [row_key(self.seed, index) for index in range(self.count)]
+        if self.row_keys:
+            return self.row_keys
+        return _keys(self.seed if self.same_seeds else _own_seed(self.seed, combination), self.count)
 
     def _axes(self) -> tuple[Sequence, ...]:
         return self.prompts, self.sc_prompts, self.top_k, self.top_p, self.temperature, self.cond_scale
@@ -126,7 +134,6 @@ class Plan:
     """The part of a sweep that an archive lacks."""
 
     sweep: Sweep
-    keys: list[tuple[int, int]]
     missing: list[tuple[Combination, Sequence[int]]]  # and the indices of the pictures to draw; never empty
 
     @property
@@ -138,18 +145,22 @@ class Plan:
         return self.sweep.picture_count - self.missing_count
 
     def draws(self) -> Iterator[Draw]:
-        return (Draw(combination, *self.keys[index]) for combination, indices in self.missing for index in indices)
+        for combination, indices in self.missing:
+            keys = self.sweep.keys(combination)
+            yield from (Draw(combination, *keys[index]) for index in indices)
 
 
-def plan(sweep: Sweep, archive: Archive | None, generator_id: int | None, sampler_version: int) -> Plan:
+def plan(
+    sweep: Sweep, archive: Archive | None, generator_id: int | None, sampler_version: int, init_md5: str = ""
+) -> Plan:
     """What of `sweep` is missing in `archive`, which is only read; None stands for an archive yet to be made.
 
-    generator_id: the model's id in the archive, None where the archive does not know the model.
+    generator_id: the model's id in the archive, None where the archive does not know the model   init_md5: of the
+    codes that the pictures go on from
     """
-    keys = sweep.keys()
     if archive is None or generator_id is None:
         every = range(sweep.count)
-        return Plan(sweep, keys, [(combination, every) for combination in sweep.combinations()])
+        return Plan(sweep, [(combination, every) for combination in sweep.combinations()])
     prompt_id = {text: row_id for row_id, text in archive.prompts().items()}
     sc_prompt_id = {text: row_id for row_id, text in archive.sc_prompts().items()}
     missing = []
@@ -158,11 +169,22 @@ def plan(sweep: Sweep, archive: Archive | None, generator_id: int | None, sample
         existing: set[tuple[int, int]] = set()
         if None not in ids:
             axes = (combination.top_k, combination.top_p, combination.temperature, combination.cond_scale)
-            existing = archive.existing_keys(Settings(*ids, *axes), generator_id, sampler_version)
-        indices = [index for index, key in enumerate(keys) if key not in existing]
+            existing = archive.existing_keys(Settings(*ids, *axes), generator_id, sampler_version, init_md5)
+        indices = [index for index, key in enumerate(sweep.keys(combination)) if key not in existing]
         if indices:
             missing.append((combination, indices))
-    return Plan(sweep, keys, missing)
+    return Plan(sweep, missing)
+
+
+@functools.lru_cache(maxsize=1)  # with the same seeds they are those of every combination
+def _keys(seed: int, count: int) -> tuple[tuple[int, int], ...]:
+    return tuple(row_key(seed, index) for index in range(count))
+
+
+def _own_seed(seed: int, combination: Combination) -> int:
+    """A seed for one combination, which the other values of a sweep do not change. See `schema/sampling.md`."""
+    text = json.dumps([seed, *dataclasses.astuple(combination)], separators=(",", ":"))
+    return int.from_bytes(hashlib.sha256(text.encode("ascii")).digest()[:8], "big")
 
 
 def _check_texts(what: str, texts: Sequence[str]) -> None:

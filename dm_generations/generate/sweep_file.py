@@ -23,7 +23,9 @@ KEYS: dict[str, tuple[tuple[type, ...], bool]] = {
     "keys": ((str,), True),
     "n": ((int,), False),
     "seed": ((int,), False),
+    "same_seeds": ((bool,), False),
 }
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def _checked(path: Path, key: str, value: Any) -> Any:
     if isinstance(value, list) and not takes_several:
         raise UserError(f"--sweep {path}: {key} takes one value, not a list")
     for entry in listed:
-        if not isinstance(entry, kinds) or isinstance(entry, bool):
-            expected = " or ".join({str: "text", int: "a whole number", float: "a number"}[kind] for kind in kinds)
+        if type(entry) not in kinds:  # a bool is an int to isinstance
+            expected = " or ".join(_KINDS[kind] for kind in kinds)
             raise UserError(f"--sweep {path}: {key} must be {expected}, not {entry!r:.60}")
     return listed if takes_several else value

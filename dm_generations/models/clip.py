@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from dm_generations.errors import UserError
+from dm_generations.models.resize import resize
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -30,6 +31,11 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": nn.gelu,  # by tanh, as the two below
+    "gelu_fast": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+    "relu": nn.relu,
+    "silu": nn.silu,
 }
 
 
@@ -85,8 +91,9 @@ class CLIPConfig:
         """
         towers = {}
         for name, tower in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
-            # Older files carry `text_config_dict` too; transformers then builds the tower from that one.
-            towers[name] = _from_known(tower, values.get(f"{name}_dict") or values.get(name) or {}, name)
+            # Older files carry `text_config_dict` too; transformers then builds the tower from that one, even if empty.
+            older = values.get(f"{name}_dict")
+            towers[name] = _from_known(tower, (values.get(name) or {}) if older is None else older, name)
             if towers[name].hidden_size % towers[name].num_attention_heads:
                 raise UserError(
                     f"CLIP {name}: hidden_size {towers[name].hidden_size} is not a multiple of "
@@ -333,23 +340,17 @@ def unit(features: jax.Array) -> jax.Array:
 
 
 def resize_and_crop(
-    images: np.ndarray, image_size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
-) -> np.ndarray:
+    images: jax.Array, image_size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> jax.Array:
     """uint8 (N, H, W, 3) -> uint8 (N, image_size, image_size, 3) as transformers' CLIPImageProcessor does it.
 
     The shorter side becomes image_size and the longer one its share, truncated; then the middle is cut out.
     """
     height, width = images.shape[1:3]
-    if (height, width) == (image_size, image_size):
-        return images
     short = min(height, width)
     height, width = image_size * height // short, image_size * width // short
     top, left = (height - image_size) // 2, (width - image_size) // 2
-    out = np.empty((len(images), image_size, image_size, 3), np.uint8)
-    for index, image in enumerate(images):
-        resized = Image.fromarray(image).resize((width, height), resample)
-        out[index] = np.asarray(resized)[top : top + image_size, left : left + image_size]
-    return out
+    return resize(images, height, width, resample)[:, top : top + image_size, left : left + image_size]
 
 
 def normalise(pixels, mean=OPENAI_MEAN, std=OPENAI_STD):
@@ -360,11 +361,11 @@ def normalise(pixels, mean=OPENAI_MEAN, std=OPENAI_STD):
 
 
 def preprocess(
-    images: np.ndarray,
+    images: jax.Array,
     image_size: int,
     mean=OPENAI_MEAN,
     std=OPENAI_STD,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
-) -> np.ndarray:
+) -> jax.Array:
     """uint8 (N, H, W, 3) -> float32 (N, image_size, image_size, 3), as transformers' CLIP processor."""
     return normalise(resize_and_crop(images, image_size, resample), mean, std)

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
-from dm_generations.models.dalle_bart_config import DalleBartConfig, config_for_params
+from dm_generations.models.dalle_bart_config import DalleBartConfig, config_for_params, unscanned
 from dm_generations.models.dalle_bart_layers import (
     FlaxBartDecoderLayer,
     FlaxBartEncoderLayer,
@@ -27,16 +26,23 @@ from dm_generations.models.dalle_bart_layers import (
     norm_before_dense,
 )
 
-__all__ = ["Cache", "DalleBart", "DalleBartConfig", "LayerCache", "config_for_params"]
+__all__ = ["Cache", "DalleBart", "DalleBartConfig", "LayerCache", "Text", "config_for_params", "unscanned"]
 
 MASKED = -1e30  # finite, unlike -inf: a row whose keys are all masked (padding of a batch) stays finite
+
+
+class Text(NamedTuple):
+    """All that a generation reads of B texts."""
+
+    layers: tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each decoder layer's cross-attention
+    cross_bias: jax.Array  # (B, 1, 1, T) float32, 0 or MASKED
 
 
 class Cache(NamedTuple):
     """State of a generation."""
 
-    layers: tuple[LayerCache, ...]  # one per layer, or a single stacked one if layers are scanned
-    cross_bias: jax.Array  # (B, 1, 1, T) float32, 0 or MASKED
+    layers: tuple[LayerCache, ...]
+    text: Text
 
 
 def mask_bias(attention_mask: jax.Array) -> jax.Array:
@@ -92,36 +98,36 @@ class _DecoderLayers(nn.Module):
                 FlaxBartDecoderLayer,
                 config.decoder_layers,
                 __call__=nn.broadcast,
-                init_cache=nn.broadcast,
-                decode_step=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             )
             self.FlaxBartDecoderLayers = layers(config, self.dtype)
         else:
             layers = [FlaxBartDecoderLayer(config, self.dtype) for _ in range(config.decoder_layers)]
             self.FlaxBartDecoderLayer = layers
 
-    def _layers(self) -> list[nn.Module]:
-        """Modules to call in turn: every layer, or the one that stands for all of them."""
-        return [self.FlaxBartDecoderLayers] if self.config.use_scan else self.FlaxBartDecoderLayer
-
     def __call__(self, x, encoder_state, bias, cross_bias, deterministic: bool):
         """x (B, L, d), encoder_state (B, T, d) -> (B, L, d)."""
-        for layer in self._layers():
+        layers = [self.FlaxBartDecoderLayers] if self.config.use_scan else self.FlaxBartDecoderLayer
+        for layer in layers:
             x, _ = layer(x, encoder_state, bias, cross_bias, deterministic)
         return x
 
-    def init_cache(self, encoder_state) -> tuple[LayerCache, ...]:
-        return tuple(layer.init_cache(None, encoder_state)[1] for layer in self._layers())
+    def read_text(self, encoder_state) -> tuple[tuple[jax.Array, jax.Array], ...]:
+        """Cross-attention keys and values of encoder_state (B, T, d), each (B, H, T, D)."""
+        return tuple(layer.cross_keys_values(encoder_state) for layer in self._unscanned())
 
-    def decode_step(self, x, caches: tuple[LayerCache, ...], step, bias, cross_bias):
-        """One position: x (B, 1, d) -> (B, 1, d) and the caches with this step's keys and values."""
-        position_axis = 3 if self.config.use_scan else 2
+    def decode_step(self, x, cache: Cache, step, bias):
+        """One position: x (B, 1, d) -> (B, 1, d) and the layers' caches with this step's keys and values."""
         updated = []
-        for layer, cache in zip(self._layers(), caches, strict=True):
-            x, (keys, values) = layer.decode_step(x, cache, step, bias, cross_bias)
-            store = functools.partial(lax.dynamic_update_slice_in_dim, start_index=step, axis=position_axis)
-            updated.append(cache._replace(keys=store(cache.keys, keys), values=store(cache.values, values)))
+        for layer, layer_cache, cross in zip(self._unscanned(), cache.layers, cache.text.layers, strict=True):
+            x, layer_cache = layer.decode_step(x, layer_cache, cross, step, bias, cache.text.cross_bias)
+            updated.append(layer_cache)
         return x, tuple(updated)
+
+    def _unscanned(self) -> list[nn.Module]:
+        """A loop that updates one stacked cache copies it; layers apart update theirs in place."""
+        if self.config.use_scan:
+            raise ValueError("scanned layers cannot generate: take `unscanned` config and parameters")
+        return self.FlaxBartDecoderLayer
 
 
 class _Stack(nn.Module):
@@ -180,16 +186,16 @@ class _Decoder(_Stack):
         x = self.layers(x, encoder_state, causal_bias(length), cross_bias, deterministic)
         return self._finish(x)
 
-    def init_cache(self, encoder_state):
-        return self.layers.init_cache(encoder_state)
+    def read_text(self, encoder_state):
+        return self.layers.read_text(encoder_state)
 
-    def decode_step(self, token, layer_caches, step, cross_bias):
-        """token (B,) at position `step` -> (B, 1, d) and the updated caches."""
+    def decode_step(self, token, cache: Cache, step):
+        """token (B,) at position `step` -> (B, 1, d) and the layers' updated caches."""
         x = self._embed(token[:, None], step[None], deterministic=True)
         visible = jnp.arange(self.config.image_length) <= step
         bias = jnp.where(visible, 0.0, MASKED).astype(jnp.float32)[None, None, None]
-        x, layer_caches = self.layers.decode_step(x, layer_caches, step, bias, cross_bias)
-        return self._finish(x), layer_caches
+        x, layers = self.layers.decode_step(x, cache, step, bias)
+        return self._finish(x), layers
 
 
 class _Model(nn.Module):
@@ -210,8 +216,9 @@ class DalleBart(nn.Module):
     range; nothing checks that here.
 
     Training: `model.apply(variables, input_ids, attention_mask, decoder_input_ids)`.
-    Generation: `begin` (which is `encode`, then `init_cache`), then `decode_step` for step 0, 1, ...,
-    image_length - 1, starting with `config.start_token`; each is a method for `model.apply(..., method=...)`.
+    Generation: `read_text`, `begin`, then `decode_step` for step 0, 1, ..., image_length - 1, starting with
+    `config.start_token`; each is a method for `model.apply(..., method=...)`. Scanned layers cannot generate:
+    `unscanned` gives config and parameters of the same network that can.
     """
 
     config: DalleBartConfig
@@ -244,13 +251,18 @@ class DalleBart(nn.Module):
         x = self.model.decoder(decoder_input_ids, encoder_state, mask_bias(attention_mask), deterministic)
         return self.lm_head(x)
 
-    def begin(self, input_ids, attention_mask) -> Cache:
-        """Cache for a generation from token ids and mask as in `encode`."""
-        return self.init_cache(self.encode(input_ids, attention_mask), attention_mask)
+    def read_text(self, input_ids, attention_mask) -> Text:
+        """What generations read of texts; ids and mask as in `encode`. Axis 0 of every array is B."""
+        encoder_state = self.encode(input_ids, attention_mask)
+        return Text(self.model.decoder.read_text(encoder_state), mask_bias(attention_mask))
 
-    def init_cache(self, encoder_state, attention_mask) -> Cache:
-        """Cache for a generation from encoder_state (B, T, d) and its attention_mask (B, T)."""
-        return Cache(self.model.decoder.init_cache(encoder_state), mask_bias(attention_mask))
+    def begin(self, text: Text) -> Cache:
+        """Cache for B generations, each of its row of `text`."""
+        config = self.config
+        heads = config.decoder_attention_heads
+        shape = (len(text.cross_bias), heads, config.image_length, config.d_model // heads)
+        empty = LayerCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+        return Cache((empty,) * config.decoder_layers, text)
 
     def decode_step(self, cache: Cache, token, step) -> tuple[jax.Array, Cache]:
         """Logits (B, V + 1) float32 of image token `step`, and the cache for the next step.
@@ -258,5 +270,5 @@ class DalleBart(nn.Module):
         token: (B,) int32, the token before it (the start token at step 0). step: int32 scalar, may be traced.
         """
         step = jnp.asarray(step, jnp.int32)
-        x, layers = self.model.decoder.decode_step(token, cache.layers, step, cache.cross_bias)
-        return self.lm_head(x)[:, 0], Cache(layers, cache.cross_bias)
+        x, layers = self.model.decoder.decode_step(token, cache, step)
+        return self.lm_head(x)[:, 0], Cache(layers, cache.text)

@@ -166,3 +166,23 @@ def config_for_params(config: DalleBartConfig, params: Mapping[str, Any]) -> Dal
     except (KeyError, TypeError) as error:
         raise UserError("not the weights of a DalleBart: model/encoder/layers is missing") from error
     return dataclasses.replace(config, use_scan="FlaxBartEncoderLayers" in layers)
+
+
+def unscanned(config: DalleBartConfig, params: dict) -> tuple[DalleBartConfig, dict]:
+    """The same network with layers apart: views of the stacked arrays under the names that unscanned layers have."""
+    if not config.use_scan:
+        return config, params
+    model = dict(params["model"])
+    for part, layer, count in (
+        ("encoder", "FlaxBartEncoderLayer", config.encoder_layers),
+        ("decoder", "FlaxBartDecoderLayer", config.decoder_layers),
+    ):
+        stacked = model[part]["layers"][f"{layer}s"]
+        layers = {f"{layer}_{index}": _rows(stacked, index) for index in range(count)}
+        model[part] = {**model[part], "layers": layers}
+    return dataclasses.replace(config, use_scan=False), {**params, "model": model}
+
+
+def _rows(tree: dict, index: int) -> dict:
+    """Row `index` of every array of a nested dict."""
+    return {name: _rows(leaf, index) if isinstance(leaf, dict) else leaf[index] for name, leaf in tree.items()}

@@ -1,7 +1,7 @@
 """Layers of DalleBart, with the parameter names that dalle-mini's layers have.
 
 B: batch   Q, K: query and key positions   T: text tokens   L: image tokens   d: model width
-H: heads   D: head width, d / H   N: layers
+H: heads   D: head width, d / H
 
 Submodules kept in a list attribute `X` are named X_0, X_1, ...: the names that dalle-mini's layers got from
 Flax's automatic numbering, in the order in which they are called.
@@ -32,12 +32,10 @@ NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
 class LayerCache(NamedTuple):
-    """What one decoder layer remembers; if layers are scanned, all of them, with a leading axis N."""
+    """What one decoder layer remembers of the codes so far."""
 
     keys: jax.Array  # (B, H, L, D) compute dtype; positions after the current step are zero
     values: jax.Array  # (B, H, L, D)
-    cross_keys: jax.Array  # (B, H, T, D) of the encoder state, computed once
-    cross_values: jax.Array  # (B, H, T, D)
 
 
 def norm(config: DalleBartConfig, dtype: Any, use_scale: bool = True) -> nn.Module:
@@ -217,28 +215,20 @@ class FlaxBartDecoderLayer(_Layer):
         x = self._attention_block(1, x, lambda _: cross, cross_bias, deterministic)
         return self._ffn_block(x, deterministic), None
 
-    def init_cache(self, carry: None, encoder_state):
-        """Empty self-attention cache, and the cross-attention keys and values of encoder_state (B, T, d)."""
-        cross_keys, cross_values = self.FlaxBartAttention[1].keys_values(encoder_state)
-        batch_size, heads, _, head_width = cross_keys.shape
-        shape = (batch_size, heads, self.config.image_length, head_width)
-        keys = values = jnp.zeros(shape, self.dtype)
-        return carry, LayerCache(keys, values, cross_keys, cross_values)
+    def cross_keys_values(self, encoder_state):
+        """Cross-attention keys and values of encoder_state (B, T, d), each (B, H, T, D)."""
+        return self.FlaxBartAttention[1].keys_values(encoder_state)
 
-    def decode_step(self, x, cache: LayerCache, step, bias, cross_bias):
-        """One position: x (B, 1, d) -> (B, 1, d) and its self-attention keys and values, each (B, H, 1, D).
-
-        Only the new column is returned, so that a scan over layers does not copy whole caches.
-        """
-        new = []
+    def decode_step(self, x, cache: LayerCache, cross: tuple[jax.Array, jax.Array], step, bias, cross_bias):
+        """One position: x (B, 1, d) -> (B, 1, d) and the cache with its self-attention keys and values."""
+        updated = []
 
         def keys_values(hidden):
-            new.extend(self.FlaxBartAttention[0].keys_values(hidden))
-            return (
-                lax.dynamic_update_slice_in_dim(cache.keys, new[0], step, axis=2),
-                lax.dynamic_update_slice_in_dim(cache.values, new[1], step, axis=2),
-            )
+            new = self.FlaxBartAttention[0].keys_values(hidden)
+            stored = (lax.dynamic_update_slice_in_dim(old, x, step, axis=2) for old, x in zip(cache, new, strict=True))
+            updated.extend(stored)
+            return updated
 
         x = self._attention_block(0, x, keys_values, bias, True)
-        x = self._attention_block(1, x, lambda _: (cache.cross_keys, cache.cross_values), cross_bias, True)
-        return self._ffn_block(x, True), tuple(new)
+        x = self._attention_block(1, x, lambda _: cross, cross_bias, True)
+        return self._ffn_block(x, True), LayerCache(*updated)

@@ -35,7 +35,7 @@ class LayerCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """State of a generation."""
+    """State of a generation; before it begins, keys and values of the text alone, (B, H, T, D)."""
 
     layers: tuple[LayerCache, ...]
     last_text: jax.Array  # (B, d) embedding of the last text token, which step 0 feeds
@@ -169,8 +169,7 @@ class _Transformer(nn.Module):
         def attend(layer, x):
             attention = self._attention(layer)
             queries, keys, values = self._rotate(attention.queries_keys_values(x), 0, length)
-            room = ((0, 0), (0, 0), (0, self.config.sequence_length - length), (0, 0))
-            remembered[layer] |= {"keys": jnp.pad(keys, room), "values": jnp.pad(values, room)}
+            remembered[layer] |= {"keys": keys, "values": values}
             mask = visible(self.config, self.config.attn_type(layer))[:length, :length]
             return attention.attend(queries, keys, values, jnp.asarray(mask))
 
@@ -299,7 +298,7 @@ class _ToLogits(nn.Module):
 class DallePytorch(nn.Module):
     """The network. Activations are in `dtype`; attention weights and logits are computed in float32.
 
-    Generation: `begin`, then `decode_step` for step 0, 1, ..., image_length - 1; each is a method for
+    Generation: `read_text`, `begin`, then `decode_step` for step 0, 1, ..., image_length - 1; each is a method for
     `model.apply(..., method=...)`. Ids must be in range; nothing checks that here.
     """
 
@@ -331,11 +330,22 @@ class DallePytorch(nn.Module):
         x, _ = self.transformer(x)
         return self.to_logits(x)
 
-    def begin(self, input_ids, attention_mask) -> Cache:
-        """Cache for a generation from ids (B, T) int32, 0 for padding. attention_mask: unused, padding is read."""
+    def read_text(self, input_ids, attention_mask) -> Cache:
+        """What generations read of texts (B, T) int32, 0 for padding. attention_mask: unused, padding is read.
+
+        Axis 0 of every array is B.
+        """
         text = self._embed_text(input_ids)
         _, layers = self.transformer(text[:, :-1])
         return Cache(layers, text[:, -1])
+
+    def begin(self, text: Cache) -> Cache:
+        """Cache for B generations, each of its row of `text`, with room for S positions."""
+        room = ((0, 0), (0, 0), (0, self.config.sequence_length - self.config.text_seq_len), (0, 0))
+        layers = (
+            layer._replace(keys=jnp.pad(layer.keys, room), values=jnp.pad(layer.values, room)) for layer in text.layers
+        )
+        return Cache(tuple(layers), text.last_text)
 
     def decode_step(self, cache: Cache, token, step) -> tuple[jax.Array, Cache]:
         """Logits (B, num_image_tokens) float32 of code `step`, and the cache for the next step.

@@ -7,10 +7,11 @@ B: batch   H, W: pixels   h, w: code grid   L: codes, h * w, row-major   C: chan
 """
 
 import dataclasses
-import math
 
 import flax.linen as nn
 import jax.numpy as jnp
+
+from dm_generations.models.token_grid import token_grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,14 +163,11 @@ class DiscreteVAE(nn.Module):
         return pixels * deviation.reshape(1, 1, 1, 3) + mean.reshape(1, 1, 1, 3)
 
     def decode_code(self, tokens):
-        """Tokens (B, L) int, L a square, to pixels (B, H, W, 3) float32, not clipped.
+        """Tokens (B, L) int, L a square, or grids of them (B, h, w), to pixels (B, H, W, 3) float32, not clipped.
 
         A token outside the codebook gives NaN in its picture; callers check on the host.
         """
-        side = math.isqrt(tokens.shape[1])
-        if side * side != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fill a square grid")
-        return self.decode(self.codebook(tokens.reshape(-1, side, side)))
+        return self.decode(self.codebook(token_grid(tokens)))
 
     def __call__(self, pixels):
         """The reconstruction of pixels (B, H, W, 3); touches every parameter, so `init` makes them all."""

@@ -96,7 +96,7 @@ class LayerCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """State of a generation."""
+    """State of a generation; before it begins, keys and values of the text alone, (B, H, N - 1, D)."""
 
     layers: tuple[LayerCache, ...]
     last_text: jax.Array  # (B,) int32, the last text token, fed at step 0
@@ -179,7 +179,8 @@ class MinDalle(nn.Module):
     trained, so nothing reads an attention mask.
 
     Training: `model.apply(variables, input_ids, codes)`.
-    Generation: `begin`, then `decode_step` for step 0, 1, ..., L - 1, each by `model.apply(..., method=...)`.
+    Generation: `read_text`, `begin`, then `decode_step` for step 0, 1, ..., L - 1, each by `model.apply(...,
+    method=...)`.
     """
 
     config: MinDalleConfig
@@ -216,17 +217,19 @@ class MinDalle(nn.Module):
         x = self.ln_f(x)
         return self.head_img(x[:, text_length - 1 :]), self.head_txt(x[:, : text_length - 1])
 
-    def begin(self, input_ids, attention_mask) -> Cache:
-        """Cache for a generation after input_ids (B, N) int32; attention_mask is not read."""
-        config = self.config
-        length = input_ids.shape[1]
-        x = self._embed_text(input_ids[:, :-1], jnp.arange(length - 1))
+    def read_text(self, input_ids, attention_mask) -> Cache:
+        """What generations read of texts (B, N) int32; attention_mask is not read. Axis 0 of every array is B."""
+        x = self._embed_text(input_ids[:, :-1], jnp.arange(input_ids.shape[1] - 1))
         layers = []
-        rest = ((0, 0), (0, 0), (0, config.ctx_len_img), (0, 0))  # from N - 1 to S positions
         for block in self.blocks:
             x, layer = block(x)
-            layers.append(LayerCache(*(jnp.pad(array, rest) for array in layer)))
+            layers.append(layer)
         return Cache(tuple(layers), input_ids[:, -1])
+
+    def begin(self, text: Cache) -> Cache:
+        """Cache for B generations, each of its row of `text`, with room for S positions."""
+        room = ((0, 0), (0, 0), (0, self.config.ctx_len_img), (0, 0))
+        return Cache(jax.tree.map(lambda array: jnp.pad(array, room), text.layers), text.last_text)
 
     def decode_step(self, cache: Cache, token, step) -> tuple[jax.Array, Cache]:
         """Logits (B, V_img) float32 of image code `step`, and the cache for the next step.

@@ -8,11 +8,12 @@ B: batch   H, W: pixels   h, w: code grid   L: codes, h * w, row-major   C: chan
 """
 
 import dataclasses
-import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from dm_generations.models.token_grid import token_grid
 
 GROUPS = 4  # of blocks; the resolution changes between them
 LOGIT_LAPLACE_EPS = 0.1  # pixels are mapped from [0, 1] to [eps, 1 - eps]: its distribution is over the open interval
@@ -174,14 +175,11 @@ class OpenAIVAE(nn.Module):
         return (means - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS)
 
     def decode_code(self, tokens):
-        """Tokens (B, L) int, L a square, to pixels (B, H, W, 3) float32, not clipped.
+        """Tokens (B, L) int, L a square, or grids of them (B, h, w), to pixels (B, H, W, 3) float32, not clipped.
 
         A token that is no code gives NaN in its picture; callers check on the host.
         """
-        side = math.isqrt(tokens.shape[1])
-        if side * side != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fill a square grid")
-        return self.decode(self.decoder.input(tokens.reshape(-1, side, side)))
+        return self.decode(self.decoder.input(token_grid(tokens)))
 
     def __call__(self, pixels):
         """The reconstruction of pixels (B, H, W, 3); touches every parameter, so `init` makes them all."""

@@ -4,8 +4,9 @@ The arrays of a checkpoint are views of mapped files. Pages that have been copie
 goes on, so that loading N bytes of weights takes little more than N bytes of memory.
 """
 
+from typing import Any
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dm_generations.models.checkpoints.mapped import release
@@ -14,14 +15,18 @@ _PIECE = 1 << 25  # bytes between two releases: a call for each small tensor wou
 _ALIGNMENT = 64  # of arrays that JAX takes over on a CPU instead of copying them
 
 
-def placed(params: dict, where: jax.sharding.Sharding | None = None) -> dict:
-    """`params`, a nested dict of NumPy arrays, as arrays of the default device or `where`, in the same dtypes."""
+def placed(params: dict, dtype: Any = np.float32, where: jax.sharding.Sharding | None = None) -> dict:
+    """`params`, a nested dict of NumPy arrays, on the default device or `where`, as a network computes with them.
+
+    Matrices become `dtype`; vectors (norms and biases) float32, which costs nothing.
+    """
     leaves, structure = jax.tree.flatten(params)
     on_device, unreleased = [], []
     for leaf in leaves:
         leaf = np.asarray(leaf)
         # Never the mapped memory itself: somebody may write the file anew while the program runs.
-        on_device.append(jax.device_put(_copied(leaf), where))
+        copy = _copied(leaf, np.dtype(dtype if leaf.ndim > 1 else np.float32))
+        on_device.append(jax.device_put(copy, where))
         unreleased.append(leaf)
         if sum(view.nbytes for view in unreleased) >= _PIECE:
             release(unreleased)
@@ -30,11 +35,12 @@ def placed(params: dict, where: jax.sharding.Sharding | None = None) -> dict:
     return jax.tree.unflatten(structure, jax.block_until_ready(on_device))
 
 
-def _copied(array: np.ndarray) -> np.ndarray:
-    """A contiguous copy; of a large array, the pages it lies on are released on the way."""
-    raw = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+def _copied(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A contiguous copy as `dtype`; of a large array, the pages it lies on are released on the way."""
+    size = array.size * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
-    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy = raw[start : start + size].view(dtype).reshape(array.shape)
     if array.nbytes <= _PIECE:
         copy[...] = array
         return copy
@@ -46,15 +52,3 @@ def _copied(array: np.ndarray) -> np.ndarray:
         copy[piece] = array[piece]
         release([array])
     return copy
-
-
-def computable(params: dict, dtype: jnp.dtype = jnp.float32) -> dict:
-    """`params` inside a compiled function, as what the network computes in: once, and not at each use.
-
-    Matrices as `dtype`; vectors (norms and biases) as float32, which costs nothing.
-    """
-
-    def cast(leaf):
-        return leaf.astype(dtype if leaf.ndim > 1 else jnp.float32)
-
-    return jax.tree.map(cast, params)

@@ -8,11 +8,12 @@ B: batch   H, W: pixels   h, w: token grid   L: tokens, h * w, row-major   C: ch
 """
 
 import dataclasses
-import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from dm_generations.models.token_grid import token_grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,15 +294,11 @@ class VQGAN(nn.Module):
         return (pixels + 1) / 2 if self.config.is_signed else pixels
 
     def decode_code(self, tokens):
-        """Tokens (B, L) int, L a square, to pixels (B, H, W, 3) float32, not clipped.
+        """Tokens (B, L) int, L a square, or grids of them (B, h, w), to pixels (B, H, W, 3) float32, not clipped.
 
         A token outside the codebook gives NaN for its whole picture; callers check on the host.
         """
-        side = math.isqrt(tokens.shape[1])
-        if side * side != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fill a square grid")
-        rows = self.quantize.lookup(tokens.reshape(-1, side, side))
-        return self.decode(rows)
+        return self.decode(self.quantize.lookup(token_grid(tokens)))
 
     def __call__(self, pixels):
         """The reconstruction of pixels (B, H, W, 3); touches every parameter, so `init` makes them all."""

@@ -8,7 +8,6 @@ in float32 the convolutions are Winograd's (see `winograd`).
 B: pictures   h, w: token grid   H, W: rows and columns of the map at hand   C, N: channels in and out   L: h * w
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from jax import lax
 
 from dm_generations.models import winograd
 from dm_generations.models.checkpoints.mapped import release
+from dm_generations.models.token_grid import token_grid
 from dm_generations.models.vqgan import VQGANConfig
 
 _WINOGRAD_CH = 64  # `ch` of the smallest network
@@ -46,15 +46,13 @@ class VQGANDecoder:
         return {"codebook": put(rows.astype(self.dtype)), "decoder": self._prepared(params["decoder"], "decoder", put)}
 
     def decode(self, weights: dict, tokens: jax.Array) -> jax.Array:
-        """Tokens (B, L) int, L a square, to pixels (B, H, W, 3) float32 (or float64), not clipped.
+        """Tokens (B, L) int, L a square, or grids of them (B, h, w), to pixels (B, H, W, 3), not clipped.
 
-        [0, 1] is black to white. A token outside the codebook gives some other one's row; callers check on the host.
+        Pixels are float32 (or float64), [0, 1] is black to white. A token outside the codebook gives some other one's
+        row; callers check on the host.
         """
-        side = math.isqrt(tokens.shape[1])
-        if side * side != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fill a square grid")
         with jax.default_matmul_precision("highest" if self.dtype == self._wide else "default"):
-            x = weights["codebook"][tokens.reshape(-1, side, side)]
+            x = weights["codebook"][token_grid(tokens)]
             if self.platform == "cpu":
                 # One is enough to be busy with, stays in the cache, and comes out the same whatever B is.
                 pixels = lax.map(lambda x: self._decoder(weights["decoder"], x[None])[0], x)

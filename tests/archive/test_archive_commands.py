@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from archive_kit import execute, fill, new_image
+from archive_kit import archive_v1, execute, fill, new_image
 from helpers import ROOT, golden
 
-from dm_generations.archive import Archive
+from dm_generations.archive import Archive, init_md5
 from dm_generations.cli import info, merge, verify
 from dm_generations.cli._text import file_size, printable
 
@@ -40,7 +40,7 @@ def test_info_prints_what_is_there(ours, capsys):
     assert command("info", "--db", ours) == 0
     out = capsys.readouterr().out
     for text in (
-        "format 1",
+        "format 2",
         "5 pictures in 2 groups, 2 to 3 in each",
         "drawn from 1970-01-01 00:01:40 UTC to 1970-01-01 00:01:41 UTC",
         "1  a red cube  (3 pictures)",
@@ -56,6 +56,38 @@ def test_info_prints_what_is_there(ours, capsys):
     assert max(map(len, out.splitlines()[1:])) < 160
 
 
+def test_info_tells_how_codes_were_drawn(tmp_path, capsys):
+    quantvec = new_image(3).quantvec
+    with Archive.create(tmp_path / "a.db") as archive:
+        fill(
+            archive,
+            new_image(1, log_prob=-40.5, dtype="float32"),
+            new_image(2, log_prob=-60.0, dtype="bfloat16"),
+            new_image(3, dtype="bfloat16", init_count=1, init_md5=init_md5(quantvec, 1)),
+            new_image(4),
+        )
+    assert command("info", "--db", tmp_path / "a.db") == 0
+    out = capsys.readouterr().out
+    for text in (
+        "log-probability of the codes: smallest, mean, largest\n",
+        "log_prob              -60.00  -50.25  -40.50  (2 pictures)",
+        "computed in\n  bfloat16              (2 pictures)\n  float32               (1 picture)\n",
+        "drawn on from given codes: 1 picture\n",
+    ):
+        assert text in out, out
+    assert command("info", "--json", "--db", tmp_path / "a.db") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["log_prob"] == {"image_count": 2, "smallest": -60.0, "mean": -50.25, "largest": -40.5}
+    assert found["image_count_by_dtype"] == {"bfloat16": 2, "float32": 1} and found["continued_count"] == 1
+
+
+def test_info_says_nothing_of_what_an_archive_does_not_tell(ours, tmp_path, capsys):
+    for path, layout in ((ours, "format 2"), (archive_v1(tmp_path / "v1.db", [1]), "format 1")):
+        assert command("info", "--db", path) == 0
+        out = capsys.readouterr().out
+        assert layout in out and not any(word in out for word in ("log", "computed in", "given codes")), out
+
+
 def test_info_json_of_a_2022_archive(capsys):
     assert command("info", "--json", "--db", golden("original_script") / "archive.db") == 0
     found = json.loads(capsys.readouterr().out)
@@ -65,6 +97,7 @@ def test_info_json_of_a_2022_archive(capsys):
     assert found["sc_prompts"][0]["text"] is None
     assert found["tokens"] == [{"byte_count": 128, "grid": 8, "image_count": 101}]
     assert found["scores"]["clip_score_input"]["largest"] == pytest.approx(36.36583)
+    assert (found["log_prob"]["image_count"], found["image_count_by_dtype"], found["continued_count"]) == (0, {}, 0)
 
 
 def test_info_of_an_empty_archive(tmp_path, capsys):

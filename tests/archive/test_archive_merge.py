@@ -3,10 +3,10 @@
 import os
 
 import pytest
-from archive_kit import CLIP, CODEC, GENERATOR, archive_2022, execute, fill, new_image
+from archive_kit import CLIP, CODEC, COLUMNS_2022, GENERATOR, archive_2022, archive_v1, execute, fill, new_image
 from helpers import golden
 
-from dm_generations.archive import Archive, ArchiveError, ModelInfo, SourceReport, merge, verify
+from dm_generations.archive import Archive, ArchiveError, ModelInfo, SourceReport, init_md5, merge, verify
 
 
 def make(path, *images, **options):
@@ -52,8 +52,9 @@ def test_prompts_get_ids_anew_and_pictures_are_added_once(tmp_path):
 
 
 def test_all_columns_survive(tmp_path):
-    image = new_image(5, clip_score_input=3.5, clip_score_tokenized=2.5, time_scored=110.0)
-    source = make(tmp_path / "a.db", image)
+    drawn = {"log_prob": -9.5, "dtype": "float16", "init_count": 2, "init_md5": init_md5(new_image(5).quantvec, 2)}
+    image = new_image(5, clip_score_input=3.5, clip_score_tokenized=2.5, time_scored=110.0, **drawn)
+    source = make(tmp_path / "a.db", image, new_image(6))
     merge([source], tmp_path / "b.db")
     assert execute(tmp_path / "b.db", "SELECT * FROM images") == execute(source, "SELECT * FROM images")
 
@@ -71,6 +72,65 @@ def test_missing_scores_are_filled_and_present_ones_kept(tmp_path):
         (2, 7.0, None, None, "tiny"),
         (3, 5.0, 4.0, 120.0, "other"),
     ]
+
+
+def test_scores_of_another_picture_of_the_same_draw_are_not_taken(tmp_path):
+    """The same draw on other hardware can differ in a code, and then is judged otherwise."""
+    target = make(tmp_path / "t.db", new_image(1))
+    source = make(tmp_path / "s.db", new_image(1, quantvec=bytes(8), clip_score_input=5.0))
+    assert merge([source], target) == [SourceReport(str(source), 1, 0, 0)]
+    assert execute(target, "SELECT quantvec, clip_score_input FROM images") == [(new_image(1).quantvec, None)]
+
+
+def test_version_1_is_taken_and_stays_as_it_is(tmp_path):
+    source = archive_v1(tmp_path / "v1.db", [1, 2])
+    before = source.read_bytes()
+    target = make(tmp_path / "t.db", new_image(2), new_image(3, dtype="float32"))
+    assert merge([source], target) == [SourceReport(str(source), 2, 1, 0)]
+    merge([source], tmp_path / "new.db")
+    assert source.read_bytes() == before
+    assert execute(target, "SELECT key1, log_prob, dtype, init_count, init_md5 FROM images") == [
+        (2, None, None, 0, ""),
+        (3, None, "float32", 0, ""),
+        (1, None, None, 0, ""),
+    ]
+    assert draws(tmp_path / "new.db") == draws(source)
+
+
+def test_a_target_of_version_1_is_brought_up_to_date(tmp_path):
+    source = make(tmp_path / "s.db", new_image(1), new_image(2, log_prob=-3.0))
+    target = archive_v1(tmp_path / "v1.db", [1])
+    assert merge([source], target) == [SourceReport(str(source), 2, 1, 0)]
+    assert execute(target, "SELECT key1, log_prob FROM images") == [(1, None), (2, -3.0)]
+
+
+def test_columns_of_2022_that_share_a_name_with_later_ones_mean_something_else(tmp_path):
+    source = archive_2022(tmp_path / "a.db", f"{COLUMNS_2022}, dtype TEXT, init_count INTEGER, init_md5 TEXT")
+    values = "(1, 3, 1, 50, 1.0, 1.0, 1.0, 1, 2, x'0100', NULL, NULL, NULL, 'jpeg', 700, NULL)"
+    execute(source, f"INSERT INTO images VALUES {values}")
+    assert merge([source], tmp_path / "b.db") == [SourceReport(str(source), 1, 1, 0)]
+    assert execute(tmp_path / "b.db", "SELECT dtype, init_count, init_md5 FROM images") == [(None, 0, "")]
+
+
+def test_claims_stay_behind(tmp_path):
+    source = make(tmp_path / "s.db", new_image(1))
+    with Archive.open(source, "w") as archive, archive.transaction():
+        archive.claim([b"digest"], "somebody", 4e9)
+    merge([source], tmp_path / "t.db")
+    assert execute(tmp_path / "t.db", "SELECT * FROM claims") == []
+    assert len(execute(source, "SELECT * FROM claims")) == 1
+
+
+def test_given_codes_that_do_not_match_stop_a_merge(tmp_path):
+    source = make(tmp_path / "s.db", new_image(1, init_count=1, init_md5=init_md5(new_image(1).quantvec, 1)))
+    for change, message in [
+        ("init_md5 = quantvec_md5", "init_md5 is '.*', not that of the first 1 codes"),
+        ("init_count = 3", "init_md5 is '.*', not that of the first 3 codes"),
+    ]:
+        execute(source, f"UPDATE images SET {change}")
+        with pytest.raises(ArchiveError, match=f"picture 1: {message}; run `verify`"):
+            merge([source], tmp_path / "t.db")
+    assert not (tmp_path / "t.db").exists()
 
 
 def test_a_2022_archive_is_taken_and_stays_as_it_is(tmp_path):

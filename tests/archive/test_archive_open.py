@@ -63,9 +63,9 @@ def test_other_databases(tmp_path):
 
 
 def test_a_newer_format(ours):
-    execute(ours, "PRAGMA user_version = 2")
+    execute(ours, "PRAGMA user_version = 3")
     for mode in ("r", "w"):
-        assert "has format 2, this program reads up to 1; install a newer" in refused(ours, mode)
+        assert "has format 3, this program reads up to 2; install a newer" in refused(ours, mode)
 
 
 def test_a_truncated_file(ours):
@@ -115,6 +115,38 @@ def test_create_refuses_and_leaves_nothing(tmp_path):
         with pytest.raises(ArchiveError, match=message):
             Archive.create(path)
     assert os.listdir(tmp_path) == ["there.db"] and (tmp_path / "there.db").read_text() == "mine"
+
+
+def test_open_or_create_makes_an_archive_once(tmp_path):
+    with Archive.open_or_create(tmp_path / "a.db") as archive:
+        fill(archive, new_image(1))
+    with Archive.open_or_create(tmp_path / "a.db") as archive:
+        assert archive.count() == 1
+    (tmp_path / "text.db").write_text("mine")
+    for path, message in [
+        (tmp_path / "text.db", "not an SQLite database"),
+        (tmp_path / "no" / "a.db", "no such folder"),
+        (tmp_path / "a\0b.db", "cannot be created"),
+    ]:
+        with pytest.raises(ArchiveError, match=message):
+            Archive.open_or_create(path)
+    assert sorted(os.listdir(tmp_path)) == ["a.db", "text.db"]
+
+
+def test_a_second_connection_reads_and_writes(ours):
+    with Archive.open(ours, "w") as archive, archive.duplicate() as other:
+        assert fill(other, new_image(1000)) == 1
+        assert archive.count() == other.count() == 101
+
+
+def test_opening_a_second_connection_keeps_the_lock_of_the_first(ours):
+    """A file closed by hand would drop the locks of the whole process."""
+    with Archive.open(ours, "w") as archive, archive.transaction():
+        archive.prompt_id("new")
+        archive.duplicate().close()
+        program = f"import sqlite3; sqlite3.connect({str(ours)!r}, timeout=0.1).execute('BEGIN IMMEDIATE')"
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "database is locked" in result.stderr
 
 
 def test_reading_only_means_no_writing(ours):

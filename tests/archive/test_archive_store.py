@@ -10,7 +10,8 @@ import sqlite3
 import pytest
 from archive_kit import CLIP, CODEC, GENERATOR, execute, fill, new_image
 
-from dm_generations.archive import Archive, ArchiveError, ModelInfo, Settings
+from dm_generations.archive import Archive, ArchiveError, ModelInfo, Settings, init_md5
+from dm_generations.archive._store import HAS_DRAW
 from dm_generations.archive._tokens import codes_fit, grid_side
 
 GROUP = Settings(1, 1, 50, 0.9, 1.0, 3.0)
@@ -30,11 +31,23 @@ def test_a_row_comes_back_as_it_was_stored(archive):
         **{"cond_scale": 3.0, "key0": 1, "key1": 7, "quantvec": b"\x07\x00\x02\x00\x03\x00\x04\x00"},
         "quantvec_md5": hashlib.md5(b"\x07\x00\x02\x00\x03\x00\x04\x00").hexdigest(),
         **{"clip_score_input": 20.5, "clip_score_tokenized": 19.5, "generator_id": 1, "codec_id": 2},
+        **{"sampler_version": 1, "log_prob": None, "dtype": None, "init_count": 0, "init_md5": ""},
     }
     assert archive.models() == {1: GENERATOR, 2: CODEC, 3: CLIP}
     assert (archive.prompts(), archive.sc_prompts()) == ({1: "a red cube"}, {1: None})
     times = execute(archive.path, "SELECT time_start, time_end, time_scored, clip_id, sampler_version FROM images")
     assert times == [(100.0, 101.5, 102.0, 3, 1)]
+
+
+def test_how_codes_were_drawn_comes_back(archive):
+    given = new_image(8).quantvec[:6]
+    fill(
+        archive, new_image(8, log_prob=-71.25, dtype="bfloat16", init_count=3, init_md5=hashlib.md5(given).hexdigest())
+    )
+    (row,) = archive.rows(GROUP)
+    assert (row.log_prob, row.dtype, row.init_count) == (-71.25, "bfloat16", 3)
+    assert row.init_md5 == init_md5(row.quantvec, 3) == hashlib.md5(given).hexdigest()
+    assert init_md5(row.quantvec, 0) == ""
 
 
 def test_rows_are_best_first_with_ties_by_id_and_unscored_last(archive):
@@ -74,6 +87,41 @@ def test_a_draw_is_stored_once(archive):
     assert fill(archive, *images, new_image(5), new_image(5)) == 1
     assert fill(archive, new_image(0, cond_scale=10.0)) == 1
     assert archive.count() == 7
+
+
+def continued(key: int, init_count: int, **changes):
+    """The picture of a key whose first codes are taken for given."""
+    quantvec = new_image(key).quantvec
+    return new_image(key, init_count=init_count, init_md5=init_md5(quantvec, init_count), **changes)
+
+
+def test_a_key_that_goes_on_from_other_codes_is_another_draw(archive):
+    assert fill(archive, new_image(1), continued(1, 1), continued(1, 2), continued(1, 2)) == 3
+    assert archive.existing_keys(GROUP, 1) == {(1, 1)}
+    fill(archive, continued(5, 2))
+    assert archive.existing_keys(GROUP, 1, init_md5=init_md5(new_image(5).quantvec, 2)) == {(1, 5)}
+    assert archive.existing_keys(GROUP, 1, init_md5="0" * 32) == set()
+
+
+def test_has_draw_knows_every_part_of_a_draw(archive):
+    fill(archive, new_image(4), new_image(5, sc_prompt="blurry"), continued(6, 1))
+    draw = {"prompt": "a red cube", "sc_prompt": None, "top_k": 50, "top_p": 0.9, "temperature": 1.0, "cond_scale": 3.0}
+    draw |= {"key0": 1, "key1": 4, "generator_id": 1, "sampler_version": 1}
+    assert archive.has_draw(**draw)
+    assert archive.has_draw(**draw | {"sc_prompt": "blurry", "key1": 5})
+    assert archive.has_draw(**draw | {"key1": 6, "init_md5": init_md5(new_image(6).quantvec, 1)})
+    other_values = {
+        "prompt": "a",
+        "sc_prompt": "blurry",
+        "top_k": 0,
+        "top_p": 1.0,
+        "temperature": 0.5,
+        "cond_scale": 1.0,
+    }
+    other_values |= {"key0": 2, "key1": 5, "generator_id": 2, "sampler_version": 2, "init_md5": "0" * 32}
+    for name, value in other_values.items():
+        assert not archive.has_draw(**draw | {name: value}), name
+    assert not archive.has_draw(**draw | {"key1": 6})
 
 
 def test_without_a_known_generator_the_tokens_tell_draws_apart(archive):
@@ -130,6 +178,14 @@ def test_a_failed_transaction_leaves_nothing(archive):
         ({"prompt": "a\0b"}, "NUL byte"),
         ({"prompt": "a\ud800b"}, "lone surrogate"),
         ({"clip_score_input": float("inf")}, "does not fit.*clip_score_input"),
+        ({"log_prob": float("-inf")}, "does not fit.*log_prob"),
+        ({"log_prob": "likely"}, "does not fit.*log_prob"),
+        ({"dtype": "float64"}, "does not fit.*dtype"),
+        ({"init_count": 5, "init_md5": "0" * 32}, "init_count is 5, not from 0 to the 4 codes of the picture"),
+        ({"init_count": -1}, "init_count is -1, not from 0"),
+        ({"init_count": 2, "init_md5": "0" * 32}, "init_md5 is '0+', not that of the first 2 codes"),
+        ({"init_count": 2}, "init_md5 is '', not that of the first 2 codes"),
+        ({"init_md5": "0" * 32}, "init_md5 is '0+', not that of the first 0 codes"),
     ],
 )
 def test_bad_values_are_refused(archive, changes, message):
@@ -180,6 +236,13 @@ def test_groups_are_read_from_the_index_alone(archive):
     )
     for plan in (group_plan, row_plan):
         assert [("COVERING INDEX images_by_group" in row[3]) for row in plan] == [True], plan
+
+
+def test_a_draw_is_looked_up_in_its_index(archive):
+    """Asked for every picture of a sweep while others fill the archive."""
+    plan = archive.connection.execute(f"EXPLAIN QUERY PLAN {archive.sql(HAS_DRAW)}", [None] * 11).fetchall()
+    (images,) = (row[3] for row in plan if "SEARCH images" in row[3])
+    assert "INDEX images_draw" in images and "init_md5=?" in images, plan
 
 
 def test_six_thousand_pictures_stay_small(archive):

@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import hashlib
+import math
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -14,10 +16,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import CODEBOOK_SIZE, GRID, tiny_clip, tiny_dalle_bart, tiny_models, tiny_vqgan
 
 from dm_generations.archive import Archive, verify
 from dm_generations.cli import generate, score
+from dm_generations.cli import verify as verify_command
 from dm_generations.errors import UserError
 from dm_generations.generate import run as runs
 from dm_generations.threefry import row_key
@@ -120,6 +124,7 @@ def test_dry_run_leaves_nothing_behind(models, tmp_path, capsys):
     assert draw(models, tmp_path / "a.db", "--prompts", "a boat", "a cat", "--n", 3, "--dry-run") == 0
     assert "0 there already, 6 to draw" in (told := capsys.readouterr().out)
     assert f"{6 * GRID**2 * 2} bytes" in told
+    assert "MB of memory besides the weights" in told and "takes about 00:" in told
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,9 +143,96 @@ def test_a_prompt_of_10000_characters_is_kept_whole(models, tmp_path):
         assert list(archive.prompts().values()) == [prompt]
 
 
+def test_rows_remember_what_they_were_computed_in_and_how_likely_they_were(models, tmp_path, capsys):
+    db, words = tmp_path / "a.db", ["--prompts", "a boat", "--n", 3, "--no-score"]
+    assert draw(models, db, *words) == 0
+    assert draw(models, db, *words, "--seed", 1, "--dtype", "bfloat16") == 0
+    found = rows_of(db, "dtype, log_prob, init_count, init_md5")
+    assert [row[0] for row in found] == ["float32"] * 3 + ["bfloat16"] * 3
+    assert all(-16 * math.log(1000) < row[1] < 0 and row[2:] == (0, "") for row in found)
+    for flag in ("--regenerate", "--replay"):  # each in its own dtype
+        assert command(verify_command, "--db", db, "--model", models.dalle_bart, "--batch-size", 4, flag) == 0
+
+
+def test_no_same_seeds_gives_every_combination_its_own_keys(models, tmp_path):
+    db = tmp_path / "a.db"
+    words = ["--prompts", "a boat", "a cat", "--cond-scale", 1, 3, "--n", 2, "--no-score"]
+    assert draw(models, db, *words, "--no-same-seeds") == 0
+    assert len(set(rows_of(db, "key0, key1"))) == 8
+    assert draw(models, db, *words) == 0
+    assert len(set(rows_of(db, "key0, key1"))) == 10
+
+
+def test_pictures_go_on_from_given_codes_and_can_be_checked(models, tmp_path, capsys):
+    db, given = tmp_path / "a.db", tmp_path / "given.npy"
+    np.save(given, np.arange(GRID**2, dtype=np.int64).reshape(GRID, GRID))
+    words = ["--prompts", "a boat", "--n", 3, "--no-score"]
+    assert draw(models, db, *words) == 0
+    assert draw(models, db, *words, "--init-tokens", given, "--init-count", 6) == 0
+    assert "3 pictures added" in capsys.readouterr().out
+    assert draw(models, db, *words, "--init-tokens", given, "--init-count", 6) == 0
+    assert "0 pictures added" in capsys.readouterr().out
+    assert draw(models, db, *words, "--init-tokens", given) == 0  # 7 of 16 are kept
+    tokens = [np.frombuffer(blob, "<u2") for (blob,) in rows_of(db, "quantvec")]
+    for count, rows in ((6, tokens[3:6]), (7, tokens[6:9])):
+        assert all((row[:count] == np.arange(count)).all() for row in rows)
+        assert len({row[count:].tobytes() for row in rows}) == 3
+    assert len({md5 for (md5,) in rows_of(db, "init_md5")}) == 3
+    for flag in ("--regenerate", "--replay"):
+        assert command(verify_command, "--db", db, "--model", models.dalle_bart, "--batch-size", 4, flag) == 0
+
+
+def test_a_picture_gives_its_codes(models, tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
+    Image.fromarray(colours).save(tmp_path / "picture.png")
+    words = ["--prompts", "a boat", "--n", 2, "--no-score", "--init-image", tmp_path / "picture.png"]
+    assert draw(models, tmp_path / "a.db", *words) == 0
+    first, second = (np.frombuffer(blob, "<u2") for (blob,) in rows_of(tmp_path / "a.db", "quantvec"))
+    assert (first[:7] == second[:7]).all() and (first[7:] != second[7:]).any()
+
+
+def test_progressive_writes_every_picture_as_it_grows(models, tmp_path):
+    folder = tmp_path / "steps"
+    words = ["--prompts", "a boat", "--n", 2, "--cond-scale", 1, 3, "--no-score", "--progressive", 6]
+    assert draw(models, tmp_path / "a.db", *words, "--progressive-dir", folder) == 0
+    names = sorted(path.name for path in folder.iterdir())
+    assert len(names) == 4 * 3 and {name.split("_")[3] for name in names} == {"0006", "0012", "0016"}
+    plain = tmp_path / "plain.db"
+    assert draw(models, plain, *words[:-2]) == 0
+    assert rows_of(tmp_path / "a.db", "quantvec") == rows_of(plain, "quantvec")
+    with pytest.raises(UserError, match="--progressive must be at least 1, not 0"):
+        draw(models, plain, "--prompts", "a boat", "--progressive", 0)
+
+
+def test_two_processes_share_the_work(models, tmp_path):
+    db = tmp_path / "a.db"
+    words = ["--db", db, "--model", models.dalle_bart, "--codec", models.vqgan, "--batch-size", 2]
+    words += ["--prompts", "a boat", "a cat", "--cond-scale", 1, 3, "--n", 10, "--no-score", "--cpu-only"]
+    command_line = [sys.executable, "-m", "dm_generations", "generate", *map(str, words)]
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    Archive.create(db).close()
+    options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command_line, **options) for _ in range(2)]
+    told = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    added = [int(re.search(r"(\d+) pictures? added", out).group(1)) for out, _ in told]
+    assert sum(added) == 40 and len(rows_of(db)) == 40
+    with Archive.open(db) as archive:
+        assert list(verify(archive)) == []
+    with sqlite3.connect(db) as connection:
+        assert connection.execute("SELECT count(*) FROM claims").fetchone() == (0,)
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
+        (["--init-count", "3"], "--init-count says how many codes"),
+        (["--init-tokens", "/nowhere.npy"], "/nowhere.npy"),
+        (["--init-tokens", "/nowhere.npy", "--init-image", "/nowhere.png"], "use just one of --init-image"),
         (["--n", "0"], "n must be from 1 to 10,000,000, not 0"),
         (["--n", "5000000", "--top-k", "1", "2", "3"], "15,000,000 pictures, more than 10,000,000"),
         (["--seed", "-1"], "seed must be from 0"),
@@ -266,7 +358,7 @@ def test_too_little_memory_is_one_line_that_says_what_to_do(models, tmp_path, mo
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore\nlines")
 
     monkeypatch.setattr(runs.Pipeline, "draw", exhausts)
-    with pytest.raises(UserError, match="not enough memory for batches of 4; use a smaller --batch-size"):
+    with pytest.raises(UserError, match="not enough memory on the device; use a smaller --batch-size"):
         draw(models, tmp_path / "a.db", "--prompts", "a boat", "--no-score")
 
 

@@ -69,12 +69,12 @@ def test_auto_takes_what_memory_holds(monkeypatch):
     """A picture of 32x32 pixels is small, so a CPU takes many; with next to no memory it takes one."""
     checkpoint = checkpoints.load(GOLDEN_CODEC, "codec")
     assert Codec.from_checkpoint(checkpoint, "auto").batch_size >= 64
-    monkeypatch.setattr(memory, "_free_bytes", lambda device: 1)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
     assert Codec.from_checkpoint(checkpoint, "auto").batch_size == 1
 
 
 def failing(codec, monkeypatch, largest: int, when_fetched: bool = False) -> list[int]:
-    """Lets batches above `largest` run out of memory, on starting or on fetching; the list grows by those tried."""
+    """Lets batches above `largest` run out of memory, on starting or on waiting; the list grows by those tried."""
     tried, decode = [], codec._to_uint8
 
     class Failed:
@@ -84,7 +84,7 @@ def failing(codec, monkeypatch, largest: int, when_fetched: bool = False) -> lis
         def __len__(self):
             return len(self.pictures)
 
-        def __array__(self, *_):
+        def block_until_ready(self):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
 
     def to_uint8(params, tokens):
@@ -92,7 +92,7 @@ def failing(codec, monkeypatch, largest: int, when_fetched: bool = False) -> lis
         pictures = decode(params, tokens)
         if len(tokens) <= largest:
             return pictures
-        return Failed(pictures) if when_fetched else np.asarray(Failed(pictures))
+        return Failed(pictures) if when_fetched else Failed(pictures).block_until_ready()
 
     monkeypatch.setattr(codec, "_to_uint8", to_uint8)
     return tried

@@ -5,6 +5,7 @@ import struct
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from dm_generations.archive import Archive
 from dm_generations.decode import deflate
 from dm_generations.decode.codec import Codec
-from dm_generations.decode.png import EFFORTS, encode_png
+from dm_generations.decode.png import EFFORTS, _paeth, encode_png
 from dm_generations.models import checkpoints
 
 RNG = np.random.default_rng(0)
@@ -91,7 +92,29 @@ def filtered_by_the_book(data: bytes) -> list[int]:
 def test_files_keep_to_the_standard():
     used = {number for name in PICTURES for number in filtered_by_the_book(encode_png(PICTURES[name]))}
     assert used == {1, 2, 3, 4}
-    assert {*filtered_by_the_book(encode_png(PICTURES["smooth"], "fast"))} <= {3, 4}
+    assert {*filtered_by_the_book(encode_png(PICTURES["smooth"], "fast"))} == {4}
+
+
+def test_the_paeth_filter_is_the_standards():
+    """For all bytes that can lie around one: the first of left, above and corner that is nearest to the estimate."""
+    left, above = np.indices((256, 256)).astype(np.uint8)
+    band, out = np.zeros((256, 256), np.uint8), np.empty((256, 256), np.uint8)
+    for corner in range(256):
+        around = np.stack([left, above, np.full_like(left, corner)])
+        distances = abs(around.astype(np.int16) - (left.astype(np.int16) + above - corner))
+        expected = np.take_along_axis(around, distances.argmin(axis=0)[None], axis=0)[0]
+        assert _paeth(band, *around, out) == 4
+        np.testing.assert_array_equal(-out, expected)
+
+
+@pytest.mark.parametrize("effort", ["default", "fast"])
+def test_threads_do_not_disturb_each_other(effort):
+    """Each has its own scratch memory, which pictures of other sizes have used."""
+    alone = {name: encode_png(pixels, effort) for name, pixels in PICTURES.items()}
+    names = [*PICTURES] * 4
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda name: encode_png(PICTURES[name], effort), names))
+    assert together == [alone[name] for name in names]
 
 
 def test_the_same_pixels_give_the_same_bytes():
@@ -112,7 +135,7 @@ def vqgan_pictures():
 
 
 def test_sizes_against_pillows_default(vqgan_pictures):
-    """On 97 pictures of VQGAN f16 in 256x256, which are richer: default 0.990, fast 1.026, small 0.988."""
+    """On 97 pictures of VQGAN f16 in 256x256, which are richer, default 0.990 and small 0.988."""
     pillow = sum(len(pillow_png(pixels)) for pixels in vqgan_pictures)
     share = {effort: sum(len(encode_png(pixels, effort)) for pixels in vqgan_pictures) / pillow for effort in EFFORTS}
     assert share["default"] <= 1.002 and share["small"] <= 0.995 and share["fast"] <= 1.1, share
@@ -134,7 +157,7 @@ def cpu_time(encode, picture, repeats=5) -> float:
 
 
 def test_it_is_faster_than_pillow(vqgan_pictures):
-    """Than its default: by 5 and 15 times where nothing else runs; here with room for what does."""
+    """Than its default: by 7 and 20 times where nothing else runs; here with room for what does."""
     picture = vqgan_pictures[0]
     pillow = cpu_time(pillow_png, picture)
     assert cpu_time(encode_png, picture) < pillow / 2.5

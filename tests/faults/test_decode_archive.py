@@ -5,18 +5,24 @@ import functools
 import re
 import shutil
 import sqlite3
+import subprocess
+import sys
+import tarfile
 import threading
 import unicodedata
+import zipfile
 
 import numpy as np
 import pytest
 from archive_kit import execute
 from decode_kit import all_files, change, pictures, random_tokens, write_archive_2022
-from faults_kit import error_line, without_progress
-from tiny import CODEBOOK_SIZE, GRID
+from faults_kit import MODES, PAGE, error_line, undisturbed, without_progress
+from tiny import CODEBOOK_SIZE, GRID, IMAGE_SIZE
 
 from dm_generations.archive import Archive, merge
 from dm_generations.decode.codec import Codec
+
+PICTURE_MODES = {mode: flags for mode, flags in MODES.items() if mode != "npy"}  # which need a codec
 
 
 @pytest.fixture
@@ -43,12 +49,26 @@ def on_the_way(monkeypatch):
     return happen
 
 
+HOLD_LOCK = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute(f"BEGIN {sys.argv[2]}")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
 @contextlib.contextmanager
 def locked(path, kind):
-    """Another program's lock: EXCLUSIVE while it commits, IMMEDIATE while it gathers what it is to write."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.execute(f"BEGIN {kind}")
-        yield
+    """Another process's lock: EXCLUSIVE while it commits, IMMEDIATE while it gathers what it is to write."""
+    command = [sys.executable, "-c", HOLD_LOCK, str(path), kind]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "locked\n"
+            yield
+        finally:
+            holder.stdin.close()
+            holder.wait(60)
 
 
 def test_a_locked_archive(decode, archive, tmp_path, impatient):
@@ -74,25 +94,37 @@ def test_a_writer_that_has_not_committed_disturbs_nobody(decode, archive, tmp_pa
     assert len(pictures(tmp_path / "out")) == 6
 
 
-def test_an_archive_that_is_locked_on_the_way(command, many, whole, tmp_path, impatient, on_the_way, capfd):
-    holder = sqlite3.connect(many, isolation_level=None)
-    on_the_way(lambda: holder.execute("BEGIN EXCLUSIVE"))
-    assert command.run(tmp_path / "out") == 1
-    assert "another program is using the archive; try again" in error_line(capfd.readouterr().err)
-    holder.close()
-    check_going_on(command, tmp_path / "out", whole)
+@pytest.mark.parametrize("mode", PICTURE_MODES)
+def test_an_archive_that_is_locked_on_the_way(command, many, tmp_path, impatient, on_the_way, capfd, mode):
+    flags, out = PICTURE_MODES[mode], tmp_path / "out"
+    whole = undisturbed(command, tmp_path / "whole", flags)
+    with contextlib.ExitStack() as stack:
+        on_the_way(lambda: stack.enter_context(locked(many, "EXCLUSIVE")))
+        assert command.run(out, *flags) == 1
+        assert "another program is using the archive; try again" in error_line(capfd.readouterr().err)
+        left = {path: data for path, data in all_files(out).items() if path not in PAGE}  # which lists them
+        assert left.items() < whole.items() and bool(left) == (mode != "zip")
+    assert command.run(out, *flags) == 0 and all_files(out) == whole
 
 
-def test_an_archive_that_is_cut_short_on_the_way(command, many, whole, tmp_path, on_the_way, capfd):
+@pytest.mark.parametrize("mode", PICTURE_MODES)
+def test_an_archive_that_is_cut_short_on_the_way(command, many, tmp_path, on_the_way, capfd, mode):
+    flags, out = PICTURE_MODES[mode], tmp_path / "out"
+    whole = undisturbed(command, tmp_path / "whole", flags)
     content = many.read_bytes()
     on_the_way(lambda: many.write_bytes(content[: len(content) // 2]))
-    assert command.run(tmp_path / "out") == 1
+    assert command.run(out, *flags) == 1
     lines = without_progress(capfd.readouterr().err).splitlines()
+    assert 0 < len(lines) < 1400
     assert all(re.match(r"error: image \d+ was not decoded: ", line) for line in lines)
-    left = pictures(tmp_path / "out")
-    assert 100 < len(left) < 1500 and len(left) + len(lines) == 1500
+    if mode == "images":
+        assert len(pictures(out)) + len(lines) == 1500
+    left = {path: data for path, data in all_files(out).items() if path not in PAGE}
+    assert {path: data for path, data in left.items() if "incomplete" not in path}.items() < whole.items()
+    if mode in ("tar", "zip"):
+        assert any("incomplete" in path for path in left)
     many.write_bytes(content)
-    check_going_on(command, tmp_path / "out", whole)
+    assert command.run(out, *flags) == 0 and all_files(out) == whole
 
 
 def test_an_archive_that_is_replaced_on_the_way_is_read_to_its_end(command, many, whole, tmp_path, on_the_way):
@@ -100,13 +132,6 @@ def test_an_archive_that_is_replaced_on_the_way_is_read_to_its_end(command, many
     on_the_way(lambda: shutil.move(other, many))
     assert command.run(tmp_path / "out") == 0
     assert all_files(tmp_path / "out") == whole
-
-
-def check_going_on(command, out, whole):
-    """What a stopped run left is whole, and the next one adds the rest."""
-    left = {path: data for path, data in all_files(out).items() if "/" in path}  # not the page, which lists them
-    assert left and left.items() < whole.items()
-    assert command.run(out) == 0 and all_files(out) == whole
 
 
 def test_an_archive_that_is_cut_short(decode, many, tmp_path):
@@ -168,18 +193,42 @@ def test_a_flipped_bit_of_the_tokens_is_found_by_its_md5(decode, archive, tmp_pa
     assert len(pictures(tmp_path / "out")) == 5
 
 
-@pytest.mark.parametrize("mode", ["images", "npy"])
+@pytest.mark.parametrize("mode", MODES)
 def test_bad_rows_of_every_kind_are_named_and_the_rest_written(decode, archive, tmp_path, mode):
     change(archive, "UPDATE images SET quantvec = x'0102' WHERE id = 1")  # 1 token
     change(archive, "UPDATE images SET quantvec_md5 = 'none' WHERE id = 3")
     change(archive, "UPDATE images SET quantvec = NULL WHERE id = 4")
     change(archive, "UPDATE images SET quantvec = zeroblob(31), quantvec_md5 = NULL WHERE id = 6")
-    status, errors = decode("--mode", mode)
+    bad = [1, 3, 4, 6]
+    if mode != "npy":  # which holds any code
+        outside = CODEBOOK_SIZE.to_bytes(2, "little") * GRID**2
+        change(archive, "UPDATE images SET quantvec = ?, quantvec_md5 = NULL WHERE id = 5", outside)
+        bad = [1, 3, 4, 5, 6]
+    status, errors = decode(*MODES[mode])
     assert status == 1
-    named = [line.split(" was not decoded")[0] for line in errors.splitlines()]
-    assert named == ["error: image 1", "error: image 3", "error: image 4", "error: image 6"]
-    ranks = sorted(path.name.split("_")[-2] for path in (tmp_path / "out").rglob("*_None.*"))
-    assert ranks == ["01", "04"]
+    assert [int(re.match(r"error: image (\d+) was not decoded: ", line)[1]) for line in errors.splitlines()] == bad
+    good_ranks = sorted(set(range(6)) - {number - 1 for number in bad})
+    assert ranks_in(tmp_path / "out", mode) == good_ranks
+
+
+def ranks_in(folder, mode):
+    """Ranks of the pictures of one group that were written; of a gallery, the cells that are not black."""
+    files = [path for path in folder.rglob("*.*") if path.name not in PAGE]
+    if mode == "tar":
+        (file,) = files
+        with tarfile.open(file) as tar:
+            names = tar.getnames()
+        return sorted(int(name.split(".")[0]) - 1 for name in names if name.endswith(".png"))  # ids count from 1
+    if mode == "gallery":
+        (sheet,) = pictures(folder).values()
+        cells = sheet.reshape(2, IMAGE_SIZE, 3, IMAGE_SIZE, 3).swapaxes(1, 2).reshape(6, -1)
+        return [rank for rank, cell in enumerate(cells) if cell.any()]
+    names = [path.name for path in files]
+    if mode == "zip":
+        (file,) = files
+        with zipfile.ZipFile(file) as found:
+            names = [name for name in found.namelist() if name not in PAGE]
+    return sorted(int(name.split("_")[-2]) for name in names)
 
 
 @pytest.mark.parametrize("mode", ["tar", "zip"])
@@ -227,3 +276,8 @@ def test_no_two_pictures_share_a_name(decode, codec, tmp_path):
     assert len(written) == len(tokens)
     assert len({unicodedata.normalize("NFKD", path).casefold() for path in written}) == len(tokens)
     assert {vector.astype("<u2").tobytes() for vector in written.values()} == {vector.tobytes() for vector in tokens}
+    assert decode("--mode", "zip", db=db, out=tmp_path / "zip") == (0, "")
+    (path,) = (tmp_path / "zip").iterdir()
+    with zipfile.ZipFile(path) as found:
+        names = [name.removesuffix(".png") for name in found.namelist() if name not in PAGE]
+    assert sorted(names) == sorted(path.removesuffix(".npy") for path in written)

@@ -8,23 +8,8 @@ import subprocess
 
 import pytest
 from decode_kit import all_files
-from faults_kit import bytes_under, without_progress
+from faults_kit import MODES, PAGE, bytes_under, undisturbed, without_progress
 from helpers import ROOT
-
-MODES = {
-    "images": (),
-    "gallery": ("--mode", "gallery", "--gallery-cols", "3", "--gallery-rows", "2"),
-    "npy": ("--mode", "npy"),
-    "tar": ("--mode", "tar", "--shard-size", "64"),
-    "zip": ("--mode", "zip"),
-}
-PAGE = {"manifest.js", "samplebrowser.html"}
-
-
-def undisturbed(command, folder, flags):
-    """The files of a run that nothing happens to, by path."""
-    assert command.run(folder, *flags) == 0
-    return all_files(folder)
 
 
 def check_kills(command, out, whole, flags, kill_count, seed):

@@ -7,40 +7,46 @@ import time
 
 import pytest
 from decode_kit import pictures, random_tokens, write_archive_2022
-from faults_kit import Command
+from faults_kit import MODES, Command
 from helpers import ROOT
 from tiny import CODEBOOK_SIZE, GRID
 
+from dm_generations.decode import shards as shards_module
 from dm_generations.decode import writer as writer_module
 from dm_generations.decode.codec import Codec
 
 
-def test_a_disk_that_stands_still_holds_the_device_back(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("mode", ["images", "gallery", "tar", "zip"])
+def test_a_disk_that_stands_still_holds_the_device_back(command, tmp_path, monkeypatch, mode):
     moves, started, statuses = threading.Event(), [], []
-    start, write_atomic = Codec.start, writer_module.write_atomic
+    start = Codec.start
 
-    def write_when_it_moves(path, data):
-        moves.wait(60)
-        write_atomic(path, data)
+    def once_it_moves(write):
+        return lambda *arguments: (moves.wait(60), write(*arguments))[1]
 
     def counting_start(codec, tokens):
         started.append(len(tokens))
         return start(codec, tokens)
 
-    monkeypatch.setattr(writer_module, "write_atomic", write_when_it_moves)
+    monkeypatch.setattr(writer_module, "write_atomic", once_it_moves(writer_module.write_atomic))
+    for container in shards_module.CONTAINERS.values():
+        monkeypatch.setattr(container, "add", once_it_moves(container.add))
     monkeypatch.setattr(Codec, "start", counting_start)
-    run = threading.Thread(target=lambda: statuses.append(command.run(tmp_path / "out")))
+    run = threading.Thread(target=lambda: statuses.append(command.run(tmp_path / "out", *MODES[mode])))
     run.start()
     try:
         before = -1
         while not started or before != len(started):  # until nothing new starts any more
             before = len(started)
             time.sleep(0.5)
-        assert sum(started) <= 100  # two batches of 16, the queue of two threads, and some to spare; not 1,500
+        # Two batches of 16, the queue of two threads, and some to spare; not 1,500.
+        assert sum(started) <= 100
     finally:
         moves.set()
         run.join()
-    assert statuses == [0] and sum(started) == 1500 and len(pictures(tmp_path / "out")) == 1500
+    assert statuses == [0] and sum(started) == 1500
+    if mode == "images":
+        assert len(pictures(tmp_path / "out")) == 1500
 
 
 def test_finished_pictures_need_no_codec(decode, tmp_path):

@@ -1,6 +1,10 @@
 """The compiled loop: against the same model run without a cache, and a row in any company."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +13,8 @@ import pytest
 from tiny import CODEBOOK_SIZE, tiny_dalle_bart
 
 from dm_generations import sampling
+from dm_generations.errors import UserError
+from dm_generations.generate import loop
 from dm_generations.generate.generator import Generator, RowSettings
 from dm_generations.models import checkpoints
 from dm_generations.models.dalle_bart import DalleBart
@@ -41,13 +47,13 @@ def generator(checkpoint):
 
 @pytest.fixture(scope="module")
 def tokens(generator):
-    return generator.generate(PROMPTS, SC_PROMPTS, SETTINGS, KEYS)
+    return generator.generate(PROMPTS, SETTINGS, KEYS, SC_PROMPTS)
 
 
 def rows(indices) -> tuple:
     """Arguments of `generate` for these of the rows above."""
     settings = RowSettings(*(getattr(SETTINGS, f.name)[indices] for f in dataclasses.fields(SETTINGS)))
-    return [PROMPTS[i] for i in indices], [SC_PROMPTS[i] for i in indices], settings, KEYS[indices]
+    return [PROMPTS[i] for i in indices], settings, KEYS[indices], [SC_PROMPTS[i] for i in indices]
 
 
 def test_tokens_are_codes(tokens, checkpoint):
@@ -55,8 +61,9 @@ def test_tokens_are_codes(tokens, checkpoint):
     assert tokens.max() < CODEBOOK_SIZE and len(np.unique(tokens)) > 10
 
 
-def test_each_code_is_the_winner_under_the_model_run_without_a_cache(tokens, checkpoint):
-    """Teacher-forced logits of the whole picture, each half apart, then guidance, filters and noise again."""
+@pytest.fixture(scope="module")
+def guided(tokens, checkpoint):
+    """Guided logits (6, 16, V) of the pictures drawn, by the model run without a cache, each half apart."""
     config, params = checkpoint.config, checkpoint.params
     text_length = config.max_text_length
     tokenizer = PromptTokenizer(checkpoint.folder)
@@ -67,17 +74,35 @@ def test_each_code_is_the_winner_under_the_model_run_without_a_cache(tokens, che
         teacher_forced({"params": params}, *tokenizer.encode(texts, text_length), decoder_input_ids)
         for texts in (PROMPTS, [text or "" for text in SC_PROMPTS])
     ]
+    cond_scale = jnp.asarray(SETTINGS.cond_scale, jnp.float32)
+    steps = [sampling.guide(halves[0][:, i], halves[1][:, i], cond_scale) for i in range(config.image_length)]
+    return np.stack(steps, axis=1)
+
+
+def test_each_code_is_the_winner_under_the_model_run_without_a_cache(tokens, guided):
     arrays = {
         "top_k": jnp.asarray(np.minimum(SETTINGS.top_k, 1000), jnp.int32),
         "top_p": jnp.asarray(SETTINGS.top_p, jnp.float32),
         "temperature": jnp.asarray(SETTINGS.temperature, jnp.float32),
     }
     sample = jax.jit(sampling.sample, static_argnames="codebook_size")
-    cond_scale = jnp.asarray(SETTINGS.cond_scale, jnp.float32)
-    for step in range(config.image_length):
-        guided = sampling.guide(halves[0][:, step], halves[1][:, step], cond_scale)
-        expected = sample(guided, jnp.int32(step), jnp.asarray(KEYS), codebook_size=CODEBOOK_SIZE, **arrays)
+    for step in range(tokens.shape[1]):
+        expected = sample(guided[:, step], jnp.int32(step), jnp.asarray(KEYS), codebook_size=CODEBOOK_SIZE, **arrays)
         np.testing.assert_array_equal(tokens[:, step], expected, err_msg=f"step {step}")
+
+
+def test_log_probs_are_those_of_the_guided_distribution_over_all_codes(generator, tokens, guided):
+    logits = guided[:, :, :CODEBOOK_SIZE].astype(np.float64)
+    expected = log_softmax(logits)
+    expected = np.take_along_axis(expected, tokens[:, :, None].astype(np.int64), axis=2).sum(axis=(1, 2))
+    drawn = generator.draw(*rows(list(range(6))))
+    np.testing.assert_allclose(drawn.log_probs, expected, rtol=1e-5)
+    assert drawn.log_probs.dtype == np.float32 and (drawn.log_probs < 0).all()
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 @pytest.mark.parametrize("indices", [[4], [5, 4, 3, 2, 1, 0], [1, 1, 1], [0, 2, 4, 0, 2, 4, 1, 3, 5, 0, 0]])
@@ -86,6 +111,7 @@ def test_a_row_gives_the_same_tokens_alone_and_in_any_company(generator, tokens,
 
 
 def test_one_program_serves_every_prompt_setting_and_number_of_rows(checkpoint, monkeypatch):
+    """Traces are counted: a program of three bodies, as the lower half of the rows is drawn alone if it can be."""
     traced, guide = [], sampling.guide
 
     def counted(*logits_and_scale):
@@ -94,10 +120,103 @@ def test_one_program_serves_every_prompt_setting_and_number_of_rows(checkpoint, 
 
     monkeypatch.setattr(sampling, "guide", counted)
     for _ in range(2):  # a second generator of this configuration shares the program too
-        generator = Generator(checkpoint, PromptTokenizer(checkpoint.folder), 4)
-        for indices in ([0, 1, 2, 3], [4], [5, 1], [0, 1, 2, 3, 4, 5]):
+        generator = Generator(checkpoint, PromptTokenizer(checkpoint.folder), 5)
+        for indices in ([0, 1, 2, 3], [4], [5, 1], [0, 1, 2, 3, 4, 5], [0, 0, 0, 5, 5, 5, 0, 0, 0, 0]):
             assert len(generator.generate(*rows(indices))) == len(indices)
-    assert traced == [(4, checkpoint.config.image_vocab_size + 1)]
+    columns = checkpoint.config.image_vocab_size + 1
+    assert sorted(traced) == [(5, columns), (10, columns)]
+
+
+def test_pictures_of_scale_1_take_one_sequence_each(generator, tokens, monkeypatch):
+    """Twelve of them, or six others, fill a batch of six: the unconditional half is computed where it is needed."""
+    batches, advance = [], loop.advance
+
+    def counted(*arguments):
+        batches.append(int(arguments[4].row_count[0]))
+        return advance(*arguments)
+
+    monkeypatch.setattr(loop, "advance", counted)
+    unguided = [0, 5] * 6
+    np.testing.assert_array_equal(generator.generate(*rows(unguided)), tokens[unguided])
+    assert batches == [12]
+    mixed = [1, 0, 2, 3, 0, 4, 1, 2, 0, 0]
+    np.testing.assert_array_equal(generator.generate(*rows(mixed)), tokens[mixed])
+    assert batches == [12, 7, 3]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 16])
+def test_a_row_gives_the_same_tokens_in_batches_of_another_size(checkpoint, tokens, batch_size):
+    """Of this model; sums of longer rows may be rounded in another order."""
+    generator = Generator(checkpoint, PromptTokenizer(checkpoint.folder), batch_size)
+    np.testing.assert_array_equal(generator.generate(*rows(list(range(6)))), tokens)
+
+
+def test_given_codes_are_kept_and_the_rest_is_drawn_after_them(generator, tokens):
+    given = (tokens[::-1] + 1) % CODEBOOK_SIZE
+    counts = np.array([0, 1, 5, 15, 16, 3])
+    drawn = generator.draw(*rows(list(range(6))), given, counts)
+    for row, count in enumerate(counts):
+        np.testing.assert_array_equal(drawn.tokens[row, :count], given[row, :count])
+    np.testing.assert_array_equal(drawn.tokens[0], tokens[0])
+    assert (drawn.tokens[1:4, 5:] != tokens[1:4, 5:]).any()
+    assert drawn.log_probs[4] == 0  # nothing was drawn
+    own = generator.generate(*rows(list(range(6))), tokens, counts)
+    np.testing.assert_array_equal(own, tokens)  # a row goes on from its own codes as it went on then
+
+
+def test_a_stream_ends_with_what_a_batch_gives(generator, tokens):
+    prompts, settings, keys, sc_prompts = rows([3, 0, 2])
+    parts = list(generator.stream(prompts, settings, keys, 5, sc_prompts))
+    assert [part.shape for part in parts] == [(3, 5), (3, 10), (3, 15), (3, 16)]
+    for part in parts:
+        np.testing.assert_array_equal(part, tokens[[3, 0, 2], : part.shape[1]])
+    with pytest.raises(UserError, match="13 pictures are too many for a batch of 6"):
+        next(generator.stream(*rows([0] * 13)[:3], 5))
+
+
+def test_settings_can_be_one_number_for_all(generator):
+    settings = RowSettings(top_k=5, top_p=0.9, temperature=0.7, cond_scale=3.0)
+    columns = RowSettings(*(np.full(2, getattr(settings, f.name)) for f in dataclasses.fields(settings)))
+    expected = generator.generate(["a boat", "a cat"], columns, KEYS[:2])
+    np.testing.assert_array_equal(generator.generate(["a boat", "a cat"], settings, KEYS[:2]), expected)
+
+
+def test_a_batch_that_does_not_fit_is_halved(checkpoint, tokens, monkeypatch):
+    generator = Generator(checkpoint, PromptTokenizer(checkpoint.folder), 6)
+    advance, sizes = loop.advance, []
+
+    def small(*arguments):
+        sizes.append(len(arguments[4].top_k))
+        if sizes[-1] > 6:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return advance(*arguments)
+
+    monkeypatch.setattr(loop, "advance", small)
+    np.testing.assert_array_equal(generator.generate(*rows(list(range(6)))), tokens)
+    assert sizes == [12, 6, 6] and generator.batch_size == 3
+    monkeypatch.setattr(loop, "advance", _exhausted)
+    with pytest.raises(UserError, match="not enough memory to draw one picture at a time"):
+        generator.generate(*rows([0]))
+
+
+def _exhausted(*arguments):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+
+def test_batches_are_as_large_as_memory_allows(checkpoint, monkeypatch):
+    tokenizer = PromptTokenizer(checkpoint.folder)
+    needed = Generator(checkpoint, tokenizer, 4).batch_bytes(4)
+    monkeypatch.setattr("dm_generations.generate.generator.free_bytes", lambda device: needed)
+    assert Generator(checkpoint, tokenizer, 16).batch_size == 4
+
+
+def test_devices_draw_what_one_draws(checkpoint, tokens, tmp_path):
+    """Four devices, in a process of its own: the host's CPU divided."""
+    np.save(tmp_path / "expected.npy", tokens)
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, __file__, str(checkpoint.folder), str(tmp_path / "expected.npy")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    subprocess.run(command, env=environment, check=True)
 
 
 def test_no_rows_give_no_tokens(generator):
@@ -107,3 +226,22 @@ def test_no_rows_give_no_tokens(generator):
 def test_the_loop_copies_nothing_to_the_device_behind_our_back(generator, tokens):
     with jax.transfer_guard("disallow"):
         np.testing.assert_array_equal(generator.generate(*rows([2])), tokens[[2]])
+
+
+def _on_four_devices(folder: str, expected: str) -> None:
+    assert jax.local_device_count() == 4
+    tokens = np.load(expected)
+    generator = Generator(checkpoints.load(folder, "generator"), PromptTokenizer(Path(folder)), 2)
+    assert generator.capacity == 16
+    indices = [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0, 0, 0]
+    drawn = generator.draw(*rows(indices))
+    np.testing.assert_array_equal(drawn.tokens, tokens[indices])
+    assert (drawn.log_probs < 0).all()
+    np.testing.assert_array_equal(
+        list(generator.stream(*rows([2, 5, 1])[:3], 9, rows([2, 5, 1])[3]))[-1], tokens[[2, 5, 1]]
+    )
+    assert (generator.replay(*rows(indices)[:3], tokens[indices], rows(indices)[3]) < 1e-4).all()
+
+
+if __name__ == "__main__":
+    _on_four_devices(*sys.argv[1:])

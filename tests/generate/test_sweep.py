@@ -1,5 +1,6 @@
 """Combinations, their order and keys, and what an archive lacks of them; no model is needed."""
 
+import hashlib
 import subprocess
 import sys
 
@@ -55,14 +56,29 @@ def test_every_combination_has_the_same_keys():
     assert keys == [row_key(9, index) for index in range(3)] * 2
 
 
+def test_combinations_can_have_keys_of_their_own_which_the_rest_of_the_sweep_does_not_change():
+    sweep = Sweep(["a", "b"], cond_scale=[1, 3.0], count=3, seed=9, same_seeds=False)
+    keys = {combination: sweep.keys(combination) for combination in sweep.combinations()}
+    assert len({key for of_one in keys.values() for key in of_one}) == 12
+    wider = Sweep(["c", "b"], top_k=[7, 256], cond_scale=[3], count=2, seed=9, same_seeds=False)
+    shared = Combination("b", None, 256, 1.0, 1.0, 3.0)
+    assert wider.keys(shared) == keys[shared][:2]
+    assert Sweep(["b"], count=2, seed=8, same_seeds=False).keys(shared) != wider.keys(shared)
+    # as schema/sampling.md says
+    text = b'[9,"b",null,256,1.0,1.0,3.0]'
+    seed = int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
+    assert keys[shared] == tuple(row_key(seed, index) for index in range(3))
+
+
 def test_only_what_is_missing_is_planned(tmp_path):
     sweep = Sweep(["a", "b", "c"], top_p=[0.9, 1.0], count=3)
     first, second, third, *rest = sweep.combinations()
     with Archive.create(tmp_path / "a.db") as archive:
-        store(archive, first, sweep.keys())
-        store(archive, second, sweep.keys()[1:2])
-        store(archive, third, sweep.keys(), sampler_version=0)  # drawn in another way: not the same pictures
+        store(archive, first, sweep.keys(first))
+        store(archive, second, sweep.keys(second)[1:2])
+        store(archive, third, sweep.keys(third), sampler_version=0)  # drawn in another way: not the same pictures
         work = plan(sweep, archive, 1, sampler_version=1)
+        assert plan(sweep, archive, 1, 1, init_md5="0" * 32).missing_count == 18  # after codes that were given
         assert plan(sweep, archive, 2, sampler_version=1).missing_count == 18  # another model
     expected = [(second, [0, 2]), (third, [0, 1, 2]), *((other, [0, 1, 2]) for other in rest)]
     assert [(combination, list(indices)) for combination, indices in work.missing] == expected

@@ -166,6 +166,73 @@ def test_clip_loads_from_pytorch_model_bin_too(tmp_path):
     assert_same(checkpoints.load(folder, "clip").params, expected.params)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_clip_loads_from_pieces(tmp_path, name):
+    """As transformers saves what is larger than a file should be."""
+    folder = tmp_path / "clip"
+    shutil.copytree(golden("clip/model"), folder)
+    expected = checkpoints.load(folder, "clip")
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem, suffix = name.split(".")
+    files = {f"{stem}-0000{number + 1}-of-00002.{suffix}": list(tensors)[number::2] for number in range(2)}
+    for file, part in files.items():
+        if suffix == "bin":
+            torch_files.save(folder / file, {key: torch_files.tensor(tensors[key]) for key in part})
+        else:
+            safetensors.numpy.save_file({key: tensors[key] for key in part}, folder / file)
+    index = folder / f"{name}.index.json"
+    index.write_text(json.dumps({"weight_map": {key: file for file, part in files.items() for key in part}}))
+    found = checkpoints.load(folder, "clip")
+    assert_same(found.params, expected.params)
+    assert found.sha256 != expected.sha256
+    (folder / file).unlink()
+    with pytest.raises(UserError, match=f"lacks a piece of its weights: {file}"):
+        checkpoints.load(folder, "clip")
+    for broken in ({}, {"weight_map": {"a": "../elsewhere.bin"}}, {"weight_map": [1]}):
+        index.write_text(json.dumps(broken))
+        with pytest.raises(UserError, match="index.json does not say which files"):
+            checkpoints.load(folder, "clip")
+
+
+def test_an_option_that_is_not_supported_is_named_with_its_file(tmp_path):
+    for case, role, change in (
+        ("clip/model", "clip", {"text_config": {"hidden_act": "sin"}}),
+        ("dalle_bart/mini", "generator", {"use_alibi": True}),
+    ):
+        folder = tmp_path / role
+        shutil.copytree(golden(case), folder)
+        change_config(folder, **change)
+        with pytest.raises(UserError, match=f"{folder}.*(hidden_act|use_alibi)"):
+            checkpoints.load(folder, role)
+
+
+def test_weights_of_a_big_endian_machine_are_read_and_written_as_they_are(tmp_path):
+    """In the byte order of this machine: own.save writes bytes as they lie in memory, and JAX takes no others."""
+    folder = tmp_path / "clip"
+    shutil.copytree(golden("clip/model"), folder)
+    expected = checkpoints.load(folder, "clip").params
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    swapped = {}
+    for name, array in tensors.items():
+        swapped[name] = torch_files.tensor(array)
+        swapped[name].storage.elements = swapped[name].storage.elements.astype(">f4")
+    torch_files.save(folder / "pytorch_model.bin", swapped, byteorder=b"big")
+    found = checkpoints.load(folder, "clip")
+    assert all(array.dtype == np.dtype("=f4") for array in checkpoints.flatten(found.params).values())
+    assert_same(found.params, expected)
+    assert_same(placed(found.params), expected)
+    convert(str(folder), tmp_path / "out")
+    assert_same(checkpoints.load(tmp_path / "out", "clip").params, expected)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn, np.complex64, np.bool_])
+def test_dtypes_that_weights_do_not_have_are_refused(dtype, tmp_path):
+    with pytest.raises(UserError, match="weights.pt: a/b has dtype .*float32"):
+        checkpoints.check_names_and_shapes({"a/b": (2,)}, {"a": {"b": np.zeros(2, dtype)}}, tmp_path / "weights.pt")
+
+
 def test_clip_role_knows_its_embedded_kind(tmp_path):
     assert checkpoints.load(tiny_clip(tmp_path / "clip"), "clip").kind == "clip"
     assert checkpoints.load(tiny_dalle_bart(tmp_path / "bart"), "generator").text_style == "dalle_bart"

@@ -1,42 +1,53 @@
 """CLIP against the outputs of transformers 4.57.6 (tests/golden/clip/README.md)."""
 
 import dataclasses
+import functools
 import json
+import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from helpers import golden as golden_folder
 
 from dm_generations.errors import UserError
+from dm_generations.models import checkpoints
 from dm_generations.models.checkpoints.clip_torch import flax_from_torch
-from dm_generations.models.clip import CLIP, CLIPConfig, preprocess, resize_and_crop
+from dm_generations.models.checkpoints.own import flatten
+from dm_generations.models.clip import ACTIVATIONS, CLIP, CLIPConfig, preprocess, resize_and_crop
+from dm_generations.models.networks import parameter_shapes
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "clip"
+CASES = sorted(file.parent for file in golden_folder("clip").rglob("golden.npz"))
+PROCESSORS = sorted(golden_folder("clip").rglob("processor_golden.npz"))
 ATOL = 1e-4  # the README's: attention variants of the original differ by 5e-6 on logits
 
 
-@pytest.fixture(scope="module")
+@functools.cache
+def recorded(folder: Path) -> tuple[CLIPConfig, dict, dict[str, np.ndarray]]:
+    """Config, parameters and the original's arrays of a case."""
+    checkpoint = checkpoints.load(folder / "model", "clip")
+    with np.load(folder / "golden.npz") as arrays:
+        return checkpoint.config, checkpoint.params, dict(arrays)
+
+
+every_case = pytest.mark.parametrize("folder", CASES, ids=lambda folder: folder.name)
+
+
+@pytest.fixture
 def config():
-    return CLIPConfig.from_dict(json.loads((GOLDEN / "model" / "config.json").read_text()))
+    return recorded(CASES[0])[0]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def params():
-    return flax_from_torch(load_file(GOLDEN / "model" / "model.safetensors"))
+    return recorded(CASES[0])[1]
 
 
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN / "golden.npz") as arrays:
-        return {name: arrays[name] for name in arrays.files}
-
-
-@pytest.fixture(scope="module")
-def processor():
-    with np.load(GOLDEN / "processor_golden.npz") as arrays:
+@pytest.fixture(scope="module", params=PROCESSORS, ids=lambda file: file.parent.name)
+def processor(request):
+    with np.load(request.param) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 
@@ -55,14 +66,17 @@ def text_config(config, **changes):
     return dataclasses.replace(config, text_config=dataclasses.replace(config.text_config, **changes))
 
 
-def test_parameters_are_those_of_the_original(config, params):
-    pixels, ids = jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 14), jnp.int32)
-    ours = jax.eval_shape(CLIP(config).init, jax.random.key(0), pixels, ids, ids)["params"]
-    assert jax.tree.map(np.shape, ours) == jax.tree.map(np.shape, params)
-    assert params["vision_model"]["encoder"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"].shape == (40, 40)
+@every_case
+def test_parameters_are_those_of_the_original(folder):
+    config, params, _ = recorded(folder)
+    assert {name: array.shape for name, array in flatten(params).items()} == parameter_shapes("clip", config)
+    width = config.vision_config.hidden_size
+    assert params["vision_model"]["encoder"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"].shape == (width, width)
 
 
-def test_features_and_logits_match(config, params, golden):
+@every_case
+def test_features_and_logits_match(folder):
+    config, params, golden = recorded(folder)
     pixels = golden["pixel_values"].transpose(0, 2, 3, 1)
     text = golden["input_ids"], golden["attention_mask"]
     image_features = apply(config, params, "get_image_features", pixels)
@@ -73,7 +87,9 @@ def test_features_and_logits_match(config, params, golden):
     np.testing.assert_allclose(logits, golden["logits_per_image"], atol=ATOL, rtol=0)
 
 
-def test_bfloat16_stays_near_float32(config, params, golden):
+@every_case
+def test_bfloat16_stays_near_float32(folder):
+    config, params, golden = recorded(folder)
     pixels = golden["pixel_values"].transpose(0, 2, 3, 1)
     with jax.numpy_dtype_promotion("standard"):  # flax's norms mix float32 and bfloat16
         features = apply(config, params, "get_image_features", pixels, dtype=jnp.bfloat16)
@@ -115,11 +131,31 @@ def test_masked_positions_are_not_seen(config, params):
     np.testing.assert_array_equal(*features)
 
 
-def test_activation_follows_the_config(config, params, golden):
+def test_activation_follows_the_config():
+    config, params, golden = recorded(CASES[0])
     gelu = dataclasses.replace(config, vision_config=dataclasses.replace(config.vision_config, hidden_act="gelu"))
     features = apply(gelu, params, "get_image_features", golden["pixel_values"].transpose(0, 2, 3, 1))
     difference = np.abs(features - golden["image_features_unnormalised"]).max()
     assert 1e-3 < difference < 0.5  # another function, but a near one
+
+
+def test_every_activation_is_a_function_of_its_own_name():
+    """Values at 1 and -2, from transformers' `ACT2FN` by their formulas in float64."""
+    x = np.array([1.0, -2.0])
+    tanh = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    exact = np.array([x * 0.5 * (1 + math.erf(x / math.sqrt(2))) for x in x])
+    expected = {
+        "quick_gelu": x / (1 + np.exp(-1.702 * x)),
+        "gelu": exact,
+        "gelu_new": tanh,
+        "gelu_fast": tanh,
+        "gelu_pytorch_tanh": tanh,
+        "relu": np.maximum(x, 0),
+        "silu": x / (1 + np.exp(-x)),
+    }
+    assert expected.keys() == ACTIVATIONS.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(ACTIVATIONS[name](x.astype(np.float32)), values, rtol=1e-5, err_msg=name)
 
 
 def test_config_defaults_are_those_of_vit_b_32():

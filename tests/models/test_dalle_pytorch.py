@@ -53,7 +53,8 @@ def full_logits(model, params, text, image_tokens):
 @functools.partial(jax.jit, static_argnums=0)
 def cached_logits(model, params, text, image_tokens):
     """(B, L, num_image_tokens) of `begin` and then one step after the other inside a scan."""
-    cache = model.apply({"params": params}, text, jnp.ones_like(text), method="begin")
+    read = model.apply({"params": params}, text, jnp.ones_like(text), method="read_text")
+    cache = model.apply({"params": params}, read, method="begin")
 
     def step(cache, inputs):
         logits, cache = model.apply({"params": params}, cache, *inputs, method="decode_step")

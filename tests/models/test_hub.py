@@ -99,3 +99,11 @@ def test_repository_without_weights():
 def test_min_dalle_files_come_together():
     names = ["decoder.pt", "detoker.pt", "encoder.pt", "merges.txt", "vocab.json", "weights_old.bin"]
     assert hub.wanted_files(names) == ["decoder.pt", "detoker.pt", "encoder.pt", "merges.txt", "vocab.json"]
+
+
+def test_pieces_of_one_kind_are_fetched_with_their_index():
+    small = ["config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"]
+    pieces = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    names = [*small, *pieces, "pytorch_model-00001-of-00001.bin", "open_clip_pytorch_model.bin"]
+    assert hub.wanted_files(names) == pieces + small
+    assert hub.wanted_files([*names, "model.safetensors"]) == ["model.safetensors", *small]

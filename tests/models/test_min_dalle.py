@@ -7,7 +7,7 @@ import codec_kit
 import jax
 import numpy as np
 import pytest
-from helpers import golden, golden_dirs
+from helpers import golden
 
 from dm_generations.errors import UserError
 from dm_generations.models import checkpoints
@@ -234,10 +234,20 @@ def test_a_damaged_detoker_is_one_line(detoker):
         checkpoints.load(file, "codec")
 
 
-def test_start_token_of_the_last_version_stays_a_code(tmp_path):
-    """min-dalle 0.4.11 starts from 16,383, which its model can draw too."""
-    folders = [folder / "real_constants" for folder in golden_dirs("min_dalle") if (folder / "real_constants").is_dir()]
-    if not folders:
-        pytest.skip("needs the full golden files")
-    config = min_dalle.generator(folders[0]).config
-    assert (config.start_token, config.codebook_size) == (16383, 16384)
+@pytest.mark.parametrize(
+    ("image_vocab_size", "side", "start", "codes"),
+    [
+        (16415, {"bos_token": 16383}, 16383, 16384),  # 0.4.11 starts from a code, which its model can draw too
+        (16415, {"bos_token": 16415}, 16415, 16384),  # and its first versions from the last row
+        (16415, {}, 16384, 16384),
+        (16384, {}, 16384, 16384),
+        (71, {"bos_token": 64}, 64, 64),
+    ],
+)
+def test_whatever_it_starts_from_codes_are_those_of_the_codebook(folder, image_vocab_size, side, start, codes):
+    """min-dalle draws among the first 16,384 columns alone."""
+    files = (folder / "encoder.pt", folder / "decoder.pt")
+    encoder, decoder = (dict(read_torch(file)) for file in files)
+    decoder["embed_tokens.weight"] = np.broadcast_to(np.float16(0), (image_vocab_size + 1, 64))
+    config = min_dalle.dalle_bart_config(encoder, decoder, files, side)
+    assert (config.start_token, config.codebook_size) == (start, codes)

@@ -3,7 +3,8 @@
 `load` takes a role: "generator" (text to codes), "codec" (codes to pixels) or "clip". One folder can hold several:
 min-dalle's has a generator and its codec. Formats: our own folder (own.py), Flax folders of vqgan-jax and dalle-mini,
 min-dalle's PyTorch files, minDALL-E, DALLE-pytorch and its fork, taming-transformers, OpenAI's discrete VAE, CLIP of
-transformers. Weights are views of mapped files in the dtype of the file; `placement.placed` puts them on the device.
+transformers. Weights are views of mapped files in the dtype of the file (copies where its byte order is not this
+machine's); `placement.placed` puts them on the device.
 """
 
 import dataclasses
@@ -26,7 +27,8 @@ from dm_generations.models.checkpoints import (
     own,
     taming,
 )
-from dm_generations.models.checkpoints.own import flatten, save, unflatten
+from dm_generations.models.checkpoints.mapped import release
+from dm_generations.models.checkpoints.own import DTYPE_NAMES, flatten, save, unflatten
 from dm_generations.models.checkpoints.source import Source
 from dm_generations.models.networks import ROLES, network_class, parameter_shapes
 
@@ -46,7 +48,7 @@ _EXPECTED = {
     "stage2_last.ckpt, or a dalle.pt",
     "codec": "config.json with flax_model.msgpack or model.safetensors, detoker.pt, a .ckpt with its .yaml, "
     "or encoder.pkl and decoder.pkl",
-    "clip": "config.json with model.safetensors or pytorch_model.bin",
+    "clip": "config.json with model.safetensors or pytorch_model.bin, whole or in pieces",
 }
 
 
@@ -56,7 +58,7 @@ class Checkpoint:
 
     kind: str  # the network: a key of `networks.NETWORKS`
     config: Any  # the network's config
-    params: dict  # nested, names of the network; NumPy arrays in the dtype of the file, mapped
+    params: dict  # nested, names of the network; NumPy arrays in the dtype of the file, mapped, of native byte order
     name: str  # "embedded/vqgan", the folder's or file's name, or the hub's
     sha256: str  # hex, of the weight file; of several files, of their digests in a row
     folder: Path  # where the configs beside the weights lie
@@ -93,9 +95,22 @@ def find(spec: str | os.PathLike | None, role: str) -> Checkpoint | None:
     check_names_and_shapes(expected, source.params, source.files[0])
     folder = path if path.is_dir() else path.parent
     digest = _digest(source.files)
-    return Checkpoint(
-        source.kind, source.config, source.params, name, digest, folder, source.tokenizer, source.text_style
-    )
+    params = _native(source.params)
+    return Checkpoint(source.kind, source.config, params, name, digest, folder, source.tokenizer, source.text_style)
+
+
+def _native(params: dict) -> dict:
+    """`params` with copies of the arrays that a machine of the other byte order wrote: nothing behind reads those."""
+    tree = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            tree[name] = _native(value)
+        elif value.dtype.isnative:
+            tree[name] = value
+        else:
+            tree[name] = value.astype(value.dtype.newbyteorder("="))
+            release([value])
+    return tree
 
 
 def _path_of(spec: str | os.PathLike) -> Path:
@@ -116,6 +131,8 @@ def _source(path: Path, role: str) -> Source | None:
                 return source
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from error
+    except UserError as error:  # configs are checked by the networks, which know of no files
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
     return None
 
 
@@ -142,8 +159,9 @@ def check_names_and_shapes(expected: dict[str, tuple[int, ...]], params: dict, p
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UserError(f"{path}: {name} has shape {found[name].shape}, its config asks for {shape}")
-        if not (found[name].dtype.kind == "f" or found[name].dtype.name == "bfloat16"):
-            raise UserError(f"{path}: {name} has dtype {found[name].dtype}, weights are floating point")
+        if found[name].dtype.name not in DTYPE_NAMES:
+            known = ", ".join(DTYPE_NAMES)
+            raise UserError(f"{path}: {name} has dtype {found[name].dtype}, which is none of weights: {known}")
 
 
 def _digest(files: Iterable[Path]) -> str:

@@ -1,4 +1,4 @@
-"""CLIP folders of transformers: `config.json` with `model.safetensors` or `pytorch_model.bin`.
+"""CLIP folders of transformers: `config.json` with `model.safetensors` or `pytorch_model.bin`, whole or in pieces.
 
 Names and layouts become those of transformers' FlaxCLIPModel. Renames and transposes; whether the result is complete
 and of the right shapes is the caller's check.
@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from dm_generations.errors import UserError
-from dm_generations.models.checkpoints.own import FORMAT, read_config
+from dm_generations.models.checkpoints.own import FORMAT, read_config, read_json_object
 from dm_generations.models.checkpoints.safetensors_file import read_safetensors
 from dm_generations.models.checkpoints.source import Source
 from dm_generations.models.checkpoints.torch_pickle import read_torch, state_of
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_SUFFIX = ".index.json"  # behind the name of a weight file: which of its pieces has which tensor
 
 # Constants 0, 1, 2, ... that older transformers saved beside the parameters.
 POSITION_IDS = re.compile(r"(text|vision)_model\.embeddings\.position_ids")
@@ -29,15 +30,43 @@ def clip(path: Path) -> Source | None:
         return None
     from dm_generations.models.clip import CLIPConfig
 
-    weights = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
-    if weights is None:
+    files = _weight_files(path)
+    if not files:
         raise UserError(f"{path} lacks its weights: {' or '.join(WEIGHT_FILES)}")
-    config = CLIPConfig.from_dict(values)
+    config, tensors = CLIPConfig.from_dict(values), {}
+    for file in files:
+        tensors |= _tensors(file)
+    return Source("clip", config, flax_from_torch(tensors), files, path, "clip")
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    """The file of the weights, or its pieces as the index beside them lists them; empty if there is neither."""
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return (folder / name,)
+        index = folder / f"{name}{INDEX_SUFFIX}"
+        if index.is_file():
+            return _pieces(index)
+    return ()
+
+
+def _pieces(index: Path) -> tuple[Path, ...]:
+    pieces = read_json_object(index).get("weight_map")
+    names = list(pieces.values()) if isinstance(pieces, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{index} does not say which files beside it hold the weights: download it again")
+    files = tuple(index.parent / name for name in sorted(set(names)))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{index.parent} lacks a piece of its weights: {missing[0]:.200}")
+    return files
+
+
+def _tensors(file: Path) -> dict[str, np.ndarray]:
     try:
-        tensors = read_safetensors(weights) if weights.suffix == ".safetensors" else state_of(read_torch(weights))
+        return read_safetensors(file) if file.suffix == ".safetensors" else state_of(read_torch(file))
     except UserError as error:
-        raise error if str(weights) in str(error) else UserError(f"{weights}: {error}") from error
-    return Source("clip", config, flax_from_torch(tensors), (weights,), path, "clip")
+        raise error if str(file) in str(error) else UserError(f"{file}: {error}") from error
 
 
 def flax_from_torch(tensors: Mapping[str, np.ndarray]) -> dict:

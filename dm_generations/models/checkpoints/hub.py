@@ -15,6 +15,7 @@ _WEIGHTS = (
     ("encoder.pt", "decoder.pt", "detoker.pt"),
     ("stage1_last.ckpt", "stage2_last.ckpt"),
 )
+_PIECES = (r"model-\d+-of-\d+\.safetensors", r"pytorch_model-\d+-of-\d+\.bin")  # of transformers' large models
 _SINGLE = (".pt", ".ckpt", ".pkl")
 _SMALL = (".json", ".yaml", ".yml", ".txt", ".txt.gz", ".model", "tokenizer.tar.gz")
 
@@ -66,6 +67,7 @@ def wanted_files(names: Iterable[str]) -> list[str]:
     """
     names = list(names)
     weights = next((found for kind in _WEIGHTS if (found := _present(names, kind))), None)
+    weights = weights or next((found for kind in _PIECES if (found := _matching(names, kind))), None)
     weights = weights or [name for name in names if name.endswith(_SINGLE)]
     if not weights:
         raise UserError("the repository has no weights that load: " + ", ".join(name for (name, *_) in _WEIGHTS))
@@ -74,3 +76,7 @@ def wanted_files(names: Iterable[str]) -> list[str]:
 
 def _present(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
     return [name for name in names if name.rsplit("/", 1)[-1] in wanted]
+
+
+def _matching(names: Sequence[str], pattern: str) -> list[str]:
+    return [name for name in names if re.fullmatch(pattern, name.rsplit("/", 1)[-1])]

@@ -115,9 +115,9 @@ def dalle_bart_config(
         ("decoder_start_token_id", "bos_token"),
     ):
         values[name] = side_values.get(name, side_values.get(name_in_min_dalle, values[name]))
-    # min-dalle's last version starts from the last code, which stays a code.
-    if values["decoder_start_token_id"] == CODE_COUNT - 1:
-        values["image_code_count"] = min(CODE_COUNT, image_vocab_size)
+    # min-dalle draws among the first 16,384 ids, from whichever of the tokens above it starts.
+    if image_vocab_size >= CODE_COUNT:
+        values["image_code_count"] = CODE_COUNT
     try:
         return DalleBartConfig.from_dict(values)
     except UserError as error:

@@ -22,7 +22,7 @@ from dm_generations.models.networks import ROLES, config_class
 FORMAT = "dm-generations"
 CONFIG_FILE, WEIGHTS_FILE, CODEC_FOLDER = "config.json", "model.safetensors", "codec"
 _ALIGNMENT = 64
-_DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def generator(path: Path) -> Source | None:
@@ -121,7 +121,7 @@ def _write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: np.dty
         stored = np.dtype(dtype or array.dtype)
         size = array.size * stored.itemsize
         header[name] = {
-            "dtype": _DTYPE_NAMES[stored.name],
+            "dtype": DTYPE_NAMES[stored.name],
             "shape": list(array.shape),
             "data_offsets": [offset, offset + size],
         }

@@ -1,0 +1,399 @@
+"""Time drawing codes: a sweep against the way of dalle-mini's notebook, and full sizes against what the machine can do.
+
+    python benchmarks/generate.py sweep                              # the shipped model, 8 settings x 32 pictures
+    python benchmarks/generate.py speed --shape mini --batch 1 4 16  # random weights at DALL-E mini's size
+    python benchmarks/generate.py torch --shape mini --batch 4       # min-dalle's structure, if torch is there
+
+On 2 cores some minutes each. `speed` and `torch` time a few steps and count on the others taking as long, which they
+do: attention reads the whole cache at every step. One run of `sweep` compares both ways, each in a process of its own.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dm_generations.decode.memory import free_bytes
+from dm_generations.generate.generator import Generator, RowSettings, tokenizer_of
+from dm_generations.models.checkpoints import Checkpoint, load, unflatten
+from dm_generations.models.dalle_bart import DalleBart
+from dm_generations.models.dalle_bart_config import DalleBartConfig
+from dm_generations.models.networks import parameter_shapes
+from dm_generations.models.placement import placed
+from dm_generations.text import TextTokenizer
+from dm_generations.threefry import row_key
+
+DTYPES = ("float32", "bfloat16", "float16")
+SWEEP = tuple(itertools.product((256,), (0.95, 1.0), (0.7, 1.0), (3.0, 10.0)))  # as RowSettings
+PROMPTS = ("a rocket", "a 3d strawberry", "a green dragon", "a house with a garden")
+# https://huggingface.co/dalle-mini/dalle-mini and dalle-mega, config.json
+_MINI = DalleBartConfig(encoder_ffn_dim=2730, decoder_ffn_dim=2730, use_scan=False)
+_MEGA = DalleBartConfig(
+    encoder_vocab_size=50272,
+    image_vocab_size=16415,
+    d_model=2048,
+    encoder_layers=24,
+    encoder_ffn_dim=4096,
+    encoder_attention_heads=32,
+    decoder_layers=24,
+    decoder_ffn_dim=4096,
+    decoder_attention_heads=32,
+    use_scan=False,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["sweep", "speed", "torch"])
+    parser.add_argument("--shape", choices=["embedded", "mini", "mega"], default="mini", help="(default: mini)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="(default: 1 4 16)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="to time, of each batch (default: 8)")
+    parser.add_argument(
+        "--pictures", type=int, default=32, metavar="N", help="of each setting of `sweep` (default: 32)"
+    )
+    parser.add_argument("--structure", help=argparse.SUPPRESS)  # what a process of `sweep` runs
+    args = parser.parse_args()
+    if not args.structure:
+        print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, load {os.getloadavg()[0]:.1f}", flush=True)
+    {"sweep": sweep, "speed": speed, "torch": time_torch}[args.what](args)
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Pictures a second of both structures, from the start of the process, programs compiled anew."""
+    if args.structure:
+        prompts = list(itertools.islice(itertools.cycle(PROMPTS), args.pictures))
+        keys = np.array([row_key(0, index) for index in range(args.pictures)], np.uint32)
+        {"ours": our_sweep, "dalle-mini": dalle_mini_sweep}[args.structure](prompts, keys)
+        return
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    count, spent = len(SWEEP) * args.pictures, {}
+    for structure in ("ours", "dalle-mini"):
+        started, cpu_started = time.perf_counter(), cpu_seconds_of_children()
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--structure", structure], env=environment, check=True)
+        seconds, cpu = time.perf_counter() - started, cpu_seconds_of_children() - cpu_started
+        spent[structure] = seconds, cpu
+        print(
+            f"{structure:10} {count} pictures in {seconds:7.1f} s, {count / seconds:8.2f} pictures/s "
+            f"({cpu:.1f} s of CPU time)",
+            flush=True,
+        )
+    wall, cpu = (theirs / ours for ours, theirs in zip(spent["ours"], spent["dalle-mini"], strict=True))
+    print(f"ours: {wall:.1f} times as many pictures/s, {cpu:.1f} times as many in the same CPU time")
+
+
+def cpu_seconds_of_children() -> float:
+    """Of the processes that have ended: the measure to trust where other programs use the cores."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def our_sweep(prompts: list[str], keys: np.ndarray) -> None:
+    """All settings as rows of equal batches, through one program."""
+    checkpoint = load(None, "generator")
+    generator = Generator(checkpoint, tokenizer_of(checkpoint), batch_size=len(prompts))
+    columns = (np.repeat(column, len(prompts)) for column in zip(*SWEEP, strict=True))
+    generator.generate(prompts * len(SWEEP), RowSettings(*columns), np.tile(keys, (len(SWEEP), 1)))
+
+
+def dalle_mini_sweep(prompts: list[str], keys: np.ndarray) -> None:
+    """One call for each setting, which compiles it, as `p_generate` of dalle-mini's notebook has settings as constants.
+
+    Of the same network: two calls of the decoder at every code, one for each half, and the filters of transformers
+    (FlaxTopKLogitsWarper, FlaxTopPLogitsWarper). More than the notebook does for speed, a batch has many pictures.
+    """
+    checkpoint = load(None, "generator")
+    config = checkpoint.config
+    model, params = DalleBart(config), placed(checkpoint.params)
+    texts = tokenizer_of(checkpoint).encode([*prompts, *[None] * len(prompts)], config.max_text_length)
+    cond, uncond = (tuple(np.split(array, 2)[half] for array in texts) for half in range(2))
+
+    @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+    def generate(params, texts, key, top_k: int, top_p: float, temperature: float, cond_scale: float):
+        def begin(ids, mask):
+            text = model.apply({"params": params}, ids, mask, method="read_text")
+            return model.apply({"params": params}, text, method="begin")
+
+        def draw_one(state, step):
+            caches, token, key = state
+            (logits, cond), (other, uncond) = (
+                model.apply({"params": params}, cache, token, step, method="decode_step") for cache in caches
+            )
+            logits = other + cond_scale * (logits - other)
+            logits = _keep_top_k(logits / temperature, top_k)
+            if top_p < 1:
+                logits = _keep_top_p(logits, top_p)
+            key, key_of_step = jax.random.split(key)
+            token = jax.random.categorical(key_of_step, logits).astype(jnp.int32)
+            return ((cond, uncond), token, key), token
+
+        state = tuple(begin(*text) for text in texts), jnp.full(len(prompts), config.start_token, jnp.int32), key
+        return jax.lax.scan(draw_one, state, jnp.arange(config.image_length))[1].T
+
+    for number, setting in enumerate(SWEEP):
+        jax.block_until_ready(generate(params, (cond, uncond), jax.random.PRNGKey(number), *setting))
+
+
+def _keep_top_k(logits: jax.Array, top_k: int) -> jax.Array:
+    """As FlaxTopKLogitsWarper of transformers 4.25."""
+    values, codes = jax.lax.top_k(logits, top_k)
+    rows = jnp.arange(len(logits))[:, None]
+    return jnp.full_like(logits, -jnp.inf).at[rows, codes].set(values)
+
+
+def _keep_top_p(logits: jax.Array, top_p: float) -> jax.Array:
+    """As FlaxTopPLogitsWarper of transformers 4.25: two sorts."""
+    values, codes = jax.lax.top_k(logits, logits.shape[-1])
+    is_kept = jnp.roll(jax.nn.softmax(values, axis=-1).cumsum(axis=-1) < top_p, 1).at[:, 0].set(True)
+    return jax.lax.sort_key_val(codes, jnp.where(is_kept, values, -jnp.inf))[1]
+
+
+def speed(args: argparse.Namespace) -> None:
+    """Codes and pictures a second of each batch, both halves of super conditioning drawn, and the floor of a step."""
+    machine = Machine.measured(args.dtype)
+    print(
+        f"memory {machine.bandwidth / 1e9:,.1f} GB/s, matrix products {machine.flops / 1e9:,.0f} GFLOP/s, {args.dtype}"
+    )
+    checkpoint, tokenizer = model_of(args.shape)
+    config = checkpoint.config
+    weight_bytes = jnp.dtype(args.dtype).itemsize * sum(leaf.size for leaf in jax.tree.leaves(checkpoint.params))
+    free = free_bytes(jax.local_devices()[0])
+    if weight_bytes > 0.9 * free:
+        needed, free = weight_bytes / 1e9, free / 1e9
+        print(f"{args.shape}: skipped, its weights take {needed:.1f} GB in {args.dtype} and {free:.1f} GB are free")
+        return
+    for batch_size in args.batch:
+        generator = Generator(checkpoint, tokenizer, batch_size, dtype=args.dtype)
+        if generator.batch_size < batch_size:
+            print(f"{args.shape}, batch {batch_size}: skipped, memory holds batches of {generator.batch_size}")
+            continue
+        begin, step = seconds_of_step(generator, args.steps)
+        read, operations = cost_of_step(config, 2 * batch_size, jnp.dtype(args.dtype).itemsize)
+        floor = max(read / machine.bandwidth, operations / machine.flops)
+        limit = "memory" if floor == read / machine.bandwidth else "arithmetic"
+        report(f"{args.shape}, batch {batch_size}", batch_size, config.image_length, begin, step)
+        print(
+            f"    floor {1e3 * floor:.2f} ms a step ({limit}: {read / 1e9:.2f} GB, {operations / 1e9:,.1f} GFLOP): "
+            f"{floor / step:.0%} of the roofline",
+            flush=True,
+        )
+        del generator
+
+
+def report(what: str, batch_size: int, length: int, begin: float | None, step: float) -> None:
+    """begin: seconds of the texts, None where they are not timed"""
+    texts = "" if begin is None else f"{1e3 * begin:.0f} ms for the texts, "
+    total = (begin or 0.0) + length * step
+    print(
+        f"{what}: {texts}{1e3 * step:.2f} ms a step, {batch_size / step:,.1f} codes/s, "
+        f"{batch_size / total:.3f} pictures/s",
+        flush=True,
+    )
+
+
+def seconds_of_step(generator: Generator, steps: int) -> tuple[float, float]:
+    """Of the texts, and of one step after them: the best of three batches of different prompts, all guided."""
+    count, best_begin, best_step = generator.batch_size, float("inf"), float("inf")
+    steps = min(steps, generator.token_count)
+    keys = np.array([row_key(0, index) for index in range(count)], np.uint32)
+    prompts = list(itertools.islice(itertools.cycle(PROMPTS), count))
+    inputs = generator._inputs(generator._next_batch(generator._rows(prompts, RowSettings(), keys, None, None, 0)))
+    for repeat in range(4):  # the first of them compiles
+        started = time.perf_counter()
+        state = jax.block_until_ready(generator._begin(inputs))
+        began = time.perf_counter()
+        jax.block_until_ready(generator._advance(inputs, state, 0, steps))
+        if repeat:
+            best_begin = min(best_begin, began - started)
+            best_step = min(best_step, (time.perf_counter() - began) / steps)
+    return best_begin, best_step
+
+
+def cost_of_step(config: DalleBartConfig, sequences: int, itemsize: int) -> tuple[int, int]:
+    """Bytes that a step of the decoder has to read, and its operations: weights and caches once, nothing else."""
+    d, layers = config.d_model, config.decoder_layers
+    # Self-attention has 4 matrices, cross-attention 2 at a step: keys and values of the text are computed once.
+    ffn_matrices = 3 if config.use_glu else 2
+    weights = layers * (6 * d * d + ffn_matrices * d * config.decoder_ffn_dim) + d * (config.image_vocab_size + 1)
+    cached = 2 * layers * sequences * d * (config.image_length + config.max_text_length)  # keys and values
+    return (weights + cached) * itemsize, 2 * sequences * weights + 2 * cached
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a device gives at best."""
+
+    bandwidth: float  # bytes a second, read
+    flops: float  # operations a second
+
+    @classmethod
+    def measured(cls, dtype: str, array_bytes: int = 1 << 29, size: int = 4096) -> "Machine":
+        array = jnp.ones(array_bytes // 4, jnp.float32)
+        total, copied = jax.jit(jnp.sum), jax.jit(lambda x: x + 1)
+        bandwidth = max(
+            array_bytes / seconds_of(lambda: total(array)), 2 * array_bytes / seconds_of(lambda: copied(array))
+        )
+        matrix = jnp.ones((size, size), dtype)
+        return cls(bandwidth, 2 * size**3 / seconds_of(lambda: matrix @ matrix))
+
+
+def seconds_of(function: Callable, repeats: int = 3) -> float:
+    """The best of some calls; the first, which compiles, is left out."""
+    jax.block_until_ready(function())
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def model_of(shape: str) -> tuple[Checkpoint, TextTokenizer]:
+    """The shipped model, or random weights of another shape, which read the same ids of texts."""
+    embedded = load(None, "generator")
+    tokenizer = tokenizer_of(embedded)
+    if shape == "embedded":
+        return embedded, tokenizer
+    config = {"mini": _MINI, "mega": _MEGA}[shape]
+    return Checkpoint("dalle_bart", config, random_params(config), shape, "0" * 64, Path()), tokenizer
+
+
+def random_params(config: DalleBartConfig) -> dict:
+    """Numbers under which activations stay near 1. Arrays are overlapping views: 10 GB of weights take no memory."""
+    shapes = parameter_shapes("dalle_bart", config)
+    noise = np.random.default_rng(0).standard_normal(max(map(sum, shapes.values())), np.float32)
+
+    def array(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith("kernel"):
+            values = noise * np.float32(shape[0] ** -0.5)
+        else:  # biases near 0, scales near 1
+            values = noise * np.float32(0.1) + np.float32(name.endswith("scale"))
+        return np.lib.stride_tricks.as_strided(values, shape, (4,) * len(shape), writeable=False)
+
+    return unflatten({name: array(name, shape) for name, shape in shapes.items()})
+
+
+def time_torch(args: argparse.Namespace) -> None:
+    """A decoder in PyTorch as min-dalle has it: both halves in one batch, caches, one setting for the batch.
+
+    After kuprel/min-dalle, `min_dalle/models/dalle_bart_decoder.py`; texts are noise, and not timed.
+    """
+    try:
+        import torch
+    except ImportError:
+        print("torch is not installed")
+        return
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    checkpoint, _ = model_of(args.shape)
+    with torch.inference_mode():
+        decoder = TorchDecoder(torch, checkpoint, device, dtype)
+        for batch_size in args.batch:
+            state = decoder.begin(batch_size)
+            decoder.step(state, 0)
+            wait()
+            best = float("inf")
+            for _ in range(3):
+                started = time.perf_counter()
+                for step in range(args.steps):
+                    decoder.step(state, step)
+                wait()
+                best = min(best, (time.perf_counter() - started) / args.steps)
+            what = f"torch {torch.__version__}, {args.shape}, {args.dtype}, batch {batch_size}"
+            report(what, batch_size, checkpoint.config.image_length, None, best)
+
+
+class TorchDecoder:
+    """The decoder of a DalleBart of "normformer" norms with gated feed-forward blocks."""
+
+    def __init__(self, torch, checkpoint: Checkpoint, device: str, dtype):
+        def tensors(tree):
+            if isinstance(tree, dict):
+                return {name: tensors(part) for name, part in tree.items()}
+            tree = np.asarray(tree)
+            array = np.array(tree.T if tree.ndim == 2 else tree, np.float32, order="C")  # kernels as torch has them
+            return torch.from_numpy(array).to(device, dtype)
+
+        self.torch, self.device, self.dtype, self.config = torch, device, dtype, checkpoint.config
+        decoder = dict(checkpoint.params["model"]["decoder"])
+        self.layers = [
+            tensors(decoder["layers"][f"FlaxBartDecoderLayer_{index}"]) for index in range(self.config.decoder_layers)
+        ]
+        self.tokens, self.positions = (
+            tensors(decoder[name]["embedding"].T) for name in ("embed_tokens", "embed_positions")
+        )
+        self.norms = {name: tensors(decoder[name]) for name in ("layernorm_embedding", "final_ln")}
+        self.head = tensors(checkpoint.params["lm_head"]["kernel"])
+
+    def begin(self, batch_size: int) -> dict:
+        """Empty caches, and keys and values of texts that are noise; both halves of each picture are rows."""
+        torch, config = self.torch, self.config
+        heads = config.decoder_attention_heads
+
+        def keys_values(make: Callable, length: int):
+            shape = (2, 2 * batch_size, heads, length, config.d_model // heads)
+            return make(shape, device=self.device, dtype=self.dtype)
+
+        return {
+            "caches": [keys_values(torch.zeros, config.image_length) for _ in range(config.decoder_layers)],
+            "cross": [keys_values(torch.randn, config.max_text_length) for _ in range(config.decoder_layers)],
+            "token": torch.full((batch_size,), config.start_token, device=self.device),
+        }
+
+    def step(self, state: dict, step: int) -> None:
+        """Draw one code for each picture."""
+        torch, config = self.torch, self.config
+        token = torch.cat([state["token"]] * 2)
+        x = self._norm(self.norms["layernorm_embedding"], self.tokens[token] + self.positions[step])[:, None]
+        visible = torch.arange(config.image_length, device=self.device) <= step
+        for weights, cache, cross in zip(self.layers, state["caches"], state["cross"], strict=True):
+            x = x + self._attention(weights, 0, x, cache, visible, step)
+            x = x + self._attention(weights, 1, x, cross, None, None)
+            x = x + self._feed_forward(weights["GLU_0"], x)
+        logits = (self._norm(self.norms["final_ln"], x)[:, 0] @ self.head.T).float()
+        cond, uncond = logits.chunk(2)
+        logits = uncond + 3.0 * (cond - uncond)
+        values, _ = logits.topk(256)
+        logits = torch.where(logits < values[:, -1:], -torch.inf, logits)
+        state["token"] = torch.multinomial(torch.softmax(logits, -1), 1)[:, 0]
+
+    def _attention(self, weights: dict, number: int, x, cache, visible, step: int | None):
+        functional, heads = self.torch.nn.functional, self.config.decoder_attention_heads
+        hidden = self._norm(weights[f"LayerNorm_{2 * number}"], x)
+        layer = weights[f"FlaxBartAttention_{number}"]
+
+        def projected(name):
+            return functional.linear(hidden, layer[name]["kernel"]).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+        if step is not None:
+            cache[0][:, :, step], cache[1][:, :, step] = (projected(name)[:, :, 0] for name in ("k_proj", "v_proj"))
+        mask = None if visible is None else visible[None, None, None]
+        mixed = functional.scaled_dot_product_attention(projected("q_proj"), *cache, attn_mask=mask)
+        mixed = functional.linear(mixed.transpose(1, 2).reshape(x.shape), layer["out_proj"]["kernel"])
+        return self._norm(weights[f"LayerNorm_{2 * number + 1}"], mixed)
+
+    def _feed_forward(self, weights: dict, x):
+        functional = self.torch.nn.functional
+        hidden = self._norm(weights["LayerNorm_0"], x)
+        gate, value = (functional.linear(hidden, weights[f"Dense_{number}"]["kernel"]) for number in range(2))
+        hidden = self._norm(weights["LayerNorm_1"], functional.gelu(gate) * value)
+        return functional.linear(hidden, weights["Dense_2"]["kernel"])
+
+    def _norm(self, weights: dict, x):
+        scale, bias = weights.get("scale"), weights.get("bias")
+        return self.torch.nn.functional.layer_norm(x, x.shape[-1:], scale, bias, 1e-5)
+
+
+if __name__ == "__main__":
+    main()

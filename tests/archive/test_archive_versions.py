@@ -1,0 +1,171 @@
+"""Version 1: read as it is, brought up to date by whoever writes, and never left half way."""
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+
+import pytest
+from archive_kit import archive_v1, execute, fill, insert_v1, new_image
+from helpers import ROOT
+
+from dm_generations.archive import Archive, ArchiveError, Settings, info, verify
+from dm_generations.archive._layout import ADDED
+
+GROUP = Settings(1, 1, 50, 0.9, 1.0, 3.0)
+SCHEMA = "SELECT type, name, sql FROM sqlite_master ORDER BY name"
+
+
+@pytest.fixture
+def v1(tmp_path):
+    return archive_v1(tmp_path / "v1.db", range(100))
+
+
+def test_reading_version_1_changes_nothing(v1):
+    v1.chmod(0o444)
+    before = v1.read_bytes(), v1.stat().st_mtime_ns
+    with Archive.open(v1) as archive:
+        assert (archive.version, archive.is_2022, info(archive).layout) == (1, False, "1")
+        assert [str(problem) for problem in verify(archive)] == []
+        rows = list(archive.rows(GROUP))
+        assert [row.key1 for row in rows] == list(range(100))
+        assert {(row.log_prob, row.dtype, row.init_count, row.init_md5) for row in rows} == {(None, None, 0, "")}
+        assert len(archive.existing_keys(GROUP, 1)) == 100 and not archive.existing_keys(GROUP, 1, init_md5="0" * 32)
+        draw = ("a red cube", None, 50, 0.9, 1.0, 3.0, 1)
+        assert archive.has_draw(*draw, 99, 1, 1) and not archive.has_draw(*draw, 100, 1, 1)
+        assert archive.claims() == {}
+    assert (v1.read_bytes(), v1.stat().st_mtime_ns) == before
+    assert os.listdir(v1.parent) == ["v1.db"]
+
+
+def test_opening_to_write_brings_version_1_up_to_date(v1):
+    columns = "id, prompt_id, key0, key1, quantvec, quantvec_md5, time_start, generator_id, codec_id, sampler_version"
+    before = execute(v1, f"SELECT {columns} FROM images")
+    with Archive.open(v1, "w") as archive:
+        assert archive.version == 2
+        assert [str(problem) for problem in verify(archive)] == []
+        assert fill(archive, new_image(5), new_image(200, log_prob=-1.5)) == 1  # 5 is there
+    assert execute(v1, f"SELECT {columns} FROM images WHERE id <= 100") == before
+    assert execute(v1, f"SELECT DISTINCT {', '.join(ADDED)} FROM images") == [(None, None, 0, ""), (-1.5, None, 0, "")]
+    assert execute(v1, "PRAGMA integrity_check") == [("ok",)]
+    with Archive.open(v1) as archive:
+        assert (archive.version, archive.count()) == (2, 101)
+
+
+def test_the_steps_lead_to_what_a_new_archive_is(v1, tmp_path):
+    Archive.open(v1, "w").close()
+    Archive.create(tmp_path / "new.db").close()
+    assert execute(v1, SCHEMA) == execute(tmp_path / "new.db", SCHEMA)
+    assert execute(v1, "PRAGMA user_version") == execute(tmp_path / "new.db", "PRAGMA user_version") == [(2,)]
+    assert execute(tmp_path / "new.db", "PRAGMA application_id") == [(0x444D4731,)]
+
+
+def test_the_archive_that_ships_can_be_filled_further(tmp_path):
+    path = shutil.copy(ROOT / "archive" / "emoji.db", tmp_path / "emoji.db")
+    with Archive.open(path) as archive:
+        before = [(row.id, row.key0, row.key1, row.quantvec) for row in archive.rows_to_score(rescore=True)]
+    with Archive.open(path, "w") as archive:
+        assert [str(problem) for problem in verify(archive)] == []
+        after = [(row.id, row.key0, row.key1, row.quantvec) for row in archive.rows_to_score(rescore=True)]
+    assert after == before and len(before) > 1000
+
+
+def test_the_checks_of_the_new_columns_hold_in_an_old_file(v1):
+    Archive.open(v1, "w").close()
+    for change in ("log_prob = 9e999", "dtype = 'int8'", "init_count = 1", "init_md5 = '0'", "init_count = NULL"):
+        with pytest.raises(sqlite3.IntegrityError):
+            execute(v1, f"UPDATE images SET {change} WHERE id = 1")
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import dm_generations.archive._store as store
+upgrade = store.upgrade
+def killed(connection):
+    connection.execute("PRAGMA cache_size = 10")  # pages, so that half of the step reaches the file
+    upgrade(connection)
+    os.kill(os.getpid(), signal.SIGKILL)
+store.upgrade = killed
+store.Archive.open(sys.argv[2], "w")
+"""
+
+
+def test_a_process_killed_on_the_way_leaves_version_1(tmp_path):
+    v1 = archive_v1(tmp_path / "v1.db", range(5000))
+    schema = execute(v1, SCHEMA)
+    result = subprocess.run([sys.executable, "-c", KILLED, str(ROOT), str(v1)], capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert v1.with_name("v1.db-journal").exists()  # the file holds half of the step
+    with Archive.open(v1) as archive:
+        assert (archive.version, archive.count()) == (1, 5000)
+        assert [str(problem) for problem in verify(archive)] == []
+    assert os.listdir(tmp_path) == ["v1.db"] and execute(v1, SCHEMA) == schema
+    with Archive.open(v1, "w") as archive:
+        assert (archive.version, archive.count()) == (2, 5000)
+
+
+def test_a_step_that_fails_leaves_version_1(v1):
+    execute(v1, "CREATE TABLE claims (mine)")  # in the way of ours
+    before = execute(v1, SCHEMA)
+    with pytest.raises(ArchiveError, match="table claims already exists"):
+        Archive.open(v1, "w")
+    assert execute(v1, SCHEMA) == before and execute(v1, "PRAGMA user_version") == [(1,)]
+
+
+OPENED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from dm_generations.archive import Archive
+sys.stdin.readline()  # all of them start at once
+print(Archive.open(sys.argv[2], "w").version)
+"""
+
+
+def test_many_that_open_at_once_all_find_version_2(tmp_path):
+    v1 = archive_v1(tmp_path / "v1.db", range(5000))
+    command = [sys.executable, "-c", OPENED, str(ROOT), str(v1)]
+    openers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    results = []
+    for opener in openers:
+        opener.stdin.write("go\n")
+        opener.stdin.flush()
+    for opener in openers:
+        results.append(opener.communicate(timeout=60))
+    assert results == [("2\n", "")] * 4
+    assert execute(v1, "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_who_opens_waits_for_another_writer(v1):
+    holder = sqlite3.connect(v1, isolation_level=None, check_same_thread=False)
+    holder.execute("BEGIN IMMEDIATE")
+    with pytest.raises(ArchiveError, match="another program is using the archive"):
+        Archive.open(v1, "w", timeout=0.1)
+    assert execute(v1, "PRAGMA user_version") == [(1,)]
+    release = threading.Timer(0.3, lambda: holder.execute("ROLLBACK"))
+    release.start()
+    with Archive.open(v1, "w") as archive:
+        assert archive.version == 2
+    release.join()
+    holder.close()
+
+
+def test_programs_that_hold_version_1_open_go_on(v1):
+    old_writer = sqlite3.connect(v1)
+    with Archive.open(v1) as reader:
+        rows = reader.rows(GROUP)
+        next(rows)
+        Archive.open(v1, "w").close()
+        assert sum(1 for _ in rows) == 99 and len(list(reader.rows(GROUP))) == 100
+        assert insert_v1(old_writer, new_image(7)) == 0 and insert_v1(old_writer, new_image(300)) == 1
+        old_writer.commit()
+        assert reader.count() == 101
+    old_writer.close()
+    with Archive.open(v1) as archive:
+        assert [str(problem) for problem in verify(archive)] == []

@@ -1,0 +1,238 @@
+"""What notebooks written for the package min-dalle do, with `MinDalle` of this one."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import GRID, IMAGE_SIZE, tiny_models
+
+import dm_generations
+from dm_generations import MinDalle
+from dm_generations.decode.codec import Codec
+from dm_generations.errors import UserError
+from dm_generations.generate.generator import Generator, RowSettings
+from dm_generations.models import checkpoints
+from dm_generations.threefry import row_key
+
+SIZE = 2 * IMAGE_SIZE  # of a grid of 2 x 2
+
+
+class Torch:
+    """Something of torch's: `str` gives "torch.float16" or "cuda:0"."""
+
+    __module__ = "torch"
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def model(folders):
+    return MinDalle(model=folders.dalle_bart, codec=folders.vqgan, is_verbose=False)
+
+
+@pytest.fixture(scope="module")
+def tokens(folders):
+    """What the sampling loop draws for "a boat", seed 7 and the default settings, (4, L)."""
+    keys = np.array([row_key(7, i) for i in range(4)], np.uint32)
+    generator = Generator.load(str(folders.dalle_bart), batch_size=4)
+    return generator.generate(["a boat"] * 4, RowSettings(256, 1.0, 1.0, 16.0), keys)
+
+
+@pytest.fixture(scope="module")
+def codec(folders):
+    return Codec.from_checkpoint(checkpoints.load(folders.vqgan, "codec"), batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def image(model):
+    return model.generate_image("a boat", seed=7, grid_size=2)
+
+
+def test_the_snippet_of_its_readme_draws_with_the_model_that_ships(capsys):
+    """But for the folder of downloads; on a machine without a GPU `device="cuda"` is answered by a warning."""
+    model = MinDalle(dtype=Torch("torch.float32"), is_mega=True, is_reusable=True)
+    image = model.generate_image(
+        text="Nuclear explosion broccoli",
+        seed=3,
+        grid_size=1,
+        is_seamless=False,
+        temperature=1,
+        top_k=256,
+        supercondition_factor=32,
+        is_verbose=True,
+    )
+    assert isinstance(image, Image.Image) and (image.mode, image.size) == ("RGB", (64, 64))
+    assert np.asarray(image).std() > 5  # something is on it
+    assert "seed 3" in capsys.readouterr().out
+
+
+def test_pictures_fill_the_grid_column_by_column(image, tokens, codec):
+    first, second, third, fourth = codec.decode(tokens)
+    expected = np.concatenate([np.concatenate([first, second]), np.concatenate([third, fourth])], axis=1)
+    assert image.size == (SIZE, SIZE)
+    np.testing.assert_array_equal(np.asarray(image), expected)
+
+
+def test_pictures_one_by_one(model, tokens, codec):
+    images = model.generate_images(text="a boat", seed=7, grid_size=2, is_seamless=False, temperature=1)
+    assert isinstance(images, np.ndarray) and images.dtype == np.float32
+    np.testing.assert_array_equal(images, codec.decode(tokens))
+
+
+def test_arrays_go_where_tensors_go(model):
+    images = model.generate_images(text="a boat", seed=7, grid_size=2)
+    found = images.to("cpu").numpy()
+    assert type(found) is np.ndarray and found.dtype == np.float32
+    pictures = images.to(Torch("torch.uint8")).cpu().numpy()
+    assert pictures.dtype == np.uint8 and Image.fromarray(pictures[0]).size == (IMAGE_SIZE, IMAGE_SIZE)
+    assert images.to(Torch("cuda:0"), np.float64).dtype == np.float64
+    np.testing.assert_array_equal(pictures, found)
+
+
+def test_a_seamless_grid_is_decoded_as_one(model, tokens, codec):
+    image = model.generate_image("a boat", 7, 2, is_seamless=True)
+    np.testing.assert_array_equal(
+        image, model.generate_image("a boat", 7, 2, True, 1.0, 256, 16.0)
+    )  # min-dalle's order
+    expected = codec.tiled(2, 2).decode(tokens[[0, 2, 1, 3]][None])[0]
+    np.testing.assert_array_equal(np.asarray(image), expected)
+    images = model.generate_images("a boat", 7, 2, is_seamless=True)
+    np.testing.assert_array_equal(images[1], expected[IMAGE_SIZE:, :IMAGE_SIZE])
+
+
+def test_a_stream_shows_eight_steps_and_ends_with_the_picture(model, image, tokens, codec):
+    steps = list(model.generate_image_stream("a boat", 7, 2, True, False, 1, 256, 16))
+    assert len(steps) == 8 and all(step.size == (SIZE, SIZE) for step in steps)
+    np.testing.assert_array_equal(np.asarray(steps[-1]), np.asarray(image))
+    half = tokens.copy()
+    half[:, GRID**2 // 2 :] = tokens[:, :1]
+    np.testing.assert_array_equal(np.asarray(steps[3])[:IMAGE_SIZE, :IMAGE_SIZE], codec.decode(half)[0])
+
+
+def test_streams_of_arrays(model, image):
+    (alone,) = model.generate_image_stream("a boat", seed=7, grid_size=2, progressive_outputs=False)
+    (raw,) = model.generate_raw_image_stream("a boat", seed=7, grid_size=2)
+    *_, images = model.generate_images_stream(text="a boat", seed=7, grid_size=2, progressive_outputs=True)
+    np.testing.assert_array_equal(np.asarray(alone), np.asarray(image))
+    assert raw.dtype == np.float32 and images.shape == (4, IMAGE_SIZE, IMAGE_SIZE, 3)
+    np.testing.assert_array_equal(raw, np.asarray(image))
+    np.testing.assert_array_equal(images[2], raw[:IMAGE_SIZE, IMAGE_SIZE:])
+
+
+def test_settings_reach_the_sampling_loop(model, folders, codec):
+    image = model.generate_image("a cat", 2**64 - 1, temperature=0.5, top_k=0, supercondition_factor=3)
+    keys = np.array([row_key(2**64 - 1, 0)], np.uint32)
+    generator = Generator.load(str(folders.dalle_bart), batch_size=1)
+    (expected,) = codec.decode(generator.generate(["a cat"], RowSettings(0, 1.0, 0.5, 3.0), keys))
+    np.testing.assert_array_equal(np.asarray(image), expected)
+
+
+def test_seed_minus_one_is_another_one_each_time(model, capsys):
+    for _ in range(2):
+        model.generate_image("a boat", -1, is_verbose=True)
+    first, second = capsys.readouterr().out.splitlines()
+    seed = int(first.rsplit(" ", 1)[1])
+    assert first != second and seed >= 0
+    again = model.generate_images("a boat", seed)
+    np.testing.assert_array_equal(again, model.generate_images("a boat", seed))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"grid_size": 0}, "grid_size must be at least 1"),
+        ({"temperature": -0.1}, "temperature must be 0 or more"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more"),
+        ({"supercondition_factor": float("inf")}, "supercondition_factor must be 0 or more"),
+        ({"top_k": -1}, "top_k must be 0"),
+        ({"seed": 2**64}, "seed must be below"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_by_name(model, arguments, message):
+    with pytest.raises(UserError, match=message):
+        model.generate_image("a boat", **arguments)
+
+
+def test_an_unknown_setting_is_an_error(model):
+    with pytest.raises(TypeError, match="condition_factor"):
+        model.generate_image("a boat", condition_factor=3)
+
+
+def test_models_lie_where_its_download_puts_them(tmp_path, image):
+    tiny_models(tmp_path).dalle_bart.rename(tmp_path / "dalle_bart_mini")
+    model = MinDalle(str(tmp_path), is_mega=False, is_verbose=False)
+    np.testing.assert_array_equal(np.asarray(model.generate_image("a boat", 7, 2)), np.asarray(image))
+    with pytest.raises(UserError, match="dalle_bart_mega is missing, and nothing is downloaded"):
+        MinDalle(models_root=tmp_path)
+    with pytest.raises(UserError, match="use just one of models_root and model"):
+        MinDalle(tmp_path, model=tmp_path / "dalle_bart_mini")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (Torch("torch.bfloat16"), "bfloat16"),
+        (Torch("torch.float16"), "float16"),
+        ("bfloat16", "bfloat16"),
+        (np.float16, "float16"),
+        (np.dtype("float32"), "float32"),
+    ],
+)
+def test_dtypes_of_torch_and_numpy(folders, dtype, expected):
+    model = MinDalle(model=folders.dalle_bart, codec=folders.vqgan, dtype=dtype, is_reusable=False, is_verbose=False)
+    assert model.dtype == expected
+
+
+def test_half_precision_draws(folders):
+    model = MinDalle(
+        model=folders.dalle_bart, codec=folders.vqgan, dtype=Torch("torch.bfloat16"), device="cpu", is_verbose=False
+    )
+    assert model.generate_image("a boat", 7, 2).size == (SIZE, SIZE)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "fast", Torch("torch.int8"), None, 5])
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(UserError, match="dtype must be one of float32, bfloat16, float16"):
+        MinDalle(dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["abacus", Torch("abacus:1")])
+def test_a_device_that_is_not_there_is_a_warning(device):
+    with pytest.warns(UserWarning, match="JAX has no abacus here, so .* is used"):
+        MinDalle(device=device, is_reusable=False, is_verbose=False)
+
+
+def test_models_are_loaded_for_each_call_if_not_reusable(folders, tmp_path, image):
+    models = tiny_models(tmp_path)
+    model = MinDalle(model=models.dalle_bart, codec=models.vqgan, is_reusable=False, is_verbose=False)
+    np.testing.assert_array_equal(np.asarray(model.generate_image("a boat", 7, 2)), np.asarray(image))
+    models.vqgan.rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="no such model folder"):
+        model.generate_image("a boat", 7, 2)
+
+
+LAZY = """
+import sys, dm_generations
+assert {"Generator", "MinDalle", "RowSettings"} <= set(dir(dm_generations))
+assert "jax" not in sys.modules and "numpy" not in sys.modules
+from dm_generations import Generator, MinDalle, RowSettings
+assert RowSettings().cond_scale == 3.0
+assert "jax" in sys.modules and "torch" not in sys.modules
+"""
+
+
+def test_the_package_imports_jax_only_when_asked():
+    subprocess.run([sys.executable, "-c", LAZY], check=True)
+    with pytest.raises(AttributeError, match="has no attribute 'MaxDalle'"):
+        dm_generations.MaxDalle  # noqa: B018
