@@ -97,4 +97,5 @@ def entry(plan: GroupPlan, target: Target, path: str, members: list[ImageRow]) -
     if target.incomplete_path:
         return GalleryEntry(**shared, scores=scores, page=target.page)
     (row,) = members
-    return Entry(**shared, rank=target.ranks.start, score=scores[0], key0=row.key0, key1=row.key1)
+    provenance = {name: getattr(row, name) for name in ("key0", "key1", "init_count", "dtype")}
+    return Entry(**shared, rank=target.ranks.start, score=scores[0], **provenance)

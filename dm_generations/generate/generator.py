@@ -105,8 +105,11 @@ class Generator:
 
     @property
     def capacity(self) -> int:
-        """Sequences that all devices draw at a time: a row takes one or, if its cond_scale is not 1, two."""
-        return 2 * self.batch_size * len(self._devices)
+        """Sequences that fit into one batch in any order: a row takes one or, if its cond_scale is not 1, two.
+
+        A device may end with room for one when the next row takes two.
+        """
+        return 2 * self.batch_size * len(self._devices) - (len(self._devices) - 1)
 
     def set_batch_size(self, wanted: int) -> None:
         """So many pictures at a time on each device, or as many halvings of it as the memory that is free asks for."""
@@ -220,7 +223,7 @@ class Generator:
 
     def seconds_a_batch(self) -> float:
         """How long a batch takes, from a few steps of one; compiles what that needs."""
-        count = self.capacity // 2
+        count = self.batch_size * len(self._devices)
         rows = self._rows([""] * count, RowSettings(), np.zeros((count, 2), np.uint32), None, None, 0)
         inputs = self._inputs(self._next_batch(rows))
         jax.block_until_ready(self._advance(inputs, self._begin(inputs), 0, 1))  # compiled, and warm

@@ -34,6 +34,13 @@ def test_prompts_and_groups_are_listed_once_and_pictures_best_first(make_entry):
     assert second[:3] == [1, 0, 0] and files_of(second) == ["0002_castle/x.png"] and second[8][0][2] is None
 
 
+def test_what_a_picture_needs_besides_its_key_is_listed_where_it_is_needed(make_entry):
+    kinds = [{}, {"dtype": "float32"}, {"dtype": "float16"}, {"init_count": 28, "dtype": "float32"}]
+    entries = [make_entry(f"{rank}.png", rank=rank, **kind) for rank, kind in enumerate(kinds)]
+    (group,) = build_manifest("images", "a.db", entries)["groups"]
+    assert [file[5:] for file in group[8]] == [[], [], [0, "float16"], [28, "float32"]]
+
+
 @pytest.mark.parametrize("names", [["a"], ["aa.png", "aaa.png"], ["p/x", "q/y"], ["x1x.png", "x1x1x.png"]])
 def test_prefix_and_suffix_give_back_every_name(make_entry, names):
     entries = [make_entry(name, rank=rank) for rank, name in enumerate(names)]

@@ -285,6 +285,28 @@ def test_command_means_exactly_the_prompt_to_a_shell(page, hostile, tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
+def test_command_says_the_dtype_and_none_is_shown_for_pictures_from_given_codes(
+    page, tmp_path, make_entry, write_picture
+):
+    entries = [
+        make_entry("a.png", rank=0, dtype="bfloat16"),
+        make_entry("b.png", rank=1, dtype="float32", init_count=7),
+        make_entry("c.png", rank=2, dtype="float32"),
+    ]
+    for entry in entries:
+        write_picture(tmp_path / entry.file)
+    write_manifest(tmp_path, build_manifest("images", "a.db", entries))
+    open_folder(page, tmp_path)
+    commands, given = [], []
+    for number, entry in enumerate(entries, start=1):
+        page.evaluate("(number) => { location.hash = `prompt=1&picture=${number}`; }", number)
+        page.locator("#facts bdi", has_text=entry.file).wait_for()
+        commands.append(page.locator("#command").text_content())
+        given.append("given codes" in texts(page, "#facts dt"))
+    assert commands[0].endswith("--dtype bfloat16") and commands[1] == "" and commands[2].endswith("--keys 1:2")
+    assert given == [False, True, False]
+
+
 def test_special_names_load_and_paths_outside_do_not(page, tmp_path, make_entry, write_picture):
     folder = tmp_path / "out"
     names = [

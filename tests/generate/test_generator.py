@@ -232,7 +232,7 @@ def _on_four_devices(folder: str, expected: str) -> None:
     assert jax.local_device_count() == 4
     tokens = np.load(expected)
     generator = Generator(checkpoints.load(folder, "generator"), PromptTokenizer(Path(folder)), 2)
-    assert generator.capacity == 16
+    assert generator.capacity == 13  # of 16, for a device may end with room for half a row
     indices = [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0, 0, 0]
     drawn = generator.draw(*rows(indices))
     np.testing.assert_array_equal(drawn.tokens, tokens[indices])
