@@ -100,9 +100,9 @@ def cpu_seconds_of_children() -> float:
 
 
 def our_sweep(prompts: list[str], keys: np.ndarray) -> None:
-    """All settings as rows of equal batches, through one program."""
+    """All settings as rows, through one program: a batch can hold pictures of several settings, here of two."""
     checkpoint = load(None, "generator")
-    generator = Generator(checkpoint, tokenizer_of(checkpoint), batch_size=len(prompts))
+    generator = Generator(checkpoint, tokenizer_of(checkpoint), batch_size=2 * len(prompts))
     columns = (np.repeat(column, len(prompts)) for column in zip(*SWEEP, strict=True))
     generator.generate(prompts * len(SWEEP), RowSettings(*columns), np.tile(keys, (len(SWEEP), 1)))
 
