@@ -102,9 +102,7 @@ def test_arrays_go_where_tensors_go(model):
 
 def test_a_seamless_grid_is_decoded_as_one(model, tokens, codec):
     image = model.generate_image("a boat", 7, 2, is_seamless=True)
-    np.testing.assert_array_equal(
-        image, model.generate_image("a boat", 7, 2, True, 1.0, 256, 16.0)
-    )
+    np.testing.assert_array_equal(image, model.generate_image("a boat", 7, 2, True, 1.0, 256, 16.0))
     expected = codec.tiled(2, 2).decode(tokens[[0, 2, 1, 3]][None])[0]
     np.testing.assert_array_equal(np.asarray(image), expected)
     images = model.generate_images("a boat", 7, 2, is_seamless=True)
