@@ -192,16 +192,18 @@ def _guided(model: nn.Module, rows: RowInputs, logits: jax.Array, step: jax.Arra
 
 
 def _for_rows_in_use(draw: Callable[[RowInputs, RowState], RowState], rows: RowInputs, last: RowState) -> RowState:
-    """`draw`, on the lower half of the rows alone if the others are not in use: all of them are guided."""
+    """`draw`, but for the upper half of the rows if none of them is in use: all the others are guided."""
     half = len(rows.top_k) // 2
     if half == 0 or rows.keys.ndim == 1:
         return draw(rows, last)
 
-    def draw_half():
-        drawn = draw(*jax.tree.map(lambda array: array[:half], (rows, last)))
-        return jax.tree.map(lambda old, new: old.at[:half].set(new), last, drawn)
+    def part(where: slice):
+        return jax.tree.map(lambda array: array[where], (rows, last))
 
-    return jax.lax.cond(rows.row_count[0] <= half, draw_half, lambda: draw(rows, last))
+    lower, upper = part(slice(half)), part(slice(half, None))
+    # Not the lower half under a condition too: what is, a CPU computes on one core.
+    drawn = draw(*lower), jax.lax.cond(rows.row_count[0] > half, lambda: draw(*upper), lambda: upper[1])
+    return jax.tree.map(lambda *halves: jnp.concatenate(halves), *drawn)
 
 
 def _on_each_device(function: Callable, mesh: Mesh | None, is_divided: tuple[bool, ...]) -> Callable:
