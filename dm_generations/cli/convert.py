@@ -5,7 +5,7 @@ from pathlib import Path
 
 DESCRIPTION = """\
 Write a model of any format that loads as a folder of our own: config.json, model.safetensors and the tokenizer's
-files. It loads faster, since its weights are mapped from the disk, and needs neither PyTorch's nor Flax's formats.
+files. Its weights are mapped from the disk, and it needs neither PyTorch's nor Flax's formats.
 A generator's own codec goes to the folder codec within.
 """
 EPILOG = """\
