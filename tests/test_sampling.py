@@ -1,4 +1,4 @@
-"""Draws: the generator's known answers, dalle-mini's own filters, exact distributions, and the rare cases."""
+"""Draws: the generator's known answers, dalle-mini's own filters, and the rare cases."""
 
 import json
 import math
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import golden
+from sampling_kit import FILTER, GUMBEL, LOG_PROB, OFF, SAMPLE, draw, keep, reference_distribution, settings_arrays
 
 from dm_generations import sampling
 from dm_generations.threefry import row_key, threefry2x32
@@ -21,44 +22,7 @@ KNOWN_ANSWERS = [
     ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
 ]
 FORMAT_PAGE = Path(__file__).parents[1] / "schema" / "sampling.md"
-VARIANTS = ["mini", "mega", "other"]
-SAMPLE = jax.jit(sampling.sample, static_argnames=("codebook_size", "order"))
-FILTER = jax.jit(sampling.filter_logits, static_argnames=("codebook_size", "order"))
-LOG_PROB = jax.jit(sampling.log_prob, static_argnames="codebook_size")
-GUMBEL = jax.jit(sampling.gumbel, static_argnames="codebook_size")
-OFF = {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
-
-
-def settings_arrays(row_count, top_k=0, top_p=1.0, temperature=1.0):
-    """Keyword arguments for `sample` and `filter_logits`; each value is one number or one per row."""
-
-    def column(value, dtype):
-        return jnp.asarray(np.broadcast_to(np.asarray(value, dtype), (row_count,)))
-
-    return {
-        "top_k": column(top_k, np.int32),
-        "top_p": column(top_p, np.float32),
-        "temperature": column(temperature, np.float32),
-    }
-
-
-def draw(logits, keys=None, step=0, codebook_size=None, order="temperature_first", **settings):
-    """Codes (B,) of rows of `logits`; one row is shared by all keys."""
-    logits = np.atleast_2d(np.asarray(logits, np.float32))
-    keys = np.zeros((len(logits), 2), np.uint32) if keys is None else keys
-    logits = jnp.asarray(np.broadcast_to(logits, (len(keys), logits.shape[1])))
-    size = codebook_size or logits.shape[1]
-    arrays = settings_arrays(len(keys), **settings)
-    fixed = {"codebook_size": size, "order": order}
-    return np.asarray(SAMPLE(logits, jnp.int32(step), jnp.asarray(keys), **fixed, **arrays))
-
-
-def keep(logits, codebook_size=None, order="temperature_first", **settings):
-    """Which codes of one row of logits the filters leave, as a list."""
-    logits = jnp.asarray(np.atleast_2d(np.asarray(logits, np.float32)))
-    size = codebook_size or logits.shape[1]
-    filtered = FILTER(logits, codebook_size=size, order=order, **settings_arrays(len(logits), **settings))
-    return np.flatnonzero(np.isfinite(np.asarray(filtered)[0])).tolist()
+RECORDED = sorted(path.parent for path in golden("dalle_bart").glob("**/sample_settings.json"))
 
 
 @pytest.mark.parametrize("counter, key, expected", KNOWN_ANSWERS)
@@ -110,10 +74,10 @@ def test_noise_has_the_moments_of_a_gumbel():
     assert abs(np.corrcoef(noise.ravel(), other_step.ravel())[0, 1]) < 0.01
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_filters_give_the_logits_that_dalle_mini_gave(variant):
-    recorded = np.load(golden("dalle_bart") / variant / "sample.npz")
-    settings = json.loads((golden("dalle_bart") / variant / "sample_settings.json").read_text())
+@pytest.mark.parametrize("case", RECORDED, ids=lambda case: case.name)
+def test_filters_give_the_logits_that_dalle_mini_gave(case):
+    recorded = np.load(case / "sample.npz")
+    settings = json.loads((case / "sample_settings.json").read_text())
     for name, given in settings.items():
         guided, expected = (recorded[f"{name}__steps_{kind}_logits"] for kind in ("guided", "warped"))
         column_count = guided.shape[-1]
@@ -126,11 +90,11 @@ def test_filters_give_the_logits_that_dalle_mini_gave(variant):
         np.testing.assert_allclose(filtered, expected, rtol=1.2e-7, atol=0, err_msg=name)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_filtered_logits_and_dalle_minis_noise_give_the_codes_it_drew(variant):
-    recorded = np.load(golden("dalle_bart") / variant / "sample.npz")
-    chosen = json.loads((golden("dalle_bart") / variant / "sample_settings.json").read_text())["full"]
-    end_token = json.loads((golden("dalle_bart") / variant / "config.json").read_text())["eos_token_id"]
+@pytest.mark.parametrize("case", RECORDED, ids=lambda case: case.name)
+def test_filtered_logits_and_dalle_minis_noise_give_the_codes_it_drew(case):
+    recorded = np.load(case / "sample.npz")
+    chosen = json.loads((case / "sample_settings.json").read_text())["full"]
+    end_token = json.loads((case / "config.json").read_text())["eos_token_id"]
     guided, noise = recorded["full__steps_guided_logits"], recorded["full__steps_gumbel"]
     logits = jnp.asarray(guided.reshape(-1, guided.shape[-1]))
     arrays = settings_arrays(len(logits), **{axis: chosen[axis] for axis in OFF})
@@ -140,139 +104,6 @@ def test_filtered_logits_and_dalle_minis_noise_give_the_codes_it_drew(variant):
     is_filled = np.cumsum(expected == end_token, axis=1) > 1  # dalle-mini repeats the end token to the end
     np.testing.assert_array_equal(drawn[~is_filled], expected[~is_filled])
     assert is_filled.mean() < 0.1
-
-
-def reference_distribution(logits, top_k, top_p, temperature, order="temperature_first"):
-    """Exact probabilities in float64, by sorting: the definition, not the way it is computed."""
-    tempered = np.asarray(logits, np.float64) / temperature
-    weighed = tempered if order == "temperature_first" else np.asarray(logits, np.float64)
-    kept = np.argsort(-tempered, kind="stable")  # best first
-    if order == "temperature_first":
-        kept = kept[: top_k or None]
-    weights = np.exp(weighed[kept] - weighed.max())
-    before = np.cumsum(weights / weights.sum()) - weights / weights.sum()
-    kept = kept[before < top_p] if top_p < 1 else kept
-    kept = kept[: top_k or None]
-    result = np.zeros(len(tempered))
-    result[kept] = np.exp(tempered[kept] - tempered.max())
-    return result / result.sum()
-
-
-def chi_square_tail(statistic, freedom):
-    """The probability that chi-square with `freedom` degrees exceeds `statistic`.
-
-    The regularised upper incomplete gamma function Q(freedom / 2, statistic / 2) by its recurrence
-    Q(a + 1, x) = Q(a, x) + x^a e^-x / Gamma(a + 1), from Q(1, x) = e^-x or Q(1/2, x) = erfc(sqrt(x)).
-    """
-    x = statistic / 2
-    a, tail = (0.5, math.erfc(math.sqrt(x))) if freedom % 2 else (1.0, math.exp(-x))
-    while a < freedom / 2:
-        tail += math.exp(a * math.log(x) - x - math.lgamma(a + 1)) if x > 0 else 0.0
-        a += 1
-    return tail
-
-
-def fit(codes, distribution):
-    """The p-value of `codes` (n,) as draws of `distribution` (V,); 0 if one of them cannot be drawn."""
-    observed = np.bincount(codes, minlength=len(distribution))
-    if observed[distribution == 0].any():
-        return 0.0
-    order = np.argsort(distribution)
-    expected, observed = distribution[order] * len(codes), observed[order]
-    # Cells from the rarest on, each as many codes as it takes to expect 5: fewer are not near a normal number.
-    cells, open_cell = [], np.zeros(2)
-    for pair in np.stack([expected, observed], axis=1):
-        open_cell = open_cell + pair
-        if open_cell[0] >= 5:
-            cells.append(open_cell)
-            open_cell = np.zeros(2)
-    cells[-1] = cells[-1] + open_cell
-    expected, observed = np.transpose(cells)
-    if len(cells) == 1:
-        return 1.0
-    return chi_square_tail(((observed - expected) ** 2 / expected).sum(), len(cells) - 1)
-
-
-@pytest.mark.parametrize(
-    "freedom, statistic, tail",
-    # NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.4
-    [
-        (1, 3.841, 0.05),
-        (1, 6.635, 0.01),
-        (2, 13.816, 0.001),
-        (10, 18.307, 0.05),
-        (59, 98.324, 0.001),
-        (100, 77.929, 0.95),
-    ],
-)
-def test_chi_square_tail_is_that_of_tables(freedom, statistic, tail):
-    assert chi_square_tail(statistic, freedom) == pytest.approx(tail, rel=2e-3)
-
-
-def distribution_case(number):
-    """Logits (64,) and settings over wide ranges, whose exact distribution does not hang on a rounding error."""
-    random = np.random.default_rng([8, number])
-    while True:
-        logits = (random.normal(size=64) * random.uniform(0.3, 3)).astype(np.float32)
-        top_k = 0 if random.random() < 0.3 else int(80 ** random.random())
-        top_p = 1.0 if random.random() < 0.3 else float(np.float32(random.uniform(0.02, 1)))
-        temperature = float(np.float32(10 ** random.uniform(-1, 1)))
-        case = logits, top_k, top_p, temperature, sampling.ORDERS[number % 2]
-        nearby = [reference_distribution(*case[:2], top_p + error, *case[3:]) > 0 for error in (-1e-5, 1e-5)]
-        if top_p == 1 or (nearby[0] == nearby[1]).all():
-            return case
-
-
-def many_draws(number, draw_count, row_count=1 << 14):
-    """(draw_count,) codes of a case, with keys that are all different, at as many steps as it takes."""
-    logits, top_k, top_p, temperature, order = distribution_case(number)
-    settings = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "order": order}
-    keys = np.array([row_key(number, index) for index in range(row_count)], np.uint32)
-    codes = [draw(logits, keys, step, **settings) for step in range(-(-draw_count // row_count))]
-    return np.concatenate(codes)[:draw_count]
-
-
-@pytest.mark.parametrize("number", range(4))
-def test_draws_follow_the_filtered_distribution(number):
-    """Chi-square of 65,536 draws. 1e-3 in all, over 4 tests."""
-    assert fit(many_draws(number, 1 << 16), reference_distribution(*distribution_case(number))) > 1e-3 / 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(50))
-def test_a_million_draws_follow_the_filtered_distribution(number):
-    """1e-3 in all, over 50 tests."""
-    assert fit(many_draws(number, 10**6), reference_distribution(*distribution_case(number))) > 1e-3 / 50
-
-
-def test_a_wrong_distribution_does_not_pass():
-    number = next(number for number in range(50) if distribution_case(number)[1] > 8 and number % 2 == 0)
-    codes, case = many_draws(number, 1 << 16), distribution_case(number)
-    logits, top_k, top_p, temperature, order = case
-    right = reference_distribution(*case)
-    assert fit(codes, right) > 1e-3
-    assert fit(codes, reference_distribution(logits, top_k, top_p, temperature * 1.1, order)) < 1e-6
-    assert fit(codes, reference_distribution(logits, np.count_nonzero(right) - 1, 1.0, temperature, order)) == 0
-    assert fit(codes, reference_distribution(logits, np.count_nonzero(right) + 1, 1.0, temperature, order)) < 1e-6
-    shifted = right.copy()
-    best, second = np.argsort(-right)[:2]
-    shifted[[best, second]] += np.array([-0.02, 0.02])
-    assert fit(codes, shifted) < 1e-6
-
-
-def test_rows_of_one_batch_follow_their_own_distributions():
-    random = np.random.default_rng(0)
-    per_setting, code_count = 1 << 14, 12
-    axes = [(0, 1.0, 1.0), (5, 1.0, 1.0), (0, 0.8, 1.0), (7, 0.9, 1.5)]
-    axes += [(0, 1.0, 3.0), (12, 0.5, 0.7), (1, 1.0, 1.0), (40, 0.97, 0.5)]
-    rows = [random.normal(size=code_count).astype(np.float32) * 1.5 for _ in axes]
-    keys = random.integers(0, 2**32, (len(axes) * per_setting, 2), dtype=np.uint32)
-    columns = [np.repeat(np.array(column), per_setting) for column in zip(*axes, strict=True)]
-    names = ("top_k", "top_p", "temperature")
-    codes = draw(np.repeat(rows, per_setting, axis=0), keys, **dict(zip(names, columns, strict=True)))
-    for index, (logits, setting) in enumerate(zip(rows, axes, strict=True)):
-        drawn = codes[index * per_setting : (index + 1) * per_setting]
-        assert fit(drawn, reference_distribution(logits, *setting)) > 1e-3 / len(axes), setting
 
 
 def plain_keep_top_k(logits, top_k):
