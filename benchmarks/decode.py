@@ -12,13 +12,12 @@ On 2 cores some minutes each; --codec PATH takes another codec's weights, "embed
 
 import argparse
 import os
-import time
 from collections.abc import Callable
 
 import decode_stages
 import jax
-import jax.numpy as jnp
 import numpy as np
+from timing import matrix_peak, seconds_of
 
 from dm_generations.decode.codec import DTYPES, Codec
 from dm_generations.models.checkpoints import load, unflatten
@@ -51,7 +50,7 @@ def network(args: argparse.Namespace) -> None:
     """Pictures a second on the device, nothing else; GFLOP are those of the network as it is written."""
     config, params = codec_of(args.codec)
     tokens = random_tokens(config, args.batch_size)
-    peak = {dtype: matrix_peak(dtype) for dtype in DTYPES}
+    peak = {dtype: matrix_peak(dtype) / 1e9 for dtype in DTYPES}  # GFLOP/s
     model = VQGAN(config)
     decoder_params = {name: params[name] for name in VQGAN.DECODER_PARTS}
     written = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, method="decode_code"))
@@ -117,23 +116,6 @@ def codec_of(path: str | None) -> tuple[VQGANConfig, dict]:
 def random_tokens(config: VQGANConfig, count: int) -> np.ndarray:
     """(count, L) int32."""
     return np.random.default_rng(1).integers(config.codebook_size, size=(count, config.grid**2), dtype=np.int32)
-
-
-def seconds_of(function: Callable, repeats: int = 3) -> float:
-    """The best of some calls; the first, which compiles, is left out."""
-    jax.block_until_ready(function())
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-def matrix_peak(dtype: str, size: int = 4096) -> float:
-    """GFLOP/s of a large matrix product."""
-    matrix = jnp.ones((size, size), dtype)
-    return 2 * size**3 / seconds_of(lambda: matrix @ matrix) / 1e9
 
 
 def time_torch(config: VQGANConfig, params: dict, tokens: np.ndarray, line: Callable[[str, str, float], None]) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import matrix_peak, seconds_of
 
 from dm_generations.decode.memory import free_bytes
 from dm_generations.generate.generator import Generator, RowSettings, tokenizer_of
@@ -238,25 +239,13 @@ class Machine:
     flops: float  # operations a second
 
     @classmethod
-    def measured(cls, dtype: str, array_bytes: int = 1 << 29, size: int = 4096) -> "Machine":
+    def measured(cls, dtype: str, array_bytes: int = 1 << 29) -> "Machine":
         array = jnp.ones(array_bytes // 4, jnp.float32)
         total, copied = jax.jit(jnp.sum), jax.jit(lambda x: x + 1)
         bandwidth = max(
             array_bytes / seconds_of(lambda: total(array)), 2 * array_bytes / seconds_of(lambda: copied(array))
         )
-        matrix = jnp.ones((size, size), dtype)
-        return cls(bandwidth, 2 * size**3 / seconds_of(lambda: matrix @ matrix))
-
-
-def seconds_of(function: Callable, repeats: int = 3) -> float:
-    """The best of some calls; the first, which compiles, is left out."""
-    jax.block_until_ready(function())
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - started)
-    return min(times)
+        return cls(bandwidth, matrix_peak(dtype))
 
 
 def model_of(shape: str) -> tuple[Checkpoint, TextTokenizer]:
