@@ -184,7 +184,9 @@ def _generate(args: argparse.Namespace) -> int:
 
     exists = os.path.exists(args.db)  # unlike Path.exists, False for a name that cannot be
     if exists:  # found out before the models are loaded, which takes a moment
-        Archive.open(args.db, "r" if args.dry_run else "w").close()
+        with Archive.open(args.db, "r" if args.dry_run else "w") as archive:
+            if archive.is_2022:
+                raise UserError(f"{args.db}: the 2022 layout is only read; `merge` it into a new archive to add to it")
     overrides = {} if args.conv_like is None else {"conv_like": args.conv_like}
     if args.cond_scale_of is not None:
         overrides["guides_first_code_alone"] = args.cond_scale_of == "first"

@@ -53,7 +53,7 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
             "--dtype",
             choices=["float32", "bfloat16", "float16"],
             default="float32",
-            help="of activations and caches; rows remember it (default: float32)",
+            help="of activations and caches; rows remember it, and are not drawn again in another (default: float32)",
         )
     add("--cpu-only", action="store_true", help="leave accelerators alone")
 

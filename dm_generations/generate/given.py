@@ -5,7 +5,6 @@ They come from a picture, through the codec's encoder, or from a file of tokens 
 L: codes of a picture, row-major over its grid   S: pixels a side of the codec's pictures
 """
 
-import hashlib
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from dm_generations.archive import init_md5
 from dm_generations.decode.tokens import TOKEN_DTYPE
 from dm_generations.errors import UserError
 from dm_generations.models.checkpoints import Checkpoint
@@ -31,7 +31,8 @@ class Given(NamedTuple):
 
     @property
     def md5(self) -> str:
-        return init_md5(self.tokens, self.count)
+        """Hex, of the codes that are kept, as an archive stores it."""
+        return init_md5(self.tokens.astype(TOKEN_DTYPE).tobytes(), self.count)
 
 
 def load_given(
@@ -70,12 +71,6 @@ def kept_count(init_count: int | None, token_count: int) -> int:
             f"--init-count {count} is not between 1 and {token_count - 1}: a picture has {token_count} codes"
         )
     return count
-
-
-def init_md5(tokens: np.ndarray, count: int) -> str:
-    """Hex MD5 of the first `count` of `tokens` (L,) as an archive stores codes; "" for none."""
-    blob = np.asarray(tokens[:count]).astype(TOKEN_DTYPE).tobytes()
-    return hashlib.md5(blob, usedforsecurity=False).hexdigest() if blob else ""
 
 
 def read_tokens(path: Path, token_count: int, codebook_size: int) -> np.ndarray:

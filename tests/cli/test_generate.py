@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from decode_kit import write_archive_2022
 from PIL import Image
 from tiny import CODEBOOK_SIZE, GRID, tiny_clip, tiny_dalle_bart, tiny_models, tiny_vqgan
 
@@ -126,6 +127,15 @@ def test_dry_run_leaves_nothing_behind(models, tmp_path, capsys):
     assert f"{6 * GRID**2 * 2} bytes" in told
     assert "MB of memory besides the weights" in told and "takes about 00:" in told
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_refuses_what_a_run_refuses_and_changes_no_file(models, tmp_path):
+    old = tmp_path / "2022.db"
+    write_archive_2022(old, np.zeros((1, GRID**2), np.uint16))
+    before = old.read_bytes()
+    with pytest.raises(UserError, match="the 2022 layout is only read"):
+        draw(models, old, "--prompts", "a boat", "--dry-run")
+    assert old.read_bytes() == before
 
 
 def test_prompts_from_a_file_join_those_of_the_command_line(models, tmp_path):
