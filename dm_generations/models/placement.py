@@ -1,7 +1,8 @@
-"""Weights onto the device, piece by piece.
+"""Weights onto the device: those of our own folder as the mapped file has them, others piece by piece.
 
 The arrays of a checkpoint are views of mapped files. Pages that have been copied are given back while the copying
-goes on, so that loading N bytes of weights takes little more than N bytes of memory.
+goes on, so that loading N bytes of weights takes little more than N bytes of memory. What needs no copy, in float32
+on a CPU, is read from the disk when it is first computed with, and shared with other processes.
 """
 
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dm_generations.models.checkpoints.mapped import release
+from dm_generations.models.checkpoints.mapped import release, stays
 
 _PIECE = 1 << 25  # bytes between two releases: a call for each small tensor would cost more than it saves
 _ALIGNMENT = 64  # of arrays that JAX takes over on a CPU instead of copying them
@@ -24,9 +25,10 @@ def placed(params: dict, dtype: Any = np.float32, where: jax.sharding.Sharding |
     on_device, unreleased = [], []
     for leaf in leaves:
         leaf = np.asarray(leaf)
-        # Never the mapped memory itself: somebody may write the file anew while the program runs.
-        copy = _copied(leaf, np.dtype(dtype if leaf.ndim > 1 else np.float32))
-        on_device.append(jax.device_put(copy, where))
+        target = np.dtype(dtype if leaf.ndim > 1 else np.float32)
+        # Of other files never the mapped memory itself: somebody may write them anew while the program runs.
+        is_usable = leaf.dtype == target and stays(leaf)
+        on_device.append(jax.device_put(leaf if is_usable else _copied(leaf, target), where))
         unreleased.append(leaf)
         if sum(view.nbytes for view in unreleased) >= _PIECE:
             release(unreleased)

@@ -110,15 +110,32 @@ def test_own_folder_keeps_names_shapes_and_values(codec, tmp_path, dtype):
     assert safetensors.numpy.load_file(codec / "model.safetensors").keys() == checkpoints.flatten(found.params).keys()
 
 
-def test_placed_weights_equal_the_file_and_do_not_follow_it(codec):
-    found = checkpoints.load(codec, "codec")
+def test_placed_weights_do_not_follow_a_file_of_others(tmp_path):
+    """Programs that train write theirs in place."""
+    folder = tmp_path / "clip"
+    shutil.copytree(golden("clip/model"), folder)
+    found = checkpoints.load(folder, "clip")
     before = jax.tree.map(np.array, found.params)
     on_device = placed(found.params)
-    path = codec / "model.safetensors"
+    path = folder / "model.safetensors"
     with open(path, "r+b") as file:
         file.seek(-64, 2)
         file.write(b"\xff" * 64)
     assert_same(on_device, before)
+
+
+def test_placed_weights_of_our_own_folder_are_the_mapped_file(codec):
+    found = checkpoints.load(codec, "codec")
+    before = jax.tree.map(np.array, found.params)
+    on_device = placed(found.params)
+    if jax.default_backend() == "cpu":
+        in_file, in_use = checkpoints.flatten(found.params), checkpoints.flatten(on_device)
+        largest = max(in_file, key=lambda name: in_file[name].nbytes)  # lies first, at a multiple of 64
+        assert in_use[largest].unsafe_buffer_pointer() == in_file[largest].ctypes.data
+    changed = jax.tree.map(lambda array: array + 1, before)
+    checkpoints.save(codec, "vqgan", json.loads((codec / "config.json").read_text()), changed)
+    assert_same(on_device, before)
+    assert_same(placed(checkpoints.load(codec, "codec").params), changed)
 
 
 def test_placed_copies_large_and_transposed_arrays_exactly(monkeypatch):

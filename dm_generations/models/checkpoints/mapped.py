@@ -15,20 +15,27 @@ import numpy as np
 from dm_generations.errors import UserError
 
 
+class _Mapping(mmap.mmap):
+    stays = False
+
+
 class MappedFile:
     """The bytes of a file, mapped read-only.
 
-    Raises UserError if the file cannot be read or is empty. Arrays keep the mapping alive; this object need not live.
+    stays: the file is only ever replaced, never written in place, so that its bytes are these for as long as they are
+    mapped. Raises UserError if the file cannot be read or is empty. Arrays keep the mapping alive; this object need
+    not live.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, stays: bool = False) -> None:
         self.path = Path(path)
         try:
             with open(self.path, "rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
                 if self.size == 0:
                     raise UserError(f"{self.path} is empty: download it again")
-                self.content = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
+                self.content = _Mapping(file.fileno(), self.size, access=mmap.ACCESS_READ)
+                self.content.stays = stays
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
 
@@ -50,17 +57,23 @@ class MappedFile:
         _release(self.content)
 
 
+def stays(array: np.ndarray) -> bool:
+    """Whether `array` is a view of a file that is never written in place."""
+    mapping = _mapping(array)
+    return mapping is not None and mapping.stays
+
+
 def release(arrays: Iterable[np.ndarray]) -> None:
     """Let the pages of the files behind these arrays leave the process; arrays without a file are passed over."""
     for mapping in {id(mapping): mapping for mapping in map(_mapping, arrays) if mapping is not None}.values():
         _release(mapping)
 
 
-def _mapping(array: np.ndarray) -> mmap.mmap | None:
+def _mapping(array: np.ndarray) -> _Mapping | None:
     base = array
     while isinstance(base, np.ndarray):
         base = base.base
-    return base if isinstance(base, mmap.mmap) else None
+    return base if isinstance(base, _Mapping) else None
 
 
 def _release(mapping: mmap.mmap) -> None:

@@ -2,7 +2,9 @@
 
 config.json has `"format": "dm-generations"`, the kind of network, its config, and `text_style` for a generator, whose
 tokenizer lies beside it. Tensors are named by their path in the parameter tree, `decoder/conv_in/kernel`. A generator's
-own codec may lie in the folder `codec` within. Large tensors come first and are aligned, so that a reader can map them.
+own codec may lie in the folder `codec` within. Large tensors come first and are aligned, so that a device that computes
+in the system's memory uses them where the file is mapped, without a copy. So the file is never written in place: a new
+one replaces it.
 """
 
 import json
@@ -48,7 +50,7 @@ def _read(folder: Path, role: str) -> Source | None:
         config = config_class(kind).from_dict(values)
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"{folder / CONFIG_FILE} does not describe a {kind}: {error}") from error
-    params = unflatten(read_safetensors(weights), weights)
+    params = unflatten(read_safetensors(weights, stays=True), weights)
     if role == "codec":
         return Source(kind, config, params, (weights,))
     return Source(kind, config, params, (weights,), folder, values.get("text_style", kind))

@@ -43,12 +43,12 @@ class _Malformed(ValueError):
     """What is wrong with the content; the reader adds the file's name."""
 
 
-def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read_safetensors(path: str | os.PathLike, stays: bool = False) -> dict[str, np.ndarray]:
     """The tensors by name, in the order of the header: read-only views, in the dtypes that the file holds.
 
-    Raises UserError, naming the file, if it cannot be read, is cut short or is something else.
+    stays: see `MappedFile`. Raises UserError, naming the file, if it cannot be read, is cut short or is something else.
     """
-    file = MappedFile(path)
+    file = MappedFile(path, stays)
     try:
         header, start = _header(file)
         fields = {name: _fields(name, entry) for name, entry in header.items() if name != "__metadata__"}
