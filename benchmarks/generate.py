@@ -2,10 +2,10 @@
 
     python benchmarks/generate.py sweep                              # the shipped model, 8 settings x 32 pictures
     python benchmarks/generate.py speed --shape mini --batch 1 4 16  # random weights at DALL-E mini's size
-    python benchmarks/generate.py torch --shape mini --batch 4       # min-dalle's structure, if torch is there
 
-On 2 cores some minutes each. `speed` and `torch` time a few steps and count on the others taking as long, which they
-do: attention reads the whole cache at every step. One run of `sweep` compares both ways, each in a process of its own.
+On 2 cores some minutes each. `speed` times a few steps and counts on the others taking as long, which they do:
+attention reads the whole cache at every step. Where torch is installed, min-dalle's structure in torch is timed beside
+it. One run of `sweep` compares both ways, each in a process of its own.
 """
 
 import argparse
@@ -56,7 +56,7 @@ _MEGA = DalleBartConfig(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sweep", "speed", "torch"])
+    parser.add_argument("what", choices=["sweep", "speed"])
     parser.add_argument("--shape", choices=["embedded", "mini", "mega"], default="mini", help="(default: mini)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="(default: 1 4 16)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
@@ -66,9 +66,10 @@ def main() -> None:
     )
     parser.add_argument("--structure", help=argparse.SUPPRESS)  # what a process of `sweep` runs
     args = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of a GPU's memory torch needs a part
     if not args.structure:
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, load {os.getloadavg()[0]:.1f}", flush=True)
-    {"sweep": sweep, "speed": speed, "torch": time_torch}[args.what](args)
+    {"sweep": sweep, "speed": speed}[args.what](args)
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -174,6 +175,7 @@ def speed(args: argparse.Namespace) -> None:
         needed, free = weight_bytes / 1e9, free / 1e9
         print(f"{args.shape}: skipped, its weights take {needed:.1f} GB in {args.dtype} and {free:.1f} GB are free")
         return
+    torch = TorchDecoder.of(checkpoint, args.dtype) if 2 * weight_bytes < 0.9 * free else None
     for batch_size in args.batch:
         generator = Generator(checkpoint, tokenizer, batch_size, dtype=args.dtype)
         if generator.batch_size < batch_size:
@@ -190,6 +192,10 @@ def speed(args: argparse.Namespace) -> None:
             flush=True,
         )
         del generator
+        if torch is not None:
+            theirs = torch.seconds_of_step(batch_size, args.steps)
+            report(f"    {torch.name}", batch_size, config.image_length, None, theirs)
+            print(f"    torch takes {theirs / step:.2f} times as long", flush=True)
 
 
 def report(what: str, batch_size: int, length: int, begin: float | None, step: float) -> None:
@@ -273,38 +279,21 @@ def random_params(config: DalleBartConfig) -> dict:
     return unflatten({name: array(name, shape) for name, shape in shapes.items()})
 
 
-def time_torch(args: argparse.Namespace) -> None:
-    """A decoder in PyTorch as min-dalle has it: both halves in one batch, caches, one setting for the batch.
-
-    After kuprel/min-dalle, `min_dalle/models/dalle_bart_decoder.py`; texts are noise, and not timed.
-    """
-    try:
-        import torch
-    except ImportError:
-        print("torch is not installed")
-        return
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    checkpoint, _ = model_of(args.shape)
-    with torch.inference_mode():
-        decoder = TorchDecoder(torch, checkpoint, device, dtype)
-        for batch_size in args.batch:
-            state = decoder.begin(batch_size)
-            decoder.step(state, 0)
-            wait()
-            best = float("inf")
-            for _ in range(3):
-                started = time.perf_counter()
-                for step in range(args.steps):
-                    decoder.step(state, step)
-                wait()
-                best = min(best, (time.perf_counter() - started) / args.steps)
-            what = f"torch {torch.__version__}, {args.shape}, {args.dtype}, batch {batch_size}"
-            report(what, batch_size, checkpoint.config.image_length, None, best)
-
-
 class TorchDecoder:
-    """The decoder of a DalleBart of "normformer" norms with gated feed-forward blocks."""
+    """The decoder of a DalleBart in PyTorch as min-dalle has it, with norms and feed-forward blocks as DALL-E mini's.
+
+    Both halves in one batch, caches, one setting for the batch; texts are noise, and not timed.
+    After kuprel/min-dalle, `min_dalle/models/dalle_bart_decoder.py`.
+    """
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, dtype: str) -> "TorchDecoder | None":
+        """On the GPU, if there is one. None where torch is not installed."""
+        try:
+            import torch
+        except ImportError:
+            return None
+        return cls(torch, checkpoint, "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype))
 
     def __init__(self, torch, checkpoint: Checkpoint, device: str, dtype):
         def tensors(tree):
@@ -315,6 +304,7 @@ class TorchDecoder:
             return torch.from_numpy(array).to(device, dtype)
 
         self.torch, self.device, self.dtype, self.config = torch, device, dtype, checkpoint.config
+        self.name = f"torch {torch.__version__}, {device}"
         decoder = dict(checkpoint.params["model"]["decoder"])
         self.layers = [
             tensors(decoder["layers"][f"FlaxBartDecoderLayer_{index}"]) for index in range(self.config.decoder_layers)
@@ -324,6 +314,22 @@ class TorchDecoder:
         )
         self.norms = {name: tensors(decoder[name]) for name in ("layernorm_embedding", "final_ln")}
         self.head = tensors(checkpoint.params["lm_head"]["kernel"])
+
+    def seconds_of_step(self, batch_size: int, steps: int) -> float:
+        """The best of three times `steps` steps."""
+        wait = self.torch.cuda.synchronize if self.device == "cuda" else lambda: None
+        best = float("inf")
+        with self.torch.inference_mode():
+            state = self.begin(batch_size)
+            self.step(state, 0)
+            for _ in range(3):
+                wait()
+                started = time.perf_counter()
+                for step in range(steps):
+                    self.step(state, step)
+                wait()
+                best = min(best, (time.perf_counter() - started) / steps)
+        return best
 
     def begin(self, batch_size: int) -> dict:
         """Empty caches, and keys and values of texts that are noise; both halves of each picture are rows."""

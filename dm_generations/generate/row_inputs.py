@@ -41,6 +41,9 @@ class RowInputs(NamedTuple):
     init_count: jax.Array  # (R,) int32, how many of them are kept
 
 
+OF_ROWS = RowInputs._fields[RowInputs._fields.index("cond") :]  # with one entry for each row
+
+
 class Row(NamedTuple):
     """One picture to draw."""
 
