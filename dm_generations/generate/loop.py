@@ -196,8 +196,8 @@ def _for_rows_in_use(draw: Callable[[RowInputs, RowState], RowState], rows: RowI
 
     A loop and no condition, within which a CPU computes on one core; and `draw` is compiled once.
     """
-    half = len(rows.top_k) // 2
-    if half == 0 or rows.keys.ndim == 1:
+    half, rest = divmod(len(rows.top_k), 2)
+    if rest or rows.keys.ndim == 1:
         return draw(rows, last)
 
     def draw_half(number, last):
