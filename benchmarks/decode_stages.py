@@ -58,6 +58,7 @@ def pipeline(args: argparse.Namespace, config: VQGANConfig, params: dict, tokens
 def pipeline_process(args: argparse.Namespace) -> None:
     """One structure, in this process: as a whole from its start on, then stage by stage."""
     folder = Path(args.folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))  # a new one: both structures compile
     started = time.perf_counter()
     checkpoint = load(str(folder / "codec"), "codec")
     if args.structure == "simple":

@@ -13,8 +13,10 @@ statement, `window.DM_MANIFEST = {...};`, in ASCII:
 `prompt` and `sc_prompt` are positions in those lists. The path of a file, relative to the manifest and with
 "/" between its parts, is prefix + middle + suffix: they only save repeating what paths share. `files` are
 
-    images       [middle, rank, score or null, key0, key1]     best first; then [init_count, dtype] of a picture that
-                 goes on from so many given codes, or that was not computed in float32
+    images       [middle, rank, score or null, key0, key1]     best first; then what is not "", 1, 0, "float32" of
+                 [model, sampler_version, init_count, dtype], up to the last of them: the name of the model that drew
+                 the picture, "" for the one that ships and null for one that is not known; which noise it drew with;
+                 how many codes were given; and what it computed in
     gallery      [middle, page, [score or null, ...]]          by page; pictures best first
 
 top_k 0 and top_p 1.0 mean "off"; scores are CLIP logits of picture and prompt as typed; numbers that JSON
@@ -37,6 +39,9 @@ MANIFEST = "manifest.js"
 MANIFEST_START = "window.DM_MANIFEST = "
 PAGE = "samplebrowser.html"
 
+_SHIPPED = "embedded/"  # so begin the names of models that ship
+_USUAL = ("", 1, 0, "float32")
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -55,6 +60,8 @@ class Entry:
     score: float | None
     key0: int
     key1: int
+    model: str | None  # that drew it; None: not known
+    sampler_version: int | None = None
     init_count: int = 0
     dtype: str | None = None
 
@@ -137,16 +144,21 @@ def _pack(mode: str, members: list[Entries]) -> tuple[str, str, list[list]]:
     suffix = commonprefix([rest[::-1] for rest in rests])[::-1]
     middles = [rest[: len(rest) - len(suffix)] for rest in rests]
     if mode == "images":
-        rows = [[entry.rank, rounded_score(entry.score), entry.key0, entry.key1, *_unusual(entry)] for entry in members]
+        rows = [[entry.rank, rounded_score(entry.score), entry.key0, entry.key1, *unusual(entry)] for entry in members]
     else:
         rows = [[entry.page, [rounded_score(score) for score in entry.scores]] for entry in members]
     return prefix, suffix, [[middle, *row] for middle, row in zip(middles, rows, strict=True)]
 
 
-def _unusual(entry: Entry) -> list:
-    """What it takes to draw a picture again besides its settings and key; most need no more."""
-    is_usual = not entry.init_count and entry.dtype in (None, "float32")
-    return [] if is_usual else [entry.init_count, entry.dtype or "float32"]
+def unusual(entry: Entry) -> list[int | str | None]:
+    """What it takes to draw a picture again besides its settings and key; most of the shipped model need no more."""
+    if entry.model is None or entry.sampler_version is None:
+        return [None]
+    model = "" if entry.model.startswith(_SHIPPED) else entry.model
+    values = [model, entry.sampler_version, entry.init_count, entry.dtype or "float32"]
+    while values and values[-1] == _USUAL[len(values) - 1]:
+        values.pop()
+    return values
 
 
 def _finite(number: float | None) -> float | None:

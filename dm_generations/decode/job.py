@@ -17,7 +17,7 @@ from dm_generations.browser.manifest import (
     manifest_files,
     write_manifest,
 )
-from dm_generations.browser.shown import shown_before, shown_by
+from dm_generations.browser.shown import Shown, shown_before, shown_by, write_others
 from dm_generations.decode.codec import Codec, Decoding
 from dm_generations.decode.gallery import Sheet, sheet_tokens
 from dm_generations.decode.npy import encode_npy
@@ -50,9 +50,10 @@ class Job:
         self.out_dir = options.out_dir
         self.report = Report()
         self._entries: dict[str, Entry | GalleryEntry] = {}  # by path, for files that are there or will be
-        needs_models = options.has_metadata or self.layout.mode == "tar"
-        models = archive.models() if needs_models else {}
-        self._finish = Finish(options.encoding, options.strips, options.has_metadata, models)
+        self._models = archive.models()
+        self._finish = Finish(options.encoding, options.strips, options.has_metadata, self._models)
+        has_page = self.layout.mode in ("images", "gallery")
+        self._shown: dict[str, Shown] = shown_before(self.out_dir) if has_page else {}
         self._moved_paths = set(self._find_moved())
         self._set_id = fingerprint(self._contents()) if self.layout.is_sharded else ""
 
@@ -86,9 +87,14 @@ class Job:
         if not self._entries or self.layout.mode not in ("images", "gallery"):
             return
         try:
+            write_others(self.out_dir, {path: shown for path, shown in self._shown.items() if self._is_other(path)})
             self.report.page = write_manifest(self.out_dir, self._manifest())
         except OSError as error:
             raise UserError(f"cannot write the page into {self.out_dir}: {error.strerror}") from error
+
+    def _is_other(self, path: str) -> bool:
+        """Whether a file of an earlier decode stands that this one was not asked for, or could not replace."""
+        return path not in self._entries and is_finished(os.path.join(self.out_dir, path))
 
     def _manifest(self) -> dict:
         mode = "gallery" if self.layout.is_gallery else "images"
@@ -122,14 +128,26 @@ class Job:
 
     def _find_moved(self) -> Iterator[str]:
         """Paths of files that stand, but whose names belong to other pictures by now."""
-        shown = shown_before(self.out_dir) if self.layout.mode in ("images", "gallery") else {}
+        if self.layout.mode == "npy":
+            yield from self._find_other_tokens()
+        shown = self._shown
         for plan in self.plans if shown else ():
             rows = self.archive.rows(plan.settings, plan.count)
             for target in plan.targets(self.layout):
                 members = list(islice(rows, len(target.ranks)))
                 # A row that cannot be read could not be decoded again either.
                 if target.path in shown and members and all(row.quantvec for row in members):
-                    if shown[target.path] != shown_by(entry(plan, target, target.path, members)):
+                    if shown[target.path] != shown_by(entry(plan, target, target.path, members, self._models)):
+                        yield target.path
+
+    def _find_other_tokens(self) -> Iterator[str]:
+        """Paths of files of tokens that hold other ones than the picture of their rank has. They have no manifest."""
+        for plan in self.plans:
+            rows = self.archive.rows(plan.settings, plan.count)
+            for target, row in zip(plan.targets(self.layout), rows, strict=False):  # fewer if the archive changes
+                with contextlib.suppress(OSError, ValueError, BadTokens):
+                    held = (self.out_dir / target.path).read_bytes()
+                    if held != encode_npy(self._tokens(row, AnyTokens())):
                         yield target.path
 
     def _cells(self, codec: Codec | AnyTokens | None, progress: Progress) -> Iterator[Cell]:
@@ -144,7 +162,7 @@ class Job:
                 yield from self._cells_of(plan, target, members, shard, codec, progress)
             elif shard is None:
                 self.report.already_there += 1
-                self._entries[target.path] = entry(plan, target, target.path, members)
+                self._entries[target.path] = entry(plan, target, target.path, members, self._models)
             elif shard is not finished_shard:
                 finished_shard = shard
                 self.report.already_there += 1
@@ -161,7 +179,7 @@ class Job:
         good = []
         for cell, row in enumerate(members):
             try:
-                tokens = tokens_of(row.quantvec, row.quantvec_md5, codec.token_count, codec.codebook_size)
+                tokens = self._tokens(row, codec)
             except BadTokens as error:
                 self._problem(f"image {row.id} was not decoded: {error}", progress)
             else:
@@ -175,7 +193,7 @@ class Job:
         if not good:
             return
         path = target.path if is_whole or not target.incomplete_path else target.incomplete_path
-        self._entries[path] = entry(plan, target, path, members)
+        self._entries[path] = entry(plan, target, path, members, self._models)
         cols, rows = (self.layout.cols, self.layout.rows) if self.layout.is_gallery else (1, 1)
         replaced = target.incomplete_path if is_whole else None
         sheet = Sheet(path, replaced, cols, rows, len(good))
@@ -185,6 +203,14 @@ class Job:
             return
         for cell, _, tokens in good:
             yield piece, cell, tokens
+
+    def _tokens(self, row: ImageRow, codec: Codec | AnyTokens) -> np.ndarray:
+        """(L,) uint16. Raises BadTokens for what the codec, or else the one that the row records, does not decode."""
+        expected = codec.token_count, codec.codebook_size
+        recorded = self._models.get(row.codec_id)
+        if isinstance(codec, AnyTokens) and recorded is not None and recorded.grid and recorded.codebook_size:
+            expected = recorded.grid**2, recorded.codebook_size
+        return tokens_of(row.quantvec, row.quantvec_md5, *expected)
 
     def _when_written(self, piece: Piece, progress: Progress) -> Callable[[Exception | None], None]:
         sheet = piece.sheet

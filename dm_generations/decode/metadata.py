@@ -23,7 +23,10 @@ Record = dict[str, Any]
 
 SOFTWARE = f"dm_generations {__version__}"
 _SHARED = ("prompt_id", "prompt", "sc_prompt_id", "sc_prompt", "top_k", "top_p", "temperature", "cond_scale")
-_OWN = ("key0", "key1", "clip_score_input", "clip_score_tokenized", "quantvec_md5")
+_OWN = (
+    *("key0", "key1", "sampler_version", "dtype", "init_count", "init_md5"),
+    *("log_prob", "clip_score_input", "clip_score_tokenized", "quantvec_md5"),
+)
 _IMAGE_DESCRIPTION, _SOFTWARE, _EXIF_IFD, _USER_COMMENT = 0x010E, 0x0131, 0x8769, 0x9286
 _ASCII = b"ASCII\0\0\0"  # the character code that a UserComment starts with
 _JPEG_EXIF_BYTES = 65_000  # a JPEG segment holds 65,533 bytes

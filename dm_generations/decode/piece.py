@@ -79,8 +79,10 @@ def finite_score(row: ImageRow) -> float | None:
     return score if isinstance(score, float) and score - score == 0 else None
 
 
-def entry(plan: GroupPlan, target: Target, path: str, members: list[ImageRow]) -> Entry | GalleryEntry:
-    """What the page shows of a file."""
+def entry(
+    plan: GroupPlan, target: Target, path: str, members: list[ImageRow], models: Mapping[int, ModelInfo]
+) -> Entry | GalleryEntry:
+    """What the page shows of a file. models: those of the archive, by id"""
     settings = plan.settings
     shared = {
         "file": path,
@@ -97,5 +99,7 @@ def entry(plan: GroupPlan, target: Target, path: str, members: list[ImageRow]) -
     if target.incomplete_path:
         return GalleryEntry(**shared, scores=scores, page=target.page)
     (row,) = members
-    provenance = {name: getattr(row, name) for name in ("key0", "key1", "init_count", "dtype")}
+    model = models.get(row.generator_id)
+    provenance = {name: getattr(row, name) for name in ("key0", "key1", "sampler_version", "init_count", "dtype")}
+    provenance["model"] = None if model is None else model.name
     return Entry(**shared, rank=target.ranks.start, score=scores[0], **provenance)

@@ -77,6 +77,7 @@ def make_entry():
     def make_entry(file: str = "0001_rocket/a.png", **fields) -> Entry:
         defaults = dict(prompt_id=1, prompt="rocket", sc_prompt_id=1, sc_prompt=None, top_k=50, top_p=0.9)
         defaults |= dict(temperature=1.0, cond_scale=3.0, rank=0, score=25.0, key0=1, key1=2)
+        defaults |= dict(model="embedded/dalle_bart", sampler_version=1)
         return Entry(file, **defaults | fields)
 
     return make_entry

@@ -36,9 +36,11 @@ def test_prompts_and_groups_are_listed_once_and_pictures_best_first(make_entry):
 
 def test_what_a_picture_needs_besides_its_key_is_listed_where_it_is_needed(make_entry):
     kinds = [{}, {"dtype": "float32"}, {"dtype": "float16"}, {"init_count": 28, "dtype": "float32"}]
+    kinds += [{"model": "mega"}, {"sampler_version": 1001}, {"model": None, "sampler_version": None}]
     entries = [make_entry(f"{rank}.png", rank=rank, **kind) for rank, kind in enumerate(kinds)]
     (group,) = build_manifest("images", "a.db", entries)["groups"]
-    assert [file[5:] for file in group[8]] == [[], [], [0, "float16"], [28, "float32"]]
+    needs = [[], [], ["", 1, 0, "float16"], ["", 1, 28], ["mega"], ["", 1001], [None]]
+    assert [file[5:] for file in group[8]] == needs
 
 
 @pytest.mark.parametrize("names", [["a"], ["aa.png", "aaa.png"], ["p/x", "q/y"], ["x1x.png", "x1x1x.png"]])

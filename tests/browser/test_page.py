@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -285,13 +286,16 @@ def test_command_means_exactly_the_prompt_to_a_shell(page, hostile, tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_command_says_the_dtype_and_none_is_shown_for_pictures_from_given_codes(
+def test_command_draws_as_the_picture_was_drawn_and_none_is_shown_where_none_can(
     page, tmp_path, make_entry, write_picture
 ):
     entries = [
         make_entry("a.png", rank=0, dtype="bfloat16"),
         make_entry("b.png", rank=1, dtype="float32", init_count=7),
         make_entry("c.png", rank=2, dtype="float32"),
+        make_entry("d.png", rank=3, model="my mega", sampler_version=1001, dtype="float16"),
+        make_entry("e.png", rank=4, model=None, sampler_version=None),
+        make_entry("f.png", rank=5, sampler_version=7),
     ]
     for entry in entries:
         write_picture(tmp_path / entry.file)
@@ -304,7 +308,10 @@ def test_command_says_the_dtype_and_none_is_shown_for_pictures_from_given_codes(
         commands.append(page.locator("#command").text_content())
         given.append("given codes" in texts(page, "#facts dt"))
     assert commands[0].endswith("--dtype bfloat16") and commands[1] == "" and commands[2].endswith("--keys 1:2")
-    assert given == [False, True, False]
+    words = shlex.split(commands[3].replace("\\\n", ""))
+    assert words[-6:] == ["--model", "my mega", "--rng", "dalle-mini", "--dtype", "float16"]
+    assert commands[4:] == ["", ""]
+    assert given == [False, True, *[False] * 4]
 
 
 def test_special_names_load_and_paths_outside_do_not(page, tmp_path, make_entry, write_picture):

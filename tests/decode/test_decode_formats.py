@@ -19,7 +19,9 @@ from dm_generations.decode.metadata import gallery_record, picture_record
 PIXELS = np.asarray(
     Image.fromarray(np.random.default_rng(0).integers(256, size=(4, 5, 3), dtype=np.uint8)).resize((80, 64))
 )
-ROW = ImageRow(7, 3, 1, 50, 1.0, 1.0, 10.0, 0, 5, b"\1\0", "ab" * 16, 31.5, 30.25, 1, 2)
+ROW = ImageRow(
+    *(7, 3, 1, 50, 1.0, 1.0, 10.0, 0, 5, b"\1\0", "ab" * 16, 31.5, 30.25, 1, 2), 1, -12.5, "bfloat16", 7, "cd" * 16
+)
 MODELS = {
     1: ModelInfo("generator", "mega", "0" * 64, {}),
     2: ModelInfo("codec", "f16", "1" * 64, {}, grid=16, codebook_size=16384, image_size=256),
@@ -121,6 +123,11 @@ def test_a_picture_carries_its_row(name, prompt):
         "rank": 2,
         "key0": 0,
         "key1": 5,
+        "sampler_version": 1,
+        "dtype": "bfloat16",
+        "init_count": 7,
+        "init_md5": "cd" * 16,
+        "log_prob": -12.5,
         "clip_score_input": 31.5,
         "clip_score_tokenized": 30.25,
         "quantvec_md5": "ab" * 16,
