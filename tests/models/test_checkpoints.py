@@ -247,7 +247,9 @@ def test_weights_of_a_big_endian_machine_are_read_and_written_as_they_are(tmp_pa
 @pytest.mark.parametrize("dtype", [ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn, np.complex64, np.bool_])
 def test_dtypes_that_weights_do_not_have_are_refused(dtype, tmp_path):
     with pytest.raises(UserError, match="weights.pt: a/b has dtype .*float32"):
-        checkpoints.check_names_and_shapes({"a/b": (2,)}, {"a": {"b": np.zeros(2, dtype)}}, tmp_path / "weights.pt")
+        checkpoints.check_names_and_shapes(
+            {"a/b": (2,)}, {"a": {"b": np.zeros(2, dtype)}}, lambda name: tmp_path / "weights.pt"
+        )
 
 
 def test_clip_role_knows_its_embedded_kind(tmp_path):

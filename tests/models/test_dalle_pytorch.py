@@ -329,7 +329,7 @@ def test_options_are_read_from_the_weights():
         (lambda content: content["hparams"].update(num_text_tokens=1000), "num_image_tokens must be"),
         (lambda content: content["hparams"].update(shared_attn_ids=[0]), "share attention of different types"),
         (lambda content: content["weights"].pop("to_logits.1.weight"), "lacks the tensor to_logits.1.weight"),
-        (lambda content: content["weights"].pop("transformer.pos_emb"), "lacks the tensor text_pos_emb.weight"),
+        (lambda content: content["weights"].pop("transformer.pos_emb"), "lacks the tensor transformer.pos_emb"),
         (lambda content: content["weights"].update(x="y"), "'x' is no tensor"),
     ],
 )

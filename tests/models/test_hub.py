@@ -19,6 +19,10 @@ class HubError(OSError):
         self.response = types.SimpleNamespace(status_code=status) if status else None
 
 
+class ClientError(Exception):
+    """As httpx's errors are, which huggingface_hub lets out since 1.0: no OSError, and no response."""
+
+
 @pytest.fixture
 def fake_hub(monkeypatch, tmp_path):
     """A huggingface_hub that "downloads" a tiny codec; records what it was asked for."""
@@ -28,19 +32,22 @@ def fake_hub(monkeypatch, tmp_path):
     files = ["config.json", "model.safetensors", "flax_model.msgpack", "tf_model.h5", "README.md", "vocab.json"]
 
     class HfApi:
-        def list_repo_files(self, repository, revision=None):
+        def model_info(self, repository, revision=None):
             if library.failure:
                 raise library.failure
-            return files
+            return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=name) for name in files])
 
     def snapshot_download(repository, revision, allow_patterns, local_files_only):
         calls.append((repository, revision, allow_patterns, local_files_only))
+        if library.broken_download and not local_files_only:
+            raise library.broken_download
         if library.is_cache_empty:
             raise errors.LocalEntryNotFoundError("nothing there")
         return str(tiny_vqgan(tmp_path / "snapshot"))
 
     library.HfApi, library.snapshot_download, library.errors = HfApi, snapshot_download, errors
     library.failure, library.is_cache_empty, library.calls = None, False, calls
+    library.broken_download = None
     monkeypatch.setitem(sys.modules, "huggingface_hub", library)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
     return library
@@ -52,8 +59,12 @@ def test_loads_one_kind_of_weights_at_the_revision(fake_hub):
     assert fake_hub.calls == [("someone/tiny-vqgan", "v1.2", ["model.safetensors", "config.json", "vocab.json"], False)]
 
 
-def test_without_a_network_the_cache_serves(fake_hub):
-    fake_hub.failure = ConnectionError("no route")
+OFFLINE = [ConnectionError("no route"), ClientError("no name"), HubError("busy", status=503)]
+
+
+@pytest.mark.parametrize("failure", OFFLINE)
+def test_without_a_network_the_cache_serves(failure, fake_hub):
+    fake_hub.failure = failure
     assert checkpoints.load("someone/tiny-vqgan", "codec").kind == "vqgan"
     assert fake_hub.calls == [("someone/tiny-vqgan", None, None, True)]
 
@@ -65,8 +76,21 @@ def test_unknown_repository_is_one_line(fake_hub):
     assert "\n" not in str(caught.value)
 
 
-def test_neither_network_nor_cache(fake_hub):
-    fake_hub.failure, fake_hub.is_cache_empty = ConnectionError("no route"), True
+def test_a_gated_repository_says_so(fake_hub):
+    fake_hub.failure, fake_hub.is_cache_empty = HubError("403 Client Error: gated repo", status=403), True
+    with pytest.raises(UserError, match="someone/gated: .*gated repo"):
+        checkpoints.load("someone/gated", "codec")
+
+
+def test_a_download_that_breaks_off_is_one_line(fake_hub):
+    fake_hub.broken_download = ClientError("peer closed connection\nafter 10 bytes")
+    with pytest.raises(UserError, match="someone/tiny-vqgan: .*peer closed connection after 10 bytes"):
+        checkpoints.load("someone/tiny-vqgan", "codec")
+
+
+@pytest.mark.parametrize("failure", OFFLINE)
+def test_neither_network_nor_cache(failure, fake_hub):
+    fake_hub.failure, fake_hub.is_cache_empty = failure, True
     with pytest.raises(UserError, match="not in the cache of the Hugging Face hub"):
         checkpoints.load("someone/tiny-vqgan", "codec")
 
@@ -92,18 +116,24 @@ def test_what_cannot_be_a_hub_name_never_asks_the_hub(fake_hub, spec):
 
 
 def test_repository_without_weights():
-    with pytest.raises(UserError, match="no weights that load"):
-        hub.wanted_files(["README.md", "tf_model.h5"])
+    with pytest.raises(UserError, match="someone/else has no weights that load"):
+        hub.wanted_files(["README.md", "tf_model.h5"], "someone/else")
 
 
 def test_min_dalle_files_come_together():
     names = ["decoder.pt", "detoker.pt", "encoder.pt", "merges.txt", "vocab.json", "weights_old.bin"]
-    assert hub.wanted_files(names) == ["decoder.pt", "detoker.pt", "encoder.pt", "merges.txt", "vocab.json"]
+    assert hub.wanted_files(names, "kuprel/min-dalle") == [
+        "decoder.pt",
+        "detoker.pt",
+        "encoder.pt",
+        "merges.txt",
+        "vocab.json",
+    ]
 
 
 def test_pieces_of_one_kind_are_fetched_with_their_index():
     small = ["config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"]
     pieces = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     names = [*small, *pieces, "pytorch_model-00001-of-00001.bin", "open_clip_pytorch_model.bin"]
-    assert hub.wanted_files(names) == pieces + small
-    assert hub.wanted_files([*names, "model.safetensors"]) == ["model.safetensors", *small]
+    assert hub.wanted_files(names, "a/clip") == pieces + small
+    assert hub.wanted_files([*names, "model.safetensors"], "a/clip") == ["model.safetensors", *small]

@@ -164,7 +164,7 @@ def test_a_damaged_file_is_one_line(folder):
     decoder = {name: np.array(array) for name, array in read_torch(folder / "decoder.pt").items()}  # not mapped
     without_norm = {name: array for name, array in decoder.items() if name != "final_ln.bias"}
     codec_kit.saved(folder / "decoder.pt", without_norm)
-    with pytest.raises(UserError, match="encoder.pt.* lacks model/decoder/final_ln/bias"):
+    with pytest.raises(UserError, match="decoder.pt.* lacks model/decoder/final_ln/bias"):
         checkpoints.load(folder, "generator")
     for name in ("lm_head.weight", "embed_positions.weight", "layers.0.glu.fc0.weight"):
         codec_kit.saved(folder / "decoder.pt", {key: array for key, array in decoder.items() if key != name})

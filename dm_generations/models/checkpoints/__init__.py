@@ -10,7 +10,7 @@ machine's); `placement.placed` puts them on the device.
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def find(spec: str | os.PathLike | None, role: str) -> Checkpoint | None:
     if source is None:
         return None
     expected = _expected_shapes(source, path)
-    check_names_and_shapes(expected, source.params, source.files[0])
+    check_names_and_shapes(expected, source.params, source.file_of)
     folder = path if path.is_dir() else path.parent
     digest = _digest(source.files)
     params = _native(source.params)
@@ -148,20 +148,28 @@ def _expected_shapes(source: Source, path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_names_and_shapes(expected: dict[str, tuple[int, ...]], params: dict, path: Path) -> None:
-    """Raises UserError naming the first tensors that are missing, unexpected or misshapen."""
+def check_names_and_shapes(
+    expected: dict[str, tuple[int, ...]], params: dict, file_of: Callable[[str], Path | str]
+) -> None:
+    """Raises UserError naming the first tensors that are missing, unexpected or misshapen, and their file.
+
+    file_of: from the path of a parameter to its file
+    """
     found = flatten(params)
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     for what, names in (("lacks", missing), ("has unexpected", extra)):
         if names:
+            file = file_of(names[0])
+            names = [name for name in names if file_of(name) == file]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"{path} {what} {', '.join(names[:3])}{more}; its config describes another model")
+            raise UserError(f"{file} {what} {', '.join(names[:3])}{more}; its config describes another model")
     for name, shape in expected.items():
-        if found[name].shape != shape:
-            raise UserError(f"{path}: {name} has shape {found[name].shape}, its config asks for {shape}")
-        if found[name].dtype.name not in DTYPE_NAMES:
+        array, file = found[name], file_of(name)
+        if array.shape != shape:
+            raise UserError(f"{file}: {name} has shape {array.shape}, its config asks for {shape}")
+        if array.dtype.name not in DTYPE_NAMES:
             known = ", ".join(DTYPE_NAMES)
-            raise UserError(f"{path}: {name} has dtype {found[name].dtype}, which is none of weights: {known}")
+            raise UserError(f"{file}: {name} has dtype {array.dtype}, which is none of weights: {known}")
 
 
 def _digest(files: Iterable[Path]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dm_generations.errors import UserError
-from dm_generations.models.checkpoints.own import FORMAT, read_config, read_json_object
+from dm_generations.models.checkpoints.own import FORMAT, flatten, read_config, read_json_object
 from dm_generations.models.checkpoints.safetensors_file import read_safetensors
 from dm_generations.models.checkpoints.source import Source
 from dm_generations.models.checkpoints.torch_pickle import read_torch, state_of
@@ -33,10 +33,15 @@ def clip(path: Path) -> Source | None:
     files = _weight_files(path)
     if not files:
         raise UserError(f"{path} lacks its weights: {' or '.join(WEIGHT_FILES)}")
-    config, tensors = CLIPConfig.from_dict(values), {}
+    config, tensors, places = CLIPConfig.from_dict(values), {}, {}
     for file in files:
-        tensors |= _tensors(file)
-    return Source("clip", config, flax_from_torch(tensors), files, path, "clip")
+        found = _tensors(file)
+        tensors |= found
+        if len(files) > 1:
+            places |= dict.fromkeys(flatten(flax_from_torch(found)), file)
+    if places:
+        places[""] = path  # what is in no piece
+    return Source("clip", config, flax_from_torch(tensors), files, path, "clip", places)
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -11,8 +10,11 @@ import numpy as np
 
 from dm_generations.errors import UserError
 from dm_generations.models import checkpoints
-from dm_generations.models.checkpoints import own
+from dm_generations.models.checkpoints import mindalle, own
+from dm_generations.models.checkpoints.unpacked import is_archive
 from dm_generations.models.networks import ROLES
+from dm_generations.text.byte_level import PAIR_NAMES
+from dm_generations.text.normalizer import WORDS_FILE
 
 # What tokenizers are made of, in any of the public models.
 TOKENIZER_FILES = (
@@ -77,18 +79,25 @@ def _write(
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
-    if source.is_file():
-        if match := re.fullmatch(r"vocab(_\w+)\.json", source.name):  # min-dalle's two sizes in one folder
-            shutil.copyfile(source, folder / "vocab.json")
-            shutil.copyfile(source.with_name(f"merges{match[1]}.txt"), folder / "merges.txt")
-        else:
-            shutil.copyfile(source, folder / source.name)
-        return
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    for extra in source.glob("*.model"):  # YouTokenToMe's
-        shutil.copyfile(extra, folder / extra.name)
+    """The files of a tokenizer, those that belong to a file that was named too, as a folder of ours is searched."""
+    if source.is_dir():
+        copies = {source / name: name for name in TOKENIZER_FILES}
+        copies |= {extra: extra.name for extra in source.glob("*.model")}  # YouTokenToMe's
+    elif match := PAIR_NAMES.fullmatch(source.name):
+        ending = match[1] or match[2] or ""  # min-dalle's two sizes in one folder
+        copies = {source.with_name(f"vocab{ending}.json"): "vocab.json"}
+        copies |= {source.with_name(f"merges{ending}.txt"): "merges.txt"}
+    elif source.name in mindalle.TOKENIZER_FILES:
+        copies = {source.with_name(name): name for name in mindalle.TOKENIZER_FILES}
+    elif is_archive(source):
+        copies = {source: mindalle.TOKENIZER_ARCHIVES[0]}
+    else:
+        copies = {source: "tokenizer.json" if source.suffix == ".json" else source.name}
+    if not source.is_dir():  # what the normaliser of a model searches beside the file
+        copies[source.with_name(WORDS_FILE)] = WORDS_FILE
+    for original, name in copies.items():
+        if original.is_file():
+            shutil.copyfile(original, folder / name)
 
 
 def _check_range(checkpoint: checkpoints.Checkpoint) -> None:

@@ -132,7 +132,7 @@ def _config(content: Mapping[str, Any], state: Mapping[str, np.ndarray], file: P
     }
     layer_scale = "scale" in inner
     rotary = state.get("transformer.pos_emb")
-    grid = _grid(state, rotary, sizes["text_seq_len"], file)
+    grid = _grid(state, rotary, hparams.get("rotary_emb") is True, sizes["text_seq_len"], file)
     has_new_wrappers = wrappers["attn"] > wrappers["ff"]
     version = content.get("version")
     is_fork = version is None and not has_new_wrappers and grid == _FORK_GRID and (rotary is None or rotary.ndim == 4)
@@ -161,9 +161,13 @@ def _is_conv_causal(version: Any, has_new_wrappers: bool) -> bool:
     return (int(numbers[1]), int(numbers[2])) >= _CAUSAL_CONV_VERSION
 
 
-def _grid(state: Mapping[str, np.ndarray], rotary: np.ndarray | None, text_seq_len: int, file: Path) -> int:
-    """Codes a side, from the table of positions that the file has."""
+def _grid(
+    state: Mapping[str, np.ndarray], rotary: np.ndarray | None, is_rotary: bool, text_seq_len: int, file: Path
+) -> int:
+    """Codes a side, from the table of positions that the file has. is_rotary: which one it should have."""
     if rotary is None:
+        if is_rotary and "text_pos_emb.weight" not in state:
+            raise UserError(f"{file} lacks the tensor transformer.pos_emb")
         text_rows = tensor(state, "text_pos_emb.weight", 2, file).shape[0]
         if text_rows != text_seq_len + 1:
             raise UserError(f"{file}: text_pos_emb.weight has {text_rows} rows, text_seq_len {text_seq_len} and <bos>")
@@ -210,7 +214,7 @@ def _params(state: Mapping[str, np.ndarray], config: DallePytorchConfig, file: P
         elif positions:
             axis, others = {"0": ("rows", (0, 2)), "1": ("columns", (0, 1))}[positions[1]]
             flat[f"image_pos_emb_{axis}"] = _squeezed(array, *others)
-        elif name.startswith("to_logits.1."):
+        elif name in ("to_logits.1.weight", "to_logits.1.bias"):
             matrix = array.T if array.ndim == 2 else array
             leaf = "kernel" if array.ndim == 2 else "bias"
             flat[f"to_logits/text/{leaf}"] = matrix[..., : config.text_rows]

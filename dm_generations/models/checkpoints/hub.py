@@ -32,7 +32,7 @@ def fetched(spec: str) -> Path:
     """
     try:
         import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError:
         raise UserError(
             f"{spec}: no such file or folder; if it is a model of the Hugging Face hub: "
@@ -40,37 +40,48 @@ def fetched(spec: str) -> Path:
         ) from None
     match = _NAME.fullmatch(spec)
     repository, revision = match["repository"], match["revision"]
+    # Without a network the errors are those of the library's HTTP client: requests, httpx and httpx2 have no base class
+    # of their own in common.
     try:
         try:
-            names = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
-            patterns = wanted_files(names)
-        except (OSError, HfHubHTTPError) as error:
-            if getattr(getattr(error, "response", None), "status_code", None) in (401, 404):
+            # not list_repo_files, which tries for half a minute where there is no network
+            siblings = huggingface_hub.HfApi().model_info(repository, revision=revision).siblings
+        except Exception as error:
+            if 400 <= (_status(error) or 0) < 500 or isinstance(error, ValueError):
                 raise
             patterns = None  # no network: what the cache holds
+        else:
+            patterns = wanted_files((file.rfilename for file in siblings or ()), spec)
         return Path(
             huggingface_hub.snapshot_download(
                 repository, revision=revision, allow_patterns=patterns, local_files_only=patterns is None
             )
         )
+    except UserError:
+        raise
     except (LocalEntryNotFoundError, FileNotFoundError) as error:
         raise UserError(f"{spec}: not in the cache of the Hugging Face hub, and the hub cannot be reached") from error
-    except (OSError, HfHubHTTPError, ValueError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{spec}: no such folder, and the Hugging Face hub does not give it ({reason})") from error
 
 
-def wanted_files(names: Iterable[str]) -> list[str]:
+def _status(error: Exception) -> int | None:
+    """The HTTP status that an error of the hub stands for, if it is an answer of the hub."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def wanted_files(names: Iterable[str], spec: str) -> list[str]:
     """Of a repository's files: one kind of weights, the configs and the tokenizers.
 
-    Raises UserError if there are no weights of a kind that loads.
+    spec: the repository, for messages. Raises UserError if there are no weights of a kind that loads.
     """
     names = list(names)
     weights = next((found for kind in _WEIGHTS if (found := _present(names, kind))), None)
     weights = weights or next((found for kind in _PIECES if (found := _matching(names, kind))), None)
     weights = weights or [name for name in names if name.endswith(_SINGLE)]
     if not weights:
-        raise UserError("the repository has no weights that load: " + ", ".join(name for (name, *_) in _WEIGHTS))
+        raise UserError(f"{spec} has no weights that load: " + ", ".join(name for (name, *_) in _WEIGHTS))
     return weights + [name for name in names if name.endswith(_SMALL)]
 
 

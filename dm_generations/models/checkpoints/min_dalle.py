@@ -17,7 +17,7 @@ from dm_generations.errors import UserError
 from dm_generations.models.checkpoints.own import read_json_object, unflatten
 from dm_generations.models.checkpoints.source import Source
 from dm_generations.models.checkpoints.taming import config_from_shapes, vqgan_params
-from dm_generations.models.checkpoints.torch_names import count, only_tensors, tensor
+from dm_generations.models.checkpoints.torch_names import only_tensors, tensor
 from dm_generations.models.checkpoints.torch_pickle import read_torch
 from dm_generations.models.dalle_bart_config import DalleBartConfig
 
@@ -29,6 +29,7 @@ SIDE_FILES = ("config.json", "constructor_args.json")
 DETOKER_FILE = "detoker.pt"
 DETOKER_EPSILON = 1e-5  # PyTorch's default, where the original network has 1e-6
 
+_LAYER = re.compile(r"layers\.(\d{1,9})\.")
 _MODULES = {
     "self_attn": "FlaxBartAttention_0",
     "encoder_attn": "FlaxBartAttention_1",
@@ -65,9 +66,8 @@ def generator(path: Path) -> Source | None:
         "decoder": _stack_params(decoder, "FlaxBartDecoderLayer", files[1]),
     }
     head = {"kernel": tensor(decoder, "lm_head.weight", 2, files[1]).T}
-    return Source(
-        "dalle_bart", config, {"model": model, "lm_head": head}, files, _tokenizer(folder, suffix), "min_dalle"
-    )
+    params, places = {"model": model, "lm_head": head}, {"": files[1], "model/encoder/": files[0]}
+    return Source("dalle_bart", config, params, files, _tokenizer(folder, suffix), "min_dalle", places)
 
 
 def codec(path: Path) -> Source | None:
@@ -106,7 +106,8 @@ def dalle_bart_config(
         "decoder_start_token_id": min(START_TOKEN, image_vocab_size),
     }
     for part, state, file in (("encoder", encoder, files[0]), ("decoder", decoder, files[1])):
-        values[f"{part}_layers"] = max(1, count(state, "layers.{}.glu.fc0.weight"))
+        layers = {match[1] for match in map(_LAYER.match, map(str, state)) if match}
+        values[f"{part}_layers"] = max(1, len(layers))  # none of them may lack any tensor
         values[f"{part}_ffn_dim"] = tensor(state, "layers.0.glu.fc0.weight", 2, file).shape[0]
         values[f"{part}_attention_heads"] = max(1, width // HEAD_WIDTH)
     for name, name_in_min_dalle in (
@@ -151,8 +152,8 @@ def _stack_params(state: Mapping[str, Any], layer: str, path: Path) -> dict:
     flat = {}
     for name, array in only_tensors(state, path).items():
         *modules, leaf = name.split(".")
-        if modules[:1] == ["lm_head"]:
-            continue
+        if name == "lm_head.weight" and layer == "FlaxBartDecoderLayer":
+            continue  # which `generator` places
         modules = [_MODULES.get(module, module) for module in modules]
         if modules[:1] == ["layers"] and len(modules) > 1:
             modules[1] = f"{layer}_{modules[1]}"

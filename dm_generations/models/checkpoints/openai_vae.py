@@ -39,7 +39,8 @@ def codec(path: Path) -> Source | None:
     params = {"decoder": openai_vae_params(decoder, decoder_file)}
     if encoder is not None:
         params["encoder"] = openai_vae_params(encoder, encoder_file)
-    return Source("openai_vae", config, params, files)
+    places = {"": decoder_file, "encoder/": encoder_file}
+    return Source("openai_vae", config, params, files, places=places)
 
 
 def openai_vae_config(decoder: Mapping[str, np.ndarray], path: Path, image_size: int = 256) -> OpenAIVAEConfig:

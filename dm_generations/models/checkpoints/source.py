@@ -1,6 +1,7 @@
 """What the reader of one public format gives: a config and weights, not yet checked against each other."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,3 +16,10 @@ class Source:
     files: tuple[Path, ...]  # the weight files
     tokenizer: Path | None = None  # where the prompts' tokenizer lies, file or folder
     text_style: str | None = None  # generators: how prompts become ids, see `text.load_tokenizer`
+    # Of weights in several files, for messages: the file of the parameters whose paths begin so; "" is the rest's.
+    places: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+
+    def file_of(self, name: str) -> Path:
+        """The file that has, or should have, the parameter of this path ("a/b/kernel")."""
+        prefix = max((prefix for prefix in self.places if name.startswith(prefix)), key=len, default=None)
+        return self.files[0] if prefix is None else self.places[prefix]

@@ -171,7 +171,7 @@ def _state_of(file: Path) -> dict[str, Any] | None:
     if not isinstance(state, Mapping):
         return None
     tops = {name.split(".")[0] for name in state if isinstance(name, str)}
-    is_vqgan = {"quantize", "decoder"} <= tops
+    is_vqgan = "decoder" in tops and not {"quantize", "post_quant_conv"}.isdisjoint(tops)
     return dict(state) if is_vqgan else None
 
 
