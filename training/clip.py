@@ -25,7 +25,7 @@ from dm_generations.score import Scorer
 from dm_generations.text import PromptTokenizer
 from training import data
 from training.captions import caption
-from training.common import Run, adamw
+from training.common import Run, adamw, in_float32
 from training.vqgan import augment, reconstruct
 
 TEXT_LENGTH = 32
@@ -171,7 +171,7 @@ def main() -> None:
     config, params = config_for(pixels.shape[1], tokenizer.eos_id + 1), None
     if args.init:
         loaded = checkpoints.load(args.init, "clip")
-        config, params = loaded.config, loaded.params
+        config, params = loaded.config, in_float32(loaded.params)
     trainer = Trainer(CLIP(config), pixels[train], rebuilt[train], [rows[i] for i in train], tokenizer, args)
     run = Run(args.run, trainer.init(params), save_every=500)
 

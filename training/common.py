@@ -61,6 +61,11 @@ def muon(peak: float, steps: int, warmup: int, weight_decay: float = 0.01) -> op
     )
 
 
+def in_float32(params: dict) -> dict:
+    """Weights to train on: a model on disk has float16, in which the squares that an optimiser keeps overflow."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
+
+
 class Run:
     """A training run in a folder: `state.msgpack` to resume from, `log.jsonl` with the curve."""
 

@@ -31,7 +31,7 @@ from dm_generations.models.vqgan import VQGAN
 from dm_generations.text import PromptTokenizer
 from training import data
 from training.captions import caption
-from training.common import Run, muon
+from training.common import Run, in_float32, muon
 from training.vqgan import reconstruct
 
 DROPPED = 0.15
@@ -165,7 +165,7 @@ def main() -> None:
     config, params = config_for(codec.config.codebook_size, tokens.shape[1], vocab_size), None
     if args.init:
         loaded = checkpoints.load(args.init, "generator")
-        config, params = loaded.config, loaded.params
+        config, params = loaded.config, in_float32(loaded.params)
     train_rows = [row for row, is_train in zip(rows, train, strict=True) if is_train]
     trainer = Trainer(DalleBart(config), tokens[train], train_rows, tokenizer, args)
     run = Run(args.run, trainer.init(params), save_every=250)

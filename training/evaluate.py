@@ -35,6 +35,9 @@ COMMON = (
 STYLED = "rocket,castle,avocado,strawberry,cat face,octopus,house,pizza,guitar,rose,crab,automobile".split(",")
 COLOURS = "red,blue,green,purple,yellow,black".split(",")
 COLOURED = "car,heart,book,apple,castle,cat".split(",")
+# Levels of 255, root mean square, to the nearest training picture. By eye: blotches from 30, hard to tell from 40 on.
+# A clean picture between two styles can be as far, so the share is an upper bound of what a person would call garbage.
+FAR = 40
 PAIRS = (
     "a cat next to a rocket",
     "an avocado armchair",
@@ -49,7 +52,8 @@ class Pipeline:
     """Prompts to pictures and scores, through the package's own code."""
 
     def __init__(self, folder: Path, batch_size: int = 32):
-        models = {kind: checkpoints.load(folder / kind, kind) for kind in ("dalle_bart", "vqgan", "clip")}
+        roles = {"dalle_bart": "generator", "vqgan": "codec", "clip": "clip"}
+        models = {kind: checkpoints.load(folder / kind, role) for kind, role in roles.items()}
         self.codec_checkpoint = models["vqgan"]
         text, clip = (PromptTokenizer(folder / kind) for kind in ("dalle_bart", "clip"))
         self.generator = Generator(models["dalle_bart"], text, batch_size)
@@ -147,6 +151,7 @@ def main() -> None:
         results[f"drawn_scale_{cond_scale:g}"] = {
             "top1_1000": top1_of_names(image, text, asked, 1000, 0),
             "mean_score": float(scores.mean()),
+            "far_share": float((distance_to_nearest(flat, rebuilt[~held_out]) > FAR).mean()),
         }
         labelled_grid(list(pictures[:64, 0]), chosen[:64], 16).save(args.out / f"scale-{cond_scale:g}.png")
 
@@ -168,6 +173,16 @@ def main() -> None:
     text = json.dumps(results, indent=2)
     (args.out / "results.json").write_text(text + "\n")
     print(text)
+
+
+def distance_to_nearest(pictures: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Root mean square difference (N,) of each of `pictures` (N, S, S, 3) to the nearest of `known`, uint8 levels."""
+    known = known.reshape(len(known), -1).astype(np.float32)
+    squares = np.square(known).sum(1)
+    nearest = []
+    for picture in pictures.reshape(len(pictures), -1).astype(np.float32):
+        nearest.append((squares - 2 * known @ picture).min() + np.square(picture).sum())
+    return np.sqrt(np.maximum(nearest, 0) / known.shape[1])
 
 
 def style_obeyed(pipeline: Pipeline, pixels: np.ndarray, rows: list[dict], rng: np.random.Generator) -> float:

@@ -21,7 +21,7 @@ import optax
 from dm_generations.models import checkpoints
 from dm_generations.models.vqgan import VQGAN, VQGANConfig
 from training import data
-from training.common import Run, adamw, picture_grid
+from training.common import Run, adamw, in_float32, picture_grid
 
 CPU_64 = VQGANConfig(
     ch=16,
@@ -227,7 +227,7 @@ def main() -> None:
     config, params = CPU_64, None
     if args.init:
         loaded = checkpoints.load(args.init, "codec")
-        config, params, args.continuous_steps = loaded.config, loaded.params, 0
+        config, params, args.continuous_steps = loaded.config, in_float32(loaded.params), 0
     if config.resolution != pixels.shape[1]:
         raise SystemExit(f"{args.data} is {pixels.shape[1]} px a side, the model {config.resolution}")
     trainer = Trainer(config, pixels[train], weights[train], args)

@@ -5,6 +5,7 @@ from PIL import Image
 from training import data
 from training.captions import STYLED, caption, train_tokenizer
 from training.clip import top1_of_names
+from training.evaluate import distance_to_nearest
 from training.vqgan import kmeans, psnr
 
 ROW = {
@@ -89,3 +90,9 @@ def test_top1_counts_only_its_own_name():
     features = np.eye(5)
     assert top1_of_names(features, features, np.arange(5), 5, seed=0) == 1.0
     assert top1_of_names(features, features, np.roll(np.arange(5), 1), 5, seed=0) == 0.0
+
+
+def test_distance_to_the_nearest_picture_is_in_levels():
+    known = np.random.default_rng(0).integers(0, 250, (3, 8, 8, 3), dtype=np.uint8)
+    found = distance_to_nearest(np.stack([known[2], known[0] + 4]), known)
+    np.testing.assert_allclose(found, [0, 4], atol=0.05)  # float32 sums of squares
