@@ -1,0 +1,103 @@
+"""The text model's batches, and what training makes of its unconditional half."""
+
+import argparse
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dm_generations import sampling
+from dm_generations.models import checkpoints
+from dm_generations.models.dalle_bart import DalleBart
+from dm_generations.text import PromptTokenizer
+from training.captions import train_tokenizer
+from training.common import in_float32
+from training.dalle_bart import LABEL_SMOOTHING, Trainer, config_for
+
+CODES, LENGTH, STEPS, SMOOTHING = 64, 4, 150, 0.95
+ROWS = [
+    {"style": "flat", "name": name, "group": "Objects", "keywords": []}
+    for name in ("rocket", "castle", "rose", "crab", "key", "book")
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(ROWS, 400, ("<s>", "</s>"), ends_last=False).save(str(folder / "tokenizer.json"))
+    return PromptTokenizer(folder)
+
+
+def new_trainer(tokenizer, batch_size=16, smoothing=SMOOTHING):
+    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    config = dataclasses.replace(config_for(CODES, LENGTH, 400), **small)
+    tokens = np.random.default_rng(0).permutation(CODES)[: len(ROWS) * LENGTH].reshape(len(ROWS), LENGTH)
+    args = argparse.Namespace(
+        seed=0, steps=STEPS, batch_size=batch_size, learning_rate=1e-2, unconditional_smoothing=smoothing
+    )
+    return Trainer(DalleBart(config), tokens, ROWS, tokenizer, args)
+
+
+def trained(tokenizer, smoothing=SMOOTHING):
+    """A trainer and the weights that STEPS steps of it give."""
+    trainer = new_trainer(tokenizer, smoothing=smoothing)
+    state = trainer.init(None)
+    for step in range(STEPS):
+        state, _ = trainer.step(state, step)
+    return trainer, state["params"]
+
+
+def log_probs(trainer, params, texts):
+    """(B, L, codebook) of each text beside the codes of its row of ROWS."""
+    ids, mask = trainer.tokenizer.encode(texts, trainer.config.max_text_length)
+    return jax.nn.log_softmax(trainer.logits(params, ids, mask, trainer.tokens))
+
+
+def test_rows_without_caption_alone_are_smoothed_heavily(tokenizer):
+    ids, mask, inputs, targets, smoothing = new_trainer(tokenizer, batch_size=256).batch(8)
+    is_dropped = mask.sum(1) == 2  # the two ends
+    assert 0.05 < is_dropped.mean() < 0.3
+    np.testing.assert_array_equal(smoothing, np.where(is_dropped, SMOOTHING, LABEL_SMOOTHING).astype(np.float32))
+    assert ids.shape == mask.shape == (256, 32) and inputs.shape == targets.shape == (256, LENGTH)
+
+
+def test_a_batch_is_a_function_of_seed_and_step(tokenizer):
+    first, again, next_step = (new_trainer(tokenizer).batch(step) for step in (3, 3, 4))
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (first[3] != next_step[3]).any()
+
+
+def test_without_caption_no_code_is_much_rarer_than_another(tokenizer):
+    """Else guidance, which magnifies log p(code | caption) - log p(code), draws codes that are rare in both."""
+    trainer, params = trained(tokenizer)
+    floor = np.log(SMOOTHING / CODES)
+    lowest = log_probs(trainer, params, [None] * len(ROWS)).min()
+    assert lowest > floor - 1.5, f"{np.exp(lowest):.1e}, asked for {np.exp(floor):.1e}"
+
+    trainer, params = trained(tokenizer, LABEL_SMOOTHING)
+    assert log_probs(trainer, params, [None] * len(ROWS)).min() < lowest - 1
+
+
+def test_at_cond_scale_10_the_right_code_has_nearly_all_the_probability(tokenizer):
+    trainer, params = trained(tokenizer)
+    cond = log_probs(trainer, params, [row["name"] for row in ROWS])
+    uncond = log_probs(trainer, params, [None] * len(ROWS))
+    flat = [x.reshape(-1, CODES) for x in (cond, uncond)]
+    guided = sampling.guide(*flat, jnp.full(len(flat[0]), 10.0))
+    found = sampling.log_prob(guided, jnp.asarray(trainer.tokens.reshape(-1)), CODES)
+    assert np.exp(found).min() > 0.99
+
+
+def test_a_model_saved_in_float16_goes_on_in_float32(tokenizer, tmp_path):
+    trainer = new_trainer(tokenizer)
+    params = jax.device_get(trainer.init(None)["params"])
+    checkpoints.save(tmp_path, "dalle_bart", dataclasses.asdict(trainer.config), params, np.float16)
+    loaded = checkpoints.load(tmp_path, "generator")
+    state = trainer.init(in_float32(loaded.params))
+    for step in range(10):
+        state, metrics = trainer.step(state, step)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {np.dtype("float32")}
+    assert np.isfinite(metrics["loss"])
