@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dm_generations.archive._layout import ADDED, columns_of
+from dm_generations.archive._queries import SELECT_MODELS
 from dm_generations.archive._records import ModelInfo
 from dm_generations.archive._sqlite import ArchiveError
 from dm_generations.archive._store import Archive
@@ -120,8 +121,7 @@ def _check_texts(archive: Archive, table: str) -> Iterator[Problem]:
 def _check_models(archive: Archive) -> Iterator[Problem]:
     """Returns the models by id, those only that can be used to check pictures."""
     models = {}
-    query = "SELECT id, kind, name, sha256, config, grid, codebook_size, image_size FROM models ORDER BY id"
-    for row_id, kind, name, sha256, config, *sizes in archive.connection.execute(query):
+    for row_id, kind, name, sha256, config, *sizes in archive.connection.execute(SELECT_MODELS):
         if kind not in MODEL_KINDS.values():
             yield Problem("models", row_id, f"unknown kind {kind!r:.40}")
         if not (isinstance(sha256, str) and len(sha256) == 64 and set(sha256) <= set("0123456789abcdef")):

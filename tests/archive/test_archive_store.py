@@ -11,7 +11,7 @@ import pytest
 from archive_kit import CLIP, CODEC, GENERATOR, execute, fill, new_image
 
 from dm_generations.archive import Archive, ArchiveError, ModelInfo, Settings, init_md5
-from dm_generations.archive._store import HAS_DRAW
+from dm_generations.archive._queries import HAS_DRAW
 from dm_generations.archive._tokens import codes_fit, grid_side
 
 GROUP = Settings(1, 1, 50, 0.9, 1.0, 3.0)
