@@ -54,7 +54,7 @@ class Job:
         self._finish = Finish(options.encoding, options.strips, options.has_metadata, self._models)
         has_page = self.layout.mode in ("images", "gallery")
         self._shown: dict[str, Shown] = shown_before(self.out_dir) if has_page else {}
-        self._moved_paths = set(self._find_moved())
+        self._moved_paths = set(self._find_other_tokens() if self.layout.mode == "npy" else self._find_moved())
         self._set_id = fingerprint(self._contents()) if self.layout.is_sharded else ""
 
     def count_due(self) -> int:
@@ -128,16 +128,13 @@ class Job:
 
     def _find_moved(self) -> Iterator[str]:
         """Paths of files that stand, but whose names belong to other pictures by now."""
-        if self.layout.mode == "npy":
-            yield from self._find_other_tokens()
-        shown = self._shown
-        for plan in self.plans if shown else ():
+        for plan in self.plans if self._shown else ():
             rows = self.archive.rows(plan.settings, plan.count)
             for target in plan.targets(self.layout):
                 members = list(islice(rows, len(target.ranks)))
                 # A row that cannot be read could not be decoded again either.
-                if target.path in shown and members and all(row.quantvec for row in members):
-                    if shown[target.path] != shown_by(entry(plan, target, target.path, members, self._models)):
+                if target.path in self._shown and members and all(row.quantvec for row in members):
+                    if self._shown[target.path] != shown_by(entry(plan, target, target.path, members, self._models)):
                         yield target.path
 
     def _find_other_tokens(self) -> Iterator[str]:

@@ -97,7 +97,7 @@ def test_two_pictures_never_share_a_name(values, text, place, values_2, text_2, 
         place, place_2 = place | {"rank": None}, place_2 | {"rank": None}
     else:
         place, place_2 = ({"rank": one["rank"] or 0} for one in (place, place_2))
-    keys = {(repr(values), *place.values()), (repr(values_2), *place_2.values())}
+    keys = {(repr(values), *sorted(place.items())), (repr(values_2), *sorted(place_2.items()))}
     names = {
         same_to_a_file_system(picture_file(*values, text, **place)),
         same_to_a_file_system(picture_file(*values_2, text_2, **place_2)),

@@ -162,6 +162,28 @@ def test_convert_gives_a_folder_that_loads_the_same(tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("named", "beside", "copied"),
+    [
+        ("vocab.json", ["merges.txt"], ["merges.txt", "vocab.json"]),
+        ("merges_mini.txt", ["vocab_mini.json"], ["merges.txt", "vocab.json"]),
+        ("bpe-16k-vocab.json", ["bpe-16k-merges.txt"], ["bpe-16k-merges.txt", "bpe-16k-vocab.json"]),
+        ("my.tar.gz", [], ["tokenizer.tar.gz"]),
+        ("bpe.json", ["enwiki-words-frequency.txt"], ["enwiki-words-frequency.txt", "tokenizer.json"]),
+    ],
+)
+def test_convert_takes_all_of_a_tokenizer_that_is_named_by_one_file(tmp_path, named, beside, copied):
+    model, tokenizer = tiny_dalle_bart(tmp_path / "model"), tmp_path / "tokenizer"
+    (model / "tokenizer.json").unlink(missing_ok=True)
+    tokenizer.mkdir()
+    for name in (named, *beside):
+        (tokenizer / name).write_text(name)
+    convert(str(model), tmp_path / "out", tokenizer / named)
+    found = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if "model" not in path.name}
+    del found["config.json"]
+    assert sorted(found) == copied and sorted(found.values()) == sorted([named, *beside])
+
+
 def test_convert_never_overwrites_and_leaves_nothing_half_done(codec, tmp_path):
     convert(str(codec), tmp_path / "out")
     with pytest.raises(UserError, match="exists already"):
@@ -203,6 +225,11 @@ def test_clip_loads_from_pieces(tmp_path, name):
     found = checkpoints.load(folder, "clip")
     assert_same(found.params, expected.params)
     assert found.sha256 != expected.sha256
+    if name == "model.safetensors":  # what is wrong is said of the piece that has it
+        extra = {key: tensors[key] for key in files[file]} | {"text_model.extra.weight": np.zeros((2, 2), np.float32)}
+        safetensors.numpy.save_file(extra, folder / file)
+        with pytest.raises(UserError, match=f"{file} has unexpected text_model/extra"):
+            checkpoints.load(folder, "clip")
     (folder / file).unlink()
     with pytest.raises(UserError, match=f"lacks a piece of its weights: {file}"):
         checkpoints.load(folder, "clip")

@@ -170,6 +170,15 @@ def test_a_damaged_file_is_one_line(folder):
         codec_kit.saved(folder / "decoder.pt", {key: array for key, array in decoder.items() if key != name})
         with pytest.raises(UserError, match=f"decoder.pt lacks the tensor {name}"):
             min_dalle.generator(folder)
+    for name in ("lm_head.bias", "lm_head.weight_x"):
+        codec_kit.saved(folder / "decoder.pt", decoder | {name: np.zeros(3, np.float32)})
+        with pytest.raises(UserError, match="decoder.pt has unexpected .*lm_head"):
+            checkpoints.load(folder, "generator")
+    layer = {name: array for name, array in decoder.items() if name != "layers.1.glu.fc0.weight"}
+    codec_kit.saved(folder / "decoder.pt", layer)
+    with pytest.raises(UserError, match="decoder.pt lacks .*FlaxBartDecoderLayer_1/GLU_0/Dense_0/kernel"):
+        checkpoints.load(folder, "generator")
+    codec_kit.saved(folder / "decoder.pt", decoder)
     content = (folder / "decoder.pt").read_bytes()
     (folder / "decoder.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="decoder.pt"):
