@@ -191,7 +191,13 @@ def _generate(args: argparse.Namespace) -> int:
     if args.cond_scale_of is not None:
         overrides["guides_first_code_alone"] = args.cond_scale_of == "first"
     models = load_models(args.model, args.codec, args.clip, not args.no_score, args.tokenizer, overrides)
-    config = models.generator.config
+    config, codes = models.generator.config, models.codec.config.codebook_size
+    if codes > config.codebook_size:
+        print(
+            f"warning: codec {models.codec.name!r} has {codes:,} codes, model {models.generator.name!r} draws "
+            f"{config.codebook_size:,}: pictures are right only if it is the codec that the model was trained with",
+            file=sys.stderr,
+        )
     given = load_given(
         args.init_image, args.init_tokens, args.init_count, models.codec, config.image_length, config.codebook_size
     )
