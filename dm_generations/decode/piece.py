@@ -14,6 +14,7 @@ from dm_generations.decode.metadata import Record, gallery_record, picture_recor
 from dm_generations.decode.plan import GroupPlan, Target
 from dm_generations.decode.shards import Member, Shard, webdataset_members
 from dm_generations.decode.tokens import TOKEN_DTYPE
+from dm_generations.models.checkpoints import is_other_embedded
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,13 @@ def entry(
     if target.incomplete_path:
         return GalleryEntry(**shared, scores=scores, page=target.page)
     (row,) = members
-    model = models.get(row.generator_id)
     provenance = {name: getattr(row, name) for name in ("key0", "key1", "sampler_version", "init_count", "dtype")}
-    provenance["model"] = None if model is None else model.name
+    provenance["model"] = _drawn_by(models.get(row.generator_id))
     return Entry(**shared, rank=target.ranks.start, score=scores[0], **provenance)
+
+
+def _drawn_by(model: ModelInfo | None) -> str | None:
+    """What `--model` needs to draw the picture again, None where that is not known or is no more (other weights)."""
+    if model is None or is_other_embedded(model.name, model.sha256, "generator"):
+        return None
+    return model.name

@@ -3,9 +3,11 @@
 import pytest
 from decode_kit import GOLDEN_DECODE, SETTINGS
 
-from dm_generations.archive import Archive
+from dm_generations.archive import Archive, ImageRow, ModelInfo
+from dm_generations.decode.piece import entry
 from dm_generations.decode.plan import GroupPlan, Layout, Selection, is_finished, select_groups
 from dm_generations.errors import UserError
+from dm_generations.models import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +71,18 @@ def test_only_a_file_with_content_is_finished(tmp_path):
         False
     ] * 4
     assert is_finished(str(tmp_path / "whole.png"))
+
+
+def test_the_page_is_told_of_a_model_only_if_it_still_draws_the_picture():
+    plan = GroupPlan(SETTINGS, "a boat", None, 1)
+    row = ImageRow(1, 1, 1, 50, 1.0, 1.0, 10.0, 0, 5, b"\1\0", "ab" * 16, 31.5, 30.25, generator_id=1, codec_id=None)
+    (target,) = plan.targets(Layout("images", 1, 1))
+
+    def drawn_by(name: str, sha256: str) -> str | None:
+        models = {1: ModelInfo("generator", name, sha256, {})}
+        return entry(plan, target, target.path, [row], models).model
+
+    embedded = checkpoints.load(None, "generator")
+    assert drawn_by(embedded.name, embedded.sha256) == embedded.name
+    assert drawn_by(embedded.name, "0" * 64) is None  # an earlier version's weights
+    assert drawn_by("mega", "0" * 64) == "mega"

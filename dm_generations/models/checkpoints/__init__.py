@@ -8,6 +8,7 @@ machine's); `placement.placed` puts them on the device.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable
@@ -32,7 +33,7 @@ from dm_generations.models.checkpoints.own import DTYPE_NAMES, flatten, save, un
 from dm_generations.models.checkpoints.source import Source
 from dm_generations.models.networks import ROLES, network_class, parameter_shapes
 
-__all__ = ["Checkpoint", "check_names_and_shapes", "find", "flatten", "load", "save", "unflatten"]
+__all__ = ["Checkpoint", "check_names_and_shapes", "find", "flatten", "is_other_embedded", "load", "save", "unflatten"]
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "embedded"
 _EMBEDDED_NAMES = {"generator": "dalle_bart", "codec": "vqgan", "clip": "clip"}
@@ -84,7 +85,7 @@ def load(spec: str | os.PathLike | None, role: str) -> Checkpoint:
 def find(spec: str | os.PathLike | None, role: str) -> Checkpoint | None:
     """As `load`, but None where `spec` exists and holds nothing for this role."""
     if spec is None:
-        path, name = EMBEDDED / _EMBEDDED_NAMES[role], f"embedded/{_EMBEDDED_NAMES[role]}"
+        path, name = EMBEDDED / _EMBEDDED_NAMES[role], _embedded_name(role)
     else:
         path = _path_of(spec)
         name = str(spec) if path != Path(spec) else path.resolve().name
@@ -97,6 +98,20 @@ def find(spec: str | os.PathLike | None, role: str) -> Checkpoint | None:
     digest = _digest(source.files)
     params = _native(source.params)
     return Checkpoint(source.kind, source.config, params, name, digest, folder, source.tokenizer, source.text_style)
+
+
+def is_other_embedded(name: str, sha256: str, role: str) -> bool:
+    """Whether a recorded model bears the name of the embedded one for `role`, and had other weights than it has now."""
+    return name == _embedded_name(role) and sha256 != _embedded_sha256(role)
+
+
+def _embedded_name(role: str) -> str:
+    return f"embedded/{_EMBEDDED_NAMES[role]}"
+
+
+@functools.cache
+def _embedded_sha256(role: str) -> str:
+    return _digest([EMBEDDED / _EMBEDDED_NAMES[role] / own.WEIGHTS_FILE])
 
 
 def _native(params: dict) -> dict:
