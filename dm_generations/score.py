@@ -20,6 +20,7 @@ from dm_generations.decode.codec import Decoding
 from dm_generations.errors import UserError
 from dm_generations.models.clip import CLIP, OPENAI_MEAN, OPENAI_STD, CLIPConfig, preprocess, unit
 from dm_generations.models.placement import placed
+from dm_generations.models.precision import matmul_precision
 from dm_generations.models.resize import FILTERS
 from dm_generations.text import PromptTokenizer
 
@@ -103,13 +104,14 @@ class Scorer:
 
         @jax.jit
         def image_tower(params, images):
-            pixels = preprocess(images, **dataclasses.asdict(preprocessing))
-            return unit(model.apply({"params": params}, pixels, method="get_image_features"))
+            with matmul_precision(np.float32):
+                pixels = preprocess(images, **dataclasses.asdict(preprocessing))
+                return unit(model.apply({"params": params}, pixels, method="get_image_features"))
 
         @jax.jit
         def text_tower(params, input_ids, attention_mask):
-            features = model.apply({"params": params}, input_ids, attention_mask, method="get_text_features")
-            return unit(features)
+            with matmul_precision(np.float32):
+                return unit(model.apply({"params": params}, input_ids, attention_mask, method="get_text_features"))
 
         self._image_tower = image_tower
         self._text_tower = text_tower

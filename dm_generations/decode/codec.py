@@ -17,6 +17,7 @@ from dm_generations.decode.memory import check_fits, fitting_batch_size, is_out_
 from dm_generations.errors import UserError
 from dm_generations.models.networks import network_class
 from dm_generations.models.placement import placed
+from dm_generations.models.precision import matmul_precision
 from dm_generations.models.vqgan_decoder import VQGANDecoder
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -58,7 +59,7 @@ class Codec:
         self._params = prepare(params, NamedSharding(mesh, PartitionSpec()))
 
         def to_uint8(params, tokens):  # (b, L) or grids (b, h, w), uint16 -> (b, H, W, 3) uint8, of one device
-            with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+            with matmul_precision(dtype):
                 pixels = decode(params, tokens.astype(jnp.int32))
             # Truncated, not rounded: what the 2022 script wrote.
             return (jnp.clip(pixels, 0.0, 1.0) * jnp.float32(255)).astype(jnp.uint8)

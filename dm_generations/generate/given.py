@@ -125,12 +125,13 @@ def encode_pixels(pixels: np.ndarray, codec: Checkpoint) -> np.ndarray:
 
     from dm_generations.models.networks import network_class
     from dm_generations.models.placement import placed
+    from dm_generations.models.precision import matmul_precision
 
     model = network_class(codec.kind)(codec.config, jnp.float32)
 
     @jax.jit
     def encode(params, pixels):
-        with jax.default_matmul_precision("highest"):
+        with matmul_precision(jnp.float32):
             _, tokens = model.apply({"params": params}, pixels.astype(jnp.float32) / 255, method="encode")
         return tokens.astype(jnp.uint16)
 

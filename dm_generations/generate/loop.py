@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dm_generations import sampling
 from dm_generations.generate.row_inputs import OF_ROWS, TEXT_BATCH, RowInputs
+from dm_generations.models.precision import matmul_precision
 
 AXIS = "rows"  # of a mesh of devices, each of which has a batch of its own
 
@@ -91,7 +92,7 @@ def begin(model: nn.Module, drawing: Drawing, mesh: Mesh | None, params: dict, r
             ),
         )
 
-    return _on_each_device(here, mesh, is_divided=(False, True))(params, rows)
+    return _on_each_device(model, here, mesh, (False, True))(params, rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
@@ -129,7 +130,7 @@ def advance(
 
         return jax.lax.fori_loop(first, end, one, state)
 
-    return _on_each_device(here, mesh, is_divided=(False, True, True, False, False))(params, rows, state, first, end)
+    return _on_each_device(model, here, mesh, (False, True, True, False, False))(params, rows, state, first, end)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -155,7 +156,7 @@ def replay(
         _, margins = jax.lax.scan(one, (state.cache, state.last.token), (steps, rows.init_tokens.T))
         return margins.T
 
-    return _on_each_device(here, mesh, is_divided=(False, True, True))(params, rows, state)
+    return _on_each_device(model, here, mesh, (False, True, True))(params, rows, state)
 
 
 def _texts(model: nn.Module, params: dict, rows: RowInputs) -> Any:
@@ -213,9 +214,14 @@ def _for_rows_in_use(draw: Callable[[RowInputs, RowState], RowState], rows: RowI
     return jax.lax.fori_loop(0, jnp.where(rows.row_count[0] > half, 2, 1), draw_half, last)
 
 
-def _on_each_device(function: Callable, mesh: Mesh | None, is_divided: tuple[bool, ...]) -> Callable:
-    """`function` on every device of the mesh, each with its part of the arguments that are divided."""
+def _on_each_device(model: nn.Module, function: Callable, mesh: Mesh | None, is_divided: tuple[bool, ...]) -> Callable:
+    """`function` of the model on every device of the mesh, each with its part of the arguments that are divided."""
+
+    def precise(*arguments):
+        with matmul_precision(model.dtype):
+            return function(*arguments)
+
     if mesh is None:
-        return function
+        return precise
     specs = tuple(PartitionSpec(AXIS) if divided else PartitionSpec() for divided in is_divided)
-    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False)
+    return jax.shard_map(precise, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False)

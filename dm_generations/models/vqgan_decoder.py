@@ -18,6 +18,7 @@ from jax import lax
 
 from dm_generations.models import winograd
 from dm_generations.models.checkpoints.mapped import release
+from dm_generations.models.precision import matmul_precision
 from dm_generations.models.token_grid import token_grid
 from dm_generations.models.vqgan import VQGANConfig
 
@@ -51,7 +52,7 @@ class VQGANDecoder:
         Pixels are float32 (or float64), [0, 1] is black to white. A token outside the codebook gives some other one's
         row; callers check on the host.
         """
-        with jax.default_matmul_precision("highest" if self.dtype == self._wide else "default"):
+        with matmul_precision(self.dtype):
             x = weights["codebook"][token_grid(tokens)]
             if self.platform == "cpu":
                 # One is enough to be busy with, stays in the cache, and comes out the same whatever B is.
