@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from dm_generations.archive._layout import SETTINGS
+from dm_generations.archive._layout import MODEL_KINDS, SETTINGS
 from dm_generations.archive._store import Archive
 from dm_generations.archive._tokens import grid_side
 
@@ -135,7 +135,7 @@ def _models(archive: Archive) -> list[ModelUse]:
     if archive.is_2022:
         return []
     image_count_by_model: Counter[int] = Counter()
-    for column in ("generator_id", "codec_id", "clip_id"):
+    for column in MODEL_KINDS:
         counts = archive.query(f"SELECT {{{column}}}, count(*) FROM images GROUP BY 1")
         image_count_by_model.update(dict(counts))
     return [

@@ -9,6 +9,7 @@ from dm_generations.archive._sqlite import APPLICATION_ID, ArchiveError
 
 SETTINGS = tuple(Settings.__dataclass_fields__)
 IMAGE_COLUMNS = tuple(ImageRow.__dataclass_fields__)
+MODEL_KINDS = {"generator_id": "generator", "codec_id": "codec", "clip_id": "clip"}  # of what a column refers to
 INSERT_COLUMNS = (
     *SETTINGS,
     "key0",
@@ -20,9 +21,7 @@ INSERT_COLUMNS = (
     "time_start",
     "time_end",
     "time_scored",
-    "generator_id",
-    "codec_id",
-    "clip_id",
+    *MODEL_KINDS,
     "sampler_version",
     "log_prob",
     "dtype",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dm_generations.archive._files import new_file
-from dm_generations.archive._layout import INSERT_COLUMNS
+from dm_generations.archive._layout import INSERT_COLUMNS, MODEL_KINDS
 from dm_generations.archive._sqlite import ArchiveError, sqlite_errors
 from dm_generations.archive._store import Archive
 from dm_generations.archive._tokens import check_init, check_tokens, quantvec_md5
@@ -22,7 +22,6 @@ ON CONFLICT DO UPDATE SET clip_score_input = excluded.clip_score_input,
     time_scored = excluded.time_scored
 WHERE clip_score_input IS NULL AND excluded.clip_score_input IS NOT NULL AND quantvec_md5 = excluded.quantvec_md5
 """
-MODEL_COLUMNS = ("generator_id", "codec_id", "clip_id")
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class _Rows:
             row["sc_prompt_id"] = self._new_id(self.sc_prompt_ids, row, "sc_prompt_id")
             row["quantvec_md5"] = self._checked_md5(row)
             self._check_init(row)
-            for name in MODEL_COLUMNS:
+            for name in MODEL_KINDS:
                 row[name] = self._new_id(self.model_ids, row, name)
             yield tuple(row.values())
 

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dm_generations.archive._layout import ADDED, columns_of
+from dm_generations.archive._layout import INSERT_COLUMNS, MODEL_KINDS, columns_of
 from dm_generations.archive._queries import SELECT_MODELS
 from dm_generations.archive._records import ModelInfo
 from dm_generations.archive._sqlite import ArchiveError
@@ -16,28 +16,10 @@ from dm_generations.archive._tokens import BYTES_PER_TOKEN, codes_fit, grid_side
 INTEGRITY_LIMIT = 20  # lines of SQLite's own report; a broken page can cause thousands
 UINT32_MAX = 2**32 - 1
 INDEXES = frozenset({"images_by_group", "images_draw"})
-MODEL_KINDS = {"generator_id": "generator", "codec_id": "codec", "clip_id": "clip"}
 SCORES = ("clip_score_input", "clip_score_tokenized")
 DTYPES = ("float32", "bfloat16", "float16")
 TIMES = ("time_start", "time_end", "time_scored")
-CHECKED_COLUMNS = (
-    "id",
-    "prompt_id",
-    "sc_prompt_id",
-    "top_k",
-    "top_p",
-    "temperature",
-    "cond_scale",
-    "key0",
-    "key1",
-    "quantvec",
-    "quantvec_md5",
-    *SCORES,
-    *TIMES,
-    *MODEL_KINDS,
-    "sampler_version",
-    *ADDED,
-)
+CHECKED_COLUMNS = ("id", *INSERT_COLUMNS)
 USUAL_BYTE_COUNT = """
 SELECT length(quantvec) FROM images WHERE typeof(quantvec) = 'blob' AND {codec_id} IS NULL
 GROUP BY 1 ORDER BY count(*) DESC, 1 LIMIT 1
@@ -210,7 +192,7 @@ def _wrong_tokens(quantvec: object, codec: ModelInfo | None, usual_bytes: int | 
             yield f"quantvec has {len(quantvec)} bytes, which is no square grid of uint16"
         elif codec is None and len(quantvec) != usual_bytes:
             yield f"quantvec has {len(quantvec)} bytes, most of the others {usual_bytes}"
-    elif len(quantvec) != (expected := 2 * codec.grid * codec.grid):
+    elif len(quantvec) != (expected := BYTES_PER_TOKEN * codec.grid * codec.grid):
         yield f"quantvec has {len(quantvec)} bytes, not the {expected} of {codec.grid}x{codec.grid} uint16"
     elif not codes_fit(quantvec, codec.codebook_size):
         yield f"code {largest_code(quantvec)} is not below the codebook size {codec.codebook_size}"
