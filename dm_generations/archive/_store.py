@@ -137,10 +137,13 @@ class Archive:
     def duplicate(self) -> "Archive":
         """A second connection to an archive that is open for writing, for another thread, which closes it."""
         assert self.mode == "w", self.mode
-        with sqlite_errors(self.path):
+        with sqlite_errors(self.path), contextlib.ExitStack() as on_error:
             connection = connect(self.path, b"", "w", self._timeout)
+            on_error.callback(connection.close)
             _prepare_to_write(connection, b"")
-            return Archive(self.path, connection, "w", self._timeout, read_layout(self.path, connection))
+            layout = read_layout(self.path, connection)
+            on_error.pop_all()
+        return Archive(self.path, connection, "w", self._timeout, layout)
 
     def close(self) -> None:
         self.connection.close()

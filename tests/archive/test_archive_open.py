@@ -14,7 +14,7 @@ import pytest
 from archive_kit import COLUMNS_2022, archive_2022, execute, fill, new_image
 from helpers import ROOT, golden
 
-from dm_generations.archive import Archive, ArchiveError, Settings
+from dm_generations.archive import Archive, ArchiveError, Settings, _store
 
 
 @pytest.fixture
@@ -147,6 +147,22 @@ def test_opening_a_second_connection_keeps_the_lock_of_the_first(ours):
         program = f"import sqlite3; sqlite3.connect({str(ours)!r}, timeout=0.1).execute('BEGIN IMMEDIATE')"
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "database is locked" in result.stderr
+
+
+def test_a_second_connection_that_is_refused_is_closed(ours, monkeypatch):
+    original, opened = _store.connect, []
+
+    def connect(*arguments):
+        opened.append(original(*arguments))
+        return opened[-1]
+
+    with Archive.open(ours, "w") as archive:
+        execute(ours, "PRAGMA user_version = 99")  # by a newer program, meanwhile
+        monkeypatch.setattr(_store, "connect", connect)
+        with pytest.raises(ArchiveError, match="format 99"):
+            archive.duplicate()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        opened[0].execute("SELECT 1")
 
 
 def test_reading_only_means_no_writing(ours):
