@@ -135,9 +135,10 @@ def _selected_ids(
         return None
     if unknown := sorted(set(ids) - texts.keys()):
         raise UserError(f"{path} has no {kind} with id {_some(unknown)}; its {kind} ids are {_some(texts)}")
-    if unknown_texts := [text for text in wanted if text not in texts.values()]:
+    known_texts, wanted_texts = set(texts.values()), set(wanted)  # a sweep may have asked for thousands
+    if unknown_texts := [text for text in wanted if text not in known_texts]:
         raise UserError(f"{path} has no {kind} {unknown_texts[0]!r:.200}; give the whole text, or its id")
-    return sorted(set(ids) | {text_id for text_id, text in texts.items() if text in set(wanted)})
+    return sorted(set(ids) | {text_id for text_id, text in texts.items() if text in wanted_texts})
 
 
 def _some(ids: Sequence[int] | Mapping[int, object]) -> str:
