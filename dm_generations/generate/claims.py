@@ -42,7 +42,7 @@ class Claims:
     """What this process draws at the moment, for others that fill `archive` to see; a context manager.
 
     generator, sampler_version: who draws. find_model: the archive's id of a model, None if it is new there.
-    init_md5: of the codes that a draw goes on from, "" if it is drawn whole. Leaving gives back what is claimed.
+    init_md5: of the codes that the draws go on from, "" if they are drawn whole. Leaving gives back what is claimed.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Claims:
         generator: ModelInfo,
         sampler_version: int,
         find_model: Callable[[Archive, ModelInfo], int | None],
-        init_md5: Callable[[Draw], str] = lambda draw: "",
+        init_md5: str = "",
         lease_s: float = LEASE_S,
     ):
         self.owner = f"{_process_space()}:{os.getpid()}:{secrets.token_hex(4)}"
@@ -114,7 +114,7 @@ class Claims:
     def digest(self, draw: Draw) -> bytes:
         """What stands for a draw among the claims: 16 bytes that depend on all that its picture depends on."""
         who = [self._generator.sha256, self._generator.config, self._sampler_version]
-        what = [dataclasses.asdict(draw.combination), draw.key0, draw.key1, self._init_md5(draw)]
+        what = [dataclasses.asdict(draw.combination), draw.key0, draw.key1, self._init_md5]
         text = json.dumps([who, what], sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(text.encode("ascii"), digest_size=DIGEST_BYTES).digest()
 
@@ -159,7 +159,7 @@ class Claims:
             key1=draw.key1,
             generator_id=generator_id,
             sampler_version=self._sampler_version,
-            init_md5=self._init_md5(draw),
+            init_md5=self._init_md5,
         )
 
     def _holders(self) -> dict[bytes, str]:

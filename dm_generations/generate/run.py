@@ -252,7 +252,7 @@ class Pipeline:
             filled.elsewhere += count
             on_pictures(count)
 
-        with Claims(archive, infos[0], self.sampler_version, known_model, lambda draw: self._init_md5) as claims:
+        with Claims(archive, infos[0], self.sampler_version, known_model, self._init_md5) as claims:
             capacity = self.generator.capacity
             for batch in claims.batches(work.draws(), capacity, _sequences, stored_elsewhere):
                 with memory_errors():
