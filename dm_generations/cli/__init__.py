@@ -8,7 +8,16 @@ from dm_generations import __version__
 from dm_generations.cli import convert, decode, generate, info, merge, score, verify
 from dm_generations.errors import UserError
 
-COMMANDS = (generate, score, decode, info, verify, merge, convert)
+# Each has HELP, DESCRIPTION and EPILOG, `add_arguments(parser)`, and `run(args)`, which gives the exit status.
+COMMANDS = {
+    "generate": generate,
+    "score": score,
+    "decode": decode,
+    "info": info,
+    "verify": verify,
+    "merge": merge,
+    "convert": convert,
+}
 DESCRIPTION = """\
 An archive of text-to-image generations, and the pipeline around it: prompts become code vectors in one SQLite file,
 and the pictures are rebuilt from it.
@@ -21,19 +30,17 @@ example:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dm_generations",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    # No abbreviations: a later flag could change what they mean.
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog="dm_generations", description=DESCRIPTION, epilog=EPILOG, **style)
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add_parser(subparsers)
-    for subparser in subparsers.choices.values():
+    for name, command in COMMANDS.items():
+        texts = {"help": command.HELP, "description": command.DESCRIPTION, "epilog": command.EPILOG}
+        subparser = subparsers.add_parser(name, **texts, **style)
+        command.add_arguments(subparser)
         subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        subparser.set_defaults(run=command.run)
     return parser
 
 

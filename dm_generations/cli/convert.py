@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+HELP = "write a public checkpoint as our own folder"
 DESCRIPTION = """\
 Write a model of any format that loads as a folder of our own: config.json, model.safetensors and the tokenizer's
 files. Its weights are mapped from the disk, and it needs neither PyTorch's nor Flax's formats.
@@ -16,21 +17,12 @@ examples:
 DTYPES = ("as-is", "float32", "float16", "bfloat16")
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "convert",
-        help="write a public checkpoint as our own folder",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="PATH", help="a folder, a file or a name on the Hugging Face hub, owner/name@revision")
     add("--out", metavar="FOLDER", type=Path, required=True, help="folder to write; it must not exist yet")
     add("--tokenizer", metavar="PATH", type=Path, help="the generator's tokenizer, if it does not lie with it")
     add("--dtype", choices=DTYPES, default="as-is", help="how weights are stored (default: as they are)")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

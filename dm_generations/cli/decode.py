@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dm_generations.errors import UserError
 
+HELP = "turn an archive into picture files"
 DESCRIPTION = "Decode the pictures of an archive into files, with a page to look at them."
 EPILOG = """\
 Pictures that are on disk already are left as they are, so a run that was stopped goes on when it is repeated.
@@ -16,15 +17,7 @@ example:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "decode",
-        help="turn an archive into picture files",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--db", metavar="FILE", help="archive to decode (default: the emoji archive that ships)")
     add(
@@ -144,7 +137,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="N",
         help="only the N best of each prompt and setting, by CLIP score",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from dm_generations.errors import UserError
 from dm_generations.generate import sweep as sweeps
 from dm_generations.generate.sweep_file import KEYS, read_sweep
 
+HELP = "draw pictures from text into an archive"
 DESCRIPTION = """\
 Draw pictures from text and keep them, as tokens with their settings, keys and scores, in an archive.
 
@@ -29,15 +30,7 @@ examples:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "generate",
-        help="draw pictures from text into an archive",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--db", metavar="FILE", type=Path, required=True, help="archive to fill; made if there is none")
     add("--prompts", nargs="+", metavar="TEXT", help="what to draw")
@@ -98,7 +91,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     _add_settings(parser.add_argument_group("settings", "each takes one or more values"))
     _add_given(parser.add_argument_group("given codes", "pictures that go on from the first codes of another one"))
     add_model_options(parser, generates=True)
-    parser.set_defaults(run=run)
 
 
 def _add_settings(group: argparse._ArgumentGroup) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dm_generations.archive import ArchiveInfo, LogProbInfo, PromptInfo, ScoreInfo
 
+HELP = "show what an archive holds"
 DESCRIPTION = """\
 Print what an archive holds: prompts, sampling settings and their values, how many pictures, which models
 made them, CLIP scores, log-probabilities, sizes. Archives in the 2022 layout are read too. Nothing is changed.
@@ -19,18 +20,9 @@ example:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "info",
-        help="show what an archive holds",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--db", metavar="FILE", help="archive (default: the emoji archive that ships)")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 
+HELP = "join archives"
 DESCRIPTION = """\
 Add the pictures of archives to another, which is made if it does not exist. Prompts and models get ids anew;
 a picture that is there already is not added again, but gives its CLIP scores if those are missing. Archives
@@ -14,18 +15,9 @@ example:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "merge",
-        help="join archives",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sources", nargs="+", metavar="FILE", help="archives to take pictures from; only read")
     parser.add_argument("--into", required=True, metavar="FILE", help="archive to add them to")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dm_generations.cli.model_options import STOPPED, add_model_options, check_batch_size, prepare_device
 
+HELP = "fill in missing CLIP scores"
 DESCRIPTION = """\
 Score the pictures of an archive against their prompts with CLIP: those without a score, or all with --all.
 Each is scored as the codec that made it shows it.
@@ -17,20 +18,11 @@ example:
 _BAD_ROWS_SHOWN = 10
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "score",
-        help="fill in missing CLIP scores",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--db", metavar="FILE", type=Path, required=True, help="archive to score; it is changed")
     add("--all", action="store_true", help="score again what has a score, with another CLIP for instance")
     add_model_options(parser, generates=False)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

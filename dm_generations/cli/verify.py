@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+HELP = "check an archive for damage"
 DESCRIPTION = """\
 Check an archive: SQLite's own integrity, ids that point nowhere, types and ranges of all values, lengths of
 token vectors, codes beyond the codebook, MD5. Prints a line for each problem with the row's id; the exit
@@ -22,15 +23,7 @@ example:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "verify",
-        help="check an archive for damage",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--db", metavar="FILE", help="archive (default: the emoji archive that ships)")
     parser.add_argument("--json", action="store_true", help="print each problem as one line of JSON")
     group = parser.add_argument_group("does the model give the rows again?")
@@ -43,7 +36,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     group.add_argument("--tokenizer", metavar="PATH", type=Path, help="its tokenizer, if not beside it")
     group.add_argument("--batch-size", type=int, default=32, metavar="N", help="as they were drawn with (default: 32)")
     group.add_argument("--cpu-only", action="store_true", help="leave accelerators alone")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

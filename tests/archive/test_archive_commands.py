@@ -1,6 +1,5 @@
 """info, verify and merge as commands."""
 
-import argparse
 import hashlib
 import json
 import subprocess
@@ -11,16 +10,12 @@ from archive_kit import archive_v1, execute, fill, new_image
 from helpers import ROOT, golden
 
 from dm_generations.archive import Archive, init_md5
-from dm_generations.cli import info, merge, verify
+from dm_generations.cli import build_parser
 from dm_generations.cli._text import file_size, printable
 
 
 def command(*words) -> int:
-    parser = argparse.ArgumentParser()
-    subparsers = parser.add_subparsers(required=True)
-    for module in (info, verify, merge):
-        module.add_parser(subparsers)
-    args = parser.parse_args([str(word) for word in words])
+    args = build_parser().parse_args([str(word) for word in words])
     return args.run(args)
 
 

@@ -1,6 +1,5 @@
 """`generate` and `score` as commands: sweeps, resuming, what is refused, and what is left behind."""
 
-import argparse
 import dataclasses
 import hashlib
 import math
@@ -21,8 +20,7 @@ from PIL import Image
 from tiny import CODEBOOK_SIZE, GRID, tiny_clip, tiny_dalle_bart, tiny_models, tiny_vqgan
 
 from dm_generations.archive import Archive, verify
-from dm_generations.cli import generate, score
-from dm_generations.cli import verify as verify_command
+from dm_generations.cli import build_parser
 from dm_generations.errors import UserError
 from dm_generations.generate import run as runs
 from dm_generations.threefry import row_key
@@ -44,17 +42,15 @@ def one_compilation_cache(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-def command(module, *words) -> int:
-    parser = argparse.ArgumentParser()
-    module.add_parser(parser.add_subparsers(required=True))
-    args = parser.parse_args([module.__name__.rpartition(".")[2], *map(str, words)])
+def command(*words) -> int:
+    args = build_parser().parse_args(list(map(str, words)))
     return args.run(args)
 
 
 def draw(models, db, *words) -> int:
     defaults = ["--model", models.dalle_bart, "--codec", models.vqgan, "--batch-size", 4]
     clip = [] if "--no-score" in words else ["--clip", models.clip]
-    return command(generate, "--db", db, *defaults, *clip, *words)
+    return command("generate", "--db", db, *defaults, *clip, *words)
 
 
 def rows_of(db, columns="*", order="id"):
@@ -161,7 +157,7 @@ def test_rows_remember_what_they_were_computed_in_and_how_likely_they_were(model
     assert [row[0] for row in found] == ["float32"] * 3 + ["bfloat16"] * 3
     assert all(-16 * math.log(1000) < row[1] < 0 and row[2:] == (0, "") for row in found)
     for flag in ("--regenerate", "--replay"):  # each in its own dtype
-        assert command(verify_command, "--db", db, "--model", models.dalle_bart, "--batch-size", 4, flag) == 0
+        assert command("verify", "--db", db, "--model", models.dalle_bart, "--batch-size", 4, flag) == 0
 
 
 def test_no_same_seeds_gives_every_combination_its_own_keys(models, tmp_path):
@@ -189,7 +185,7 @@ def test_pictures_go_on_from_given_codes_and_can_be_checked(models, tmp_path, ca
         assert len({row[count:].tobytes() for row in rows}) == 3
     assert len({md5 for (md5,) in rows_of(db, "init_md5")}) == 3
     for flag in ("--regenerate", "--replay"):
-        assert command(verify_command, "--db", db, "--model", models.dalle_bart, "--batch-size", 4, flag) == 0
+        assert command("verify", "--db", db, "--model", models.dalle_bart, "--batch-size", 4, flag) == 0
 
 
 def test_a_picture_gives_its_codes(models, tmp_path):
@@ -344,9 +340,9 @@ def test_a_stop_keeps_finished_batches_and_a_rerun_adds_the_rest(models, tmp_pat
 
 
 KILLED = """
-import argparse, os, signal, sys
+import os, signal, sys
 from dm_generations.archive import Archive
-from dm_generations.cli import generate
+from dm_generations.cli import build_parser
 add_images = Archive.add_images
 
 def dies_in_the_second(archive, images, *rest):
@@ -356,9 +352,7 @@ def dies_in_the_second(archive, images, *rest):
     return added
 
 Archive.add_images = dies_in_the_second
-parser = argparse.ArgumentParser()
-generate.add_parser(parser.add_subparsers())
-args = parser.parse_args(["generate", *sys.argv[1:]])
+args = build_parser().parse_args(["generate", *sys.argv[1:]])
 args.run(args)
 """
 
@@ -395,19 +389,19 @@ def test_score_fills_in_what_no_score_left_out(models, tmp_path, capsys):
     assert {row[0] for row in rows_of(unscored, "clip_score_input")} == {None}
     options = ["--codec", models.vqgan, "--clip", models.clip, "--batch-size", 4]
     capsys.readouterr()
-    assert command(score, "--db", unscored, *options) == 0
+    assert command("score", "--db", unscored, *options) == 0
     assert "6 pictures scored" in capsys.readouterr().out
     columns = "quantvec, clip_score_input, clip_score_tokenized, clip_id"
     expected, found = (rows_of(db, columns, "prompt_id, key0") for db in (scored, unscored))
     assert [row[0] for row in found] == [row[0] for row in expected]
     np.testing.assert_allclose([r[1:3] for r in found], [r[1:3] for r in expected], rtol=1e-5, atol=1e-5)
     content = unscored.read_bytes()
-    assert command(score, "--db", unscored, *options) == 0
+    assert command("score", "--db", unscored, *options) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert unscored.read_bytes() == content
 
     options[3] = tiny_clip(tmp_path / "clip", seed=1)
-    assert command(score, "--db", unscored, *options, "--all") == 0
+    assert command("score", "--db", unscored, *options, "--all") == 0
     renewed = rows_of(unscored, columns, "prompt_id, key0")
     assert all(new[1] != old[1] and new[3] != old[3] for new, old in zip(renewed, found, strict=True))
     with Archive.open(unscored) as archive:
@@ -423,17 +417,17 @@ def test_score_leaves_rows_of_another_codec_and_bad_rows_and_says_so(models, tmp
         connection.execute("UPDATE images SET quantvec = zeroblob(30) WHERE id = 2")
     capsys.readouterr()
     options = ["--clip", models.clip, "--batch-size", 4]
-    assert command(score, "--db", db, "--codec", models.vqgan, *options) == 1
+    assert command("score", "--db", db, "--codec", models.vqgan, *options) == 1
     told = capsys.readouterr()
     assert "2 pictures scored" in told.out
     assert "picture 2 was not scored: its token blob is 30 bytes" in told.err
     assert "2 not scored: made with codec 'other_codec', not 'vqgan'" in told.err
     assert [score is None for (score,) in rows_of(db, "clip_score_input")] == [False, True, False, True, True]
-    assert command(score, "--db", db, "--codec", other.vqgan, *options) == 1  # the bad row is still there
+    assert command("score", "--db", db, "--codec", other.vqgan, *options) == 1  # the bad row is still there
     assert "2 pictures scored" in capsys.readouterr().out
 
 
 def test_score_of_a_missing_archive_is_refused_and_makes_none(models, tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        command(score, "--db", tmp_path / "a.db")
+        command("score", "--db", tmp_path / "a.db")
     assert list(tmp_path.iterdir()) == []
