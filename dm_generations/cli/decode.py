@@ -1,11 +1,14 @@
 """`decode`: the pictures of an archive as files."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+from dm_generations.archive import Archive
+from dm_generations.cli._text import counted
+from dm_generations.cli.model_options import prepare_device
 from dm_generations.errors import UserError
+from dm_generations.resources import shipped
 
 HELP = "turn an archive into picture files"
 DESCRIPTION = "Decode the pictures of an archive into files, with a page to look at them."
@@ -140,27 +143,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dm_generations.archive import Archive
-    from dm_generations.resources import shipped
 
     _check_flags(args)
     with Archive.open(args.db or shipped("archive/emoji.db")) as archive:
         return _decode(archive, args)
 
 
-def _decode(archive, args: argparse.Namespace) -> int:
-    # JAX takes most of a GPU's memory at its first use unless told otherwise; others may be using that GPU.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    import jax
-
+def _decode(archive: Archive, args: argparse.Namespace) -> int:
+    prepare_device(args.cpu_only)
     from dm_generations.decode.captions import Strips
     from dm_generations.decode.encode import Encoding
     from dm_generations.decode.plan import Layout, Selection
     from dm_generations.decode.run import Options, decode_archive
 
     mode = _mode(args)
-    if args.cpu_only:
-        jax.config.update("jax_platforms", "cpu")
     options = Options(
         out_dir=Path(args.out_dir or mode),
         layout=Layout(
@@ -181,11 +177,11 @@ def _decode(archive, args: argparse.Namespace) -> int:
         strips=Strips(args.captions, args.score_labels, args.caption_font),
     )
     report = decode_archive(archive, options, lambda line: print(f"warning: {line}", file=sys.stderr))
-    summary = f"{report.written:,} {'file' if report.written == 1 else 'files'} written to {options.out_dir}"
+    summary = f"{counted(report.written, 'file')} written to {options.out_dir}"
     if report.already_there:
         summary += f", {report.already_there:,} there already"
     if report.problems:
-        summary += f", {len(report.problems):,} {'problem' if len(report.problems) == 1 else 'problems'}"
+        summary += f", {counted(len(report.problems), 'problem')}"
     print(f"{summary}. Open {report.page} in a browser." if report.page else f"{summary}.")
     return 1 if report.problems else 0
 

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from dm_generations.archive import Archive
+from dm_generations.cli._text import counted
 from dm_generations.cli.model_options import STOPPED, add_model_options, check_batch_size, prepare_device
 from dm_generations.errors import UserError
 from dm_generations.generate import sweep as sweeps
@@ -170,7 +172,6 @@ def _generate(args: argparse.Namespace) -> int:
         row_keys=[parse_key(text) for text in described.get("keys", [])],
     )
     prepare_device(args.cpu_only)
-    from dm_generations.archive import Archive
     from dm_generations.generate.given import load_given
     from dm_generations.generate.run import Pipeline, Progressive, load_models, open_archive
 
@@ -222,7 +223,7 @@ def _estimate(pipeline, work: sweeps.Plan) -> None:
         print(f"drawing and scoring takes about {about}, by the speed of a few steps; nothing was drawn")
 
 
-def _fill(archive, work: sweeps.Plan, pipeline, args: argparse.Namespace) -> int:
+def _fill(archive: Archive, work: sweeps.Plan, pipeline, args: argparse.Namespace) -> int:
     from dm_generations.decode.progress import Progress
 
     print(f"{_describe(work.sweep)}, {work.missing_count:,} of them to draw", file=sys.stderr)
@@ -233,7 +234,7 @@ def _fill(archive, work: sweeps.Plan, pipeline, args: argparse.Namespace) -> int
             filled = pipeline.fill(archive, work, progress.advance)
             added_count, elsewhere_count = filled.added, filled.elsewhere
     seconds = time.monotonic() - started
-    summary = f"{added_count:,} {_pictures(added_count)} added to {args.db}, {work.existing_count:,} there already"
+    summary = f"{counted(added_count, 'picture')} added to {args.db}, {work.existing_count:,} there already"
     if elsewhere_count:
         summary += f", {elsewhere_count:,} added by other processes"
     if added_count:
@@ -242,31 +243,26 @@ def _fill(archive, work: sweeps.Plan, pipeline, args: argparse.Namespace) -> int
     has_failed = args.output == "npy" and not _write_npy(archive, work.sweep, args.out_dir)
     # Only dalle-mini's noise leaves pictures out.
     if args.rng == "dalle-mini" and (left_out := work.missing_count - added_count - elsewhere_count):
-        what = "picture holds an id that is no code" if left_out == 1 else "pictures hold ids that are no codes"
-        print(f"error: {left_out:,} {what} (dalle-mini draws its end token too), and was left out", file=sys.stderr)
+        what = f"{counted(left_out, 'picture')} left out, with an id that is no code"
+        print(f"error: {what}: dalle-mini draws its end token too", file=sys.stderr)
         return 1
     return 1 if has_failed else 0
 
 
-def _write_npy(archive, sweep: sweeps.Sweep, out_dir: Path) -> bool:
+def _write_npy(archive: Archive, sweep: sweeps.Sweep, out_dir: Path) -> bool:
     """Write the tokens of the sweep's prompts; whether all are written."""
     from dm_generations.decode.plan import Layout, Selection
     from dm_generations.decode.run import Options, decode_archive
 
     options = Options(out_dir, Layout("npy", 1, 1), Selection(prompt_texts=sweep.prompts))
     report = decode_archive(archive, options, lambda line: print(f"warning: {line}", file=sys.stderr))
-    print(f"{report.written:,} files of tokens written to {out_dir}, {report.already_there:,} there already")
+    print(f"{counted(report.written, 'file')} of tokens written to {out_dir}, {report.already_there:,} there already")
     return not report.problems
 
 
 def _describe(sweep: sweeps.Sweep) -> str:
-    count, combinations = sweep.picture_count, sweep.combination_count
-    plural = "combination" if combinations == 1 else "combinations"
-    return f"{combinations:,} {plural} x {sweep.count:,} = {count:,} {_pictures(count)}"
-
-
-def _pictures(count: int) -> str:
-    return "picture" if count == 1 else "pictures"
+    combinations = counted(sweep.combination_count, "combination")
+    return f"{combinations} x {sweep.count:,} = {counted(sweep.picture_count, 'picture')}"
 
 
 def _decode_command(args: argparse.Namespace) -> str:

@@ -4,10 +4,10 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dm_generations.archive import ArchiveInfo, LogProbInfo, PromptInfo, ScoreInfo
+from dm_generations.archive import Archive, ArchiveInfo, LogProbInfo, PromptInfo, ScoreInfo, info
+from dm_generations.cli._text import counted, file_size, printable, utc_time
+from dm_generations.resources import shipped
 
 HELP = "show what an archive holds"
 DESCRIPTION = """\
@@ -26,9 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dm_generations.archive import Archive, info
-    from dm_generations.resources import shipped
-
     with Archive.open(args.db or shipped("archive/emoji.db")) as archive:
         found = info(archive)
     if args.json:
@@ -38,9 +35,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _lines(found: "ArchiveInfo") -> Iterator[str]:
-    from dm_generations.cli._text import counted, file_size, printable, utc_time
-
+def _lines(found: ArchiveInfo) -> Iterator[str]:
     layout = "2022 layout" if found.layout == "2022" else f"format {found.layout}"
     yield f"{printable(found.path, 1000)}: {layout}, {file_size(found.file_bytes)}"
     sizes = f"{found.smallest_group:,}"
@@ -89,13 +84,11 @@ def _lines(found: "ArchiveInfo") -> Iterator[str]:
         yield f"  {model.id:>3}  {kind:<9}  {name}  sha256 {digest[:12]}{codes}{pixels}  ({use})"
 
 
-def _range(values: "ScoreInfo | LogProbInfo") -> str:
+def _range(values: ScoreInfo | LogProbInfo) -> str:
     return f"{values.smallest:.2f}  {values.mean:.2f}  {values.largest:.2f}"
 
 
-def _prompt_lines(title: str, prompts: "list[PromptInfo]") -> Iterator[str]:
-    from dm_generations.cli._text import counted, printable
-
+def _prompt_lines(title: str, prompts: list[PromptInfo]) -> Iterator[str]:
     yield f"\n{title}"
     for prompt in prompts:
         text = "(empty: the model's own)" if prompt.text is None else printable(prompt.text)

@@ -2,6 +2,9 @@
 
 import argparse
 
+from dm_generations.archive import merge
+from dm_generations.cli._text import counted, printable
+
 HELP = "join archives"
 DESCRIPTION = """\
 Add the pictures of archives to another, which is made if it does not exist. Prompts and models get ids anew;
@@ -21,9 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dm_generations.archive import merge
-    from dm_generations.cli._text import counted, printable
-
     for report in merge(args.sources, args.into):
         there = report.image_count - report.added_count
         line = f"{printable(report.path, 1000)}: {counted(report.added_count, 'picture')} added"

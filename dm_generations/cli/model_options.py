@@ -1,4 +1,4 @@
-"""Options that `generate` and `score` share: models, batches and the device."""
+"""What commands share that compute: options of models and batches, and the device."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ STOPPED = 130  # the exit status of a program that Ctrl-C ended
 
 
 def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
-    """Options about models and the device, which `score` shares."""
+    """Options about models, batches and the device: of `generate`, and without `generates` of `score`."""
     group = parser.add_argument_group(
         "models", "a folder, a file or a name on the Hugging Face hub, owner/name@revision; by default what ships"
     )
@@ -60,7 +60,7 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
 
 def check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
-        raise UserError(f"batch-size must be at least 1, not {batch_size}")
+        raise UserError(f"--batch-size must be at least 1, not {batch_size}")
 
 
 def prepare_device(cpu_only: bool) -> None:

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from dm_generations.archive import Archive
+from dm_generations.cli._text import counted
 from dm_generations.cli.model_options import STOPPED, add_model_options, check_batch_size, prepare_device
 
 HELP = "fill in missing CLIP scores"
@@ -35,8 +37,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _score(args: argparse.Namespace) -> int:
     check_batch_size(args.batch_size)
-    from dm_generations.archive import Archive
-
     with Archive.open(args.db, "w") as archive:
         prepare_device(args.cpu_only)
         from dm_generations.decode.progress import Progress
@@ -55,12 +55,11 @@ def _score(args: argparse.Namespace) -> int:
 
 def _tell(report, args: argparse.Namespace, codec_name: str) -> int:
     """Print what was done; 1 if something was left undone."""
-    pictures = "picture" if report.scored_count == 1 else "pictures"
-    print(f"{report.scored_count:,} {pictures} scored in {args.db}")
+    print(f"{counted(report.scored_count, 'picture')} scored in {args.db}")
     for line in report.bad_rows[:_BAD_ROWS_SHOWN]:
         print(f"error: {line}", file=sys.stderr)
     if hidden := len(report.bad_rows[_BAD_ROWS_SHOWN:]):
-        print(f"error: {hidden:,} more pictures were not scored; `verify` lists them", file=sys.stderr)
+        print(f"error: {counted(hidden, 'more picture')} not scored; `verify` lists them", file=sys.stderr)
     for name, count in report.count_by_other_codec.items():
         print(
             f"error: {count:,} not scored: made with codec {name!r:.100}, not {codec_name!r:.100}; "

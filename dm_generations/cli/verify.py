@@ -6,6 +6,12 @@ import json
 import sys
 from pathlib import Path
 
+from dm_generations.archive import Archive, verify
+from dm_generations.cli._text import counted, printable
+from dm_generations.cli.model_options import check_batch_size, prepare_device
+from dm_generations.errors import UserError
+from dm_generations.resources import shipped
+
 HELP = "check an archive for damage"
 DESCRIPTION = """\
 Check an archive: SQLite's own integrity, ids that point nowhere, types and ranges of all values, lengths of
@@ -39,10 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dm_generations.archive import Archive, verify
-    from dm_generations.cli._text import counted, printable
-    from dm_generations.resources import shipped
-
     problem_count = 0
     with Archive.open(args.db or shipped("archive/emoji.db")) as archive:
         for problem in verify(archive):
@@ -63,12 +65,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if problem_count else 0
 
 
-def _draw_again(archive, args: argparse.Namespace) -> int:
+def _draw_again(archive: Archive, args: argparse.Namespace) -> int:
     """How many rows the model does not give again; a line for each."""
-    from dm_generations.cli._text import counted
-    from dm_generations.cli.model_options import check_batch_size, prepare_device
     from dm_generations.decode.progress import Progress
-    from dm_generations.errors import UserError
 
     check_batch_size(args.batch_size)
     if args.sample is not None and args.sample < 1:

@@ -252,7 +252,7 @@ def test_two_processes_share_the_work(models, tmp_path):
         (["--temperature", "nan"], "temperature must be"),
         (["--cond-scale", "1", "inf"], "cond_scale must be"),
         (["--cond-scale", "-1"], "cond_scale must be"),
-        (["--batch-size", "0"], "batch-size must be at least 1, not 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
         (["--prompts", "a boat", " "], "prompt 2 is empty"),
         (["--prompts"], None),
         (["--prompts", "a\0b"], "prompt 1 holds a NUL byte: 'a\\x00b'"),
