@@ -65,61 +65,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="threads that encode files (default: one for each core)",
     )
     add("--cpu-only", action="store_true", help="leave accelerators alone")
+    _add_files(parser.add_argument_group("files"))
+    _add_gallery(
+        parser.add_argument_group("gallery", "a group with more pictures goes on to files with page=2, page=3, ...")
+    )
+    _add_selection(
+        parser.add_argument_group(
+            "which pictures", "ids and texts add up; prompts and sc prompts both have to match (default: all)"
+        )
+    )
 
-    files = parser.add_argument_group("files")
-    files.add_argument("--format", choices=["png", "webp", "jpeg"], help="of the pictures (default: png)")
-    files.add_argument(
+
+def _add_files(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--format", choices=["png", "webp", "jpeg"], help="of the pictures (default: png)")
+    add(
         "--quality",
         type=_quality,
         metavar="N",
         help="1 to 100, of jpeg (default: 90) and webp (default: lossless, which is smaller than png)",
     )
-    files.add_argument(
+    add(
         "--png",
         choices=["default", "fast", "small"],
         help="effort for png: fast is quicker still and a little larger, small takes long (default: default)",
     )
-    files.add_argument(
+    add(
         "--metadata",
         action="store_true",
         help="pictures carry their row: prompt, settings, key, scores and models, as text (default: off)",
     )
-    files.add_argument(
-        "--shard-size", type=_at_least_one, metavar="N", help="pictures in a shard of --mode tar (default: 1000)"
-    )
+    add("--shard-size", type=_at_least_one, metavar="N", help="pictures in a shard of --mode tar (default: 1000)")
 
-    gallery = parser.add_argument_group(
-        "gallery", "a group with more pictures goes on to files with page=2, page=3, ..."
-    )
-    gallery.add_argument(
-        "--gallery-cols", type=_at_least_one, default=8, metavar="N", help="pictures in a row (default: 8)"
-    )
-    gallery.add_argument(
-        "--gallery-rows", type=_at_least_one, default=4, metavar="N", help="rows of pictures (default: 4)"
-    )
-    gallery.add_argument(
+
+def _add_gallery(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--gallery-cols", type=_at_least_one, default=8, metavar="N", help="pictures in a row (default: 8)")
+    add("--gallery-rows", type=_at_least_one, default=4, metavar="N", help="rows of pictures (default: 4)")
+    add(
         "--seamless",
         action="store_true",
         help="the pictures of a file are decoded as one, and run into each other without seams (default: off)",
     )
-    gallery.add_argument(
-        "--captions", action="store_true", help="a strip above the pictures with prompt and settings (default: off)"
-    )
-    gallery.add_argument("--score-labels", action="store_true", help="CLIP scores below the pictures (default: off)")
-    gallery.add_argument(
+    add("--captions", action="store_true", help="a strip above the pictures with prompt and settings (default: off)")
+    add("--score-labels", action="store_true", help="CLIP scores below the pictures (default: off)")
+    add(
         "--caption-font",
         metavar="FILE",
         help="font for this text, for scripts other than Latin (default: the one of Pillow)",
     )
 
-    chosen = parser.add_argument_group(
-        "which pictures", "ids and texts add up; prompts and sc prompts both have to match (default: all)"
-    )
-    chosen.add_argument("--prompt-ids", type=int, nargs="+", default=[], metavar="ID", help="these prompts, by id")
-    chosen.add_argument(
-        "--prompt-texts", nargs="+", default=[], metavar="TEXT", help="these prompts, by their whole text"
-    )
-    chosen.add_argument(
+
+def _add_selection(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--prompt-ids", type=int, nargs="+", default=[], metavar="ID", help="these prompts, by id")
+    add("--prompt-texts", nargs="+", default=[], metavar="TEXT", help="these prompts, by their whole text")
+    add(
         "--sc-prompt-ids",
         type=int,
         nargs="+",
@@ -127,14 +128,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ID",
         help="these unconditional prompts (super conditioning), by id; 1 is the empty one",
     )
-    chosen.add_argument(
+    add(
         "--sc-prompt-texts",
         nargs="+",
         default=[],
         metavar="TEXT",
         help="these unconditional prompts, by their whole text",
     )
-    chosen.add_argument(
+    add(
         "--n-best",
         type=_at_least_one,
         metavar="N",
@@ -143,7 +144,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-
     _check_flags(args)
     with Archive.open(args.db or shipped("archive/emoji.db")) as archive:
         return _decode(archive, args)
