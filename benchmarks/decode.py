@@ -19,7 +19,8 @@ import jax
 import numpy as np
 from timing import matrix_peak, seconds_of
 
-from dm_generations.decode.codec import DTYPES, Codec
+from dm_generations.archive import DTYPES
+from dm_generations.decode.codec import Codec
 from dm_generations.models.checkpoints import load, unflatten
 from dm_generations.models.networks import parameter_shapes
 from dm_generations.models.vqgan import VQGAN, VQGANConfig

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from timing import matrix_peak, seconds_of
 
+from dm_generations.archive import DTYPES
 from dm_generations.decode.memory import free_bytes
 from dm_generations.generate.generator import Generator, RowSettings, tokenizer_of
 from dm_generations.models.checkpoints import Checkpoint, load, unflatten
@@ -35,7 +36,6 @@ from dm_generations.models.placement import placed
 from dm_generations.text import TextTokenizer
 from dm_generations.threefry import row_key
 
-DTYPES = ("float32", "bfloat16", "float16")
 SWEEP = tuple(itertools.product((256,), (0.95, 1.0), (0.7, 1.0), (3.0, 10.0)))  # as RowSettings
 PROMPTS = ("a rocket", "a 3d strawberry", "a green dragon", "a house with a garden")
 # https://huggingface.co/dalle-mini/dalle-mini and dalle-mega, config.json

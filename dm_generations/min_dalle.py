@@ -24,7 +24,8 @@ import numpy as np
 from PIL import Image
 
 from dm_generations import compile_cache
-from dm_generations.decode.codec import DTYPES, Codec
+from dm_generations.archive import DTYPES
+from dm_generations.decode.codec import Codec
 from dm_generations.decode.memory import is_out_of_memory
 from dm_generations.errors import UserError
 from dm_generations.generate.generator import Generator, RowSettings, tokenizer_of

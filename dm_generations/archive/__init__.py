@@ -7,13 +7,14 @@ with Archive.open("archive/emoji.db") as archive:
 
 from dm_generations.archive._info import ArchiveInfo, LogProbInfo, ModelUse, PromptInfo, ScoreInfo, TokenInfo, info
 from dm_generations.archive._merge import SourceReport, merge
-from dm_generations.archive._records import Group, ImageRow, ModelInfo, NewImage, Settings
+from dm_generations.archive._records import DTYPES, Group, ImageRow, ModelInfo, NewImage, Settings
 from dm_generations.archive._sqlite import ArchiveError
 from dm_generations.archive._store import Archive
 from dm_generations.archive._tokens import init_md5
 from dm_generations.archive._verify import Problem, verify
 
 __all__ = [
+    "DTYPES",
     "Archive",
     "ArchiveError",
     "ArchiveInfo",

@@ -2,12 +2,14 @@
 
 Units: `top_k` 0 and `top_p` 1.0 mean no limit, `cond_scale` 1.0 no super conditioning; `key0` and `key1` are
 the uint32 words of the picture's PRNG key; times are UTC Unix seconds; scores are CLIP logits. `log_prob` is the
-natural logarithm of how likely the model found the codes that were drawn, `dtype` what it computed in ("float32",
-"bfloat16" or "float16"); the first `init_count` codes were given, not drawn, and `init_md5` is their hex MD5, "" if
+natural logarithm of how likely the model found the codes that were drawn, `dtype` what it computed in, one of DTYPES;
+the first `init_count` codes were given, not drawn, and `init_md5` is their hex MD5, "" if
 there are none.
 """
 
 from dataclasses import dataclass, field
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True, order=True)

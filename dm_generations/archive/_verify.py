@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dm_generations.archive._layout import INSERT_COLUMNS, MODEL_KINDS, columns_of
 from dm_generations.archive._queries import SELECT_MODELS
-from dm_generations.archive._records import ModelInfo
+from dm_generations.archive._records import DTYPES, ModelInfo
 from dm_generations.archive._sqlite import ArchiveError
 from dm_generations.archive._store import Archive
 from dm_generations.archive._tokens import BYTES_PER_TOKEN, codes_fit, grid_side, init_md5, largest_code, quantvec_md5
@@ -17,7 +17,6 @@ INTEGRITY_LIMIT = 20  # lines of SQLite's own report; a broken page can cause th
 UINT32_MAX = 2**32 - 1
 INDEXES = frozenset({"images_by_group", "images_draw"})
 SCORES = ("clip_score_input", "clip_score_tokenized")
-DTYPES = ("float32", "bfloat16", "float16")
 TIMES = ("time_start", "time_end", "time_scored")
 CHECKED_COLUMNS = ("id", *INSERT_COLUMNS)
 USUAL_BYTE_COUNT = """

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from dm_generations.archive import DTYPES
+
 HELP = "write a public checkpoint as our own folder"
 DESCRIPTION = """\
 Write a model of any format that loads as a folder of our own: config.json, model.safetensors and the tokenizer's
@@ -14,7 +16,6 @@ examples:
   python -m dm_generations convert dalle-mini/dalle-mega --out mega --dtype float16
   python -m dm_generations convert vqgan_gumbel_f8 --out gumbel
 """
-DTYPES = ("as-is", "float32", "float16", "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="PATH", help="a folder, a file or a name on the Hugging Face hub, owner/name@revision")
     add("--out", metavar="FOLDER", type=Path, required=True, help="folder to write; it must not exist yet")
     add("--tokenizer", metavar="PATH", type=Path, help="the generator's tokenizer, if it does not lie with it")
-    add("--dtype", choices=DTYPES, default="as-is", help="how weights are stored (default: as they are)")
+    add("--dtype", choices=["as-is", *DTYPES], default="as-is", help="how weights are stored (default: as they are)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dm_generations.archive import Archive
+from dm_generations.archive import DTYPES, Archive
 from dm_generations.cli._text import counted
 from dm_generations.cli.model_options import prepare_device
 from dm_generations.errors import UserError
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--dtype",
-        choices=["float32", "bfloat16", "float16"],
+        choices=DTYPES,
         default="float32",
         help="numbers that the decoder computes with; the 16-bit ones are faster on most accelerators, and change "
         "pixels a little (default: float32)",

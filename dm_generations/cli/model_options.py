@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from dm_generations.archive import DTYPES
 from dm_generations.errors import UserError
 from dm_generations.generate import sweep as sweeps
 
@@ -51,7 +52,7 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
     if generates:
         add(
             "--dtype",
-            choices=["float32", "bfloat16", "float16"],
+            choices=DTYPES,
             default="float32",
             help="of activations and caches; rows remember it, and are not drawn again in another (default: float32)",
         )

@@ -20,7 +20,6 @@ from dm_generations.models.placement import placed
 from dm_generations.models.precision import matmul_precision
 from dm_generations.models.vqgan_decoder import VQGANDecoder
 
-DTYPES = ("float32", "bfloat16", "float16")
 _AXIS = "pictures"
 
 
