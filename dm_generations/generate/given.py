@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from dm_generations.archive import init_md5
 from dm_generations.decode.tokens import TOKEN_DTYPE
-from dm_generations.errors import UserError
+from dm_generations.errors import UserError, one_line
 from dm_generations.models.checkpoints import Checkpoint
 
 # Of a picture's codes, what is kept of a given one unless told otherwise: 14 rows of 32, as OpenAI primed DALL-E
@@ -86,7 +86,7 @@ def read_tokens(path: Path, token_count: int, codebook_size: int) -> np.ndarray:
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     except (ValueError, TypeError, EOFError, SyntaxError, MemoryError, OverflowError) as error:
-        raise UserError(f"{str(path)!r} is not a .npy file of codes: {_one_line(error)}") from error
+        raise UserError(f"{str(path)!r} is not a .npy file of codes: {one_line(error)}") from error
     if not isinstance(found, np.ndarray):
         found.close()
         raise UserError(f"{str(path)!r} is an .npz file; give one array of it, saved as .npy")
@@ -158,7 +158,7 @@ def read_picture(path: Path, size: int) -> np.ndarray:
         reason = error.strerror or "it is no picture, or a broken one"
         raise UserError(f"cannot read {str(path)!r}: {reason}") from error
     except Exception as error:  # readers of single formats let errors of all kinds through
-        raise UserError(f"cannot read {str(path)!r}: it is no picture, or a broken one ({_one_line(error)})") from error
+        raise UserError(f"cannot read {str(path)!r}: it is no picture, or a broken one ({one_line(error)})") from error
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     square = picture.crop((left, top, left + side, top + side))  # first, so that nothing beside it shows
@@ -181,7 +181,3 @@ def _checked(tokens: np.ndarray, path: Path, codebook_size: int) -> np.ndarray:
         if not 0 <= extreme < codebook_size:
             raise UserError(f"{str(path)!r} gives code {extreme:,}, outside the model's codebook of {codebook_size:,}")
     return tokens.astype(np.uint16)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

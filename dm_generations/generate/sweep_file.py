@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from dm_generations.errors import UserError
+from dm_generations.errors import UserError, one_line
 
 # What each key holds, and whether it can list several.
 KEYS: dict[str, tuple[tuple[type, ...], bool]] = {
@@ -38,7 +38,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--sweep {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, not UTF-8, a NUL byte in the name
-        raise UserError(f"--sweep {str(path)!r}: not a TOML file: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"--sweep {str(path)!r}: not a TOML file: {one_line(error)}") from error
     return {key: _checked(path, key, value) for key, value in values.items()}
 
 

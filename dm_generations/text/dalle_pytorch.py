@@ -21,12 +21,11 @@ from typing import Protocol
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from dm_generations.errors import UserError
+from dm_generations.errors import UserError, one_line
 from dm_generations.text.bpe import byte_alphabet, merge, rules_of
 from dm_generations.text.files import (
     MAX_BYTES,
     decode,
-    one_line,
     optional_module,
     parse_json,
     parse_merges,

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import numpy as np
 
-from dm_generations.errors import UserError
+from dm_generations.errors import UserError, one_line
 
 MAX_BYTES = 64 << 20  # the largest tokenizers in use have 20 MB
 MAX_ID = np.iinfo(np.int32).max
@@ -90,10 +90,6 @@ def optional_module(name: str) -> ModuleType:
         raise UserError(
             f"this model's text needs the library {name}: pip install 'dm-generations[checkpoints]'"
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _is_unicode(text: str) -> bool:

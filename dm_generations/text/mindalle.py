@@ -14,9 +14,9 @@ from typing import BinaryIO
 import numpy as np
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
-from dm_generations.errors import UserError
+from dm_generations.errors import UserError, one_line
 from dm_generations.text.byte_level import byte_pairs
-from dm_generations.text.files import MAX_BYTES, one_line, parse_merges, parse_vocab, read_bytes, special_id
+from dm_generations.text.files import MAX_BYTES, parse_merges, parse_vocab, read_bytes, special_id
 from dm_generations.text.rows import padded_rows
 from dm_generations.text.tokenizer import plain_ids, well_formed
 

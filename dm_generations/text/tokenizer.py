@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, models
 
-from dm_generations.errors import UserError
-from dm_generations.text.files import one_line
+from dm_generations.errors import UserError, one_line
 from dm_generations.text.rows import padded_rows
 
 

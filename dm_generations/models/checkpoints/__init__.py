@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dm_generations.errors import UserError
+from dm_generations.errors import UserError, one_line
 from dm_generations.models.checkpoints import (
     clip_torch,
     dalle_pytorch,
@@ -155,8 +155,7 @@ def _expected_shapes(source: Source, path: Path) -> dict[str, tuple[int, ...]]:
     try:
         shapes = parameter_shapes(source.kind, source.config)
     except (TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the config of {path} does not describe a {source.kind}: {reason}") from error
+        raise UserError(f"the config of {path} does not describe a {source.kind}: {one_line(error)}") from error
     parts = getattr(network_class(source.kind), "DECODER_PARTS", None)
     if parts is not None and source.params.keys() <= set(parts):  # a file of a decoder alone
         shapes = {name: shape for name, shape in shapes.items() if name.split("/")[0] in parts}

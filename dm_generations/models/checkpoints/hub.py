@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dm_generations.errors import UserError
+from dm_generations.errors import UserError, one_line
 
 _NAME = re.compile(r"(?P<repository>[\w.-]{1,96}/[\w.-]{1,96})(@(?P<revision>[\w./-]{1,200}))?")
 # The same weights lie in many repositories several times: the first kind found is fetched, the others are not.
@@ -62,8 +62,9 @@ def fetched(spec: str) -> Path:
     except (LocalEntryNotFoundError, FileNotFoundError) as error:
         raise UserError(f"{spec}: not in the cache of the Hugging Face hub, and the hub cannot be reached") from error
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{spec}: no such folder, and the Hugging Face hub does not give it ({reason})") from error
+        raise UserError(
+            f"{spec}: no such folder, and the Hugging Face hub does not give it ({one_line(error)})"
+        ) from error
 
 
 def _status(error: Exception) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dm_generations.errors import UserError
+from dm_generations.errors import UserError, one_line
 from dm_generations.models.checkpoints.own import unflatten
 from dm_generations.models.checkpoints.source import Source
 from dm_generations.models.checkpoints.torch_names import (
@@ -151,7 +151,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     # Beside its own errors, the parser lets those of Python's numbers, dates and stack out.
     except (yaml.YAMLError, ValueError, OverflowError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{path} is not YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a YAML mapping")
     return values
