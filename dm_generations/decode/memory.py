@@ -33,8 +33,7 @@ def fitting_batch_size(
     pixels = _ENOUGH_PIXELS.get(devices[0].platform, _ENOUGH_PIXELS_ELSEWHERE)
     enough = max(1, pixels // image_size**2)
     largest = _largest(decode, (token_count,))
-    free = min(map(free_bytes, devices)) / (len(devices) if devices[0].platform == "cpu" else 1)
-    fitting = max(1, int(free * _SHARE / (largest * _MAPS)))
+    fitting = max(1, int(free_bytes_of_each(devices) * _SHARE / (largest * _MAPS)))
     return 1 << int(math.log2(min(enough, fitting)))
 
 
@@ -64,6 +63,12 @@ def _sizes(jaxpr) -> Iterator[int]:
         yield from (math.prod(out.aval.shape) * out.aval.dtype.itemsize for out in equation.outvars)
         for inner in jaxprs_in_params(equation.params):
             yield from _sizes(inner)
+
+
+def free_bytes_of_each(devices: Sequence[jax.Device]) -> float:
+    """Bytes that new arrays can take on every one of these devices at once; devices of a CPU share the host's."""
+    free = min(map(free_bytes, devices))
+    return free / len(devices) if devices[0].platform == "cpu" else free
 
 
 def free_bytes(device: jax.Device) -> int:

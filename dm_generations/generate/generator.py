@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dm_generations import compile_cache
-from dm_generations.decode.memory import free_bytes, is_out_of_memory
+from dm_generations.decode.memory import free_bytes_of_each, is_out_of_memory
 from dm_generations.errors import UserError
 from dm_generations.generate import loop
 from dm_generations.generate.dalle_mini import DalleMiniDrawing
@@ -113,7 +113,7 @@ class Generator:
 
     def set_batch_size(self, wanted: int) -> None:
         """So many pictures at a time on each device, or as many halvings of it as the memory that is free asks for."""
-        free = min(map(free_bytes, self._devices)) / (len(self._devices) if self._devices[0].platform == "cpu" else 1)
+        free = free_bytes_of_each(self._devices)
         while wanted > 1 and self.batch_bytes(wanted) > free:
             wanted //= 2
         self.batch_size = wanted

@@ -206,7 +206,7 @@ def _exhausted(*arguments):
 def test_batches_are_as_large_as_memory_allows(checkpoint, monkeypatch):
     tokenizer = PromptTokenizer(checkpoint.folder)
     needed = Generator(checkpoint, tokenizer, 4).batch_bytes(4)
-    monkeypatch.setattr("dm_generations.generate.generator.free_bytes", lambda device: needed)
+    monkeypatch.setattr("dm_generations.decode.memory.free_bytes", lambda device: needed)
     assert Generator(checkpoint, tokenizer, 16).batch_size == 4
 
 
