@@ -11,7 +11,9 @@ import re
 import secrets
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 _TEMPORARY = re.compile(r"\.dmg-(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}\.tmp")
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # a process number means something on its own host only
@@ -20,10 +22,17 @@ _FOREIGN_STALE_S = 3600  # a file is written in far less, so an older one of ano
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write `path` whole or not at all; its folder must exist. Raises OSError."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which becomes `path` when the block ends, and is gone after an error in it. Raises OSError."""
     temporary = temporary_path(path.parent)
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

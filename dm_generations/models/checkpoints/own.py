@@ -8,14 +8,13 @@ one replaces it.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dm_generations.errors import UserError
-from dm_generations.files import temporary_path, write_atomic
+from dm_generations.files import replacing, write_atomic
 from dm_generations.models.checkpoints.mapped import release
 from dm_generations.models.checkpoints.safetensors_file import read_safetensors
 from dm_generations.models.checkpoints.source import Source
@@ -130,15 +129,9 @@ def _write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: np.dty
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    temporary = temporary_path(path.parent)
-    try:
-        with open(temporary, "xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                array = np.asarray(tensors[name])
-                file.write(np.ascontiguousarray(array, dtype or array.dtype).reshape(-1).view(np.uint8))
-                release([array])
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            array = np.asarray(tensors[name])
+            file.write(np.ascontiguousarray(array, dtype or array.dtype).reshape(-1).view(np.uint8))
+            release([array])
