@@ -10,7 +10,7 @@ from dm_generations.archive._merge import SourceReport, merge
 from dm_generations.archive._records import DTYPES, Group, ImageRow, ModelInfo, NewImage, Settings
 from dm_generations.archive._sqlite import ArchiveError
 from dm_generations.archive._store import Archive
-from dm_generations.archive._tokens import init_md5
+from dm_generations.archive._tokens import init_md5, quantvec_md5
 from dm_generations.archive._verify import Problem, verify
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "info",
     "init_md5",
     "merge",
+    "quantvec_md5",
     "verify",
 ]
