@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dm_generations.threefry import row_key, threefry2x32
+from dm_generations.threefry import threefry2x32
 
 __all__ = [
     "ORDERS",
@@ -30,7 +30,6 @@ __all__ = [
     "is_drawable",
     "log_prob",
     "margin",
-    "row_key",
     "sample",
 ]
 

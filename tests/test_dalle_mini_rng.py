@@ -14,7 +14,8 @@ from dm_generations.generate import loop
 from dm_generations.generate.dalle_mini import DalleMiniDrawing
 from dm_generations.generate.row_inputs import TEXT_BATCH, RowInputs
 from dm_generations.models.checkpoints.flax_msgpack import read_flax_msgpack
-from dm_generations.models.dalle_bart import DalleBart, DalleBartConfig, config_for_params, unscanned
+from dm_generations.models.dalle_bart import DalleBart
+from dm_generations.models.dalle_bart_config import DalleBartConfig, config_for_params, unscanned
 
 CASES = sorted(path.parent for path in golden("dalle_bart").glob("**/sample_settings.json"))
 CALL_GUMBEL = jax.jit(call_gumbel, static_argnums=(1, 2))

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dm_generations import sampling
 from dm_generations.decode.codec import Codec
 from dm_generations.generate.generator import Generator, RowSettings
 from dm_generations.models import checkpoints
 from dm_generations.models.vqgan import VQGAN
 from dm_generations.score import Scorer
 from dm_generations.text import PromptTokenizer
+from dm_generations.threefry import row_key
 from training import data
 from training.clip import top1_of_names
 from training.vqgan import psnr, reconstruct
@@ -65,7 +65,7 @@ class Pipeline:
         """Pictures uint8 (len(prompts), count, S, S, 3) and their scores (len(prompts), count)."""
         rows = [(prompt, i) for prompt in prompts for i in range(count)]
         settings = RowSettings(top_k, 1.0, temperature, cond_scale)
-        keys = np.array([sampling.row_key(seed, i) for _, i in rows], np.uint32)
+        keys = np.array([row_key(seed, i) for _, i in rows], np.uint32)
         texts = [prompt for prompt, _ in rows]
         tokens = self.generator.generate(texts, settings, keys)
         pictures = self.decode(tokens)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dm_generations.models.dalle_bart_config import DalleBartConfig, config_for_params, unscanned
+from dm_generations.models.dalle_bart_config import DalleBartConfig
 from dm_generations.models.dalle_bart_layers import (
     FlaxBartDecoderLayer,
     FlaxBartEncoderLayer,
@@ -26,7 +26,7 @@ from dm_generations.models.dalle_bart_layers import (
     norm_before_dense,
 )
 
-__all__ = ["Cache", "DalleBart", "DalleBartConfig", "LayerCache", "Text", "config_for_params", "unscanned"]
+__all__ = ["Cache", "DalleBart", "DalleBartConfig", "Text"]
 
 MASKED = -1e30  # finite, unlike -inf: a row whose keys are all masked (padding of a batch) stays finite
 
@@ -218,7 +218,7 @@ class DalleBart(nn.Module):
     Training: `model.apply(variables, input_ids, attention_mask, decoder_input_ids)`.
     Generation: `read_text`, `begin`, then `decode_step` for step 0, 1, ..., image_length - 1, starting with
     `config.start_token`; each is a method for `model.apply(..., method=...)`. Scanned layers cannot generate:
-    `unscanned` gives config and parameters of the same network that can.
+    `dalle_bart_config.unscanned` gives config and parameters of the same network that can.
     """
 
     config: DalleBartConfig

@@ -16,7 +16,8 @@ from helpers import golden as golden_folder
 
 from dm_generations.errors import UserError
 from dm_generations.models.checkpoints.flax_msgpack import read_flax_msgpack
-from dm_generations.models.dalle_bart import DalleBart, DalleBartConfig, config_for_params, unscanned
+from dm_generations.models.dalle_bart import DalleBart
+from dm_generations.models.dalle_bart_config import DalleBartConfig, config_for_params, unscanned
 
 GOLDEN = golden_folder("dalle_bart")
 

@@ -6,6 +6,8 @@ from dm_generations.errors import UserError
 from dm_generations.models.checkpoints.flax_msgpack import read_flax_msgpack
 from dm_generations.models.checkpoints.own import FORMAT, read_config
 from dm_generations.models.checkpoints.source import Source
+from dm_generations.models.dalle_bart_config import DalleBartConfig, config_for_params
+from dm_generations.models.vqgan import VQGANConfig
 
 WEIGHTS_FILE = "flax_model.msgpack"
 
@@ -15,8 +17,6 @@ def generator(path: Path) -> Source | None:
     values = read_config(path)
     if values is None or values.get("model_type") != "dallebart" or values.get("format") == FORMAT:
         return None
-    from dm_generations.models.dalle_bart import DalleBartConfig, config_for_params
-
     weights = _weights(path)
     params = read_flax_msgpack(weights)
     config = config_for_params(DalleBartConfig.from_dict(values), params)
@@ -29,8 +29,6 @@ def codec(path: Path) -> Source | None:
     values = read_config(path)
     if values is None or "n_embed" not in values or "ch_mult" not in values or values.get("format") == FORMAT:
         return None
-    from dm_generations.models.vqgan import VQGANConfig
-
     weights = _weights(path)
     try:
         config = VQGANConfig.from_dict(values)
