@@ -271,6 +271,7 @@ def _decode_command(args: argparse.Namespace) -> str:
 
 
 def parse_key(text: str) -> tuple[int, int]:
+    """(key0, key1) of "key0:key1". Raises UserError for anything else."""
     try:
         key0, key1 = map(int, text.split(":"))
     except ValueError:

@@ -60,6 +60,7 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
 
 
 def check_batch_size(batch_size: int) -> None:
+    """Raises UserError unless it is at least 1."""
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")
 

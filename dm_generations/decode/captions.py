@@ -35,7 +35,9 @@ class Strips:
         height = rows * (picture_size + self._label_height(picture_size)) + self._caption_height(cols * picture_size)
         return cols * picture_size, height
 
-    def add(self, pixels: np.ndarray, cols: int, rows: int, caption: tuple[str, str], labels: Sequence[str]):
+    def add(
+        self, pixels: np.ndarray, cols: int, rows: int, caption: tuple[str, str], labels: Sequence[str]
+    ) -> np.ndarray:
         """`pixels` (rows * H, cols * W, 3) uint8 with strips: (C + rows * (H + S), cols * W, 3) uint8.
 
         caption: the prompt, wrapped and cut where it is long, and a line of its settings. labels: one for each cell

@@ -39,7 +39,7 @@ class Codec:
         dtype: str = "float32",
         grid: int | None = None,
     ):
-        """`kind`: of the network, a codec of `networks.ROLES`   `params`: as in a checkpoint, `dtype`: of activations
+        """kind: of the network, a codec of `networks.ROLES`   params: as in a checkpoint   dtype: of activations
 
         batch_size: pictures at a time, of all devices together; rounded up to as many for each device. "auto" is what
         their memory holds, or less where more would be no faster.

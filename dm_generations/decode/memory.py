@@ -20,6 +20,7 @@ _SHARE = 0.5  # of the free memory; the next batch is under way while the last o
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had too little memory: JAX has no exception of its own for that."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 

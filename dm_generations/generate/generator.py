@@ -43,9 +43,10 @@ class RowSettings:
 
 
 class Drawn(NamedTuple):
-    tokens: (
-        np.ndarray
-    )  # (n, L) uint16, each below the codebook size; with dalle-mini's noise int32, also ids of no code
+    """What n rows became."""
+
+    # (n, L) uint16, each below the codebook size; with dalle-mini's noise int32, and ids that are no codes among them
+    tokens: np.ndarray
     log_probs: np.ndarray  # (n,) float32, of the codes drawn, summed: natural, guided, before temperature and filters
 
 

@@ -60,9 +60,11 @@ def load_models(
     tokenizer: Path | None = None,
     overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> Models:
-    """Checkpoints from folders, files or the hub; None is the embedded one, and for the codec the model's own if it
-    lies with the model. `tokenizer` takes the place of the generator's, `overrides` of what
-    the config of a DALLE-pytorch file tells. Raises UserError: missing, broken, not fitting.
+    """Checkpoints from folders, files or the hub, which fit each other.
+
+    None is the embedded one, and for the codec the model's own if it lies with the model. `tokenizer` takes the place
+    of the generator's, `overrides` of what the config of a DALLE-pytorch file tells. Raises UserError: missing, broken,
+    not fitting.
     """
     generator_checkpoint = checkpoints.load(model, "generator")
     if tokenizer is not None:
@@ -322,9 +324,9 @@ def open_archive(path: Path) -> Archive:
         raise UserError(f"{path}: {error.strerror}") from error
 
 
-def finite(score: float) -> float | None:
-    """A score as the archive keeps it; None for NaN and infinity, which no score is."""
-    return float(score) if math.isfinite(score) else None
+def finite(number: float) -> float | None:
+    """A score or log-probability as the archive keeps it; None for NaN and infinity, which it does not."""
+    return float(number) if math.isfinite(number) else None
 
 
 def _sequences(draw: Draw) -> int:

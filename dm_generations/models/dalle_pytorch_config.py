@@ -47,7 +47,7 @@ class DallePytorchConfig:
     share_input_output_emb: bool = False
     conv_like: str = "causal"  # "causal": 5x5 codes up and left of the query; "centred": 5x5 around it, none later
     sparse_layout: tuple[str, ...] | None = None  # a row of blocks each, "1" where it sees the block of that column
-    sampling_order: str = "temperature_first"  # see `sampling.sample`
+    sampling_order: str = "temperature_first"  # see `sampling.filter_logits`
     guides_first_code_alone: bool = False  # as DALLE-pytorch's own program does with a condition scale, by mistake
 
     def __post_init__(self):

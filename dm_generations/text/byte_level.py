@@ -32,6 +32,7 @@ def bart_tokenizer(
 
 
 def clip_tokenizer(path: Path, vocab_size: int | None) -> PromptTokenizer:
+    """CLIP's: text in lower case, between the tokens of CLIP_ENDS."""
     path, pipeline = _pipeline(path, _clip_pipeline)
     return PromptTokenizer(path, pipeline=pipeline, vocab_size=vocab_size)
 

@@ -25,6 +25,7 @@ EMBEDDINGS = ("token_embedding", "position_embedding")
 
 
 def clip(path: Path) -> Source | None:
+    """A CLIP of transformers, with its tokenizer in the same folder; None for anything else."""
     values = read_config(path)
     if values is None or values.get("model_type") != "clip" or values.get("format") == FORMAT:
         return None

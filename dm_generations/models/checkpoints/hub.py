@@ -21,6 +21,7 @@ _SMALL = (".json", ".yaml", ".yml", ".txt", ".txt.gz", ".model", "tokenizer.tar.
 
 
 def is_hub_name(spec: str) -> bool:
+    """Whether this can be the name of a model there; what lies on the disk goes before it."""
     return _NAME.fullmatch(spec) is not None and ".." not in spec
 
 

@@ -10,7 +10,7 @@ from typing import Any
 class Source:
     """A model as its files hold it. The arrays are views of mapped files, in the dtype of the file."""
 
-    kind: str  # the network: a key of `checkpoints.NETWORKS`
+    kind: str  # the network: a key of `networks.NETWORKS`
     config: Any  # the network's config
     params: dict  # nested, names of the network
     files: tuple[Path, ...]  # the weight files
