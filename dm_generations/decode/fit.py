@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
 
 import numpy as np
 
@@ -57,9 +56,7 @@ def _recorded_codecs(archive: Archive, plans: Sequence[GroupPlan], models: dict[
 def _check_tokens(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoint) -> None:
     """UserError when most of a sample of rows has another length, or codes beyond the codebook."""
     sample = [
-        row.quantvec
-        for plan in plans[:: max(1, len(plans) // _SAMPLE_GROUPS)]
-        for row in islice(_unrecorded(archive, plan), _SAMPLE_ROWS)
+        row.quantvec for plan in plans[:: max(1, len(plans) // _SAMPLE_GROUPS)] for row in _unrecorded(archive, plan)
     ]
     if not sample:
         return
@@ -75,6 +72,7 @@ def _check_tokens(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoin
 
 
 def _unrecorded(archive: Archive, plan: GroupPlan) -> list[ImageRow]:
+    """Of the best rows of a group, those that name no codec."""
     return [row for row in archive.rows(plan.settings, min(plan.count, _SAMPLE_ROWS)) if row.codec_id is None]
 
 

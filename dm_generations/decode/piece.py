@@ -1,5 +1,6 @@
 """One picture file under way: which pictures are on it, where it goes, and what its bytes are."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -77,7 +78,7 @@ class Piece:
 def finite_score(row: ImageRow) -> float | None:
     """The score by the prompt as typed, where there is one that is a number."""
     score = row.clip_score_input
-    return score if isinstance(score, float) and score - score == 0 else None
+    return score if isinstance(score, float) and math.isfinite(score) else None
 
 
 def entry(

@@ -5,6 +5,7 @@ They come from a picture, through the codec's encoder, or from a file of tokens 
 L: codes of a picture, row-major over its grid   S: pixels a side of the codec's pictures
 """
 
+import math
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -106,7 +107,7 @@ def encode_picture(path: Path, codec: Checkpoint, token_count: int) -> np.ndarra
         raise UserError(
             f"codec {codec.name!r} has no encoder, so it makes no codes of a picture; give one that has it with --codec"
         )
-    grid = round(token_count**0.5)
+    grid = math.isqrt(token_count)
     picture = read_picture(path, codec.config.image_size // codec.config.grid * grid)
     return encode_pixels(picture[None], codec)[0]
 

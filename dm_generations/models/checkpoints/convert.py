@@ -16,17 +16,15 @@ from dm_generations.models.networks import ROLES
 from dm_generations.text.byte_level import PAIR_NAMES
 from dm_generations.text.normalizer import WORDS_FILE
 
-# What tokenizers are made of, in any of the public models.
+# What tokenizers are made of, in any of the public models; and how CLIP's pictures are made ready.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.json",
     "merges.txt",
     "vocab.txt",
-    "enwiki-words-frequency.txt",
-    "bpe-16k-vocab.json",
-    "bpe-16k-merges.txt",
-    "tokenizer.tar.gz",
-    "tokenizer.tgz",
+    WORDS_FILE,
+    *mindalle.TOKENIZER_FILES,
+    *mindalle.TOKENIZER_ARCHIVES,
     "bpe_simple_vocab_16e6.txt",
     "bpe_simple_vocab_16e6.txt.gz",
     "preprocessor_config.json",

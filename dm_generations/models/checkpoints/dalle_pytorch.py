@@ -54,7 +54,7 @@ def generator(path: Path) -> Source | None:
         return None
     state = _network_state(content, file)
     config = _config(content, state, file)
-    params = unflatten(_params(state, config, file), file)
+    params = unflatten(_params(state, config), file)
     tokenizers = (found for pattern in _TOKENIZERS for found in sorted(file.parent.glob(pattern)))
     return Source("dalle_pytorch", config, params, (file,), next(tokenizers, None), "dalle_pytorch")
 
@@ -204,7 +204,7 @@ def _layer(match: re.Match) -> int:
     return int(match[1] or match[3])
 
 
-def _params(state: Mapping[str, np.ndarray], config: DallePytorchConfig, file: Path) -> dict[str, np.ndarray]:
+def _params(state: Mapping[str, np.ndarray], config: DallePytorchConfig) -> dict[str, np.ndarray]:
     """Parameters of `DallePytorch` by path; views, but for the table of angles. A name not known keeps its own."""
     flat: dict[str, np.ndarray] = {}
     for name, array in state.items():
