@@ -50,9 +50,9 @@ def test_array_beyond_the_file_is_an_error_that_names_it(numbers, offset, shape)
 
 def test_released_arrays_keep_their_values(numbers):
     array = numbers.array(0, np.dtype("<f4"), (6,))
-    numbers.release()
-    mapped.release([array, array[2:], np.zeros(3)])
-    assert array.sum() == 15
+    for _ in range(2):
+        assert array.sum() == 15
+        mapped.release([array, array[2:], np.zeros(3)])
 
 
 def test_unreadable_and_empty_files(tmp_path):

@@ -52,10 +52,6 @@ class MappedFile:
             raise UserError(f"{self.path} is damaged: an array of shape {short_shape(shape)} does not fit into it")
         return np.ndarray(shape, dtype, self.content, offset)
 
-    def release(self) -> None:
-        """Let the pages that were read so far leave the process; reading them again reads the file again."""
-        _release(self.content)
-
 
 def stays(array: np.ndarray) -> bool:
     """Whether `array` is a view of a file that is never written in place."""
@@ -64,9 +60,14 @@ def stays(array: np.ndarray) -> bool:
 
 
 def release(arrays: Iterable[np.ndarray]) -> None:
-    """Let the pages of the files behind these arrays leave the process; arrays without a file are passed over."""
+    """Let the pages of the files behind these arrays leave the process; arrays without a file are passed over.
+
+    Reading the arrays again reads the files again.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED"):  # on Windows
+        return
     for mapping in {id(mapping): mapping for mapping in map(_mapping, arrays) if mapping is not None}.values():
-        _release(mapping)
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _mapping(array: np.ndarray) -> _Mapping | None:
@@ -74,11 +75,6 @@ def _mapping(array: np.ndarray) -> _Mapping | None:
     while isinstance(base, np.ndarray):
         base = base.base
     return base if isinstance(base, _Mapping) else None
-
-
-def _release(mapping: mmap.mmap) -> None:
-    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def short_shape(shape: tuple[int, ...]) -> str:
