@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from dm_generations.errors import UserError
-from dm_generations.models.checkpoints.mapped import MappedFile
+from dm_generations.models.checkpoints.mapped import MAX_DIMENSIONS, Malformed, MappedFile
 
 NDARRAY, NUMPY_SCALAR = 1, 3  # extension types
 CHUNKED = "__msgpack_chunked_array__"
@@ -24,7 +24,6 @@ DTYPES = {
     name: np.dtype(name).newbyteorder("<")
     for name in ("bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split())
 } | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
-MAX_DIMENSIONS = 32
 MAX_DEPTH = 64
 MAX_ENTRIES = 1_000_000  # of all maps together
 MAX_NAME = 10_000  # bytes
@@ -45,10 +44,6 @@ _UNSIZED = {
 }
 
 
-class _Malformed(ValueError):
-    """What is wrong with the content; the reader adds the file's name."""
-
-
 def read_flax_msgpack(path: str | os.PathLike) -> dict[str, Any]:
     """The tree in the file: nested dicts of read-only NumPy arrays, in the dtypes that the file holds.
 
@@ -60,11 +55,11 @@ def read_flax_msgpack(path: str | os.PathLike) -> dict[str, Any]:
     try:
         tree = reader.value("", 0)
         if not isinstance(tree, dict):
-            raise _Malformed("it holds no tree of parameters")
+            raise Malformed("it holds no tree of parameters")
         if reader.position != file.size:
-            raise _Malformed("more follows behind the tree")
+            raise Malformed("more follows behind the tree")
         return _arrays_only(tree, "")
-    except _Malformed as error:
+    except Malformed as error:
         raise UserError(f"{path} is damaged or not a Flax msgpack file: {error}; download it again") from error
 
 
@@ -84,7 +79,7 @@ class _Reader:
             return self.extension(size, name)
         if kind in ("integer", "boolean"):
             return size
-        raise _Malformed(f"{name!r:.200} is not an array")
+        raise Malformed(f"{name!r:.200} is not an array")
 
     def kind(self) -> tuple[str, int]:
         """The kind of the next value, and its length in bytes or items, or itself if it is an integer or boolean."""
@@ -112,30 +107,30 @@ class _Reader:
 
     def skip(self, length: int) -> None:
         if length > self.end - self.position:
-            raise _Malformed("it is cut short")
+            raise Malformed("it is cut short")
         self.position += length
 
     def text(self, kinds: tuple[str, ...], what: str) -> str:
         kind, size = self.kind()
         if kind not in kinds or size > MAX_NAME:
-            raise _Malformed(f"{what} is not a name")
+            raise Malformed(f"{what} is not a name")
         try:
             return self.bytes(size).decode("utf-8")
         except UnicodeDecodeError:
-            raise _Malformed(f"{what} is not text") from None
+            raise Malformed(f"{what} is not text") from None
 
     def map(self, size: int, name: str, depth: int) -> dict[str, Any]:
         if depth > MAX_DEPTH:
-            raise _Malformed(f"its tree is deeper than {MAX_DEPTH} levels")
+            raise Malformed(f"its tree is deeper than {MAX_DEPTH} levels")
         tree: dict[str, Any] = {}
         for _ in range(size):
             self.entries += 1
             if self.entries > MAX_ENTRIES:
-                raise _Malformed(f"its tree has more than {MAX_ENTRIES} entries")
+                raise Malformed(f"its tree has more than {MAX_ENTRIES} entries")
             key = self.text(("text",), f"something in {name!r:.200}")
             child = f"{name}/{key}" if name else key
             if key in tree:
-                raise _Malformed(f"{child!r:.200} is there twice")
+                raise Malformed(f"{child!r:.200} is there twice")
             tree[key] = self.value(child, depth + 1)
         return tree
 
@@ -143,39 +138,39 @@ class _Reader:
         """The array in an extension: its type, then `size` bytes with a list of shape, dtype and content."""
         code = self.integer(1)
         if code not in (NDARRAY, NUMPY_SCALAR):
-            raise _Malformed(f"{name!r:.200} has the unknown extension type {code}")
+            raise Malformed(f"{name!r:.200} has the unknown extension type {code}")
         outer_end, self.end = self.end, self.position + size
         if self.end > outer_end:
-            raise _Malformed("it is cut short")
+            raise Malformed("it is cut short")
         if self.kind() != ("list", 3):
-            raise _Malformed(f"{name!r:.200} is not [shape, dtype, bytes]")
+            raise Malformed(f"{name!r:.200} is not [shape, dtype, bytes]")
         kind, dimensions = self.kind()
         if kind != "list" or dimensions > MAX_DIMENSIONS:
-            raise _Malformed(f"{name!r:.200} has no shape")
+            raise Malformed(f"{name!r:.200} has no shape")
         shape = self.shape(dimensions, name)
         dtype_name = self.text(("text", "bytes"), f"the dtype of {name!r:.200}")
         if dtype_name not in DTYPES:
-            raise _Malformed(f"{name!r:.200} has the unknown dtype {dtype_name!r:.40}")
+            raise Malformed(f"{name!r:.200} has the unknown dtype {dtype_name!r:.40}")
         kind, length = self.kind()
         start = self.position
         dtype = DTYPES[dtype_name]
         if kind != "bytes" or math.prod(shape) * dtype.itemsize != length:
-            raise _Malformed(f"{name!r:.200} of shape {shape} and dtype {dtype_name} has another number of bytes")
+            raise Malformed(f"{name!r:.200} of shape {shape} and dtype {dtype_name} has another number of bytes")
         self.skip(length)
         if self.position != self.end:
-            raise _Malformed(f"more follows behind {name!r:.200}")
+            raise Malformed(f"more follows behind {name!r:.200}")
         self.end = outer_end
         return self.file.array(start, dtype, shape)
 
     def shape(self, dimensions: int, name: str) -> tuple[int, ...]:
         sizes = [self.kind() for _ in range(dimensions)]
         if any(kind != "integer" for kind, _ in sizes):
-            raise _Malformed(f"{name!r:.200} has a shape that is not a list of sizes")
+            raise Malformed(f"{name!r:.200} has a shape that is not a list of sizes")
         return tuple(size for _, size in sizes)
 
 
 def _arrays_only(node: dict[str, Any], name: str) -> Any:
-    """`node` with chunked arrays joined. Raises _Malformed for anything but arrays and maps of them."""
+    """`node` with chunked arrays joined. Raises Malformed for anything but arrays and maps of them."""
     if CHUNKED in node:
         return _joined(node, name)
     tree = {}
@@ -186,7 +181,7 @@ def _arrays_only(node: dict[str, Any], name: str) -> Any:
         elif isinstance(value, np.ndarray):
             tree[key] = value
         else:
-            raise _Malformed(f"{child!r:.200} is not an array")
+            raise Malformed(f"{child!r:.200} is not an array")
     return tree
 
 
@@ -194,14 +189,14 @@ def _joined(node: dict[str, Any], name: str) -> np.ndarray:
     """The array that was cut into pieces."""
     shape, chunks = (_in_order(node.get(key), name) for key in ("shape", "chunks"))
     if not chunks or not all(isinstance(chunk, np.ndarray) and chunk.ndim == 1 for chunk in chunks):
-        raise _Malformed(f"{name!r:.200} has pieces that are not flat arrays")
+        raise Malformed(f"{name!r:.200} has pieces that are not flat arrays")
     if len({chunk.dtype for chunk in chunks}) != 1:
-        raise _Malformed(f"{name!r:.200} has pieces of different dtypes")
+        raise Malformed(f"{name!r:.200} has pieces of different dtypes")
     if not all(type(size) is int for size in shape) or len(shape) > MAX_DIMENSIONS:
-        raise _Malformed(f"{name!r:.200} has a shape that is not a list of sizes")
+        raise Malformed(f"{name!r:.200} has a shape that is not a list of sizes")
     # without the ones for zeros, an empty array could have sides that NumPy cannot count
     if math.prod(max(size, 1) for size in shape) > 2**48 or math.prod(shape) != sum(chunk.size for chunk in chunks):
-        raise _Malformed(f"{name!r:.200} has pieces that do not add up to its shape {shape}")
+        raise Malformed(f"{name!r:.200} has pieces that do not add up to its shape {shape}")
     array = chunks[0].reshape(shape) if len(chunks) == 1 else np.concatenate(chunks).reshape(shape)
     array.flags.writeable = False
     return array
@@ -210,5 +205,5 @@ def _joined(node: dict[str, Any], name: str) -> np.ndarray:
 def _in_order(items: Any, name: str) -> list[Any]:
     """The values of {"0": .., "1": .., ...}, Flax's way to write a list."""
     if not isinstance(items, dict) or set(items) != {str(index) for index in range(len(items))}:
-        raise _Malformed(f"{name!r:.200} is an incomplete list of pieces")
+        raise Malformed(f"{name!r:.200} is an incomplete list of pieces")
     return [items[str(index)] for index in range(len(items))]

@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from dm_generations.models.checkpoints.mapped import Malformed
+
 MAX_BYTES = 64 << 20  # of one pickle; tensors lie outside of it
 MAX_OPCODES = 4_000_000
 MAX_COPIED = 4_000_000  # items or characters that calls such as set(list) may copy in all
@@ -27,10 +29,6 @@ _FRESH = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 _IGNORED = {"PROTO", "FRAME"}
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _NEW = {"copyreg._reconstructor", "copyreg.__newobj__"}
-
-
-class Malformed(ValueError):
-    """What is wrong with a pickle; the reader of the file adds its name."""
 
 
 class Opaque:

@@ -14,6 +14,12 @@ import numpy as np
 
 from dm_generations.errors import UserError
 
+MAX_DIMENSIONS = 32  # of an array, in any format: more than weights have, and no more than any NumPy takes
+
+
+class Malformed(ValueError):
+    """What is wrong with the content of a file; its reader adds the name."""
+
 
 class _Mapping(mmap.mmap):
     stays = False

@@ -14,11 +14,10 @@ import ml_dtypes
 import numpy as np
 
 from dm_generations.errors import UserError
-from dm_generations.models.checkpoints.mapped import MappedFile
+from dm_generations.models.checkpoints.mapped import MAX_DIMENSIONS, Malformed, MappedFile
 
 # 100 MB are allowed; 1 MB is what some 10,000 tensors need, and JSON takes many times its length in memory
 MAX_HEADER = 16 << 20
-MAX_DIMENSIONS = 32
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype("u1"),
@@ -39,10 +38,6 @@ DTYPES = {
 }
 
 
-class _Malformed(ValueError):
-    """What is wrong with the content; the reader adds the file's name."""
-
-
 def read_safetensors(path: str | os.PathLike, stays: bool = False) -> dict[str, np.ndarray]:
     """The tensors by name, in the order of the header: read-only views, in the dtypes that the file holds.
 
@@ -53,7 +48,7 @@ def read_safetensors(path: str | os.PathLike, stays: bool = False) -> dict[str, 
         header, start = _header(file)
         fields = {name: _fields(name, entry) for name, entry in header.items() if name != "__metadata__"}
         _check_cover([(begin, end) for _, _, begin, end in fields.values()], file.size - start)
-    except _Malformed as error:
+    except Malformed as error:
         raise UserError(f"cannot read {path}: {error}") from error
     return {name: file.array(start + begin, dtype, shape) for name, (dtype, shape, begin, _) in fields.items()}
 
@@ -62,22 +57,22 @@ def _header(file: MappedFile) -> tuple[dict[str, Any], int]:
     """The JSON of the header, and where the data begin."""
     length = int.from_bytes(file.content[:8], "little")
     if file.size < 8 or length > file.size - 8 or length > MAX_HEADER:
-        raise _Malformed("it is cut short or not a safetensors file: download it again")
+        raise Malformed("it is cut short or not a safetensors file: download it again")
     try:
         header = json.loads(file.content[8 : 8 + length].decode("utf-8"), object_pairs_hook=_without_repeats)
-    except _Malformed:
+    except Malformed:
         raise
     except (ValueError, RecursionError) as error:
-        raise _Malformed("its header is not JSON, so it is not a safetensors file: download it again") from error
+        raise Malformed("its header is not JSON, so it is not a safetensors file: download it again") from error
     if not isinstance(header, dict):
-        raise _Malformed("its header is no JSON object")
+        raise Malformed("its header is no JSON object")
     return header, 8 + length
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise _Malformed("its header has a name twice")
+        raise Malformed("its header has a name twice")
     return values
 
 
@@ -87,12 +82,12 @@ def _fields(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
         found = repr(dtype) if isinstance(dtype, str) else "that is no text"
-        raise _Malformed(f"its tensor {name!r:.200} has a dtype that this program cannot read, {found:.40}")
+        raise Malformed(f"its tensor {name!r:.200} has a dtype that this program cannot read, {found:.40}")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS or not _are_sizes(offsets) or len(offsets) != 2:
-        raise _Malformed(f"its tensor {name!r:.200} has a shape or place that are no sizes")
+        raise Malformed(f"its tensor {name!r:.200} has a shape or place that are no sizes")
     begin, end = offsets
     if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
-        raise _Malformed(f"its tensor {name!r:.200} has another size than its shape and dtype")
+        raise Malformed(f"its tensor {name!r:.200} has another size than its shape and dtype")
     return DTYPES[dtype], tuple(shape), begin, end
 
 
@@ -101,11 +96,11 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _check_cover(places: list[tuple[int, int]], size: int) -> None:
-    """Raises _Malformed unless the places cover `size` bytes, without gap or overlap."""
+    """Raises Malformed unless the places cover `size` bytes, without gap or overlap."""
     position = 0
     for begin, end in sorted(places):
         if begin != position:
-            raise _Malformed("its tensors overlap or leave gaps")
+            raise Malformed("its tensors overlap or leave gaps")
         position = end
     if position != size:
-        raise _Malformed(f"its tensors are {position} bytes, but {size} are there: download it again")
+        raise Malformed(f"its tensors are {position} bytes, but {size} are there: download it again")

@@ -18,13 +18,12 @@ import numpy as np
 
 from dm_generations.errors import UserError
 from dm_generations.models.checkpoints import inert_pickle
-from dm_generations.models.checkpoints.inert_pickle import Malformed, Opaque, Window
-from dm_generations.models.checkpoints.mapped import MappedFile, short_shape
+from dm_generations.models.checkpoints.inert_pickle import Opaque, Window
+from dm_generations.models.checkpoints.mapped import MAX_DIMENSIONS, Malformed, MappedFile, short_shape
 
 __all__ = ["Opaque", "read_torch", "state_of"]
 
 MAGIC_NUMBER, FORMAT_VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before the zip archives
-MAX_DIMENSIONS = 32
 SMALL = 1 << 20  # bytes that a tensor may always have; more, only in a file of that size
 MAX_MODULES = 100_000  # of one network, and how deep they may be nested:
 MAX_MODULE_DEPTH = 64
