@@ -117,6 +117,15 @@ def connect(path: Path, header: bytes, mode: str, timeout: float) -> sqlite3.Con
     return connection
 
 
+def prepare_to_write(connection: sqlite3.Connection, header: bytes) -> None:
+    """What holds for a connection that writes: the rollback journal, foreign keys, and room for busy pages."""
+    if is_wal(header):  # someone's tool switched it; see the docstring of `_store`
+        connection.execute("PRAGMA journal_mode = DELETE")
+    connection.execute("PRAGMA foreign_keys = ON")
+    # In KiB: room for the busy pages of the indexes while rows are added.
+    connection.execute("PRAGMA cache_size = -32768")
+
+
 def undo_interrupted_write(path: Path, timeout: float) -> None:
     """Lets SQLite roll back what a killed writer left, which a read-only connection may not do."""
     connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=timeout)

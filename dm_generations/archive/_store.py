@@ -14,11 +14,12 @@ import os
 import sqlite3
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from types import TracebackType
 
 from dm_generations.archive._files import check_writable, new_file
-from dm_generations.archive._layout import IMAGE_COLUMNS, SETTINGS, Layout, read_layout
+from dm_generations.archive._layout import IMAGE_COLUMNS, Layout, read_layout
 from dm_generations.archive._queries import (
     CLAIM,
     COUNT_GROUPS,
@@ -39,19 +40,17 @@ from dm_generations.archive._sqlite import (
     application_id,
     connect,
     is_damage,
-    is_wal,
+    prepare_to_write,
     read_header,
     sqlite_errors,
     undo_interrupted_write,
 )
 from dm_generations.archive._tokens import check_init, check_tokens, quantvec_md5
+from dm_generations.archive._values import image_row, settings_of, text_of
 
 LOCK_TIMEOUT = 10.0  # seconds to wait for another program's lock
 COMMIT_TIMEOUT = 60.0  # the same when finished work would be lost
 CHUNK = 512  # rows read by one query
-
-SETTINGS_TYPES = (int, int, int, float, float, float)
-REAL_SETTINGS = ("top_p", "temperature", "cond_scale")
 
 
 class Archive:
@@ -126,7 +125,7 @@ class Archive:
                     raise ArchiveError(
                         f"{path}: the 2022 layout is only read; `merge` it into a new archive to add to it"
                     )
-                _prepare_to_write(connection, header)
+                prepare_to_write(connection, header)
                 if layout.version < SCHEMA_VERSION:
                     with cls(path, connection, mode, timeout, layout).transaction():
                         upgrade(connection)
@@ -140,7 +139,7 @@ class Archive:
         with sqlite_errors(self.path), contextlib.ExitStack() as on_error:
             connection = connect(self.path, b"", "w", self._timeout)
             on_error.callback(connection.close)
-            _prepare_to_write(connection, b"")
+            prepare_to_write(connection, b"")
             layout = read_layout(self.path, connection)
             on_error.pop_all()
         return Archive(self.path, connection, "w", self._timeout, layout)
@@ -158,13 +157,11 @@ class Archive:
 
     def prompts(self) -> dict[int, str | None]:
         """Text by id, in order of id. Bytes that are not UTF-8 come back as U+FFFD; only a 2022 archive has None."""
-        rows = self._all("SELECT id, desc FROM prompts ORDER BY id")
-        return {row_id: _as_text(text) for row_id, text in rows}
+        return self._texts("prompts")
 
     def sc_prompts(self) -> dict[int, str | None]:
         """Text by id, in order of id; None is the model's own empty unconditional prompt."""
-        rows = self._all("SELECT id, desc FROM sc_prompts ORDER BY id")
-        return {row_id: _as_text(text) for row_id, text in rows}
+        return self._texts("sc_prompts")
 
     def models(self) -> dict[int, ModelInfo]:
         """Models by id; none in a 2022 archive, which does not say."""
@@ -192,11 +189,11 @@ class Archive:
         """
         parameters = {"prompt_ids": _json_ids(prompt_ids), "sc_prompt_ids": _json_ids(sc_prompt_ids)}
         rows = self._all(COUNT_GROUPS.format(order=self._order_table()), parameters)
-        return [Group(self._settings(row[:-1]), row[-1]) for row in rows]
+        return [Group(settings_of(row[:-1], self.path), row[-1]) for row in rows]
 
     def rows(self, settings: Settings, limit: int | None = None) -> Iterator[ImageRow]:
         """The pictures of a group: highest clip_score_input first, unscored ones last, ties by id."""
-        parameters = [*_values(settings), -1 if limit is None else limit]
+        parameters = [*astuple(settings), -1 if limit is None else limit]
         query = IDS_BEST_FIRST.format(order=self._order_table())
         with sqlite_errors(self.path):
             ids = array.array("q", (row[0] for row in self.connection.execute(query, parameters)))
@@ -212,14 +209,14 @@ class Archive:
             row_by_id = self._readable_rows(chunk)
             for row_id in chunk:
                 if row_id in row_by_id:
-                    yield _image_row(row_by_id[row_id])
+                    yield image_row(row_by_id[row_id])
 
     def rows_to_score(self, rescore: bool = False, prompt_ids: Collection[int] | None = None) -> Iterator[ImageRow]:
         """Pictures that lack a score (all with `rescore`), by id. Scores may be written while this runs."""
         condition = """(:rescore OR {clip_score_input} IS NULL OR {clip_score_tokenized} IS NULL)
             AND (:prompt_ids IS NULL OR prompt_id IN (SELECT value FROM json_each(:prompt_ids)))"""
         parameters = {"rescore": rescore, "prompt_ids": _json_ids(prompt_ids)}
-        return map(_image_row, self.scan(IMAGE_COLUMNS, condition, parameters))
+        return map(image_row, self.scan(IMAGE_COLUMNS, condition, parameters))
 
     def existing_keys(
         self, settings: Settings, generator_id: int | None, sampler_version: int | None = None, init_md5: str = ""
@@ -228,7 +225,7 @@ class Archive:
 
         init_md5: of the codes that the pictures go on from; "" is for those that were drawn whole.
         """
-        parameters = [*_values(settings), generator_id, sampler_version, sampler_version, init_md5]
+        parameters = [*astuple(settings), generator_id, sampler_version, sampler_version, init_md5]
         return set(self._all(self.sql(KEYS_OF_GROUP), parameters))
 
     def has_draw(
@@ -422,6 +419,9 @@ class Archive:
         with sqlite_errors(self.path):
             return self.connection.execute(query, parameters).fetchall()
 
+    def _texts(self, table: str) -> dict[int, str | None]:
+        return {row_id: text_of(text) for row_id, text in self._all(f"SELECT id, desc FROM {table} ORDER BY id")}
+
     def _readable_rows(self, ids: list[int]) -> dict[int, tuple]:
         """Rows by id. Around a damaged page by halves, down to the rows that cannot be read."""
         try:
@@ -455,45 +455,6 @@ class Archive:
                 self.connection.executescript(self.sql(INDEX_2022))
             self._order = "temp.image_order"
         return self._order
-
-    def _settings(self, values: tuple) -> Settings:
-        """Settings from a file's own values, which in a 2022 archive may be of any type."""
-        if tuple(map(type, values)) == SETTINGS_TYPES:
-            return Settings(*values)
-        for name, value in zip(SETTINGS, values, strict=True):
-            is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-            if not is_whole and not (isinstance(value, float) and name in REAL_SETTINGS):
-                raise ArchiveError(f"{self.path}: some pictures have {name} {value!r:.40}; `verify` lists them")
-        prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale = values
-        return Settings(
-            int(prompt_id), int(sc_prompt_id), int(top_k), float(top_p), float(temperature), float(cond_scale)
-        )
-
-
-def _prepare_to_write(connection: sqlite3.Connection, header: bytes) -> None:
-    if is_wal(header):  # someone's tool switched it; see the module's docstring
-        connection.execute("PRAGMA journal_mode = DELETE")
-    connection.execute("PRAGMA foreign_keys = ON")
-    # In KiB: room for the busy pages of the indexes while rows are added.
-    connection.execute("PRAGMA cache_size = -32768")
-
-
-def _image_row(values: tuple) -> ImageRow:
-    row = ImageRow(*values)
-    if isinstance(row.quantvec, bytes):
-        return row
-    # Not a blob, so certainly not tokens: as no bytes at all it fails every length check downstream.
-    return ImageRow(*(b"" if name == "quantvec" else value for name, value in zip(IMAGE_COLUMNS, values, strict=True)))
-
-
-def _values(settings: Settings) -> list[float]:
-    return [getattr(settings, name) for name in SETTINGS]
-
-
-def _as_text(value: object) -> str | None:
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    return None if value is None else str(value)
 
 
 def _json_ids(ids: Collection[int] | None) -> str | None:
