@@ -10,6 +10,7 @@ from dm_generations.archive import Archive, verify
 from dm_generations.cli._text import counted, printable
 from dm_generations.cli.model_options import check_batch_size, prepare_device
 from dm_generations.errors import UserError
+from dm_generations.generate.sweep import DEFAULT_BATCH_SIZE
 from dm_generations.resources import shipped
 
 HELP = "check an archive for damage"
@@ -40,7 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--margin", type=float, default=0.01, help="by how much a code may miss (default: 0.01)")
     group.add_argument("--model", metavar="PATH", help="the model that drew them (default: the one that ships)")
     group.add_argument("--tokenizer", metavar="PATH", type=Path, help="its tokenizer, if not beside it")
-    group.add_argument("--batch-size", type=int, default=32, metavar="N", help="as they were drawn with (default: 32)")
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=DEFAULT_BATCH_SIZE,
+        metavar="N",
+        help=f"as they were drawn with (default: {DEFAULT_BATCH_SIZE})",
+    )
     group.add_argument("--cpu-only", action="store_true", help="leave accelerators alone")
 
 

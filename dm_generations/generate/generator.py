@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dm_generations import compile_cache
 from dm_generations.decode.memory import free_bytes_of_each, is_out_of_memory
 from dm_generations.errors import UserError
-from dm_generations.generate import loop
+from dm_generations.generate import loop, sweep
 from dm_generations.generate.dalle_mini import DalleMiniDrawing
 from dm_generations.generate.row_inputs import Row, RowInputs, laid_out, sequence_count, take_fitting
 from dm_generations.models import checkpoints
@@ -36,10 +36,10 @@ _LOGITS_COPIES = 8  # halves, guided, filtered, noise and what a compiler keeps 
 class RowSettings:
     """Sampling settings of n rows: (n,) each, or one number for all. Named as the archive's columns."""
 
-    top_k: np.ndarray | int = 256  # 0: all codes
-    top_p: np.ndarray | float = 1.0  # 1: all codes
-    temperature: np.ndarray | float = 1.0  # 0: always the best code
-    cond_scale: np.ndarray | float = 3.0  # 1: no super conditioning
+    top_k: np.ndarray | int = sweep.DEFAULT_TOP_K  # 0: all codes
+    top_p: np.ndarray | float = sweep.DEFAULT_TOP_P  # 1: all codes
+    temperature: np.ndarray | float = sweep.DEFAULT_TEMPERATURE  # 0: always the best code
+    cond_scale: np.ndarray | float = sweep.DEFAULT_COND_SCALE  # 1: no super conditioning
 
 
 class Drawn(NamedTuple):
@@ -98,7 +98,9 @@ class Generator:
         self.set_batch_size(batch_size)
 
     @classmethod
-    def load(cls, model: str | None = None, batch_size: int = 32, dtype: str = "float32") -> "Generator":
+    def load(
+        cls, model: str | None = None, batch_size: int = sweep.DEFAULT_BATCH_SIZE, dtype: str = "float32"
+    ) -> "Generator":
         """The generator of a folder, a file or a hub name; None is the model that ships. Raises UserError."""
         compile_cache.enable()
         checkpoint = checkpoints.load(model, "generator")
