@@ -44,8 +44,8 @@ _USUAL = ("", 1, 0, "float32")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One picture in a file of its own. `file` is relative to the output folder, with "/" between parts."""
+class _File:
+    """A file of pictures of one group. `file` is relative to the output folder, with "/" between parts."""
 
     file: str
     prompt_id: int
@@ -56,6 +56,12 @@ class Entry:
     top_p: float
     temperature: float
     cond_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(_File):
+    """One picture in a file of its own."""
+
     rank: int
     score: float | None
     key0: int
@@ -67,18 +73,9 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class GalleryEntry:
-    """One file that shows several pictures of a group; `scores` has one value for each, best first."""
+class GalleryEntry(_File):
+    """One file that shows several pictures; `scores` has one value for each, best first."""
 
-    file: str
-    prompt_id: int
-    prompt: str | None
-    sc_prompt_id: int
-    sc_prompt: str | None
-    top_k: int
-    top_p: float
-    temperature: float
-    cond_scale: float
     scores: tuple[float | None, ...]
     page: int = 0
 
