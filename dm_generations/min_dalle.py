@@ -29,8 +29,8 @@ from dm_generations.decode.codec import Codec
 from dm_generations.decode.memory import is_out_of_memory
 from dm_generations.errors import UserError
 from dm_generations.generate.generator import Generator, RowSettings, tokenizer_of
+from dm_generations.generate.models import load_models
 from dm_generations.generate.progressive import filled
-from dm_generations.generate.run import load_models
 from dm_generations.generate.sweep import MAX_SEED
 from dm_generations.threefry import row_key
 

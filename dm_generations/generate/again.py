@@ -10,7 +10,8 @@ from dm_generations import compile_cache
 from dm_generations.archive import Archive, ImageRow
 from dm_generations.decode.tokens import BadTokens, tokens_of
 from dm_generations.generate.generator import Generator, RowSettings, tokenizer_of
-from dm_generations.generate.run import SAMPLER_VERSIONS, known_model, model_info
+from dm_generations.generate.models import known_model, model_info
+from dm_generations.generate.run import SAMPLER_VERSIONS
 from dm_generations.models.checkpoints import Checkpoint
 
 _SETTINGS = tuple(field.name for field in fields(RowSettings))

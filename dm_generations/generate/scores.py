@@ -13,14 +13,8 @@ from dm_generations import compile_cache
 from dm_generations.archive import Archive, ImageRow
 from dm_generations.decode.codec import Codec
 from dm_generations.decode.tokens import BadTokens, tokens_of
-from dm_generations.generate.run import (
-    finite,
-    known_model,
-    make_scorer,
-    memory_errors,
-    model_info,
-    record_model,
-)
+from dm_generations.generate.models import known_model, model_info, record_model
+from dm_generations.generate.run import finite, make_scorer, memory_errors
 from dm_generations.models.checkpoints import Checkpoint
 
 _COUNT_ALL = "SELECT count(*) FROM images"

@@ -23,6 +23,7 @@ from dm_generations.archive import Archive, verify
 from dm_generations.cli import build_parser
 from dm_generations.errors import UserError
 from dm_generations.generate import run as runs
+from dm_generations.models import checkpoints
 from dm_generations.threefry import row_key
 
 
@@ -308,10 +309,10 @@ def test_a_file_that_is_no_archive_is_left_alone(models, tmp_path, content):
 def test_a_model_that_gives_only_nan_writes_no_row(models, tmp_path):
     broken = tmp_path / "broken"
     tiny_dalle_bart(broken, seed=3)
-    checkpoint = runs.checkpoints.load(broken, "generator")
+    checkpoint = checkpoints.load(broken, "generator")
     checkpoint.params["lm_head"]["kernel"] = np.full_like(checkpoint.params["lm_head"]["kernel"], np.nan)
     config = {**dataclasses.asdict(checkpoint.config)}
-    runs.checkpoints.save(broken, "dalle_bart", config, checkpoint.params)
+    checkpoints.save(broken, "dalle_bart", config, checkpoint.params)
     with pytest.raises(UserError, match="'broken' gives no numbers"):
         draw(dataclasses.replace(models, dalle_bart=broken), tmp_path / "a.db", "--prompts", "a", "--no-score")
     assert rows_of(tmp_path / "a.db") == []
