@@ -82,9 +82,13 @@ def test_a_codec_decodes_another_grid_to_larger_pictures():
 
 
 def test_the_trimmed_golden_files_are_those_of_the_full_set():
-    full, trimmed = (golden_dirs("taming") * 2)[:2]
-    for file in trimmed.glob("*/last.ckpt"):
-        assert file.read_bytes() == (full / file.relative_to(trimmed)).read_bytes()
+    if len(sets := golden_dirs("taming")) < 2:
+        pytest.skip("the full set of golden files is not beside this checkout")
+    full, trimmed = sets
+    files = sorted(trimmed.glob("*/last.ckpt"))
+    assert files
+    for file in files:
+        assert file.read_bytes() == (full / file.relative_to(trimmed)).read_bytes(), file
 
 
 @pytest.fixture(scope="module")
