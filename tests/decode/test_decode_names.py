@@ -3,9 +3,9 @@
 import os
 import unicodedata
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pathvalidate import sanitize_filename
 
 from dm_generations.decode.names import picture_file, prompt_folder
 
@@ -107,7 +107,6 @@ def test_two_pictures_never_share_a_name(values, text, place, values_2, text_2, 
 
 @given(st.integers(0, 99999), st.text(st.characters(exclude_categories=["Cs"]), max_size=300), st.integers(0, 99))
 def test_names_are_pathvalidates_where_those_can_exist(number, text, rank):
-    sanitize_filename = pytest.importorskip("pathvalidate").sanitize_filename
     assert prompt_folder(number, text) == sanitize_filename(f"{number:04d}_{text}")
     settings_text = f"{number:04d}_k=50,p=1.0,t=0.7,c=10.0_{rank:02d}"
     name_2022 = sanitize_filename(f"{settings_text}_{text}")[:250] + ".png"
