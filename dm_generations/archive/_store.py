@@ -83,7 +83,7 @@ class Archive:
         return cls.open(path, "w")
 
     @classmethod
-    def open_or_create(cls, path: str | os.PathLike, timeout: float = LOCK_TIMEOUT) -> "Archive":
+    def open_or_create(cls, path: str | os.PathLike) -> "Archive":
         """The archive at `path`, open for writing; made if there is none, also when several programs do so at once."""
         path = Path(path)
         if not os.path.lexists(path):
@@ -92,7 +92,7 @@ class Archive:
             except ArchiveError:
                 if not os.path.exists(path):  # or else another program was quicker
                     raise
-        return cls.open(path, "w", timeout)
+        return cls.open(path, "w")
 
     @classmethod
     def open(cls, path: str | os.PathLike, mode: str = "r", timeout: float = LOCK_TIMEOUT) -> "Archive":
@@ -211,12 +211,10 @@ class Archive:
                 if row_id in row_by_id:
                     yield image_row(row_by_id[row_id])
 
-    def rows_to_score(self, rescore: bool = False, prompt_ids: Collection[int] | None = None) -> Iterator[ImageRow]:
+    def rows_to_score(self, rescore: bool = False) -> Iterator[ImageRow]:
         """Pictures that lack a score (all with `rescore`), by id. Scores may be written while this runs."""
-        condition = """(:rescore OR {clip_score_input} IS NULL OR {clip_score_tokenized} IS NULL)
-            AND (:prompt_ids IS NULL OR prompt_id IN (SELECT value FROM json_each(:prompt_ids)))"""
-        parameters = {"rescore": rescore, "prompt_ids": _json_ids(prompt_ids)}
-        return map(image_row, self.scan(IMAGE_COLUMNS, condition, parameters))
+        condition = ":rescore OR {clip_score_input} IS NULL OR {clip_score_tokenized} IS NULL"
+        return map(image_row, self.scan(IMAGE_COLUMNS, condition, {"rescore": rescore}))
 
     def existing_keys(
         self, settings: Settings, generator_id: int | None, sampler_version: int | None = None, init_md5: str = ""

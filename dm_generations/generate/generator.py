@@ -55,7 +55,6 @@ class Generator:
 
     batch_size: pictures at a time on each device; those of cond_scale 1 count half. Fewer if memory does not hold as
     many, and halved whenever it turns out not to.
-    codebook_size: codes that may be drawn; by default all of the model's.
     dtype: of activations and caches, "float32", "bfloat16" or "float16"; logits and noise are float32 in any case.
     rng: "rows" is our own noise; "dalle-mini" repeats dalle-mini's `generate`, called with one prompt and the row's
     key, and can draw ids that are no codes. Raises UserError for a model that is not DALL-E mini's kind.
@@ -66,7 +65,6 @@ class Generator:
         checkpoint: Checkpoint,
         tokenizer: TextTokenizer,
         batch_size: int,
-        codebook_size: int | None = None,
         dtype: str = "float32",
         rng: str = "rows",
     ):
@@ -76,7 +74,7 @@ class Generator:
             )
         config, params = checkpoint.config, checkpoint.params
         self.token_count = config.image_length
-        self.codebook_size = min(config.codebook_size, codebook_size or config.codebook_size)
+        self.codebook_size = config.codebook_size
         self.dtype = dtype
         self._name = checkpoint.name
         self._tokenizer = tokenizer

@@ -23,11 +23,10 @@ class PromptTokenizer:
     folder: has the tokenizer.json; or, with `pipeline`, the file or folder that `pipeline` was made from.
     pipeline: a tokenizer of the library that is ready to use; its padding and truncation are switched off.
     normalize: applied to every text first, but not to the unconditional prompt (None).
-    bos_id, eos_id, pad_id: where None, the file's own: bos and eos are what it puts around an empty text, pad
-    is its padding's id, else that of `<pad>`, else eos (as CLIP pads). The ids in a DALL-E mini config.json
-    are NOT these: they belong to the picture's tokens.
     vocab_size: rows of the model's embedding table; None leaves ids unchecked.
 
+    bos and eos are what the file puts around an empty text, pad is its padding's id, else that of `<pad>`, else eos
+    (as CLIP pads). The ids in a DALL-E mini config.json are NOT these: they belong to the picture's tokens.
     A text that spells a special token ("</s>") gives that token if the file lists it as an added token, as in
     transformers. Raises UserError for a file that is missing, broken or lacks the ends.
     """
@@ -38,9 +37,6 @@ class PromptTokenizer:
         *,
         pipeline: Tokenizer | None = None,
         normalize: Callable[[str], str] | None = None,
-        bos_id: int | None = None,
-        eos_id: int | None = None,
-        pad_id: int | None = None,
         vocab_size: int | None = None,
     ):
         self.path = Path(folder)
@@ -53,18 +49,13 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
-        if bos_id is None or eos_id is None:
-            with library_errors(self.path, "cannot tokenize"):
-                ends = self._tokenizer.encode("").ids
-            if len(ends) != 2:
-                raise UserError(f"{self.path}: puts {len(ends)} tokens around a text, expected a start and an end")
-            bos_id = ends[0] if bos_id is None else bos_id
-            eos_id = ends[1] if eos_id is None else eos_id
-        if pad_id is None:
-            pad_id = padding.get("pad_id", self._tokenizer.token_to_id("<pad>"))
-        self.bos_id = bos_id
-        self.eos_id = eos_id
-        self.pad_id = eos_id if pad_id is None else pad_id
+        with library_errors(self.path, "cannot tokenize"):
+            ends = self._tokenizer.encode("").ids
+        if len(ends) != 2:
+            raise UserError(f"{self.path}: puts {len(ends)} tokens around a text, expected a start and an end")
+        self.bos_id, self.eos_id = ends
+        pad_id = padding.get("pad_id", self._tokenizer.token_to_id("<pad>"))
+        self.pad_id = self.eos_id if pad_id is None else pad_id
         self.vocab_size = vocab_size
         if vocab_size is not None and max(self.bos_id, self.eos_id, self.pad_id) >= vocab_size:
             raise UserError(

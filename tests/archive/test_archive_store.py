@@ -149,7 +149,6 @@ def test_scoring_fills_what_is_missing_while_it_reads(archive):
     assert next(rows).id == 602
     assert sum(1 for _ in archive.rows_to_score()) == 599
     assert sum(1 for _ in archive.rows_to_score(rescore=True)) == 1200
-    assert sum(1 for _ in archive.rows_to_score(prompt_ids=[2])) == 0
 
 
 def test_a_failed_transaction_leaves_nothing(archive):

@@ -125,11 +125,6 @@ def test_rows_do_not_depend_on_company(bart):
     assert bart.encode([], 16)[0].shape == (0, 16)
 
 
-def test_given_ids_replace_the_files_own(bart):
-    ids, mask = PromptTokenizer(BART, bos_id=7, eos_id=8, pad_id=9).encode([""], 4)
-    assert ids.tolist() == [[7, 8, 9, 9]] and mask.tolist() == [[1, 1, 0, 0]]
-
-
 def test_ids_beyond_the_model_are_refused(bart):
     small = PromptTokenizer(BART, vocab_size=300)
     assert small.encode(["!"], 4)[0].tolist() == [[0, 5, 2, 1]]

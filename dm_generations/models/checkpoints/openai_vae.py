@@ -43,13 +43,13 @@ def codec(path: Path) -> Source | None:
     return Source("openai_vae", config, params, files, places=places)
 
 
-def openai_vae_config(decoder: Mapping[str, np.ndarray], path: Path, image_size: int = 256) -> OpenAIVAEConfig:
-    """The config that the decoder's tensors tell; only the picture's size is not among them."""
+def openai_vae_config(decoder: Mapping[str, np.ndarray], path: Path) -> OpenAIVAEConfig:
+    """The config that the decoder's tensors tell; the picture's size, which they do not, is that of OpenAI's."""
     n_init, vocab_size = tensor(decoder, "blocks.input.w", 4, path).shape[:2]
     n_hid = tensor(decoder, "blocks.output.conv.w", 4, path).shape[1]
     blocks = count(decoder, "blocks.group_1.block_{}.res_path.conv_1.w", first=1)
     try:
-        return OpenAIVAEConfig(n_hid, n_init, max(1, blocks), vocab_size, image_size)
+        return OpenAIVAEConfig(n_hid, n_init, max(1, blocks), vocab_size)
     except ValueError as error:
         raise UserError(f"{path} is no decoder of OpenAI's discrete VAE: {error}") from error
 
