@@ -1,4 +1,4 @@
-"""How far a decode is: a bar on a terminal, now and then a plain line elsewhere. On stderr."""
+"""How far a long command is: a bar on a terminal, now and then a plain line elsewhere. On stderr."""
 
 import sys
 import time
@@ -17,6 +17,7 @@ class Progress:
         self._bar = tqdm(total=total, unit="pictures", smoothing=0.05) if sys.stderr.isatty() else None
 
     def advance(self, pictures: int) -> None:
+        """So many more are done, whether well or not."""
         self._done += pictures
         now = time.monotonic()
         if self._bar is not None:

@@ -41,6 +41,7 @@ class Shard:
 
     @property
     def final_path(self) -> str:
+        """Where it goes by what is known of it now."""
         return self.path if self.is_whole else self.incomplete_path
 
 

@@ -138,10 +138,12 @@ class Plan:
 
     @property
     def missing_count(self) -> int:
+        """Pictures to draw."""
         return sum(len(indices) for _, indices in self.missing)
 
     @property
     def existing_count(self) -> int:
+        """Pictures that are there already."""
         return self.sweep.picture_count - self.missing_count
 
     def draws(self) -> Iterator[Draw]:
