@@ -4,12 +4,10 @@ n: pictures   B: batch   H, W: pixels   P: CLIP's projection width
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -18,14 +16,13 @@ from PIL import Image
 
 from dm_generations.decode.codec import Decoding
 from dm_generations.errors import UserError
+from dm_generations.models.checkpoints import Checkpoint
+from dm_generations.models.checkpoints.own import read_json_object
 from dm_generations.models.clip import CLIP, OPENAI_MEAN, OPENAI_STD, CLIPConfig, preprocess, unit
 from dm_generations.models.placement import placed
 from dm_generations.models.precision import matmul_precision
 from dm_generations.models.resize import FILTERS
 from dm_generations.text import PromptTokenizer
-
-if TYPE_CHECKING:
-    from dm_generations.models.checkpoints import Checkpoint
 
 TEXT_BATCH = 8  # texts of one run of the text tower; a sweep has few distinct prompts
 TEXTS_KEPT = 4096  # prompts whose features stay in memory: 8 MB at P = 512
@@ -50,13 +47,13 @@ class Preprocessing:
         path = Path(folder) / "preprocessor_config.json"
         if not path.is_file():
             return cls(image_size)
+        values = read_json_object(path)
         try:
-            values = json.loads(path.read_text("utf-8"))
             mean = tuple(float(x) for x in values.get("image_mean", OPENAI_MEAN))
             std = tuple(float(x) for x in values.get("image_std", OPENAI_STD))
             resample = Image.Resampling(values.get("resample", Image.Resampling.BICUBIC))
             sizes = {_side(values[key]) for key in ("size", "crop_size") if key in values}
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise UserError(f"{path}: not a CLIP preprocessor config ({error})") from error
         if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
             raise UserError(f"{path}: image_mean and image_std must be 3 numbers each, the latter above 0")
@@ -83,7 +80,7 @@ class Scorer:
     padded with black
     """
 
-    def __init__(self, checkpoint: "Checkpoint", tokenizer: PromptTokenizer, batch_size: int = 32):
+    def __init__(self, checkpoint: Checkpoint, tokenizer: PromptTokenizer, batch_size: int = 32):
         config = checkpoint.config
         preprocessing = Preprocessing.of_model(checkpoint.folder, config)
         model = CLIP(config)

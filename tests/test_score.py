@@ -114,8 +114,11 @@ def test_preprocessing_is_read_from_beside_the_model(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not a CLIP preprocessor config"),
-        ("[]", "not a CLIP preprocessor config"),
+        ("{", "preprocessor_config.json is not JSON"),
+        ("[" * 200_000, "preprocessor_config.json is not JSON"),
+        ("[]", "preprocessor_config.json must hold a JSON object"),
+        ('{"size": 1e999}', "not a CLIP preprocessor config"),
+        ('{"image_mean": "no"}', "not a CLIP preprocessor config"),
         ('{"size": {}}', "not a CLIP preprocessor config"),
         ('{"resample": 99}', "not a CLIP preprocessor config"),
         ('{"image_std": [1, 1, 0]}', "above 0"),

@@ -62,9 +62,11 @@ def read_config(folder: Path) -> dict | None:
 
 
 def read_json_object(path: Path) -> dict:
-    """Raises UserError, naming the file, for one that is not a JSON object."""
+    """Raises UserError, naming the file, for one that cannot be read or is not a JSON object."""
     try:
         values = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
