@@ -34,7 +34,7 @@ def write_others(out_dir: Path, others: Mapping[str, Shown]) -> None:
 def _of_others(path: Path) -> dict[str, Shown]:
     try:
         return {path: tuple(shown) for path, shown in json.loads(path.read_text(encoding="ascii")).items()}
-    except (OSError, ValueError, AttributeError, TypeError):  # someone else's file, or none
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):  # someone else's file, or none
         return {}
 
 
@@ -46,7 +46,7 @@ def _of_manifest(path: Path) -> dict[str, Shown]:
             for middle, _, *rest in files:
                 found[prefix + middle + suffix] = tuple(rest if manifest["mode"] == "images" else rest[0])
         return found
-    except (OSError, ValueError, KeyError, TypeError, IndexError):  # someone else's file, or none
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):  # someone else's file, or none
         return {}
 
 
