@@ -16,6 +16,7 @@ from dm_generations.errors import UserError
 _ENOUGH_PIXELS = {"cpu": 1 << 20}
 _ENOUGH_PIXELS_ELSEWHERE = 1 << 24
 _MAPS = 6  # of the largest one: what a convolution reads, adds and writes, and the workspace of its library
+_UNKNOWN_HOST_BYTES = 4 << 30  # of a small machine
 _SHARE = 0.5  # of the free memory; the next batch is under way while the last one is fetched
 
 
@@ -77,8 +78,14 @@ def free_bytes(device: jax.Device) -> int:
     statistics = device.memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    return _free_host_bytes()
+
+
+def _free_host_bytes() -> int:
     with contextlib.suppress(OSError):  # Linux; pages of files count, which it gives up when memory is asked for
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS tells what there is, not what is free
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return _UNKNOWN_HOST_BYTES  # Windows has no sysconf
