@@ -25,14 +25,9 @@ def cache_dir(name: str) -> Path:
     """A private folder (mode 0700) of this user's for `name`, created when missing.
 
     It holds executable code (compiled programs), so a folder that another user owns or may write is refused.
+    UserError: that, or a user without a home, as in a container that runs under a number of its own.
     """
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif os.name == "nt":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = base / "dm-generations" / name
+    path = _cache_base() / "dm-generations" / name
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if hasattr(os, "getuid"):
         status = path.stat()
@@ -41,3 +36,14 @@ def cache_dir(name: str) -> Path:
         if status.st_mode & 0o077:
             path.chmod(0o700)
     return path
+
+
+def _cache_base() -> Path:
+    try:
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches"
+        if os.name == "nt":
+            return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise UserError("this user has no home folder; set HOME or XDG_CACHE_HOME") from error

@@ -1,0 +1,48 @@
+"""Where caches go."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dm_generations import compile_cache
+from dm_generations.errors import UserError
+from dm_generations.resources import cache_dir
+
+
+def has_no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="XDG_CACHE_HOME is not for Windows")
+def test_the_cache_is_private(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = cache_dir("xla")
+    assert folder == tmp_path / "dm-generations" / "xla"
+    folder.chmod(0o755)
+    assert cache_dir("xla").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", has_no_home)
+    with pytest.raises(UserError, match="no home folder; set HOME"):
+        cache_dir("xla")
+
+
+def test_without_a_home_programs_are_not_kept_and_work_goes_on(monkeypatch, capsys):
+    import jax
+
+    monkeypatch.setattr(Path, "home", has_no_home)
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        compile_cache.enable()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert capsys.readouterr().err.startswith("warning: compiled programs are not kept: this user has no home")
