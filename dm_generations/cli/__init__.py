@@ -18,6 +18,7 @@ COMMANDS = {
     "merge": merge,
     "convert": convert,
 }
+SIGPIPE = 13  # which the module signal lacks on Windows
 DESCRIPTION = """\
 An archive of text-to-image generations, and the pipeline around it: prompts become code vectors in one SQLite file,
 and the pictures are rebuilt from it.
@@ -46,6 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit status: 0 all done, 1 an error that a line on stderr explains, 130 interrupted."""
+    if hasattr(sys.stdout, "reconfigure"):
+        # A prompt holds any character, and a name any byte, whatever the terminal or file can: as stderr does it.
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
@@ -56,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stderr.close()
-        return 128 + signal.SIGPIPE
+        return 128 + SIGPIPE
     except KeyboardInterrupt:
         print("interrupted; repeat the command to go on", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 
@@ -130,6 +131,16 @@ print(sorted({{name.split(".")[0] for name in sys.modules}} & {{"numpy", "jax", 
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stderr
+
+
+def test_prompts_beyond_the_encoding_of_the_output_are_spelled_out(tmp_path):
+    path = tmp_path / "rocket.db"
+    with Archive.create(path) as archive:
+        fill(archive, new_image(0, prompt="火 na\xefve"))
+    words = [sys.executable, "-m", "dm_generations", "info", "--db", str(path)]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}  # of a file or pipe, on Windows
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert b"  1  \\u706b na\xefve  (1 picture)" in done.stdout
 
 
 def test_printable_and_file_size():
