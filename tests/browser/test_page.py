@@ -236,6 +236,13 @@ def test_hostile_text_is_only_text(page, hostile):
     assert page.evaluate("document.documentElement.scrollWidth") <= 1100
 
 
+def test_a_note_of_other_settings_stays_on_the_page_whatever_they_are(page, hostile):
+    open_folder(page, hostile)
+    page.locator("#prompts button").nth(list(HOSTILE).index("long")).click()
+    assert page.locator("#notice").inner_text().startswith("No pictures with just these settings")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1100
+
+
 def test_policy_stops_markup_that_did_get_in(page, sweep, trouble):
     failures = []
     page.on("requestfailed", lambda request: failures.append((request.url, request.failure)))
