@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+from typing import NoReturn
 
 from dm_generations import __version__
 from dm_generations.cli import convert, decode, generate, info, merge, score, verify
@@ -30,10 +31,17 @@ example:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line. The usage, which argparse puts first, is two dozen lines of flags here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     # No abbreviations: a later flag could change what they mean.
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(prog="dm_generations", description=DESCRIPTION, epilog=EPILOG, **style)
+    parser = _Parser(prog="dm_generations", description=DESCRIPTION, epilog=EPILOG, **style)
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
@@ -46,7 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; its exit status: 0 all done, 1 an error that a line on stderr explains, 130 interrupted."""
+    """Run a command; its exit status: 0 all done, 1 an error that a line on stderr explains, 130 interrupted.
+
+    A flag that is wrong in itself ends the program, with a line too and exit status 2.
+    """
     if hasattr(sys.stdout, "reconfigure"):
         # A prompt holds any character, and a name any byte, whatever the terminal or file can: as stderr does it.
         sys.stdout.reconfigure(errors="backslashreplace")
