@@ -115,9 +115,9 @@ class Archive:
             try:
                 connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
             except sqlite3.OperationalError as error:
-                is_interrupted = error.sqlite_errorname == "SQLITE_READONLY_ROLLBACK"
-                if not (is_interrupted and application_id(header) == APPLICATION_ID):
+                if error.sqlite_errorname != "SQLITE_READONLY_ROLLBACK":
                     raise
+                _check_undoable(path, header)
                 undo_interrupted_write(path, timeout)
             layout = read_layout(path, connection)
             if mode == "w":
@@ -453,6 +453,17 @@ class Archive:
                 self.connection.executescript(self.sql(INDEX_2022))
             self._order = "temp.image_order"
         return self._order
+
+
+def _check_undoable(path: Path, header: bytes) -> None:
+    """ArchiveError where what a killed writer left is not for us to undo, or cannot be undone in this place."""
+    if application_id(header) != APPLICATION_ID:
+        remedy = "the program `sqlite3` does that when it reads the file; this one changes no archive of 2022"
+    elif not (os.access(path, os.W_OK) and os.access(path.resolve().parent, os.W_OK | os.X_OK)):
+        remedy = "copy the archive and its -journal to a folder of yours"
+    else:
+        return
+    raise ArchiveError(f"{path}: another program was stopped while writing here; to undo its last batch: {remedy}")
 
 
 def _json_ids(ids: Collection[int] | None) -> str | None:

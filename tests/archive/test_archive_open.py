@@ -231,6 +231,31 @@ def test_a_killed_writer_loses_its_batch_only(ours):
     assert execute(ours, "PRAGMA integrity_check") == [("ok",)]
 
 
+HALF_A_BATCH = """
+import os, signal, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 2")
+connection.execute("BEGIN IMMEDIATE")
+connection.execute("UPDATE images SET clip_score_input = 0")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_half_a_batch_that_cannot_be_undone_here_is_told_with_a_remedy(ours, tmp_path, monkeypatch):
+    theirs = tmp_path / "theirs.db"
+    shutil.copy(golden("original_script") / "archive.db", theirs)
+    for path in (ours, theirs):
+        subprocess.run([sys.executable, "-c", HALF_A_BATCH, str(path)])
+    before = theirs.read_bytes()
+    assert "undo its last batch: the program `sqlite3` does that when it reads the file" in refused(theirs)
+    assert theirs.read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)  # a folder of someone else's
+        assert refused(ours).endswith("to undo its last batch: copy the archive and its -journal to a folder of yours")
+    with Archive.open(ours) as archive:
+        assert archive.count() == 100
+
+
 def test_the_2022_layout_is_read_and_never_touched(tmp_path):
     path = tmp_path / "archive.db"
     shutil.copy(golden("original_script") / "archive.db", path)
