@@ -42,8 +42,9 @@ class DallePytorchConfig:
     rotary_emb: bool = False
     sandwich_norm: bool = False
     layer_scale: bool = True  # files of before April 2021 have none
-    shared_attn_ids: tuple[int, ...] | None = None  # layers of one id share their attention; repeated like attn_types
-    shared_ff_ids: tuple[int, ...] | None = None
+    # Layers of one id share their attention; repeated like attn_types. DALLE-pytorch's own program saves texts, "0".
+    shared_attn_ids: tuple[int | str, ...] | None = None
+    shared_ff_ids: tuple[int | str, ...] | None = None
     share_input_output_emb: bool = False
     conv_like: str = "causal"  # "causal": 5x5 codes up and left of the query; "centred": 5x5 around it, none later
     sparse_layout: tuple[str, ...] | None = None  # a row of blocks each, "1" where it sees the block of that column
@@ -85,8 +86,8 @@ class DallePytorchConfig:
                 raise UserError(f"DALLE-pytorch config: attn_types has {name!r:.80}; known are {', '.join(ATTN_TYPES)}")
         for name in ("shared_attn_ids", "shared_ff_ids"):
             ids = getattr(self, name)
-            if ids is not None and not (ids and isinstance(ids, tuple) and all(type(i) is int for i in ids)):
-                raise UserError(f"DALLE-pytorch config: {name} must be a list of whole numbers, not {ids!r:.80}")
+            if ids is not None and not (ids and isinstance(ids, tuple) and all(type(i) in (int, str) for i in ids)):
+                raise UserError(f"DALLE-pytorch config: {name} must be a list of ids, not {ids!r:.80}")
         for layer, source in enumerate(self.attn_sources):
             if self.attn_type(layer) != self.attn_type(source):
                 raise UserError(f"DALLE-pytorch config: layers {source} and {layer} share attention of different types")
@@ -171,7 +172,7 @@ class DallePytorchConfig:
         """For each layer, the first layer that has the same feed-forward weights."""
         return self._first_uses(self.shared_ff_ids)
 
-    def _first_uses(self, ids: tuple[int, ...] | None) -> tuple[int, ...]:
+    def _first_uses(self, ids: tuple[int | str, ...] | None) -> tuple[int, ...]:
         if ids is None:
             return tuple(range(self.depth))
         by_layer = [ids[layer % len(ids)] for layer in range(self.depth)]

@@ -417,6 +417,16 @@ def test_filter_thres_is_a_share_of_all_tokens():
     assert [config.top_k_of(thres) for thres in (0.9, 0.5, 0.995, 0.0)] == [9, 50, 1, 100]
 
 
+def test_shared_ids_are_texts_in_files_of_the_trainer(monkeypatch):
+    """It splits what its command line has, "1,0,1", at the commas."""
+    path = changed(monkeypatch, CASES[-1], lambda content: content["hparams"].update(shared_ff_ids=("1", "0", "1")))
+    config = loader.generator(path).config
+    assert dataclasses.replace(config, depth=4).ff_sources == (0, 1, 0, 0)
+    assert DallePytorchConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    with pytest.raises(UserError, match="shared_ff_ids must be a list of ids"):
+        dataclasses.replace(SMALL, shared_ff_ids=(0.5,))
+
+
 def test_padding_is_read_by_position():
     """A zero is the padding id of its place."""
     model = DallePytorch(SMALL)
