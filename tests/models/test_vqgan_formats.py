@@ -117,6 +117,12 @@ def test_shapes_tell_what_the_yaml_says(tmp_path, flat):
     assert taming.config_from_shapes(state, tmp_path, resolution=16, is_signed=True) == CONFIG
 
 
+def test_what_the_yaml_leaves_out_has_the_default_of_taming(tmp_path, flat):
+    lightning(tmp_path / "last.ckpt", codec_kit.taming_state(flat))
+    (tmp_path / "model.yaml").write_text(YAML.replace("ch_mult: [1, 2],", ""))
+    assert taming.codec(tmp_path).config.ch_mult == (1, 2, 4, 8)
+
+
 def test_the_yaml_may_lie_in_a_folder_of_configs(tmp_path, flat):
     for folder in ("run/checkpoints", "run/configs"):
         (tmp_path / folder).mkdir(parents=True)
@@ -151,6 +157,8 @@ def test_what_is_not_a_vqgan_is_left_to_other_readers(tmp_path):
     [
         (YAML.replace("n_embed: 20", "n_embed: 21"), r"last\.ckpt.*quantize/embedding/embedding has shape \(20, 6\)"),
         (YAML.replace("n_embed: 20", ""), r"model\.yaml.*n_embed is missing"),
+        (YAML.replace(", attn_resolutions: [8]", ""), r"model\.yaml.*attn_resolutions is missing"),
+        (YAML.replace("resolution: 16, ", ""), r"model\.yaml.*resolution is missing"),
         (YAML.replace("ch: 32", "ch: -1"), r"model\.yaml.*ch must be a whole number above 0"),
         (YAML.replace("[1, 2]", "7"), r"model\.yaml does not describe a VQGAN"),
         (YAML.replace("num_res_blocks: 1", "num_res_blocks: 1000000000"), "can be built"),

@@ -32,6 +32,10 @@ _YAML_BYTES = 1 << 20  # a config is some hundred bytes
 _SKIPPED = re.compile(r"loss\..*|model_ema\..*|quantize\.embedding\.(cluster_size|embed_avg)|colorize")
 _EMBEDDINGS = ("embedding", "embed")
 
+# Of `Encoder` and `Decoder` of the family: the default of the only size that has one, and sizes without one.
+_DEFAULT_CH_MULT = (1, 2, 4, 8)
+_REQUIRED = ("ch", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")
+
 
 def codec(path: Path) -> Source | None:
     """The VQGAN in a `.ckpt`, with its `.yaml` beside it, or in a folder of the two, `checkpoints` and `configs` within
@@ -69,11 +73,11 @@ def config_from_yaml_values(values: Mapping[str, Any], is_gumbel: bool = False) 
     if not isinstance(sizes, Mapping):
         raise ValueError("ddconfig is missing")
     own = {"num_groups", "group_norm_eps", "is_signed", "is_gumbel"}  # ours alone
-    sizes = {name: value for name, value in sizes.items() if name not in own}
-    for name in ("embed_dim", "n_embed"):
-        if name not in values:
+    sizes = {"ch_mult": _DEFAULT_CH_MULT} | {name: value for name, value in sizes.items() if name not in own}
+    sizes |= {name: values[name] for name in ("embed_dim", "n_embed") if name in values}
+    for name in (*_REQUIRED, "embed_dim", "n_embed"):
+        if name not in sizes:
             raise ValueError(f"{name} is missing")
-        sizes[name] = values[name]
     return VQGANConfig.from_dict(sizes | {"is_signed": True, "is_gumbel": is_gumbel})
 
 
