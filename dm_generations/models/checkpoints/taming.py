@@ -35,6 +35,7 @@ _EMBEDDINGS = ("embedding", "embed")
 # Of `Encoder` and `Decoder` of the family: the default of the only size that has one, and sizes without one.
 _DEFAULT_CH_MULT = (1, 2, 4, 8)
 _REQUIRED = ("ch", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")
+_UNSUPPORTED = ("double_z", "give_pre_end")  # options with which they make no VQGAN that encodes and decodes
 
 
 def codec(path: Path) -> Source | None:
@@ -67,7 +68,8 @@ def codec(path: Path) -> Source | None:
 def config_from_yaml_values(values: Mapping[str, Any], is_gumbel: bool = False) -> VQGANConfig:
     """The config of `embed_dim`, `n_embed` and either `ddconfig` or `hparams`, as YAML files of the family hold them.
 
-    values: what taming has under `model.params` and minDALL-E under `stage1`. Raises TypeError or ValueError.
+    values: what taming has under `model.params` and minDALL-E under `stage1`. Raises TypeError or ValueError, the
+    latter also for options that change pictures or codes and that are not supported.
     """
     sizes = values.get("ddconfig", values.get("hparams"))
     if not isinstance(sizes, Mapping):
@@ -78,6 +80,11 @@ def config_from_yaml_values(values: Mapping[str, Any], is_gumbel: bool = False) 
     for name in (*_REQUIRED, "embed_dim", "n_embed"):
         if name not in sizes:
             raise ValueError(f"{name} is missing")
+    for name in _UNSUPPORTED:
+        if sizes.get(name):
+            raise ValueError(f"{name} {sizes[name]!r:.80} is not supported, only false")
+    if values.get("remap") is not None:
+        raise ValueError("remap is not supported: codes that are numbers in a list of the codebook's rows")
     return VQGANConfig.from_dict(sizes | {"is_signed": True, "is_gumbel": is_gumbel})
 
 
