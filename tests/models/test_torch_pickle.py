@@ -442,6 +442,14 @@ def test_compressed_entries_are_refused(tmp_path):
         read_torch(path)
 
 
+def test_a_program_of_torchscript_is_called_one(tmp_path):
+    """Such as OpenAI's own `ViT-B-32.pt`, the code in which is compressed."""
+    entries = {"data.pkl": pickled(1)[0], "code/__torch__.py": b"class CLIP", "constants.pkl": pickled(())[0]}
+    path = save_entries(tmp_path / "ViT-B-32.pt", entries, zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match=r"ViT-B-32\.pt: it is a program of TorchScript .* folder that transformers"):
+        read_torch(path)
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_an_entry_that_is_there_twice(tmp_path):
     path = in_zip(tmp_path / "a.pt", pickled(1)[0])

@@ -176,6 +176,11 @@ def _entries(file: MappedFile) -> dict[str, tuple[int, int]]:
             infos = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError, struct.error) as error:
         raise Malformed("it is cut short or not a zip archive") from error
+    if any(info.filename.split("/")[1:] == ["constants.pkl"] for info in infos):
+        raise Malformed(
+            "it is a program of TorchScript with its weights: give the model as torch.save or safetensors has it, "
+            "OpenAI's CLIP as the folder that transformers reads"
+        )
     entries: dict[str, tuple[int, int]] = {}
     for info in infos:
         name = info.filename
