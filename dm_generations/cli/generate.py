@@ -169,7 +169,7 @@ def _generate(args: argparse.Namespace) -> int:
         count=described.get("n", sweeps.DEFAULT_COUNT),
         seed=described.get("seed", sweeps.DEFAULT_SEED),
         same_seeds=described.get("same_seeds", True),
-        row_keys=[parse_key(text) for text in described.get("keys", [])],
+        row_keys=[parse_key(text) for text in described["keys"]] if "keys" in described else None,
     )
     prepare_device(args.cpu_only)
     from dm_generations.generate.given import load_given

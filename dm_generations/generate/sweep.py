@@ -29,6 +29,7 @@ MAX_PICTURES = 10_000_000  # of one command: a slip of a zero should not fill a 
 MAX_TOP_K = 2**31 - 1
 MAX_REAL = 3.0e38  # settings are used as float32
 MAX_SEED = 2**64 - 1
+_SHOWN_DIGITS = 40  # of a number in a message; Python refuses to write the longest ones
 
 
 @dataclass(frozen=True)
@@ -71,23 +72,24 @@ class Sweep:
     count: int = DEFAULT_COUNT
     seed: int = DEFAULT_SEED
     same_seeds: bool = True
-    row_keys: Sequence[tuple[int, int]] = ()  # if any, these are the keys: `count` and `seed` have no meaning
+    row_keys: Sequence[tuple[int, int]] | None = None  # these are the keys: `count` and `seed` have no meaning
 
     def __post_init__(self):
         columns = {
             "prompts": self.prompts,
             "sc_prompts": [text or None for text in self.sc_prompts],
             "top_k": self.top_k,
-            # + 0.0 makes -0.0 the 0.0 that it equals
-            "top_p": [float(value) + 0.0 for value in self.top_p],
-            "temperature": [float(value) + 0.0 for value in self.temperature],
-            "cond_scale": [float(value) + 0.0 for value in self.cond_scale],
+            "top_p": [_real(value) for value in self.top_p],
+            "temperature": [_real(value) for value in self.temperature],
+            "cond_scale": [_real(value) for value in self.cond_scale],
         }
         for name, values in columns.items():
             object.__setattr__(self, name, tuple(dict.fromkeys(values)))
             if not values:
                 raise UserError(f"{name} needs at least one value")
-        if self.row_keys:
+        if self.row_keys is not None:
+            if not self.row_keys:
+                raise UserError("keys needs at least one value")
             object.__setattr__(self, "row_keys", tuple(dict.fromkeys(self.row_keys)))
             object.__setattr__(self, "count", len(self.row_keys))
         self._check()
@@ -97,7 +99,7 @@ class Sweep:
         _check_texts("unconditional prompt", [text for text in self.sc_prompts if text is not None])
         _check_range("n", [self.count], 1, MAX_PICTURES)
         _check_range("seed", [self.seed], 0, MAX_SEED)
-        _check_range("a word of a key", [word for key in self.row_keys for word in key], 0, 2**32 - 1)
+        _check_range("a word of a key", [word for key in self.row_keys or () for word in key], 0, 2**32 - 1)
         _check_range("top_k", self.top_k, 0, MAX_TOP_K)
         _check_range("temperature", self.temperature, 0, MAX_REAL)
         _check_range("cond_scale", self.cond_scale, 0, MAX_REAL)
@@ -121,7 +123,7 @@ class Sweep:
 
     def keys(self, combination: Combination) -> Sequence[tuple[int, int]]:
         """(key0, key1) of each picture of a combination, by its index."""
-        if self.row_keys:
+        if self.row_keys is not None:
             return self.row_keys
         return _keys(self.seed if self.same_seeds else _own_seed(self.seed, combination), self.count)
 
@@ -189,6 +191,14 @@ def _own_seed(seed: int, combination: Combination) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("ascii")).digest()[:8], "big")
 
 
+def _real(value: float) -> float:
+    """As a float; infinity, which no range has, for a whole number that is too large for one."""
+    try:
+        return float(value) + 0.0  # makes -0.0 the 0.0 that it equals
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def _check_texts(what: str, texts: Sequence[str]) -> None:
     for number, text in enumerate(texts, start=1):
         if not text.strip():
@@ -205,4 +215,6 @@ def _check_range(name: str, values: Sequence[float], lowest: int, highest: float
     for value in values:
         if not lowest <= value <= highest:  # NaN too
             limit = f"{highest:,}" if isinstance(highest, int) else f"{highest:g}"
-            raise UserError(f"{name} must be from {lowest} to {limit}, not {value}")
+            is_long = isinstance(value, int) and abs(value) >= 10**_SHOWN_DIGITS
+            found = f"a number of more than {_SHOWN_DIGITS} digits" if is_long else value
+            raise UserError(f"{name} must be from {lowest} to {limit}, not {found}")

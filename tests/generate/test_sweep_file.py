@@ -70,6 +70,25 @@ def test_what_is_wrong_is_named(sweep_file, text, expected):
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("temperature = 1" + 400 * "0", "temperature must be from 0 to 3e+38, not inf"),
+        ("cond_scale = -1" + 400 * "0", "cond_scale must be from 0 to 3e+38, not -inf"),
+        ("n = 0x1" + 5000 * "0", "n must be from 1 to 10,000,000, not a number of more than 40 digits"),
+        ("seed = 0x1" + 5000 * "0", "not a number of more than 40 digits"),
+        ("top_k = [5, 0x1" + 5000 * "0" + "]", "top_k must be from 0 to 2,147,483,647, not a number of more"),
+        ("keys = []", "keys needs at least one value"),
+        ("keys = ['0x1:2']", "'0x1:2' is not two whole numbers"),
+    ],
+)
+def test_values_that_cannot_be_drawn_are_one_line_too(tmp_path, capsys, sweep_file, text, expected):
+    path = sweep_file("prompts = 'a cat'\n" + text)
+    assert cli.main(["generate", "--db", str(tmp_path / "x.db"), "--sweep", str(path), "--dry-run"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1 and len(told) < 200 and expected in told
+
+
 def test_no_such_file(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         read_sweep(tmp_path / "none.toml")
