@@ -240,7 +240,7 @@ def _fill(archive: Archive, work: sweeps.Plan, pipeline, args: argparse.Namespac
         summary += f", {elsewhere_count:,} added by other processes"
     if added_count:
         summary += f"; {added_count / seconds:.1f} pictures a second"
-    print(f"{summary}. To look at them:\n  {_decode_command(args)}")
+    print(f"{summary}. To look at them:\n  {_decode_command(args.db, pipeline.models.codec_from)}")
     has_failed = args.output == "npy" and not _write_npy(archive, work.sweep, args.out_dir)
     # Only dalle-mini's noise leaves pictures out.
     if args.rng == "dalle-mini" and (left_out := work.missing_count - added_count - elsewhere_count):
@@ -266,9 +266,9 @@ def _describe(sweep: sweeps.Sweep) -> str:
     return f"{combinations} x {sweep.count:,} = {counted(sweep.picture_count, 'picture')}"
 
 
-def _decode_command(args: argparse.Namespace) -> str:
-    words = ["python", "-m", "dm_generations", "decode", "--db", str(args.db)]
-    return shlex.join(words + (["--codec", args.codec] if args.codec else []))
+def _decode_command(db: Path, codec: str | None) -> str:
+    words = ["python", "-m", "dm_generations", "decode", "--db", str(db)]
+    return shlex.join(words + ([] if codec is None else ["--codec", codec]))
 
 
 def parse_key(text: str) -> tuple[int, int]:

@@ -25,6 +25,7 @@ class Models:
     generator: Checkpoint
     codec: Checkpoint
     clip: Checkpoint | None  # None: pictures are not scored
+    codec_from: str | None = None  # folder, file or hub name that has the codec; None: it is the embedded one
 
     @property
     def grid(self) -> int:
@@ -58,10 +59,11 @@ def load_models(
         config = dataclasses.replace(generator_checkpoint.config, **overrides)
         generator_checkpoint = dataclasses.replace(generator_checkpoint, config=config)
     codec_checkpoint = checkpoints.find(model, "codec") if codec is None and model is not None else None
+    codec_from = codec if codec_checkpoint is None else model
     codec_checkpoint = codec_checkpoint or checkpoints.load(codec, "codec")
     _check_fit(generator_checkpoint, codec_checkpoint)
     clip_checkpoint = checkpoints.load(clip, "clip") if is_scored else None
-    return Models(generator_checkpoint, codec_checkpoint, clip_checkpoint)
+    return Models(generator_checkpoint, codec_checkpoint, clip_checkpoint, codec_from)
 
 
 def _check_fit(generator: Checkpoint, codec: Checkpoint) -> None:

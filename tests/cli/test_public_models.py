@@ -98,9 +98,11 @@ def test_min_dalle_finds_its_own_files(model, letters, tmp_path):
     assert picture.std() > 0
 
 
-def test_mindalle_needs_nothing_but_its_folder(tmp_path):
-    picture = drawn_and_decoded(tmp_path, "--no-score", "--model", golden("mindalle_kakao/ckpt"))
+def test_mindalle_needs_nothing_but_its_folder(tmp_path, capsys):
+    model = golden("mindalle_kakao/ckpt")
+    picture = drawn_and_decoded(tmp_path, "--no-score", "--model", model)
     assert picture.shape == (16, 16, 3) and picture.std() > 0
+    assert f"decode --db {tmp_path / 'drawn.db'} --codec {model}\n" in capsys.readouterr().out  # the codec is there, too
 
 
 @pytest.mark.parametrize("model", DALLE_PYTORCHES[:QUICK], ids=titles(DALLE_PYTORCHES[:QUICK]))
