@@ -11,7 +11,13 @@ from pathlib import Path
 
 from dm_generations.archive import Archive
 from dm_generations.cli._text import counted
-from dm_generations.cli.model_options import STOPPED, add_model_options, check_batch_size, prepare_device
+from dm_generations.cli.model_options import (
+    STOPPED,
+    add_model_options,
+    check_batch_size,
+    dalle_pytorch_overrides,
+    prepare_device,
+)
 from dm_generations.errors import UserError
 from dm_generations.generate import sweep as sweeps
 from dm_generations.generate.sweep_file import KEYS, read_sweep
@@ -181,9 +187,7 @@ def _generate(args: argparse.Namespace) -> int:
         with Archive.open(args.db, "r" if args.dry_run else "w") as archive:
             if archive.is_2022:
                 raise UserError(f"{args.db}: the 2022 layout is only read; `merge` it into a new archive to add to it")
-    overrides = {} if args.conv_like is None else {"conv_like": args.conv_like}
-    if args.cond_scale_of is not None:
-        overrides["guides_first_code_alone"] = args.cond_scale_of == "first"
+    overrides = dalle_pytorch_overrides(args)
     models = load_models(args.model, args.codec, args.clip, not args.no_score, args.tokenizer, overrides)
     config, codes = models.generator.config, models.codec.config.codebook_size
     if codes > config.codebook_size:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from dm_generations.archive import DTYPES
@@ -25,18 +26,7 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
             type=Path,
             help="file or folder that makes ids of prompts, if not beside the model",
         )
-        add(
-            "--conv-like",
-            choices=["causal", "centred"],
-            help="of a dalle.pt, the window of its convolutional attention: above and left of a code, as since March "
-            "2022, or around it (default: what the file tells)",
-        )
-        add(
-            "--cond-scale-of",
-            choices=["all", "first"],
-            help="of a dalle.pt, which codes a condition scale guides: all, or the first alone, the rest being drawn "
-            "without the prompt, as DALLE-pytorch's own program does by mistake (default: all)",
-        )
+        add_dalle_pytorch_options(add)
     codec_default = " (default: the one that lies with the model, else the one that ships)" if generates else ""
     add("--codec", metavar="PATH", help=f"codec that turns codes into pixels{codec_default}")
     add("--clip", metavar="PATH", help="CLIP that scores the pictures")
@@ -57,6 +47,30 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
             help="of activations and caches; rows remember it, and are not drawn again in another (default: float32)",
         )
     add("--cpu-only", action="store_true", help="leave accelerators alone")
+
+
+def add_dalle_pytorch_options(add: Callable[..., argparse.Action]) -> None:
+    """What a `dalle.pt` does not tell of itself, or tells wrongly; `add`: of a parser or a group."""
+    add(
+        "--conv-like",
+        choices=["causal", "centred"],
+        help="of a dalle.pt, the window of its convolutional attention: above and left of a code, as since March "
+        "2022, or around it (default: what the file tells)",
+    )
+    add(
+        "--cond-scale-of",
+        choices=["all", "first"],
+        help="of a dalle.pt, which codes a condition scale guides: all, or the first alone, the rest being drawn "
+        "without the prompt, as DALLE-pytorch's own program does by mistake (default: all)",
+    )
+
+
+def dalle_pytorch_overrides(args: argparse.Namespace) -> dict[str, str | bool]:
+    """Of these options, those that are given, as entries of the model's config."""
+    overrides = {} if args.conv_like is None else {"conv_like": args.conv_like}
+    if args.cond_scale_of is not None:
+        overrides["guides_first_code_alone"] = args.cond_scale_of == "first"
+    return overrides
 
 
 def check_batch_size(batch_size: int) -> None:

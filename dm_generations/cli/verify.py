@@ -8,7 +8,12 @@ from pathlib import Path
 
 from dm_generations.archive import Archive, verify
 from dm_generations.cli._text import counted, printable
-from dm_generations.cli.model_options import check_batch_size, prepare_device
+from dm_generations.cli.model_options import (
+    add_dalle_pytorch_options,
+    check_batch_size,
+    dalle_pytorch_overrides,
+    prepare_device,
+)
 from dm_generations.errors import UserError
 from dm_generations.generate.sweep import DEFAULT_BATCH_SIZE
 from dm_generations.resources import shipped
@@ -41,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--margin", type=float, default=0.01, help="by how much a code may miss (default: 0.01)")
     group.add_argument("--model", metavar="PATH", help="the model that drew them (default: the one that ships)")
     group.add_argument("--tokenizer", metavar="PATH", type=Path, help="its tokenizer, if not beside it")
+    add_dalle_pytorch_options(group.add_argument)
     group.add_argument(
         "--batch-size",
         type=int,
@@ -83,17 +89,18 @@ def _draw_again(archive: Archive, args: argparse.Namespace) -> int:
         raise UserError(f"--margin must be 0 or more, not {args.margin}")
     prepare_device(args.cpu_only)
     from dm_generations.generate.again import differences, ids_of_model
-    from dm_generations.models import checkpoints
+    from dm_generations.generate.models import load_generator
 
-    generator = checkpoints.load(args.model, "generator")
-    if args.tokenizer is not None:
-        generator = dataclasses.replace(generator, tokenizer=args.tokenizer)
+    generator = load_generator(args.model, args.tokenizer, dalle_pytorch_overrides(args))
     ids, other_count = ids_of_model(archive, generator, args.sample)
     if other_count:
         rows = counted(other_count, "row")
         print(f"{rows} not checked: drawn by another model or with other noise than its own", file=sys.stderr)
     if not ids:
-        raise UserError(f"{archive.path} holds no row that {generator.name!r} drew; give the model with --model")
+        raise UserError(
+            f"{archive.path} holds no row that {generator.name!r} drew with this program's own noise; give the model "
+            "with --model, and flags about it that it was drawn with"
+        )
     row_count, found_count = sum(map(len, ids.values())), 0
     margin = None if args.regenerate else args.margin
     with Progress(row_count) as progress:

@@ -33,6 +33,20 @@ class Models:
         return math.isqrt(self.generator.config.image_length)
 
 
+def load_generator(model: str | None, tokenizer: Path | None, overrides: Mapping[str, Any]) -> Checkpoint:
+    """The text model; the arguments are those of `load_models`, and so are the errors."""
+    checkpoint = checkpoints.load(model, "generator")
+    if tokenizer is not None:
+        checkpoint = dataclasses.replace(checkpoint, tokenizer=tokenizer)
+    if not overrides:
+        return checkpoint
+    if checkpoint.kind != "dalle_pytorch":
+        raise UserError(
+            f"--conv-like and --cond-scale-of are about DALLE-pytorch's models; {checkpoint.name!r} is none"
+        )
+    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, **overrides))
+
+
 def load_models(
     model: str | None,
     codec: str | None,
@@ -47,17 +61,7 @@ def load_models(
     of the generator's, `overrides` of what the config of a DALLE-pytorch file tells. Raises UserError: missing, broken,
     not fitting.
     """
-    generator_checkpoint = checkpoints.load(model, "generator")
-    if tokenizer is not None:
-        generator_checkpoint = dataclasses.replace(generator_checkpoint, tokenizer=tokenizer)
-    if overrides:
-        if generator_checkpoint.kind != "dalle_pytorch":
-            raise UserError(
-                "--conv-like and --cond-scale-of are about DALLE-pytorch's models; "
-                f"{generator_checkpoint.name!r} is none"
-            )
-        config = dataclasses.replace(generator_checkpoint.config, **overrides)
-        generator_checkpoint = dataclasses.replace(generator_checkpoint, config=config)
+    generator_checkpoint = load_generator(model, tokenizer, overrides)
     codec_checkpoint = checkpoints.find(model, "codec") if codec is None and model is not None else None
     codec_from = codec if codec_checkpoint is None else model
     codec_checkpoint = codec_checkpoint or checkpoints.load(codec, "codec")

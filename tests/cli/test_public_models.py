@@ -102,7 +102,9 @@ def test_mindalle_needs_nothing_but_its_folder(tmp_path, capsys):
     model = golden("mindalle_kakao/ckpt")
     picture = drawn_and_decoded(tmp_path, "--no-score", "--model", model)
     assert picture.shape == (16, 16, 3) and picture.std() > 0
-    assert f"decode --db {tmp_path / 'drawn.db'} --codec {model}\n" in capsys.readouterr().out  # the codec is there, too
+    assert (
+        f"decode --db {tmp_path / 'drawn.db'} --codec {model}\n" in capsys.readouterr().out
+    )  # the codec is there, too
 
 
 @pytest.mark.parametrize("model", DALLE_PYTORCHES[:QUICK], ids=titles(DALLE_PYTORCHES[:QUICK]))
@@ -269,7 +271,7 @@ def test_the_table_has_every_format():
     assert len(readme_flags()) == 10
 
 
-def test_condition_scale_as_dalle_pytorch_has_it(letters, tmp_path):
+def test_condition_scale_as_dalle_pytorch_has_it(letters, tmp_path, capsys):
     """With `--cond-scale-of first` the first code is the guided one, and all later ones follow without the prompt."""
     model = DALLE_PYTORCHES[0] / "dalle.pt"
     words = ["--model", model, "--tokenizer", letters / "tokenizer.json", "--no-score", "--batch-size", 2, "--n", 1]
@@ -282,6 +284,11 @@ def test_condition_scale_as_dalle_pytorch_has_it(letters, tmp_path):
             (group,) = archive.groups()
             (row,) = archive.rows(group.settings)
         tokens[guided] = np.frombuffer(row.quantvec, "<u2").astype(np.int32)
+        # The flag is part of the model: it says which rows are meant, and draws them again.
+        checked = ["verify", "--db", db, *words[:4], "--batch-size", 2, "--cpu-only", "--regenerate"]
+        run(*checked, "--cond-scale-of", guided)
+    assert cli.main([str(word) for word in checked]) == 1
+    assert "holds no row that 'dalle.pt' drew" in capsys.readouterr().err
     assert tokens["all"][0] == tokens["first"][0]
 
     found = checkpoints.load(model, "generator")
