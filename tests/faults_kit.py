@@ -13,6 +13,7 @@ import pytest
 from decode_kit import all_files
 from helpers import ROOT
 
+from dm_generations.browser.shown import NOTES
 from dm_generations.cli import main
 
 CANNOT_MOUNT = 77
@@ -67,12 +68,17 @@ def bytes_under(folder: Path) -> int:
     """Of all files, unfinished ones too; 0 if there is no such folder."""
     total = 0
     for root, _, names in os.walk(folder):
-        for name in names:
+        for name in set(names) - {NOTES}:
             try:
                 total += os.stat(os.path.join(root, name)).st_size
             except FileNotFoundError:  # renamed or removed since it was listed
                 pass
     return total
+
+
+def files_left(folder: Path) -> dict[str, bytes]:
+    """Files of a decode that did not come to its end, by path: all but its notes."""
+    return {path: data for path, data in all_files(folder).items() if path != NOTES}
 
 
 def run_with_mounts(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,8 @@ statement, `window.DM_MANIFEST = {...};`, in ASCII:
                  [model, sampler_version, init_count, dtype], up to the last of them: the name of the model that drew
                  the picture, "" for the one that ships and null for one that is not known; which noise it drew with;
                  how many codes were given; and what it computed in
-    gallery      [middle, page, [score or null, ...]]          by page; pictures best first
+    gallery      [middle, page, [score or null, ...], identity]    by page; pictures best first; identity: some
+                 letters that differ from those of other pictures, or left out
 
 top_k 0 and top_p 1.0 mean "off"; scores are CLIP logits of picture and prompt as typed; numbers that JSON
 lacks (NaN, infinities) are null.
@@ -78,6 +79,7 @@ class GalleryEntry(_File):
 
     scores: tuple[float | None, ...]
     page: int = 0
+    identity: str | None = None  # tells these pictures from others, where there are no scores
 
 
 Entries = TypeVar("Entries", Entry, GalleryEntry)
@@ -143,7 +145,10 @@ def _pack(mode: str, members: list[Entries]) -> tuple[str, str, list[list]]:
     if mode == "images":
         rows = [[entry.rank, rounded_score(entry.score), entry.key0, entry.key1, *unusual(entry)] for entry in members]
     else:
-        rows = [[entry.page, [rounded_score(score) for score in entry.scores]] for entry in members]
+        rows = [
+            [entry.page, [rounded_score(score) for score in entry.scores], *filter(None, [entry.identity])]
+            for entry in members
+        ]
     return prefix, suffix, [[middle, *row] for middle, row in zip(middles, rows, strict=True)]
 
 

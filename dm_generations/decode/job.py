@@ -17,7 +17,7 @@ from dm_generations.browser.manifest import (
     manifest_files,
     write_manifest,
 )
-from dm_generations.browser.shown import Shown, shown_before, shown_by, write_others
+from dm_generations.browser.shown import UNKNOWN, Notes, Shown, shown_before, shown_by, write_others
 from dm_generations.decode.codec import Codec, Decoding
 from dm_generations.decode.gallery import Sheet, sheet_tokens
 from dm_generations.decode.npy import encode_npy
@@ -52,8 +52,9 @@ class Job:
         self._entries: dict[str, Entry | GalleryEntry] = {}  # by path, for files that are there or will be
         self._models = archive.models()
         self._finish = Finish(options.encoding, options.strips, options.has_metadata, self._models)
-        has_page = self.layout.mode in ("images", "gallery")
-        self._shown: dict[str, Shown] = shown_before(self.out_dir) if has_page else {}
+        self._has_page = self.layout.mode in ("images", "gallery")
+        self._shown: dict[str, Shown] = shown_before(self.out_dir) if self._has_page else {}
+        self._notes = Notes(self.out_dir)
         self._moved_paths = set(self._find_other_tokens() if self.layout.mode == "npy" else self._find_moved())
         self._set_id = fingerprint(self._contents()) if self.layout.is_sharded else ""
 
@@ -77,18 +78,23 @@ class Job:
                 for piece in _full(_decoded(codec, cells)):
                     writer.submit(piece.shard, functools.partial(piece.members, self._finish, self.layout.mode))
         else:
-            with FileWriter(workers) as writer:
+            with FileWriter(workers) as writer, contextlib.closing(self._notes):
                 for piece in _full(_decoded(codec, cells)):
                     encode = functools.partial(piece.encoded, self._finish)
                     writer.submit(self.out_dir / piece.sheet.path, encode, self._when_written(piece, progress))
 
     def write_page(self) -> None:
         """`manifest.js` and the page, for the files that are there."""
-        if not self._entries or self.layout.mode not in ("images", "gallery"):
+        if not self._entries or not self._has_page:
             return
+        others = {path: shown for path, shown in self._shown.items() if self._is_other(path)}
+        with contextlib.closing(self._notes):
+            for path, shown in others.items():
+                self._notes.add(path, shown)  # the manifest lists some of them no more, and the other list not yet
         try:
-            write_others(self.out_dir, {path: shown for path, shown in self._shown.items() if self._is_other(path)})
             self.report.page = write_manifest(self.out_dir, self._manifest())
+            write_others(self.out_dir, others)
+            self._notes.remove()
         except OSError as error:
             raise UserError(f"cannot write the page into {self.out_dir}: {error.strerror}") from error
 
@@ -132,10 +138,14 @@ class Job:
             rows = self.archive.rows(plan.settings, plan.count)
             for target in plan.targets(self.layout):
                 members = list(islice(rows, len(target.ranks)))
-                # A row that cannot be read could not be decoded again either.
-                if target.path in self._shown and members and all(row.quantvec for row in members):
-                    if self._shown[target.path] != shown_by(entry(plan, target, target.path, members, self._models)):
-                        yield target.path
+                if target.path in self._shown and self._is_moved(plan, target, members):
+                    yield target.path
+
+    def _is_moved(self, plan: GroupPlan, target: Target, members: list[ImageRow]) -> bool:
+        """Whether the file that stands shows other pictures than `members`, as far as is known."""
+        if target.path not in self._shown or not members or not all(row.quantvec for row in members):
+            return False  # a row that cannot be read could not be decoded again either
+        return self._shown[target.path] != shown_by(entry(plan, target, target.path, members, self._models))
 
     def _find_other_tokens(self) -> Iterator[str]:
         """Paths of files of tokens that hold other ones than the picture of their rank has. They have no manifest."""
@@ -155,8 +165,12 @@ class Job:
             if plan is not rows_of:
                 rows_of, rows = plan, self.archive.rows(plan.settings, plan.count)
             members = list(islice(rows, len(target.ranks)))
-            if codec is not None and self._is_due(target, shard):
+            # Some pictures may have moved since this run began: others may be adding to the archive.
+            is_due = self._is_due(target, shard) or (shard is None and self._is_moved(plan, target, members))
+            if codec is not None and is_due:
                 yield from self._cells_of(plan, target, members, shard, codec, progress)
+            elif is_due:
+                self._problem(f"{target.path}: {self.archive.path} changed while it was read; run again", progress)
             elif shard is None:
                 self.report.already_there += 1
                 self._entries[target.path] = entry(plan, target, target.path, members, self._models)
@@ -190,7 +204,9 @@ class Job:
         if not good:
             return
         path = target.path if is_whole or not target.incomplete_path else target.incomplete_path
-        self._entries[path] = entry(plan, target, path, members, self._models)
+        self._entries[path] = going_to_stand = entry(plan, target, path, members, self._models)
+        if self._has_page:
+            self._note(path, shown_by(going_to_stand))
         cols, rows = (self.layout.cols, self.layout.rows) if self.layout.is_gallery else (1, 1)
         replaced = target.incomplete_path if is_whole else None
         sheet = Sheet(path, replaced, cols, rows, len(good))
@@ -200,6 +216,11 @@ class Job:
             return
         for cell, _, tokens in good:
             yield piece, cell, tokens
+
+    def _note(self, path: str, shown: Shown) -> None:
+        """Note what the file at `path` is going to show."""
+        is_sure = self._shown.get(path) == shown or not is_finished(os.path.join(self.out_dir, path))
+        self._notes.add(path, shown if is_sure else UNKNOWN)
 
     def _tokens(self, row: ImageRow, codec: Codec | AnyTokens) -> np.ndarray:
         """(L,) uint16. Raises BadTokens for what the codec, or else the one that the row records, does not decode."""

@@ -13,7 +13,7 @@ from dm_generations.decode.encode import Encoding
 from dm_generations.decode.gallery import Sheet
 from dm_generations.decode.metadata import Record, gallery_record, picture_record
 from dm_generations.decode.plan import GroupPlan, Target
-from dm_generations.decode.shards import Member, Shard, webdataset_members
+from dm_generations.decode.shards import Member, Shard, fingerprint, webdataset_members
 from dm_generations.decode.tokens import TOKEN_DTYPE
 from dm_generations.models.checkpoints import is_other_embedded
 
@@ -99,7 +99,8 @@ def entry(
     }
     scores = tuple(map(finite_score, members))
     if target.incomplete_path:
-        return GalleryEntry(**shared, scores=scores, page=target.page)
+        identity = fingerprint((row.key0, row.key1, row.quantvec_md5) for row in members)
+        return GalleryEntry(**shared, scores=scores, page=target.page, identity=identity)
     (row,) = members
     provenance = {name: getattr(row, name) for name in ("key0", "key1", "sampler_version", "init_count", "dtype")}
     provenance["model"] = _drawn_by(models.get(row.generator_id))

@@ -67,7 +67,7 @@ class ShardSet:
 
 
 def fingerprint(parts: Iterable[object]) -> str:
-    """Eight hex digits of what a set of shards holds; `parts` print the same in every run."""
+    """Eight hex digits that tell one list of things from another; `parts` print the same in every run."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{part!r}\n".encode("utf-8", "surrogatepass"))

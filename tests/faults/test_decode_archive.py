@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from archive_kit import execute
 from decode_kit import all_files, change, pictures, random_tokens, write_archive_2022
-from faults_kit import MODES, PAGE, error_line, undisturbed, without_progress
+from faults_kit import MODES, PAGE, error_line, files_left, undisturbed, without_progress
 from tiny import CODEBOOK_SIZE, GRID, IMAGE_SIZE
 
 from dm_generations.archive import Archive, merge
@@ -102,7 +102,7 @@ def test_an_archive_that_is_locked_on_the_way(command, many, tmp_path, impatient
         on_the_way(lambda: stack.enter_context(locked(many, "EXCLUSIVE")))
         assert command.run(out, *flags) == 1
         assert "another program is using the archive; try again" in error_line(capfd.readouterr().err)
-        left = {path: data for path, data in all_files(out).items() if path not in PAGE}  # which lists them
+        left = {path: data for path, data in files_left(out).items() if path not in PAGE}  # which lists them
         assert left.items() < whole.items() and bool(left) == (mode != "zip")
     assert command.run(out, *flags) == 0 and all_files(out) == whole
 

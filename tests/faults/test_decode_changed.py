@@ -1,12 +1,16 @@
 """Decodes again of an archive that has changed since: no name shows a picture that it does not belong to any more."""
 
 import hashlib
+import shutil
 
 import pytest
 from decode_kit import all_files, change, random_tokens, write_archive_2022
 from tiny import CODEBOOK_SIZE, GRID
 
 from dm_generations.archive import merge
+from dm_generations.browser.shown import NOTES
+from dm_generations.decode import job as job_module
+from dm_generations.decode import writer as writer_module
 
 MODES = {
     "images": (),
@@ -59,6 +63,124 @@ def test_a_decode_of_others_into_the_folder_forgets_nothing(decode, tmp_path, ot
     assert decode(db=archive) == (0, "") and decode(db=archive, out=tmp_path / "fresh") == (0, "")
     fresh, found = all_files(tmp_path / "fresh"), all_files(tmp_path / "out")
     assert {path for path in fresh if found[path] != fresh[path]} == set()
+
+
+@pytest.fixture
+def stopped(decode, monkeypatch):
+    """Runs `decode` until it has written one file and none of the lists."""
+
+    def run(*flags, **options):
+        write, written = writer_module.write_atomic, []
+
+        def write_one(path, data):
+            if written:
+                raise KeyboardInterrupt
+            write(path, data)
+            written.append(path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(writer_module, "write_atomic", write_one)
+            assert decode(*flags, "--num-workers", "1", **options)[0] == 130
+
+    return run
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_first_run_was_stopped_before_the_archive_changed(decode, stopped, archive, tmp_path, mode):
+    stopped(*MODES[mode])
+    assert any("/" in path for path in all_files(tmp_path / "out"))
+    add_best(archive)
+    assert decode(*MODES[mode]) == (0, "") and decode(*MODES[mode], out=tmp_path / "fresh") == (0, "")
+    assert all_files(tmp_path / "out") == all_files(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_of_another_archive_was_stopped(decode, stopped, archive, tmp_path, mode):
+    """What it was to replace may show either picture."""
+    assert decode(*MODES[mode]) == (0, "")
+    expected = all_files(tmp_path / "out")
+    rescored = shutil.copy(archive, tmp_path / "rescored.db")
+    rescore(rescored)
+    stopped(*MODES[mode], db=rescored)
+    assert any(all_files(tmp_path / "out").get(path) != data for path, data in expected.items())
+    assert decode(*MODES[mode]) == (0, "")
+    assert all_files(tmp_path / "out") == expected
+
+
+def test_a_run_was_stopped_between_the_two_lists(decode, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    archive = write_archive_2022(tmp_path / "two.db", random_tokens(6, GRID**2, CODEBOOK_SIZE), ("a boat", "a ship"))
+    assert decode("--prompt-ids", "1", db=archive) == (0, "")
+    for prompt_id in ("2", "1"):
+        with monkeypatch.context() as patched:
+            patched.setattr(job_module, "write_others", stop)
+            assert decode("--prompt-ids", prompt_id, db=archive)[0] == 130
+    add_best(archive)
+    change(archive, "UPDATE images SET clip_score_input = -clip_score_input WHERE prompt_id = 2")
+    assert decode(db=archive) == (0, "") and decode(db=archive, out=tmp_path / "fresh") == (0, "")
+    assert all_files(tmp_path / "out") == all_files(tmp_path / "fresh")
+
+
+@pytest.fixture
+def growing(decode, archive, tmp_path, monkeypatch):
+    """Runs `decode` on an archive of ours that gets a better picture once the run knows what is due."""
+    native = tmp_path / "native.db"
+    merge([archive], native)
+    run_job = job_module.Job.run
+
+    def grow_and_run(job, *arguments):
+        add_best(native)
+        run_job(job, *arguments)
+
+    def run(*flags):
+        with monkeypatch.context() as patched:
+            patched.setattr(job_module.Job, "run", grow_and_run)
+            return decode(*flags, db=native)
+
+    run.archive = native
+    return run
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_archive_grows_while_a_run_goes_on(decode, growing, tmp_path, mode):
+    assert decode(*MODES[mode], db=growing.archive) == (0, "")
+    sorted((tmp_path / "out").rglob("0001_k*"))[-1].unlink()
+    growing(*MODES[mode])
+    assert decode(*MODES[mode], db=growing.archive) == (0, "")
+    assert decode(*MODES[mode], db=growing.archive, out=tmp_path / "fresh") == (0, "")
+    assert all_files(tmp_path / "out") == all_files(tmp_path / "fresh")
+
+
+def test_an_archive_grows_while_a_run_that_finds_all_done_reads_it(decode, growing, tmp_path):
+    assert decode(db=growing.archive) == (0, "")
+    status, errors = growing()
+    assert status == 1 and errors.count("native.db changed while it was read; run again") == 6
+    assert decode(db=growing.archive) == (0, "") and decode(db=growing.archive, out=tmp_path / "fresh") == (0, "")
+    assert all_files(tmp_path / "out") == all_files(tmp_path / "fresh")
+
+
+def test_galleries_without_scores_are_told_apart(decode, archive, tmp_path):
+    other = write_archive_2022(tmp_path / "other.db", random_tokens(12, GRID**2, CODEBOOK_SIZE)[6:])
+    for db in (archive, other):
+        change(db, "UPDATE images SET clip_score_input = NULL")
+    change(other, "UPDATE images SET key1 = key1 + 6")
+    for db in (archive, other):
+        assert decode(*MODES["gallery"], db=db) == (0, "")
+    assert decode(*MODES["gallery"], db=other, out=tmp_path / "fresh") == (0, "")
+    assert all_files(tmp_path / "out") == all_files(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("rest", [b"", b"\xff\n[]\n{}\n[1,2]\n", b'\n["0001_a boat/0001_k=50,p=1.0,t'])
+def test_notes_that_were_cut_off_or_are_someone_elses(decode, stopped, archive, tmp_path, rest):
+    stopped()
+    with open(tmp_path / "out" / NOTES, "ab") as notes:
+        notes.write(rest)
+    stopped()
+    add_best(archive)
+    assert decode() == (0, "") and decode(out=tmp_path / "fresh") == (0, "")
+    assert all_files(tmp_path / "out") == all_files(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("mode", MODES)

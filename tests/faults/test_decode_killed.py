@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 from decode_kit import all_files
-from faults_kit import MODES, PAGE, bytes_under, undisturbed, without_progress
+from faults_kit import MODES, PAGE, bytes_under, files_left, undisturbed, without_progress
 from helpers import ROOT
 
 
@@ -38,10 +38,10 @@ def check_whole(command, out, whole, flags, seed):
 
 
 def finished_files(folder):
-    """All files but those under temporary names, which a killed run may leave."""
+    """All files but notes, and those under temporary names, which a killed run may leave."""
     if not folder.exists():
         return {}
-    return {path: data for path, data in all_files(folder).items() if not os.path.basename(path).startswith(".dmg-")}
+    return {path: data for path, data in files_left(folder).items() if not os.path.basename(path).startswith(".dmg-")}
 
 
 def test_five_killed_runs_go_on_to_the_same_tree(command, whole, tmp_path):
@@ -73,7 +73,7 @@ def test_an_interrupted_run_says_so_and_goes_on(command, tmp_path, mode):
     stopped = command.signalled(out, byte_count, signal.SIGINT, *flags)
     assert stopped.returncode == 130, stopped.stderr
     assert without_progress(stopped.stderr) == "interrupted; repeat the command to go on\n"
-    left = all_files(out)
+    left = files_left(out)
     assert left or mode == "zip"
     assert left.items() < expected.items()
     assert command.run(out, *flags) == 0
