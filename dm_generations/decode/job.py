@@ -116,7 +116,7 @@ class Job:
         for plan in self.plans:
             yield plan
             for row in self.archive.rows(plan.settings, plan.count):
-                yield row.id, row.quantvec_md5
+                yield row.id, row.quantvec_md5, row.clip_score_input, row.clip_score_tokenized
 
     def _targets(self) -> Iterator[tuple[GroupPlan, Target, Shard | None]]:
         """All files asked for; those that are parts of shards, with the shard."""

@@ -172,6 +172,14 @@ def test_galleries_without_scores_are_told_apart(decode, archive, tmp_path):
     assert all_files(tmp_path / "out") == all_files(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("mode", ["tar", "zip"])
+def test_shards_hold_the_scores_that_their_rows_have(decode, archive, tmp_path, mode):
+    assert decode("--mode", mode) == (0, "")
+    change(archive, "UPDATE images SET clip_score_input = clip_score_input + 1, clip_score_tokenized = 9")
+    assert decode("--mode", mode) == (0, "") and decode("--mode", mode, out=tmp_path / "fresh") == (0, "")
+    assert all_files(tmp_path / "fresh").items() <= all_files(tmp_path / "out").items()
+
+
 @pytest.mark.parametrize("rest", [b"", b"\xff\n[]\n{}\n[1,2]\n", b'\n["0001_a boat/0001_k=50,p=1.0,t'])
 def test_notes_that_were_cut_off_or_are_someone_elses(decode, stopped, archive, tmp_path, rest):
     stopped()
