@@ -39,8 +39,8 @@ def picture_record(
     """The record of one picture; the values of a 2022 archive, which may be of any type, are made plain."""
     texts = {"prompt": prompt, "sc_prompt": sc_prompt}
     record = {"id": row.id}
-    record |= {name: texts[name] if name in texts else _plain(getattr(row, name)) for name in _SHARED}
-    record |= {"rank": rank} | {name: _plain(getattr(row, name)) for name in _OWN}
+    record |= {name: texts[name] if name in texts else plain(getattr(row, name)) for name in _SHARED}
+    record |= {"rank": rank} | {name: plain(getattr(row, name)) for name in _OWN}
     return record | {"generator": _model(row.generator_id, models), "codec": _model(row.codec_id, models)}
 
 
@@ -96,7 +96,8 @@ def _utf8(text: str) -> bytes:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
-def _plain(value: object) -> str | int | float | None:
+def plain(value: object) -> str | int | float | None:
+    """What JSON has for a value of a 2022 archive, which may be of any type."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return None if isinstance(value, float) and not math.isfinite(value) else value

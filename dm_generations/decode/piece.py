@@ -11,7 +11,7 @@ from dm_generations.browser.manifest import Entry, GalleryEntry
 from dm_generations.decode.captions import Strips
 from dm_generations.decode.encode import Encoding
 from dm_generations.decode.gallery import Sheet
-from dm_generations.decode.metadata import Record, gallery_record, picture_record
+from dm_generations.decode.metadata import Record, gallery_record, picture_record, plain
 from dm_generations.decode.plan import GroupPlan, Target
 from dm_generations.decode.shards import Member, Shard, fingerprint, webdataset_members
 from dm_generations.decode.tokens import TOKEN_DTYPE
@@ -102,7 +102,8 @@ def entry(
         identity = fingerprint((row.key0, row.key1, row.quantvec_md5) for row in members)
         return GalleryEntry(**shared, scores=scores, page=target.page, identity=identity)
     (row,) = members
-    provenance = {name: getattr(row, name) for name in ("key0", "key1", "sampler_version", "init_count", "dtype")}
+    names = ("key0", "key1", "sampler_version", "init_count", "dtype")
+    provenance = {name: plain(getattr(row, name)) for name in names}
     provenance["model"] = _drawn_by(models.get(row.generator_id))
     return Entry(**shared, rank=target.ranks.start, score=scores[0], **provenance)
 

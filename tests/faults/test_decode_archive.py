@@ -246,6 +246,18 @@ def test_a_shard_that_lacks_a_picture_does_not_pass_for_finished(decode, archive
     assert all_files(out) == all_files(tmp_path / "fresh") and len(all_files(out)) == 1
 
 
+@pytest.mark.parametrize("mode", PICTURE_MODES)
+def test_keys_of_any_type_are_told_in_json(decode, archive, tmp_path, mode):
+    """In the layout of 2022 nothing says what a column holds."""
+    change(archive, "UPDATE images SET key0 = x'ff00' WHERE id = 1")
+    change(archive, "UPDATE images SET key0 = 9e999, key1 = NULL WHERE id = 2")
+    change(archive, "UPDATE images SET key0 = 'four' WHERE id = 3")
+    assert decode(*MODES[mode], "--metadata") == (0, "")
+    before = all_files(tmp_path / "out")
+    assert b"Infinity" not in before.get("manifest.js", b"")
+    assert decode(*MODES[mode]) == (0, "") and all_files(tmp_path / "out") == before
+
+
 # Alike once a file name cannot hold what tells them apart, or where a file system takes them for the same.
 ALIKE = ("a/b", "a:b", "ab", "AB", "ab.", "ab ", "a\0b", "", "caf\u00e9", "cafe\u0301", "x" * 300, "x" * 301, None)
 
