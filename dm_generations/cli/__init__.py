@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         # A prompt holds any character, and a name any byte, whatever the terminal or file can: as stderr does it.
         sys.stdout.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
+    if getattr(sys.stdout, "errors", None) == "strict":  # prompts and paths have letters that a terminal may lack
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return args.run(args)
     except UserError as error:

@@ -56,7 +56,10 @@ def _recorded_codecs(archive: Archive, plans: Sequence[GroupPlan], models: dict[
 def _check_tokens(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoint) -> None:
     """UserError when most of a sample of rows has another length, or codes beyond the codebook."""
     sample = [
-        row.quantvec for plan in plans[:: max(1, len(plans) // _SAMPLE_GROUPS)] for row in _unrecorded(archive, plan)
+        row.quantvec
+        for plan in plans[:: max(1, len(plans) // _SAMPLE_GROUPS)]
+        for row in _unrecorded(archive, plan)
+        if row.quantvec  # else it holds nothing that speaks for a codec
     ]
     if not sample:
         return

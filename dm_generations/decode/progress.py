@@ -1,5 +1,6 @@
 """How far a long command is: a bar on a terminal, now and then a plain line elsewhere. On stderr."""
 
+import contextlib
 import sys
 import time
 
@@ -14,7 +15,7 @@ class Progress:
     def __init__(self, total: int):
         self._total, self._done = total, 0
         self._started = self._last_line = time.monotonic()
-        self._bar = tqdm(total=total, unit="pictures", smoothing=0.05) if sys.stderr.isatty() else None
+        self._bar = tqdm(total=total, unit="pictures", smoothing=0.05) if sys.stderr and sys.stderr.isatty() else None
 
     def advance(self, pictures: int) -> None:
         """So many more are done, whether well or not."""
@@ -26,15 +27,15 @@ class Progress:
             rate = self._done / (now - self._started)
             left = (self._total - self._done) / rate
             self._last_line = now
-            line = f"{self._done:,} of {self._total:,} pictures, {rate:.1f} a second, {left:,.0f} s left"
-            print(line, file=sys.stderr, flush=True)
+            self.say(f"{self._done:,} of {self._total:,} pictures, {rate:.1f} a second, {left:,.0f} s left")
 
     def say(self, line: str) -> None:
-        """Print a line on stderr, above the bar."""
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        """Print a line on stderr, above the bar. Where it goes to a full disk, say, the work goes on without it."""
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.write(line, file=sys.stderr)
+            else:
+                print(line, file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Progress":
         return self

@@ -24,6 +24,7 @@ from dm_generations.models import checkpoints
 __all__ = ["Options", "Report", "decode_archive"]
 
 _MAX_SHEET_PIXELS = 1 << 28  # of one file: 800 MB in memory, and each worker may hold several
+_LEAST_BATCH = 64  # a larger one is cut down to the power of two that holds all pictures
 
 
 def decode_archive(archive: Archive, options: Options, warn: Callable[[str], None]) -> Report:
@@ -46,7 +47,8 @@ def decode_archive(archive: Archive, options: Options, warn: Callable[[str], Non
         grid, warnings = check_fit(archive, plans, checkpoint)
         for warning in warnings:
             warn(warning)
-        codec = Codec.from_checkpoint(checkpoint, options.batch_size or "auto", options.dtype, grid=grid)
+        batch_size = _useful_batch_size(options.batch_size, due_count) if options.batch_size else "auto"
+        codec = Codec.from_checkpoint(checkpoint, batch_size, options.dtype, grid=grid)
         _check_sheet_size(options, codec.image_size)
         if options.layout.is_seamless:
             codec = codec.tiled(options.layout.rows, options.layout.cols)
@@ -59,6 +61,11 @@ def decode_archive(archive: Archive, options: Options, warn: Callable[[str], Non
         job.run(codec, progress)
     job.write_page()
     return job.report
+
+
+def _useful_batch_size(asked: int, due_count: int) -> int:
+    """Not many more than there are: all of a batch is decoded, filled or not. Of few sizes, each is compiled anew."""
+    return min(asked, max(_LEAST_BATCH, 1 << (due_count - 1).bit_length()))
 
 
 def _check_folder(out_dir: Path) -> None:

@@ -1,6 +1,9 @@
 """Decodes of bad rows, with a wrong codec, into folders that are in the way, and of hostile prompts."""
 
+import errno
+import io
 import re
+import sys
 
 import pytest
 from decode_kit import all_files, change, pictures, random_tokens, write_archive_2022
@@ -68,6 +71,15 @@ def test_a_codec_that_does_not_fit_2022_rows(decode, tmp_path, change_of_codec, 
     assert status == 1
     assert_one_error(errors, message)
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_tokens_do_not_make_a_codec_unfit(decode, archive):
+    change(archive, "UPDATE images SET quantvec = NULL")
+    status, errors = decode()
+    assert status == 1
+    assert [line.split(" was not decoded: ")[0] for line in errors.splitlines()] == [
+        f"error: image {number}" for number in range(1, 7)
+    ]
 
 
 def test_one_bad_row_does_not_make_a_codec_unfit(decode, archive):
@@ -178,6 +190,33 @@ def test_hostile_prompts_stay_in_the_folder(decode, codec, tmp_path):
     assert set(tmp_path.iterdir()) - before == {tmp_path / "out"}
     found = pictures(tmp_path / "out")
     assert len(found) == len(prompts) and all(path.count("/") == 1 for path in found)
+
+
+@pytest.mark.parametrize("size", ["1000000000000", "1" + "0" * 24])
+def test_a_batch_size_beyond_all_memory_takes_what_there_is(decode, tmp_path, size):
+    assert decode("--batch-size", size) == (0, "")
+    assert len(pictures(tmp_path / "out")) == 6
+
+
+def test_a_folder_whose_name_the_terminal_cannot_show(command, archive, tmp_path, monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
+    assert command.run(tmp_path / "\u043a\u043e\u0442", "--db", str(archive)) == 0
+    sys.stdout.flush()
+    assert b"6 files written to " in printed.getvalue() and b"\\u043a\\u043e\\u0442" in printed.getvalue()
+
+
+class FullDisk(io.StringIO):
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("errors", [FullDisk(), None], ids=["full", "closed"])
+def test_errors_that_nobody_can_read_cost_no_picture(command, archive, tmp_path, monkeypatch, errors):
+    change(archive, "UPDATE images SET quantvec = x'00' WHERE id = 1")
+    monkeypatch.setattr(sys, "stderr", errors)
+    assert command.run(tmp_path / "out", "--db", str(archive)) == 1
+    assert len(pictures(tmp_path / "out")) == 5
 
 
 def test_overwrite_decodes_again(decode, tmp_path):
