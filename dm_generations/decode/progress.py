@@ -14,17 +14,23 @@ class Progress:
 
     def __init__(self, total: int):
         self._total, self._done = total, 0
-        self._started = self._last_line = time.monotonic()
+        self._last_line = 0.0
+        self._first: tuple[float, int] | None = None  # when pictures first came, and how many
         self._bar = tqdm(total=total, unit="pictures", smoothing=0.05) if sys.stderr and sys.stderr.isatty() else None
 
     def advance(self, pictures: int) -> None:
         """So many more are done, whether well or not."""
+        if not pictures:
+            return
         self._done += pictures
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(pictures)
-        elif 0 < self._done < self._total and now - self._last_line >= _LINE_EVERY_S:
-            rate = self._done / (now - self._started)
+        elif self._first is None:  # most of the time until now went into loading and compiling
+            self._first, self._last_line = (now, self._done), now
+        elif self._done < self._total and now - self._last_line >= _LINE_EVERY_S:
+            since, count = self._first
+            rate = (self._done - count) / (now - since)
             left = (self._total - self._done) / rate
             self._last_line = now
             self.say(f"{self._done:,} of {self._total:,} pictures, {rate:.1f} a second, {left:,.0f} s left")
