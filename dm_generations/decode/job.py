@@ -138,14 +138,15 @@ class Job:
             rows = self.archive.rows(plan.settings, plan.count)
             for target in plan.targets(self.layout):
                 members = list(islice(rows, len(target.ranks)))
-                if target.path in self._shown and self._is_moved(plan, target, members):
-                    yield target.path
+                if members and target.path in self._shown:
+                    if self._is_moved(entry(plan, target, target.path, members, self._models), members):
+                        yield target.path
 
-    def _is_moved(self, plan: GroupPlan, target: Target, members: list[ImageRow]) -> bool:
-        """Whether the file that stands shows other pictures than `members`, as far as is known."""
-        if target.path not in self._shown or not members or not all(row.quantvec for row in members):
+    def _is_moved(self, standing: Entry | GalleryEntry, members: list[ImageRow]) -> bool:
+        """Whether the file that stands is known to show other pictures than the entry's, which are `members`."""
+        if standing.file not in self._shown or not all(row.quantvec for row in members):
             return False  # a row that cannot be read could not be decoded again either
-        return self._shown[target.path] != shown_by(entry(plan, target, target.path, members, self._models))
+        return self._shown[standing.file] != shown_by(standing)
 
     def _find_other_tokens(self) -> Iterator[str]:
         """Paths of files of tokens that hold other ones than the picture of their rank has. They have no manifest."""
@@ -165,15 +166,17 @@ class Job:
             if plan is not rows_of:
                 rows_of, rows = plan, self.archive.rows(plan.settings, plan.count)
             members = list(islice(rows, len(target.ranks)))
-            # Some pictures may have moved since this run began: others may be adding to the archive.
-            is_due = self._is_due(target, shard) or (shard is None and self._is_moved(plan, target, members))
+            is_due = self._is_due(target, shard)
+            if shard is None and members and not is_due:
+                standing = entry(plan, target, target.path, members, self._models)
+                is_due = self._is_moved(standing, members)  # since this run began: others may add to the archive
             if codec is not None and is_due:
                 yield from self._cells_of(plan, target, members, shard, codec, progress)
-            elif is_due:
+            elif is_due or not members:
                 self._problem(f"{target.path}: {self.archive.path} changed while it was read; run again", progress)
             elif shard is None:
                 self.report.already_there += 1
-                self._entries[target.path] = entry(plan, target, target.path, members, self._models)
+                self._entries[target.path] = standing
             elif shard is not finished_shard:
                 finished_shard = shard
                 self.report.already_there += 1

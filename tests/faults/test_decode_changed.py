@@ -144,6 +144,23 @@ def growing(decode, archive, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_an_archive_shrinks_while_a_run_goes_on(decode, archive, tmp_path, monkeypatch, mode):
+    native = tmp_path / "native.db"
+    merge([archive], native)
+    assert decode(*MODES[mode], db=native) == (0, "")
+    run_job = job_module.Job.run
+
+    def shrink_and_run(job, *arguments):
+        change(native, "DELETE FROM images WHERE id > 4")
+        run_job(job, *arguments)
+
+    monkeypatch.setattr(job_module.Job, "run", shrink_and_run)
+    status, errors = decode(*MODES[mode], db=native)
+    assert status == 1
+    assert all(line.endswith("native.db changed while it was read; run again") for line in errors.splitlines())
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_an_archive_grows_while_a_run_goes_on(decode, growing, tmp_path, mode):
     assert decode(*MODES[mode], db=growing.archive) == (0, "")
     sorted((tmp_path / "out").rglob("0001_k*"))[-1].unlink()
