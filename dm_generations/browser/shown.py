@@ -50,7 +50,7 @@ class Notes:
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise UserError(
-                f"cannot write {self._path}: {error.strerror}; make room and run the same command again to go on"
+                f"cannot write {self._path}: {error.strerror}; make room for it and run the same command again to go on"
             ) from error
 
     def close(self) -> None:
