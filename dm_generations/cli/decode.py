@@ -83,7 +83,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         "--quality",
         type=_quality,
         metavar="N",
-        help="1 to 100, of jpeg (default: 90) and webp (default: lossless, which is smaller than png)",
+        help="1 to 100, of jpeg (default: 90) and webp (default: lossless, of about the size of a png)",
     )
     add(
         "--png",
