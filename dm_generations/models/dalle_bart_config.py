@@ -37,6 +37,8 @@ UNSUPPORTED_UNLESS = {
     "use_swin_position_embeddings": False,
 }
 
+MAY_BE_ZERO = ("top_k", "eos_token_id", "pad_token_id")  # of the whole numbers
+
 
 @dataclasses.dataclass(frozen=True)
 class DalleBartConfig:
@@ -88,8 +90,7 @@ class DalleBartConfig:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) is None:
                 object.__setattr__(self, field.name, defaults[field.name])
-            if field.name != "top_k" or self.top_k != 0:
-                _check_field(field.name, getattr(self, field.name), type(field.default))
+            _check_field(field.name, getattr(self, field.name), type(field.default))
         for name, known in (
             ("activation_function", ACTIVATION_FUNCTIONS),
             ("ln_type", LN_TYPES),
@@ -150,8 +151,9 @@ def _check_field(name: str, value: Any, kind: type) -> None:
         ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
         expected = "a number from 0 to below 1"
     else:
-        ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        expected = "a whole number above 0"
+        least = 0 if name in MAY_BE_ZERO else 1
+        ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        expected = "a whole number above 0" if least else "0 or a whole number above it"
     if not ok:
         raise UserError(f"DalleBart config: {name} must be {expected}, not {value!r:.80}")
 

@@ -240,6 +240,11 @@ def test_config_of_the_public_mega():
     assert DalleBartConfig.from_dict({"image_vocab_size": 1000}).codebook_size == 1000
 
 
+def test_tokens_of_the_end_and_of_padding_may_be_the_first():
+    config = DalleBartConfig.from_dict({"eos_token_id": 0, "pad_token_id": 0, "top_k": 0})
+    assert (config.eos_token_id, config.pad_token_id, config.top_k) == (0, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -257,6 +262,8 @@ def test_config_of_the_public_mega():
         ("encoder_layers", "12"),
         ("decoder_layers", 2.5),
         ("decoder_layers", True),
+        ("top_k", -1),
+        ("eos_token_id", -1),
         ("dropout", 1.0),
         ("dropout", float("nan")),
         ("use_glu", 1),
