@@ -108,8 +108,8 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
         type=int,
         nargs="+",
         metavar="K",
-        help=f"draw among the K best codes; 0 is no limit (default: {sweeps.DEFAULT_TOP_K}; with --rng dalle-mini what "
-        "the model's config.json says, else 50)",
+        help=f"draw among the K best codes; 0 is no limit (default: {sweeps.DEFAULT_TOP_K}; with --rng dalle-mini this "
+        "and the next two are what the model's config.json says, else 50, 1 and 1)",
     )
     add(
         "--top-p",
@@ -204,8 +204,9 @@ def _generate(args: argparse.Namespace) -> int:
     pipeline.check(sweep)
     if pipeline.generator.batch_size < args.batch_size:
         print(f"memory holds batches of {pipeline.generator.batch_size}, not of {args.batch_size}", file=sys.stderr)
-    if args.rng == "dalle-mini" and "top_k" not in described:
-        sweep = dataclasses.replace(sweep, top_k=[config.top_k])
+    if args.rng == "dalle-mini":  # whose `generate` takes what it is not given from config.json
+        unset = [name for name in ("top_k", "top_p", "temperature") if name not in described]
+        sweep = dataclasses.replace(sweep, **{name: [getattr(config, name)] for name in unset})
     if args.dry_run:
         with Archive.open(args.db) if exists else contextlib.nullcontext() as archive:
             _estimate(pipeline, pipeline.plan(sweep, archive))

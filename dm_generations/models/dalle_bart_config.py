@@ -1,6 +1,7 @@
 """Configuration of DalleBart, read from dalle-mini's config.json. Imports no JAX."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -76,6 +77,8 @@ class DalleBartConfig:
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     top_k: int | None = None  # 0: all
+    top_p: float = 1.0
+    temperature: float = 1.0
     image_code_count: int | None = None  # ids below it are codes; None: those below the start token
 
     def __post_init__(self):
@@ -148,8 +151,13 @@ def _check_field(name: str, value: Any, kind: type) -> None:
     if kind is bool or kind is str:
         ok, expected = isinstance(value, kind), "true or false" if kind is bool else "a string"
     elif kind is float:
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
-        expected = "a number from 0 to below 1"
+        ok = isinstance(value, int | float) and not isinstance(value, bool)
+        if name == "temperature":
+            ok, expected = ok and 0 < value < math.inf, "a number above 0"
+        elif name == "top_p":
+            ok, expected = ok and 0 <= value <= 1, "a number from 0 to 1"
+        else:
+            ok, expected = ok and 0 <= value < 1, "a number from 0 to below 1"
     else:
         least = 0 if name in MAY_BE_ZERO else 1
         ok = isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -162,6 +162,20 @@ def test_dalle_mini_noise_is_told_apart_and_repeats(letters, tmp_path):
     assert len(again) == 2 and row.quantvec in again
 
 
+def test_what_no_flag_gives_dalle_mini_takes_from_config_json(tmp_path):
+    """Its `generate` reads these three there."""
+    model = tiny_dalle_bart(tmp_path / "model", top_k=7, top_p=0.75, temperature=0.5)
+    words = ["--no-score", "--model", model, "--codec", tiny_vqgan(tmp_path / "codec"), "--prompts", PROMPT]
+    words += ["--n", 1, "--batch-size", 1, "--cpu-only", "--db", tmp_path / "a.db"]
+    run("generate", *words, "--rng", "dalle-mini")
+    run("generate", *words, "--rng", "dalle-mini", "--temperature", 2)
+    run("generate", *words)
+    with Archive.open(tmp_path / "a.db") as archive:
+        groups = [group.settings for group in archive.groups()]
+    found = sorted((settings.top_k, settings.top_p, settings.temperature) for settings in groups)
+    assert found == [(7, 0.75, 0.5), (7, 0.75, 2.0), (256, 1.0, 1.0)]
+
+
 def test_tokens_as_npy(letters, tmp_path):
     model = golden("dalle_bart/mini")
     codec = codec_for(model, tmp_path)

@@ -263,6 +263,8 @@ def test_tokens_of_the_end_and_of_padding_may_be_the_first():
         ("decoder_layers", 2.5),
         ("decoder_layers", True),
         ("top_k", -1),
+        ("top_p", 1.5),
+        ("temperature", 0),
         ("eos_token_id", -1),
         ("dropout", 1.0),
         ("dropout", float("nan")),
