@@ -15,6 +15,7 @@ from tiny import tiny_clip, tiny_dalle_bart, tiny_vqgan
 from dm_generations.errors import UserError
 from dm_generations.models import checkpoints
 from dm_generations.models.checkpoints.convert import convert
+from dm_generations.models.checkpoints.source import Source
 from dm_generations.models.placement import placed
 
 
@@ -228,7 +229,7 @@ def test_clip_loads_from_pieces(tmp_path, name):
     if name == "model.safetensors":  # what is wrong is said of the piece that has it
         extra = {key: tensors[key] for key in files[file]} | {"text_model.extra.weight": np.zeros((2, 2), np.float32)}
         safetensors.numpy.save_file(extra, folder / file)
-        with pytest.raises(UserError, match=f"{file} has unexpected text_model/extra"):
+        with pytest.raises(UserError, match=f"{file} has unexpected text_model.extra"):
             checkpoints.load(folder, "clip")
     (folder / file).unlink()
     with pytest.raises(UserError, match=f"lacks a piece of its weights: {file}"):
@@ -275,7 +276,7 @@ def test_weights_of_a_big_endian_machine_are_read_and_written_as_they_are(tmp_pa
 def test_dtypes_that_weights_do_not_have_are_refused(dtype, tmp_path):
     with pytest.raises(UserError, match="weights.pt: a/b has dtype .*float32"):
         checkpoints.check_names_and_shapes(
-            {"a/b": (2,)}, {"a": {"b": np.zeros(2, dtype)}}, lambda name: tmp_path / "weights.pt"
+            {"a/b": (2,)}, Source("vqgan", None, {"a": {"b": np.zeros(2, dtype)}}, (tmp_path / "weights.pt",))
         )
 
 

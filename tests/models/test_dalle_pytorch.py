@@ -6,6 +6,7 @@ The originals computed in float32, within 1.7e-5 of float64.
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from helpers import golden
 
 from dm_generations import sampling
 from dm_generations.errors import UserError
+from dm_generations.models import checkpoints
 from dm_generations.models.checkpoints import dalle_pytorch as loader
 from dm_generations.models.checkpoints.own import flatten
 from dm_generations.models.checkpoints.source import Source
@@ -326,7 +328,7 @@ def test_options_are_read_from_the_weights():
         (lambda content: content["hparams"].update(heads="8"), "heads must be"),
         (lambda content: content["hparams"].update(attn_types=["full", "mlp"]), "gMLP layers are not supported"),
         (lambda content: content["hparams"].update(attn_types=["sparse"]), "needs a layout"),
-        (lambda content: content["hparams"].update(num_text_tokens=1000), "num_image_tokens must be"),
+        (lambda content: content["hparams"].update(num_text_tokens=1000), "do not fit each other with 10"),
         (lambda content: content["hparams"].update(shared_attn_ids=[0]), "share attention of different types"),
         (lambda content: content["weights"].pop("to_logits.1.weight"), "lacks the tensor to_logits.1.weight"),
         (lambda content: content["weights"].pop("transformer.pos_emb"), "lacks the tensor transformer.pos_emb"),
@@ -338,6 +340,35 @@ def test_broken_files_are_one_line_errors(monkeypatch, change, message):
     with pytest.raises(UserError, match=message) as caught:
         loader.generator(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "mixed" in case])
+def test_a_tensor_that_does_not_fit_is_named_as_the_file_does(monkeypatch, case):
+    path = GOLDEN / case / "dalle.pt"
+    weights = loader.read_torch(path)["weights"]
+    roles = (loader.generator, loader.codec)
+    expected = [parameter_shapes(found.kind, found.config) for found in (role(path) for role in roles)]
+
+    def message(change) -> str:
+        with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
+            changed(patch, case, lambda content: change(content["weights"]))
+            for role, shapes in zip(roles, expected, strict=True):
+                checkpoints.check_names_and_shapes(shapes, role(path))
+        return str(caught.value)
+
+    layer = next(name for name in weights if name.endswith("to_qkv.weight"))
+    names = {layer, layer.replace("to_qkv", "to_out.0"), "to_logits.0.bias", "to_logits.1.bias", "image_emb.weight"}
+    names |= {name for name in weights if name.startswith(("transformer.layers.layers.0.1.", "image_pos_emb"))}
+    names |= {"vae.codebook.weight", "vae.encoder.0.0.weight"}
+    for index, name in enumerate(sorted(names)):
+        assert re.match(rf"{path} lacks {name}(,| and|;)", message(lambda content, name=name: content.pop(name)))
+        array = weights[name]
+        other = [array[..., None], np.repeat(array, 2, -1), array.reshape(-1)[:2]][index % 3]
+        found = message(lambda content, new={name: other}: content.update(new))
+        assert found == f"{path}: {name} has shape {other.shape}, its config asks for {array.shape}"
+    for name in ("vae.decoder.9.weight", "transformer.layers.layers.0.1.fn.norm2.weight", "other"):
+        found = message(lambda content, name=name: content.update({name: np.zeros((2, 3), np.float32)}))
+        assert found.startswith(f"{path} has unexpected {name};")
 
 
 def test_other_files_are_not_of_this_format(monkeypatch, tmp_path):

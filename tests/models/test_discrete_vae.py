@@ -36,9 +36,10 @@ def recorded(folder: Path) -> tuple[Source, dict[str, np.ndarray]]:
     config = discrete_vae.discrete_vae_config(content["vae_params"], file)
     params = discrete_vae.discrete_vae_params(without_prefix(content["weights"], "vae."), file)
     expected = checkpoints.parameter_shapes("discrete_vae", config)
-    checkpoints.check_names_and_shapes(expected, params, lambda name: file)
+    source = Source("discrete_vae", config, params, (file,))
+    checkpoints.check_names_and_shapes(expected, source)
     with np.load(folder / "golden.npz") as arrays:
-        return Source("discrete_vae", config, params, (file,)), dict(arrays)
+        return source, dict(arrays)
 
 
 @cases_with("decoded_nchw")

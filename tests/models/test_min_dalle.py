@@ -164,7 +164,7 @@ def test_a_damaged_file_is_one_line(folder):
     decoder = {name: np.array(array) for name, array in read_torch(folder / "decoder.pt").items()}  # not mapped
     without_norm = {name: array for name, array in decoder.items() if name != "final_ln.bias"}
     codec_kit.saved(folder / "decoder.pt", without_norm)
-    with pytest.raises(UserError, match="decoder.pt.* lacks model/decoder/final_ln/bias"):
+    with pytest.raises(UserError, match="decoder.pt lacks final_ln.bias;"):
         checkpoints.load(folder, "generator")
     for name in ("lm_head.weight", "embed_positions.weight", "layers.0.glu.fc0.weight"):
         codec_kit.saved(folder / "decoder.pt", {key: array for key, array in decoder.items() if key != name})
@@ -176,7 +176,7 @@ def test_a_damaged_file_is_one_line(folder):
             checkpoints.load(folder, "generator")
     layer = {name: array for name, array in decoder.items() if name != "layers.1.glu.fc0.weight"}
     codec_kit.saved(folder / "decoder.pt", layer)
-    with pytest.raises(UserError, match="decoder.pt lacks .*FlaxBartDecoderLayer_1/GLU_0/Dense_0/kernel"):
+    with pytest.raises(UserError, match="decoder.pt lacks layers.1.glu.fc0.weight;"):
         checkpoints.load(folder, "generator")
     codec_kit.saved(folder / "decoder.pt", decoder)
     content = (folder / "decoder.pt").read_bytes()
@@ -239,7 +239,7 @@ def test_a_detoker_gives_its_own_arrays_and_sizes(detoker):
 def test_a_damaged_detoker_is_one_line(detoker):
     file, _, state = detoker
     codec_kit.saved(file, {name: array for name, array in state.items() if name != "decoder.conv_in.bias"})
-    with pytest.raises(UserError, match=r"detoker\.pt lacks decoder/conv_in/bias"):
+    with pytest.raises(UserError, match=r"detoker\.pt lacks decoder\.conv_in\.bias"):
         checkpoints.load(file, "codec")
 
 

@@ -201,7 +201,7 @@ def test_damaged_archives_are_named(tmp_path):
         ("n_layers: 3", "n_layers: 1000000000", "n_layers must be a whole number from 1 to 1000"),
         ("n_heads: 4", "n_heads: 5", "embed_dim 48 is not divisible by n_heads 5"),
         ("embed_dim: 48", "embed_dim: 64", "has shape"),
-        ("mlp_bias: true", "mlp_bias: false", "has unexpected blocks_0/mlp_0/bias"),
+        ("mlp_bias: true", "mlp_bias: false", "has unexpected blocks.0.mlp.0.bias"),
         ("ctx_len_img: 16", "ctx_len_img: null", "ctx_len_img must be a whole number"),
         ("type: transformer1d", "type: igpt", "stage2.type is 'igpt'"),
         ("stage2:", "stage2: 3\nstage3:", "stage2 must hold names and values"),

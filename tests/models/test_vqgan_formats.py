@@ -155,7 +155,7 @@ def test_what_is_not_a_vqgan_is_left_to_other_readers(tmp_path):
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
-        (YAML.replace("n_embed: 20", "n_embed: 21"), r"last\.ckpt.*quantize/embedding/embedding has shape \(20, 6\)"),
+        (YAML.replace("n_embed: 20", "n_embed: 21"), r"last\.ckpt.*quantize.embedding.weight has shape \(20, 6\)"),
         (YAML.replace("n_embed: 20", ""), r"model\.yaml.*n_embed is missing"),
         (YAML.replace(", attn_resolutions: [8]", ""), r"model\.yaml.*attn_resolutions is missing"),
         (YAML.replace("resolution: 16, ", ""), r"model\.yaml.*resolution is missing"),
@@ -187,10 +187,10 @@ def test_a_tensor_missing_or_more_is_named(tmp_path, flat):
     (tmp_path / "model.yaml").write_text(YAML)
     state = codec_kit.taming_state(flat)
     lightning(tmp_path / "last.ckpt", state, **{"decoder.extra.weight": np.zeros((1, 1, 1, 1), np.float32)})
-    with pytest.raises(UserError, match="last.ckpt has unexpected decoder/extra/kernel"):
+    with pytest.raises(UserError, match="last.ckpt has unexpected decoder.extra.weight"):
         checkpoints.load(tmp_path, "codec")
     lightning(tmp_path / "last.ckpt", {name: array for name, array in state.items() if "norm_out" not in name})
-    with pytest.raises(UserError, match="last.ckpt lacks decoder/norm_out/bias, .* and 1 more"):
+    with pytest.raises(UserError, match="last.ckpt lacks decoder.norm_out.bias, .* and 1 more"):
         checkpoints.load(tmp_path, "codec")
 
 

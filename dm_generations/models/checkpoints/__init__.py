@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def find(spec: str | os.PathLike | None, role: str) -> Checkpoint | None:
     if source is None:
         return None
     expected = _expected_shapes(source, path)
-    check_names_and_shapes(expected, source.params, source.file_of)
+    check_names_and_shapes(expected, source)
     folder = path if path.is_dir() else path.parent
     digest = _digest(source.files)
     params = _native(source.params)
@@ -162,28 +162,38 @@ def _expected_shapes(source: Source, path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_names_and_shapes(
-    expected: dict[str, tuple[int, ...]], params: dict, file_of: Callable[[str], Path | str]
-) -> None:
-    """Raises UserError naming the first tensors that are missing, unexpected or misshapen, and their file.
+def check_names_and_shapes(expected: dict[str, tuple[int, ...]], source: Source) -> None:
+    """Raises UserError naming the first tensors that are misshapen, missing or unexpected, and their file.
 
-    file_of: from the path of a parameter to its file
+    It speaks of names and shapes as the file has them. expected: the shape of each parameter by its path
     """
-    found = flatten(params)
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    for what, names in (("lacks", missing), ("has unexpected", extra)):
-        if names:
-            file = file_of(names[0])
-            names = [name for name in names if file_of(name) == file]
+    found = flatten(source.params)
+    shapes = {path: array.shape for path, array in found.items()}
+    wanted, there = _in_files(expected, source), _in_files(shapes, source)
+    for tensor, shape in wanted.items():  # by the file's names: one of other axes may have become another parameter
+        if tensor in there and there[tensor] != shape:
+            file, name = tensor
+            raise UserError(f"{file}: {name} has shape {there[tensor]}, its config asks for {shape}")
+    missing = _in_files({path: expected[path] for path in sorted(expected.keys() - shapes.keys())}, source)
+    extra = _in_files({path: shapes[path] for path in sorted(shapes.keys() - expected.keys())}, source)
+    for what, tensors in (("lacks", missing), ("has unexpected", extra)):
+        if tensors:
+            file = next(iter(tensors))[0]
+            names = [name for place, name in tensors if place == file]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"{file} {what} {', '.join(names[:3])}{more}; its config describes another model")
-    for name, shape in expected.items():
-        array, file = found[name], file_of(name)
-        if array.shape != shape:
-            raise UserError(f"{file}: {name} has shape {array.shape}, its config asks for {shape}")
+    for path, array in found.items():
         if array.dtype.name not in DTYPE_NAMES:
-            known = ", ".join(DTYPE_NAMES)
-            raise UserError(f"{file}: {name} has dtype {array.dtype}, which is none of weights: {known}")
+            name, known = source.in_file(path, array.shape)[0], ", ".join(DTYPE_NAMES)
+            raise UserError(
+                f"{source.file_of(path)}: {name} has dtype {array.dtype}, which is none of weights: {known}"
+            )
+
+
+def _in_files(shapes: dict[str, tuple[int, ...]], source: Source) -> dict[tuple[Path, str], tuple[int, ...]]:
+    """Shapes by file and by name there, from those of parameters by path."""
+    named = ((source.file_of(path), *source.in_file(path, shape)) for path, shape in shapes.items())
+    return {(file, name): shape for file, name, shape in named}
 
 
 def _digest(files: Iterable[Path]) -> str:

@@ -14,6 +14,7 @@ from dm_generations.errors import UserError
 from dm_generations.models.checkpoints.own import FORMAT, flatten, read_config, read_json_object
 from dm_generations.models.checkpoints.safetensors_file import read_safetensors
 from dm_generations.models.checkpoints.source import Source
+from dm_generations.models.checkpoints.torch_names import in_file
 from dm_generations.models.checkpoints.torch_pickle import read_torch, state_of
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -42,7 +43,7 @@ def clip(path: Path) -> Source | None:
             places |= dict.fromkeys(flatten(flax_from_torch(found)), file)
     if places:
         places[""] = path  # what is in no piece
-    return Source("clip", config, flax_from_torch(tensors), files, path, "clip", places)
+    return Source("clip", config, flax_from_torch(tensors), files, path, "clip", places, in_file)
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

@@ -13,9 +13,10 @@ their end, and options that leave a trace in the weights are read from there, no
   a file of either kind is taken for the fork's.
 """
 
+import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,21 @@ import numpy as np
 
 from dm_generations.errors import UserError
 from dm_generations.models.checkpoints import openai_vae, taming
-from dm_generations.models.checkpoints.discrete_vae import discrete_vae_config, discrete_vae_params
+from dm_generations.models.checkpoints.discrete_vae import (
+    discrete_vae_config,
+    discrete_vae_in_file,
+    discrete_vae_params,
+)
 from dm_generations.models.checkpoints.own import unflatten
-from dm_generations.models.checkpoints.source import Source
-from dm_generations.models.checkpoints.torch_names import count, only_tensors, tensor, without_prefix
+from dm_generations.models.checkpoints.source import Shape, Source
+from dm_generations.models.checkpoints.torch_names import (
+    count,
+    in_file,
+    numbers_apart,
+    only_tensors,
+    tensor,
+    without_prefix,
+)
 from dm_generations.models.checkpoints.torch_pickle import read_torch
 from dm_generations.models.dalle_pytorch_config import DallePytorchConfig
 
@@ -40,6 +52,7 @@ _CAUSAL_CONV_VERSION = (1, 5)
 _BLOCK = re.compile(
     r"transformer\.layers\.(?:layers\.(\d{1,9})\.([01])|blocks\.(\d{1,9})\.([fg])\.net)\.((?:fn\.)*)(.*)"
 )
+_LAYER_PATH = re.compile(r"transformer/(attn|ff)(_wrapping)?_(\d+)/(.*)")
 _HEAD_NORM = {"to_logits.0.weight": "to_logits/norm/scale", "to_logits.0.bias": "to_logits/norm/bias"}
 _POSITIONS = re.compile(r"image_pos_emb\.weights[._]([01])")
 # Buffers that follow from the config, and the tied embeddings, which are parts of to_logits.1.
@@ -54,9 +67,14 @@ def generator(path: Path) -> Source | None:
         return None
     state = _network_state(content, file)
     config = _config(content, state, file)
-    params = unflatten(_params(state, config), file)
+    parts = {name: _parameters(name, array, config, file) for name, array in state.items()}
+    params = unflatten({path: array for part in parts.values() for path, array in part.items()}, file)
+    names = {path: name for name, part in parts.items() for path in part}
+    angles = state["transformer.pos_emb"].shape if config.rotary_emb else ()
+    named = functools.partial(_in_file, names=names, config=config, wrappers=_wrappers(state), angles=angles)
     tokenizers = (found for pattern in _TOKENIZERS for found in sorted(file.parent.glob(pattern)))
-    return Source("dalle_pytorch", config, params, (file,), next(tokenizers, None), "dalle_pytorch")
+    tokenizer = next(tokenizers, None)
+    return Source("dalle_pytorch", config, params, (file,), tokenizer, "dalle_pytorch", in_file=named)
 
 
 def codec(path: Path) -> Source | None:
@@ -68,23 +86,27 @@ def codec(path: Path) -> Source | None:
     content = None if file is None else _content(file)
     if content is None:
         return None
-    state = only_tensors(without_prefix(content["weights"], "vae."), file)
+    state = only_tensors(without_prefix(content["weights"], "vae."), file, "vae.")
     grid = _config(content, _network_state(content, file), file).image_fmap_size
-    if "codebook.weight" in state:
-        config = discrete_vae_config(content["vae_params"], file)
-        config = replace(config, image_size=grid * 2**config.num_layers)
-        return Source("discrete_vae", config, discrete_vae_params(state, file), (file,))
     if any(name.startswith("model.") for name in state):
-        state = without_prefix(state, "model.")
+        state, prefix = without_prefix(state, "model."), "vae.model."
         halvings = count(state, "decoder.up.{}.block.0.conv1.weight") - 1
-        config = taming.config_from_shapes(state, file, resolution=grid * 2 ** max(0, halvings), is_signed=True)
-        return Source("vqgan", config, taming.vqgan_params(state, file), (file,))
+        resolution = grid * 2 ** max(0, halvings)
+        config = taming.config_from_shapes(state, file, resolution, prefix, is_signed=True)
+        named = functools.partial(taming.vqgan_in_file, prefix=prefix)
+        return Source("vqgan", config, taming.vqgan_params(state, file), (file,), in_file=named)
     if any(name.startswith("dec.") for name in state):
         parts = {"decoder": without_prefix(state, "dec."), "encoder": without_prefix(state, "enc.")}
-        config = openai_vae.openai_vae_config(parts["decoder"], file)
+        config = openai_vae.openai_vae_config(parts["decoder"], file, prefix="vae.dec.")
         config = replace(config, image_size=config.image_size // config.grid * grid)
         params = {name: openai_vae.openai_vae_params(part, file) for name, part in parts.items() if part}
-        return Source("openai_vae", config, params, (file,))
+        named = functools.partial(openai_vae.openai_vae_in_file, decoder="vae.dec.", encoder="vae.enc.")
+        return Source("openai_vae", config, params, (file,), in_file=named)
+    if "codebook.weight" in state or (state and content["vae_params"] is not None):
+        config = discrete_vae_config(content["vae_params"], file)
+        config = replace(config, image_size=grid * 2**config.num_layers)
+        named = functools.partial(discrete_vae_in_file, prefix="vae.")
+        return Source("discrete_vae", config, discrete_vae_params(state, file), (file,), in_file=named)
     return None
 
 
@@ -126,18 +148,23 @@ def _config(content: Mapping[str, Any], state: Mapping[str, np.ndarray], file: P
     text_rows = sizes["num_text_tokens"] + sizes["text_seq_len"]
     blocks = {match[0]: match for match in map(_BLOCK.fullmatch, state) if match}
     inner = {match[6] for match in blocks.values()}
-    wrappers = {
-        kind: min((len(match[5]) // len("fn.") for match in blocks.values() if match[6] == end), default=0)
-        for kind, end in (("attn", "to_qkv.weight"), ("ff", "net.0.weight"))
-    }
+    wrappers = _wrappers(state)
     layer_scale = "scale" in inner
     rotary = state.get("transformer.pos_emb")
     grid = _grid(state, rotary, hparams.get("rotary_emb") is True, sizes["text_seq_len"], file)
     has_new_wrappers = wrappers["attn"] > wrappers["ff"]
     version = content.get("version")
     is_fork = version is None and not has_new_wrappers and grid == _FORK_GRID and (rotary is None or rotary.ndim == 4)
+    head = tensor(state, "to_logits.1.weight", 2, file)
+    codes = head.shape[0] - text_rows
+    table = state.get("image_emb.weight")
+    if table is not None and table.ndim == 2 and len(table) != codes:
+        raise UserError(
+            f"{file}: to_logits.1.weight has shape {head.shape} and image_emb.weight {table.shape}, "
+            f"which do not fit each other with {text_rows} text tokens"
+        )
     from_weights = {
-        "num_image_tokens": tensor(state, "to_logits.1.weight", 2, file).shape[0] - text_rows,
+        "num_image_tokens": codes,
         "image_fmap_size": grid,
         "reversible": any(match[3] for match in blocks.values()),
         "shift_tokens": wrappers["ff"] > 1 + layer_scale,  # around it: scale, norm, shift
@@ -200,33 +227,88 @@ def _sparse_layout(
     return tuple("".join("1" if block else "0" for block in row) for row in layout[0])
 
 
+def _wrappers(state: Iterable[str]) -> dict[str, int]:
+    """How many wrappers are around an attention, and how many around a feed-forward block; 0 where there is none."""
+    blocks = [match for match in map(_BLOCK.fullmatch, state) if match]
+    return {
+        kind: min((len(match[5]) // len("fn.") for match in blocks if match[6] == end), default=0)
+        for kind, end in (("attn", "to_qkv.weight"), ("ff", "net.0.weight"))
+    }
+
+
 def _layer(match: re.Match) -> int:
     return int(match[1] or match[3])
 
 
-def _params(state: Mapping[str, np.ndarray], config: DallePytorchConfig) -> dict[str, np.ndarray]:
-    """Parameters of `DallePytorch` by path; views, but for the table of angles. A name not known keeps its own."""
-    flat: dict[str, np.ndarray] = {}
-    for name, array in state.items():
-        block, positions = _BLOCK.fullmatch(name), _POSITIONS.fullmatch(name)
-        if block:
-            flat |= _block_params(block, array, config)
-        elif positions:
-            axis, others = {"0": ("rows", (0, 2)), "1": ("columns", (0, 1))}[positions[1]]
-            flat[f"image_pos_emb_{axis}"] = _squeezed(array, *others)
-        elif name in ("to_logits.1.weight", "to_logits.1.bias"):
-            matrix = array.T if array.ndim == 2 else array
-            leaf = "kernel" if array.ndim == 2 else "bias"
-            flat[f"to_logits/text/{leaf}"] = matrix[..., : config.text_rows]
-            flat[f"to_logits/image/{leaf}"] = matrix[..., config.text_rows :]
-        elif name == "transformer.pos_emb":
-            angles = array.reshape(array.shape[-2:])[: config.sequence_length].astype(np.float32)
-            flat |= {"transformer/rotary_cos": np.cos(angles), "transformer/rotary_sin": np.sin(angles)}
-        elif name in ("text_emb.weight", "image_emb.weight", "text_pos_emb.weight"):
-            flat[name.replace(".weight", "/embedding")] = array
-        else:
-            flat[_HEAD_NORM.get(name, name)] = array
-    return flat
+def _parameters(name: str, array: np.ndarray, config: DallePytorchConfig, file: Path) -> dict[str, np.ndarray]:
+    """Parameters of `DallePytorch` by path that a tensor holds, none if it repeats another: views, but for the table of
+    angles. A name that is not known stays as it is. UserError if another shape could not be told from the parameter's.
+    """
+    if block := _BLOCK.fullmatch(name):
+        if block[6] == "scale":
+            _check_shape(name, array, (1, 1, config.dim), file)
+        return _block_params(block, array, config)
+    if positions := _POSITIONS.fullmatch(name):
+        is_rows, side = positions[1] == "0", config.image_fmap_size
+        _check_shape(name, array, (1, side, 1, config.dim) if is_rows else (1, 1, side, config.dim), file)
+        return {f"image_pos_emb_{'rows' if is_rows else 'columns'}": array.reshape(side, config.dim)}
+    if name in ("to_logits.1.weight", "to_logits.1.bias"):
+        leaf = "kernel" if name.endswith("weight") else "bias"
+        if leaf == "bias":
+            _check_shape(name, array, (config.text_rows + config.num_image_tokens,), file)
+        text, image = array.T[..., : config.text_rows], array.T[..., config.text_rows :]
+        return {f"to_logits/text/{leaf}": text, f"to_logits/image/{leaf}": image}
+    if name == "transformer.pos_emb":
+        angles = array.reshape(array.shape[-2:])[: config.sequence_length].astype(np.float32)
+        return {"transformer/rotary_cos": np.cos(angles), "transformer/rotary_sin": np.sin(angles)}
+    if name in ("text_emb.weight", "image_emb.weight", "text_pos_emb.weight"):
+        return {name.replace(".weight", "/embedding"): array}
+    return {_HEAD_NORM.get(name, name): array}
+
+
+def _check_shape(name: str, array: np.ndarray, shape: Shape, file: Path) -> None:
+    if array.shape != shape:
+        raise UserError(f"{file}: {name} has shape {array.shape}, its config asks for {shape}")
+
+
+def _in_file(
+    path: str,
+    shape: Shape,
+    names: Mapping[str, str],
+    config: DallePytorchConfig,
+    wrappers: Mapping[str, int],
+    angles: Shape,
+) -> tuple[str, Shape]:
+    """What the file calls the parameter of this path, and the shape that it has there.
+
+    names: of the tensors that became parameters, by path; another is called as its like in this file
+    angles: the shape of the table of rotary angles, if there is one
+    """
+    name = path
+    if match := _LAYER_PATH.fullmatch(path):
+        kind, is_wrapping, layer, inner = match.groups()
+        block = ("f" if kind == "attn" else "g") if config.reversible else int(kind == "ff")
+        block = f"blocks.{layer}.{block}.net." if config.reversible else f"layers.{layer}.{block}."
+        around = "fn." * (int(config.layer_scale) if is_wrapping else wrappers[kind])
+        inner = numbers_apart(inner.replace("to_out/", "to_out_0/"))
+        name, shape = in_file(inner, shape, f"transformer.layers.{block}{around}")
+        if inner == "scale":
+            name, shape = f"transformer.layers.{block}scale", (1, 1, *shape)
+    elif match := re.fullmatch(r"to_logits/(text|image)/(kernel|bias)", path):
+        rows = shape[-1] + (config.num_image_tokens if match[1] == "text" else config.text_rows)
+        name, shape = in_file(f"to_logits/1/{match[2]}", (*shape[:-1], rows))
+    elif path.startswith("to_logits/norm/"):
+        name, shape = in_file(path.replace("norm", "0"), shape)
+    elif path.startswith("image_pos_emb_"):
+        like = next((name for name in names.values() if _POSITIONS.fullmatch(name)), "image_pos_emb.weights_0")
+        is_rows = path.endswith("rows")
+        name = like[:-1] + ("0" if is_rows else "1")
+        shape = (1, shape[0], 1, shape[1]) if is_rows else (1, 1, *shape)
+    elif path.startswith("transformer/rotary_"):
+        name, shape = "transformer.pos_emb", (*angles[:-1], shape[-1])
+    else:
+        name, shape = in_file(path, shape)
+    return names.get(path, name), shape
 
 
 def _block_params(match: re.Match, array: np.ndarray, config: DallePytorchConfig) -> dict[str, np.ndarray]:
@@ -236,7 +318,7 @@ def _block_params(match: re.Match, array: np.ndarray, config: DallePytorchConfig
     if inner == "attn_fn.master_layout":
         return {}
     if inner == "scale":
-        return {f"transformer/{kind}_wrapping_{layer}/scale": _squeezed(array, 0, 1)}
+        return {f"transformer/{kind}_wrapping_{layer}/scale": array[0, 0]}
     module, _, leaf = inner.rpartition(".")
     if module in ("norm", "norm_out"):
         return {f"transformer/{kind}_wrapping_{layer}/{module}/{'scale' if leaf == 'weight' else leaf}": array}
@@ -246,9 +328,3 @@ def _block_params(match: re.Match, array: np.ndarray, config: DallePytorchConfig
     module = {"to_out.0": "to_out"}.get(module, module.replace(".", "_"))
     leaf = "kernel" if leaf == "weight" else leaf
     return {f"transformer/{kind}_{layer}/{module}/{leaf}": array.T if leaf == "kernel" else array}
-
-
-def _squeezed(array: np.ndarray, *axes: int) -> np.ndarray:
-    """The array without these axes, if they have length 1; as it is otherwise, for the check of shapes to refuse."""
-    has_them = array.ndim > max(axes) and all(array.shape[axis] == 1 for axis in axes)
-    return array.squeeze(axes) if has_them else array

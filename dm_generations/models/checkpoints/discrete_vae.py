@@ -7,8 +7,8 @@ from typing import Any
 
 from dm_generations.errors import UserError
 from dm_generations.models.checkpoints.own import unflatten
-from dm_generations.models.checkpoints.source import Source
-from dm_generations.models.checkpoints.torch_names import convolution_kernel, only_tensors
+from dm_generations.models.checkpoints.source import Shape, Source
+from dm_generations.models.checkpoints.torch_names import convolution_kernel, in_file, numbers_apart, only_tensors
 from dm_generations.models.checkpoints.torch_pickle import read_torch
 from dm_generations.models.discrete_vae import DiscreteVAEConfig
 
@@ -25,7 +25,7 @@ def codec(path: Path) -> Source | None:
     if not isinstance(state, Mapping) or "codebook.weight" not in state:
         return None
     config = discrete_vae_config(content["hparams"], file)
-    return Source("discrete_vae", config, discrete_vae_params(state, file), (file,))
+    return Source("discrete_vae", config, discrete_vae_params(state, file), (file,), in_file=discrete_vae_in_file)
 
 
 def discrete_vae_config(values: Any, path: Path) -> DiscreteVAEConfig:
@@ -36,6 +36,11 @@ def discrete_vae_config(values: Any, path: Path) -> DiscreteVAEConfig:
         return DiscreteVAEConfig.from_dict(dict(values))
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} does not describe a discrete VAE: {error}") from error
+
+
+def discrete_vae_in_file(path: str, shape: Shape, prefix: str = "") -> tuple[str, Shape]:
+    """What the file calls the parameter of this path of `DiscreteVAE`, after `prefix`, and the shape it has there."""
+    return in_file(numbers_apart(path), shape, prefix)
 
 
 def discrete_vae_params(state: Mapping[str, Any], path: Path) -> dict:

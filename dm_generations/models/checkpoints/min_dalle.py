@@ -15,9 +15,9 @@ import numpy as np
 
 from dm_generations.errors import UserError
 from dm_generations.models.checkpoints.own import read_json_object, unflatten
-from dm_generations.models.checkpoints.source import Source
-from dm_generations.models.checkpoints.taming import config_from_shapes, vqgan_params
-from dm_generations.models.checkpoints.torch_names import only_tensors, tensor
+from dm_generations.models.checkpoints.source import Shape, Source
+from dm_generations.models.checkpoints.taming import config_from_shapes, vqgan_in_file, vqgan_params
+from dm_generations.models.checkpoints.torch_names import in_file, only_tensors, tensor
 from dm_generations.models.checkpoints.torch_pickle import read_torch
 from dm_generations.models.dalle_bart_config import DalleBartConfig
 
@@ -38,6 +38,8 @@ _MODULES = {
     "pre_encoder_attn_layer_norm": "LayerNorm_2",
     "encoder_attn_layer_norm": "LayerNorm_3",
     "glu": "GLU_0",
+}
+_GLU_MODULES = {
     "ln0": "LayerNorm_0",
     "fc0": "Dense_0",
     "fc1": "Dense_1",
@@ -67,7 +69,7 @@ def generator(path: Path) -> Source | None:
     }
     head = {"kernel": tensor(decoder, "lm_head.weight", 2, files[1]).T}
     params, places = {"model": model, "lm_head": head}, {"": files[1], "model/encoder/": files[0]}
-    return Source("dalle_bart", config, params, files, _tokenizer(folder, suffix), "min_dalle", places)
+    return Source("dalle_bart", config, params, files, _tokenizer(folder, suffix), "min_dalle", places, _in_file)
 
 
 def codec(path: Path) -> Source | None:
@@ -78,9 +80,10 @@ def codec(path: Path) -> Source | None:
     state = read_torch(file)
     if not isinstance(state, Mapping) or "embedding.weight" not in state or "post_quant_conv.weight" not in state:
         return None
+    tensor(state, "embedding.weight", 2, file)
     state = {re.sub(r"^embedding\.", "quantize.embedding.", str(name)): value for name, value in state.items()}
     config = config_from_shapes(state, file, group_norm_eps=DETOKER_EPSILON)
-    return Source("vqgan", config, vqgan_params(state, file), (file,))
+    return Source("vqgan", config, vqgan_params(state, file), (file,), in_file=_detoker_in_file)
 
 
 def dalle_bart_config(
@@ -154,10 +157,21 @@ def _stack_params(state: Mapping[str, Any], layer: str, path: Path) -> dict:
         *modules, leaf = name.split(".")
         if name == "lm_head.weight" and layer == "FlaxBartDecoderLayer":
             continue  # which `generator` places
-        modules = [_MODULES.get(module, module) for module in modules]
+        modules = [(_MODULES | _GLU_MODULES).get(module, module) for module in modules]
         if modules[:1] == ["layers"] and len(modules) > 1:
             modules[1] = f"{layer}_{modules[1]}"
         if leaf == "weight":
             leaf = "scale" if array.ndim == 1 else "embedding" if modules[-1].startswith("embed_") else "kernel"
         flat["/".join([*modules, leaf])] = array.T if leaf == "kernel" else array
     return unflatten(flat, path)
+
+
+def _in_file(path: str, shape: Shape) -> tuple[str, Shape]:
+    *modules, leaf = re.sub(r"^model/(encoder|decoder)/|(?<=/)FlaxBart(En|De)coderLayer_(?=\d+/)", "", path).split("/")
+    theirs = {ours: name for name, ours in (_GLU_MODULES if "GLU_0" in modules else _MODULES).items()}
+    modules = ["glu" if module == "GLU_0" else theirs.get(module, module) for module in modules]
+    return in_file("/".join([*modules, leaf]), shape)
+
+
+def _detoker_in_file(path: str, shape: Shape) -> tuple[str, Shape]:
+    return vqgan_in_file(path.removeprefix("quantize/"), shape)

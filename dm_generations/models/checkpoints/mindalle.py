@@ -13,9 +13,9 @@ import numpy as np
 
 from dm_generations.errors import UserError
 from dm_generations.models.checkpoints.own import unflatten
-from dm_generations.models.checkpoints.source import Source
-from dm_generations.models.checkpoints.taming import config_from_yaml_values, read_yaml, vqgan_params
-from dm_generations.models.checkpoints.torch_names import count, only_tensors
+from dm_generations.models.checkpoints.source import Shape, Source
+from dm_generations.models.checkpoints.taming import config_from_yaml_values, read_yaml, vqgan_in_file, vqgan_params
+from dm_generations.models.checkpoints.torch_names import count, in_file, numbers_apart, only_tensors
 from dm_generations.models.checkpoints.torch_pickle import read_torch
 from dm_generations.models.checkpoints.unpacked import is_archive, unpacked
 
@@ -59,7 +59,8 @@ def generator(path: Path) -> Source | None:
     if found != config.n_layers:
         raise UserError(f"{file} has {found} blocks, {folder / CONFIG_FILE} says {config.n_layers}")
     files = (path,) if is_archive(path) else (file,)
-    return Source("mindalle", config, _transformer_params(state, file), files, _tokenizer(folder), "mindalle")
+    params = _transformer_params(state, file)
+    return Source("mindalle", config, params, files, _tokenizer(folder), "mindalle", in_file=_in_file)
 
 
 def codec(path: Path) -> Source | None:
@@ -77,7 +78,7 @@ def codec(path: Path) -> Source | None:
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG_FILE} does not describe a VQGAN: {error}") from error
     files = (path,) if is_archive(path) else (file,)
-    return Source("vqgan", config, vqgan_params(_state_of(file), file), files)
+    return Source("vqgan", config, vqgan_params(_state_of(file), file), files, in_file=vqgan_in_file)
 
 
 def _folder(path: Path, weights: str) -> Path | None:
@@ -121,6 +122,10 @@ def _transformer_params(state: Mapping[str, np.ndarray], path: Path) -> dict:
             leaf = "scale" if array.ndim == 1 else "embedding" if is_table else "kernel"
         flat["/".join([*modules, leaf])] = array.T if leaf == "kernel" else array
     return unflatten(flat, path)
+
+
+def _in_file(path: str, shape: Shape) -> tuple[str, Shape]:
+    return in_file(numbers_apart(path), shape)
 
 
 def _tokenizer(folder: Path) -> Path | None:

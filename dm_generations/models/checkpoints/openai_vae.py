@@ -1,5 +1,6 @@
 """OpenAI's discrete VAE: `encoder.pkl` and `decoder.pkl`, each a pickled module, of which only the tensors are read."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import numpy as np
 from dm_generations.errors import UserError
 from dm_generations.models.checkpoints.inert_pickle import Opaque
 from dm_generations.models.checkpoints.own import unflatten
-from dm_generations.models.checkpoints.source import Source
-from dm_generations.models.checkpoints.torch_names import convolution_kernel, count, only_tensors, tensor
+from dm_generations.models.checkpoints.source import Shape, Source
+from dm_generations.models.checkpoints.torch_names import convolution_kernel, count, in_file, only_tensors, tensor
 from dm_generations.models.checkpoints.torch_pickle import read_torch, state_of
 from dm_generations.models.openai_vae import OpenAIVAEConfig
 
@@ -40,13 +41,16 @@ def codec(path: Path) -> Source | None:
     if encoder is not None:
         params["encoder"] = openai_vae_params(encoder, encoder_file)
     places = {"": decoder_file, "encoder/": encoder_file}
-    return Source("openai_vae", config, params, files, places=places)
+    return Source("openai_vae", config, params, files, places=places, in_file=openai_vae_in_file)
 
 
-def openai_vae_config(decoder: Mapping[str, np.ndarray], path: Path) -> OpenAIVAEConfig:
-    """The config that the decoder's tensors tell; the picture's size, which they do not, is that of OpenAI's."""
-    n_init, vocab_size = tensor(decoder, "blocks.input.w", 4, path).shape[:2]
-    n_hid = tensor(decoder, "blocks.output.conv.w", 4, path).shape[1]
+def openai_vae_config(decoder: Mapping[str, np.ndarray], path: Path, prefix: str = "") -> OpenAIVAEConfig:
+    """The config that the decoder's tensors tell; the picture's size, which they do not, is that of OpenAI's.
+
+    prefix: what stands before the names in the file, for messages
+    """
+    n_init, vocab_size = tensor(decoder, "blocks.input.w", 4, path, prefix).shape[:2]
+    n_hid = tensor(decoder, "blocks.output.conv.w", 4, path, prefix).shape[1]
     blocks = count(decoder, "blocks.group_1.block_{}.res_path.conv_1.w", first=1)
     try:
         return OpenAIVAEConfig(n_hid, n_init, max(1, blocks), vocab_size)
@@ -62,6 +66,17 @@ def openai_vae_params(state: Mapping[str, Any], path: Path) -> dict:
         modules = [module for module in modules if module != "res_path"]
         flat["/".join([*modules, {"w": "kernel", "b": "bias"}.get(leaf, leaf)])] = convolution_kernel(array)
     return unflatten(flat, path)
+
+
+def openai_vae_in_file(path: str, shape: Shape, decoder: str = "", encoder: str = "") -> tuple[str, Shape]:
+    """What the file calls the parameter of this path, and the shape that it has there.
+
+    decoder, encoder: what the names of these two begin with
+    """
+    part, path = path.split("/", 1)
+    path = re.sub(r"(?<=/)(?=conv_\d+/)", "res_path/", path).replace("output/", "output/conv/")
+    name, shape = in_file(f"blocks/{path}", shape, encoder if part == "encoder" else decoder)
+    return re.sub(r"\.weight$", ".w", re.sub(r"\.bias$", ".b", name)), shape
 
 
 def _state(file: Path) -> dict[str, np.ndarray] | None:

@@ -4,6 +4,7 @@ Both `VQModel` and `GumbelVQ`. The network is that of vqgan-jax with pixels in [
 `down.0.block.1`, here `down_0/block_1`, and PyTorch's names and layouts of weights. Losses are skipped.
 """
 
+import functools
 import math
 import os
 import re
@@ -15,10 +16,12 @@ import numpy as np
 
 from dm_generations.errors import UserError, one_line
 from dm_generations.models.checkpoints.own import unflatten
-from dm_generations.models.checkpoints.source import Source
+from dm_generations.models.checkpoints.source import Shape, Source
 from dm_generations.models.checkpoints.torch_names import (
     convolution_kernel,
     count,
+    in_file,
+    numbers_apart,
     only_tensors,
     tensor,
 )
@@ -62,7 +65,7 @@ def codec(path: Path) -> Source | None:
         config = config_from_yaml_values(configs[file], is_gumbel="quantize.embed.weight" in state)
     except (TypeError, ValueError) as error:
         raise UserError(f"{file} does not describe a VQGAN: {error}") from error
-    return Source("vqgan", config, vqgan_params(state, found[0]), (found[0],))
+    return Source("vqgan", config, vqgan_params(state, found[0]), (found[0],), in_file=vqgan_in_file)
 
 
 def config_from_yaml_values(values: Mapping[str, Any], is_gumbel: bool = False) -> VQGANConfig:
@@ -89,22 +92,24 @@ def config_from_yaml_values(values: Mapping[str, Any], is_gumbel: bool = False) 
 
 
 def config_from_shapes(
-    state: Mapping[str, np.ndarray], path: Path, resolution: int = 256, **options: Any
+    state: Mapping[str, np.ndarray], path: Path, resolution: int = 256, prefix: str = "", **options: Any
 ) -> VQGANConfig:
     """The config of a VQGAN whose file says nothing but its tensors, named as taming does, encoder or not.
 
-    resolution: pixels a side, which shapes cannot tell   options: further fields of VQGANConfig
+    resolution: pixels a side, which shapes cannot tell   prefix: what stands before the names in the file, for messages
+    options: further fields of VQGANConfig
 
     Raises UserError if a tensor that tells a size is missing or has other axes than it should.
     """
+    needed = functools.partial(tensor, state, path=path, prefix=prefix)
     is_gumbel = "quantize.embed.weight" in state
-    codebook = tensor(state, "quantize.embed.weight" if is_gumbel else "quantize.embedding.weight", 2, path)
-    after_quantisation = tensor(state, "post_quant_conv.weight", 4, path)
+    codebook = needed("quantize.embed.weight" if is_gumbel else "quantize.embedding.weight", 2)
+    after_quantisation = needed("post_quant_conv.weight", 4)
     level = "decoder.up.{}.block.0.conv1.weight"
-    widths = [tensor(state, level.format(i), 4, path).shape[0] for i in range(max(1, count(state, level)))]
+    widths = [needed(level.format(i), 4).shape[0] for i in range(max(1, count(state, level)))]
     width = math.gcd(*widths)
     if "encoder.conv_in.weight" in state:
-        width = tensor(state, "encoder.conv_in.weight", 4, path).shape[0]
+        width = needed("encoder.conv_in.weight", 4).shape[0]
     if any(features % width for features in widths):
         raise UserError(f"{path}: levels of {widths} channels are no multiples of encoder.conv_in's {width}")
     with_attention = [i for i in range(len(widths)) if f"decoder.up.{i}.attn.0.q.weight" in state]
@@ -119,7 +124,7 @@ def config_from_shapes(
             z_channels=after_quantisation.shape[0],
             n_embed=codebook.shape[0],
             embed_dim=codebook.shape[1],
-            out_ch=tensor(state, "decoder.conv_out.weight", 4, path).shape[0],
+            out_ch=needed("decoder.conv_out.weight", 4).shape[0],
             resamp_with_conv=bool(upsampled) or len(widths) == 1,
             is_gumbel=is_gumbel,
             **options,
@@ -144,6 +149,11 @@ def vqgan_params(state: Mapping[str, Any], path: Path) -> dict:
                 leaf = "scale" if array.ndim == 1 else "kernel"
         flat["/".join([*modules, leaf])] = convolution_kernel(array)
     return unflatten(flat, path)
+
+
+def vqgan_in_file(path: str, shape: Shape, prefix: str = "") -> tuple[str, Shape]:
+    """What taming calls the parameter of this path of `VQGAN`, after `prefix`, and the shape that it has there."""
+    return in_file(re.sub(r"/mid/(block|attn)/", r"/mid/\1_", numbers_apart(path)), shape, prefix)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
