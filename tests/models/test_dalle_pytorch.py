@@ -322,6 +322,7 @@ def test_options_are_read_from_the_weights():
     ("change", "message"),
     [
         (lambda content: content.update(weights=[1]), "weights is not a dict"),
+        (lambda content: content.update(weights="To get a working standard checkpoint, ..."), "DeepSpeed has them"),
         (lambda content: content["hparams"].pop("depth"), "hparams: depth must be"),
         (lambda content: content["hparams"].update(text_seq_len=1 << 30), "no square of codes"),
         (lambda content: content["hparams"].update(depth=1 << 30), "depth 1073741824"),

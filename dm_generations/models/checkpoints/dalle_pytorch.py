@@ -124,6 +124,11 @@ def _content(file: Path) -> dict[str, Any] | None:
     content = read_torch(file)
     if not isinstance(content, Mapping) or not {"hparams", "vae_params", "weights"} <= content.keys():
         return None
+    if isinstance(content["weights"], str):  # what stands in `auxiliary.pt`, with advice for whoever reads it
+        raise UserError(
+            f"{file} holds no weights, DeepSpeed has them in files of its own: merge those with its zero_to_fp32.py, "
+            "and save this file's dict with the result as `weights`"
+        )
     for name in ("hparams", "weights"):
         if not isinstance(content[name], Mapping) or not all(isinstance(key, str) for key in content[name]):
             raise UserError(f"{file}: {name} is not a dict with names")
