@@ -11,6 +11,7 @@ from dm_generations.errors import UserError
 from dm_generations.models import checkpoints
 from dm_generations.models.checkpoints import openai_vae
 from dm_generations.models.checkpoints.source import Source
+from dm_generations.models.checkpoints.torch_pickle import read_torch, state_of
 from dm_generations.models.openai_vae import OpenAIVAEConfig
 
 CONFIG = OpenAIVAEConfig(n_hid=8, n_init=6, n_blk_per_group=2, vocab_size=12, image_size=32)
@@ -143,6 +144,10 @@ def test_pickled_modules_give_their_own_arrays(folder, flat):
     assert source.config == OpenAIVAEConfig(n_hid=8, n_init=6, vocab_size=12)  # 256 pixels: the file does not say
     assert (source.config.grid, source.config.codebook_size) == (32, 12)
     assert checkpoints.load(folder / "decoder.pkl", "codec").kind == "openai_vae"
+    for file in source.files:
+        state = state_of(read_torch(file))
+        named = [source.in_file(path, flat[path].shape) for path in flat if source.file_of(path) == file]
+        assert dict(named) == {name: array.shape for name, array in state.items()}
 
 
 def test_the_decoder_alone_is_a_codec(folder):

@@ -110,6 +110,8 @@ def test_a_file_of_lightning_and_one_of_a_state_dict_give_their_own_arrays(tmp_p
         source = taming.codec(file)
         assert source.config == CONFIG
         codec_kit.assert_same(source.params, flat)
+        named = dict(source.in_file(path, array.shape) for path, array in flat.items())
+        assert named == {name: array.shape for name, array in state.items()}
 
 
 def test_shapes_tell_what_the_yaml_says(tmp_path, flat):
