@@ -26,7 +26,8 @@ NORM_PLACEMENTS = {
     "cogview": NormPlacement(after_attention=True, inside_ffn=False, after_ffn=True),
 }
 
-# Options of dalle-mini that no published model uses, with the only value that is supported.
+# Options of dalle-mini that no published model uses, with the only value that is supported. `use_subln_init` and
+# `tau_init` are not among them: alone, they change no trained network.
 UNSUPPORTED_UNLESS = {
     "sinkhorn_iters": 1,
     "tie_word_embeddings": False,
@@ -34,7 +35,6 @@ UNSUPPORTED_UNLESS = {
     "use_alibi": False,
     "use_cosine_attention": False,
     "use_deepnet_scaling": False,
-    "use_subln_init": False,
     "use_swin_position_embeddings": False,
 }
 

@@ -240,6 +240,10 @@ def test_config_of_the_public_mega():
     assert DalleBartConfig.from_dict({"image_vocab_size": 1000}).codebook_size == 1000
 
 
+def test_options_of_initial_values_are_no_obstacle():
+    assert DalleBartConfig.from_dict({"use_subln_init": True, "init_std": 0.01, "tau_init": 0.2}).init_std == 0.01
+
+
 def test_tokens_of_the_end_and_of_padding_may_be_the_first():
     config = DalleBartConfig.from_dict({"eos_token_id": 0, "pad_token_id": 0, "top_k": 0})
     assert (config.eos_token_id, config.pad_token_id, config.top_k) == (0, 0, 0)
