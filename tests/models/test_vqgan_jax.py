@@ -1,10 +1,14 @@
 """VQGANs of vqgan-jax against numbers recorded from it: decoding, other grids, encoding."""
 
+import json
+import shutil
+
 import codec_kit
 import numpy as np
 import pytest
 from helpers import golden_dirs
 
+from dm_generations.errors import UserError
 from dm_generations.models import checkpoints
 
 # The fuller set comes first, so that a folder that both sets have is taken from it.
@@ -38,3 +42,13 @@ def test_encodes_as_the_original(case):
     if is_clear.all():
         codec_kit.assert_close(np.asarray(rows), arrays["quant_states"].reshape(rows.shape))
         codec_kit.assert_close(codec_kit.applied(model, "__call__", arrays["pixels"]), arrays["reconstruction"])
+
+
+@pytest.mark.parametrize("option", ["double_z", "give_pre_end"])
+def test_an_option_that_is_not_supported_is_named(option, tmp_path):
+    source = next(iter(FOLDERS.values()))
+    values = json.loads((source / "config.json").read_text()) | {option: True}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    shutil.copyfile(source / "flax_model.msgpack", tmp_path / "flax_model.msgpack")
+    with pytest.raises(UserError, match=rf"config\.json: {option} is True, which is not supported$"):
+        checkpoints.load(tmp_path, "codec")

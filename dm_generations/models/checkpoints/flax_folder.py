@@ -29,6 +29,9 @@ def codec(path: Path) -> Source | None:
     values = read_config(path)
     if values is None or "n_embed" not in values or "ch_mult" not in values or values.get("format") == FORMAT:
         return None
+    for name in ("double_z", "give_pre_end"):  # they change the network, and no published model has them on
+        if values.get(name):
+            raise UserError(f"{path / 'config.json'}: {name} is {values[name]!r:.80}, which is not supported")
     weights = _weights(path)
     try:
         config = VQGANConfig.from_dict(values)
