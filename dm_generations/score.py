@@ -39,21 +39,25 @@ class Preprocessing:
 
     @classmethod
     def of_model(cls, folder: Path, config: CLIPConfig) -> "Preprocessing":
-        """What `preprocessor_config.json` beside the model says; without that file, OpenAI's values.
+        """What `preprocessor_config.json` beside the model says, or transformers 5's `processor_config.json`; without
+        these files, OpenAI's values.
 
         Raises UserError for a file that is broken or was made for a network of another size.
         """
         image_size = config.vision_config.image_size
-        path = Path(folder) / "preprocessor_config.json"
-        if not path.is_file():
+        found = [Path(folder) / name for name in ("preprocessor_config.json", "processor_config.json")]
+        path = next(filter(Path.is_file, found), None)
+        if path is None:
             return cls(image_size)
         values = read_json_object(path)
         try:
+            if path.name == "processor_config.json":
+                values = values.get("image_processor", {})
             mean = tuple(float(x) for x in values.get("image_mean", OPENAI_MEAN))
             std = tuple(float(x) for x in values.get("image_std", OPENAI_STD))
             resample = Image.Resampling(values.get("resample", Image.Resampling.BICUBIC))
             sizes = {_side(values[key]) for key in ("size", "crop_size") if key in values}
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
             raise UserError(f"{path}: not a CLIP preprocessor config ({error})") from error
         if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
             raise UserError(f"{path}: image_mean and image_std must be 3 numbers each, the latter above 0")

@@ -109,6 +109,12 @@ def test_preprocessing_is_read_from_beside_the_model(checkpoint, tmp_path):
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(values | {"crop_size": {"height": 32, "width": 32}}))
     assert Preprocessing.of_model(tmp_path, checkpoint.config) == Preprocessing(32, (0.5, 0.4, 0.3), (1, 1, 2), 2)
+    path.unlink()
+    newer = tmp_path / "processor_config.json"  # of transformers 5; older ones write it without an image processor
+    newer.write_text(json.dumps({"processor_class": "CLIPProcessor", "image_processor": values}))
+    assert Preprocessing.of_model(tmp_path, checkpoint.config) == Preprocessing(32, (0.5, 0.4, 0.3), (1, 1, 2), 2)
+    newer.write_text('{"processor_class": "CLIPProcessor"}')
+    assert Preprocessing.of_model(tmp_path, checkpoint.config) == Preprocessing(32)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ TOKENIZER_FILES = (
     "bpe_simple_vocab_16e6.txt",
     "bpe_simple_vocab_16e6.txt.gz",
     "preprocessor_config.json",
+    "processor_config.json",
 )
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
