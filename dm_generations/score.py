@@ -25,6 +25,7 @@ from dm_generations.models.resize import FILTERS
 from dm_generations.text import PromptTokenizer
 
 TEXT_BATCH = 8  # texts of one run of the text tower; a sweep has few distinct prompts
+_STEPS = ("do_resize", "do_rescale", "do_normalize")  # that a config may switch off; cropping changes no square picture
 TEXTS_KEPT = 4096  # prompts whose features stay in memory: 8 MB at P = 512
 
 
@@ -42,7 +43,7 @@ class Preprocessing:
         """What `preprocessor_config.json` beside the model says, or transformers 5's `processor_config.json`; without
         these files, OpenAI's values.
 
-        Raises UserError for a file that is broken or was made for a network of another size.
+        Raises UserError for a file that is broken, was made for a network of another size, or leaves out a step.
         """
         image_size = config.vision_config.image_size
         found = [Path(folder) / name for name in ("preprocessor_config.json", "processor_config.json")]
@@ -53,12 +54,17 @@ class Preprocessing:
         try:
             if path.name == "processor_config.json":
                 values = values.get("image_processor", {})
+            left_out = [step for step in _STEPS if not values.get(step, True)]
+            factor = float(values.get("rescale_factor", 1 / 255))
             mean = tuple(float(x) for x in values.get("image_mean", OPENAI_MEAN))
             std = tuple(float(x) for x in values.get("image_std", OPENAI_STD))
             resample = Image.Resampling(values.get("resample", Image.Resampling.BICUBIC))
             sizes = {_side(values[key]) for key in ("size", "crop_size") if key in values}
         except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
             raise UserError(f"{path}: not a CLIP preprocessor config ({error})") from error
+        if left_out or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+            what = f"{left_out[0]} is false" if left_out else f"rescale_factor is {factor} and not 1/255"
+            raise UserError(f"{path}: {what}, which this program does not support")
         if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
             raise UserError(f"{path}: image_mean and image_std must be 3 numbers each, the latter above 0")
         if resample not in FILTERS:

@@ -129,6 +129,10 @@ def test_preprocessing_is_read_from_beside_the_model(checkpoint, tmp_path):
         ('{"resample": 99}', "not a CLIP preprocessor config"),
         ('{"image_std": [1, 1, 0]}', "above 0"),
         ('{"image_mean": [1, NaN, 0]}', "3 numbers"),
+        ('{"do_normalize": false}', "do_normalize is false, which this program does not support"),
+        ('{"do_resize": false}', "do_resize is false"),
+        ('{"rescale_factor": 1}', "rescale_factor is 1.0 and not 1/255"),
+        ('{"rescale_factor": null}', "not a CLIP preprocessor config"),
         ('{"size": 224}', "pictures of \\[224\\] pixels, but the model reads 32"),
     ],
 )
