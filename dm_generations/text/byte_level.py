@@ -92,5 +92,6 @@ def _clip_pipeline(path: Path) -> Tokenizer:
     tokenizer.post_processor = processors.RobertaProcessing(
         (CLIP_ENDS[1], eos), (CLIP_ENDS[0], bos), trim_offsets=False, add_prefix_space=False
     )
-    tokenizer.add_special_tokens(list(CLIP_ENDS))
+    # Normalised as the text is: in capitals they are still these tokens.
+    tokenizer.add_special_tokens([AddedToken(piece, normalized=True) for piece in CLIP_ENDS])
     return tokenizer

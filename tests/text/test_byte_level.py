@@ -26,3 +26,4 @@ def test_clip_from_the_pair_of_files(tmp_path):
     assert ids.tolist() == [[514, 320, 513, 6, 82 + 256, 515], [514, 515, 515, 515, 515, 515]]
     assert mask.tolist() == [[1] * 6, [1, 1, 0, 0, 0, 0]]
     assert clip.readback("A  CAT", 6) == "a cat"
+    assert clip.encode(["a <|EndOfText|>"], 6)[0].tolist() == [[514, 320, 515, 515, 515, 515]]
