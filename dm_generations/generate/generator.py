@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dm_generations import compile_cache
+from dm_generations.archive import DTYPES
 from dm_generations.decode.memory import free_bytes_of_each, is_out_of_memory
 from dm_generations.errors import UserError
 from dm_generations.generate import loop, sweep
@@ -27,6 +28,7 @@ from dm_generations.models.dalle_bart_config import unscanned
 from dm_generations.models.networks import network_class
 from dm_generations.models.placement import placed
 from dm_generations.text import TextTokenizer, load_tokenizer
+from dm_generations.threefry import WORD
 
 _TIMED_STEPS = 4
 _LOGITS_COPIES = 8  # halves, guided, filtered, noise and what a compiler keeps of them
@@ -58,6 +60,7 @@ class Generator:
     dtype: of activations and caches, "float32", "bfloat16" or "float16"; logits and noise are float32 in any case.
     rng: "rows" is our own noise; "dalle-mini" repeats dalle-mini's `generate`, called with one prompt and the row's
     key, and can draw ids that are no codes. Raises UserError for a model that is not DALL-E mini's kind.
+    Raises ValueError for another dtype, and a batch_size below 1.
     """
 
     def __init__(
@@ -68,6 +71,10 @@ class Generator:
         dtype: str = "float32",
         rng: str = "rows",
     ):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r:.100}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size (={batch_size}) must be at least 1")
         if rng == "dalle-mini" and checkpoint.kind != "dalle_bart":
             raise UserError(
                 f"--rng dalle-mini repeats DALL-E mini and mega; {checkpoint.name!r} is another kind of model"
@@ -152,8 +159,11 @@ class Generator:
         the model's own empty prompt; None for all   init_tokens: (n, L), of which each row keeps the first
         `init_count` (n,) and draws the rest   every: steps after which `on_codes` hears of the codes so far, as the
         number of the first row and (m, count) of the rows that are drawn together; None for never
-        Raises UserError if the model gives no logits to draw from, or memory does not hold one picture.
+        Raises UserError if the model gives no logits to draw from, or memory does not hold one picture; ValueError for
+        arguments that do not match each other, or are out of range.
         """
+        if every is not None:
+            _check_every(every)
         rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
         count = len(rows)
         tokens, log_probs = [np.empty((0, self.token_count), self._token_dtype)], [np.empty(0, np.float32)]
@@ -184,8 +194,7 @@ class Generator:
 
         Raises UserError, besides what `draw` raises, for more rows than one batch holds.
         """
-        if every < 1:
-            raise ValueError(f"every (={every}) must be at least 1")
+        _check_every(every)
         rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
         batch = self._next_batch(rows)
         if sum(map(len, batch)) < len(rows):
@@ -246,15 +255,21 @@ class Generator:
 
     def _rows(self, prompts, settings, keys, sc_prompts, init_tokens, init_count) -> list[Row]:
         count = len(prompts)
-        columns = (np.broadcast_to(getattr(settings, field.name), count) for field in dataclasses.fields(settings))
-        keys = np.asarray(keys, np.uint32).reshape(-1, 2)
+        columns = _checked_settings(settings, count)
+        keys = _checked_whole("keys", keys, 0, WORD).astype(np.uint32).reshape(-1, 2)
         if len(keys) != count:
             raise ValueError(f"{len(keys)} keys do not match {count} prompts")
-        init_count = np.broadcast_to(init_count, count)
+        if sc_prompts is not None and len(sc_prompts) != count:
+            raise ValueError(f"{len(sc_prompts)} sc_prompts do not match {count} prompts")
+        init_count = _checked_whole("init_count", np.broadcast_to(init_count, count), 0, self.token_count)
         if init_tokens is None:
             if init_count.any():
                 raise ValueError("init_count needs init_tokens")
             init_tokens = [None] * count
+        else:
+            init_tokens = _checked_whole("init_tokens", init_tokens, 0, self._drawing.columns - 1)
+            if init_tokens.shape != (count, self.token_count):
+                raise ValueError(f"init_tokens are {init_tokens.shape}, not {(count, self.token_count)}")
         return [
             Row(*values)
             for values in zip(
@@ -321,6 +336,36 @@ class Generator:
                 "--dtype bfloat16"
             ) from error
         self.batch_size //= 2
+
+
+def _check_every(every: int) -> None:
+    if every < 1:
+        raise ValueError(f"every (={every}) must be at least 1")
+
+
+def _checked_settings(settings: RowSettings, count: int) -> list[np.ndarray]:
+    """The columns of `settings`, (count,) each. Raises ValueError for one that no picture can be drawn with."""
+    columns = {}
+    for field in dataclasses.fields(settings):
+        columns[field.name] = np.broadcast_to(getattr(settings, field.name), count)
+    allowed = {
+        "top_k": (columns["top_k"] >= 0, "0 or more"),
+        "top_p": (columns["top_p"] >= 0, "0 or more"),
+        "temperature": ((columns["temperature"] >= 0) & (columns["temperature"] < np.inf), "0 or more, and finite"),
+        "cond_scale": (np.isfinite(columns["cond_scale"]), "finite"),
+    }
+    for name, (is_allowed, what) in allowed.items():
+        if not is_allowed.all():  # NaN is never
+            raise ValueError(f"{name} must be {what}, not {columns[name][~is_allowed][0]}")
+    return list(columns.values())
+
+
+def _checked_whole(name: str, values: np.ndarray, lowest: int, highest: int) -> np.ndarray:
+    """`values` as an array. Raises ValueError for other than whole numbers within these limits."""
+    values = np.asarray(values)
+    if values.size and not (values.dtype.kind in "iu" and lowest <= values.min() and values.max() <= highest):
+        raise ValueError(f"{name} must be whole numbers from {lowest:,} to {highest:,}")
+    return values
 
 
 def tokenizer_of(generator: Checkpoint) -> TextTokenizer:

@@ -219,6 +219,49 @@ def test_devices_draw_what_one_draws(checkpoint, tokens, tmp_path):
     subprocess.run(command, env=environment, check=True)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": -1}, "top_k must be 0 or more, not -1"),
+        ({"top_p": [1.0, -0.5]}, "top_p must be 0 or more, not -0.5"),
+        ({"top_p": float("nan")}, "top_p must be 0 or more, not nan"),
+        ({"temperature": -1.0}, "temperature must be 0 or more, and finite, not -1.0"),
+        ({"temperature": [1.0, float("nan")]}, "temperature must be 0 or more, and finite, not nan"),
+        ({"temperature": np.inf}, "temperature must be"),
+        ({"cond_scale": float("nan")}, "cond_scale must be finite, not nan"),
+        ({"keys": KEYS[:1]}, "1 keys do not match 2 prompts"),
+        ({"keys": [[-1, 0], [1, 2]]}, "keys must be whole numbers from 0 to 4,294,967,295"),
+        ({"keys": np.array([[2**32, 0], [1, 2]])}, "keys must be whole numbers"),
+        ({"keys": np.full((2, 2), 0.5)}, "keys must be whole numbers"),
+        ({"sc_prompts": ["blurry"]}, "1 sc_prompts do not match 2 prompts"),
+        ({"init_count": 1}, "init_count needs init_tokens"),
+        ({"init_tokens": np.zeros((2, 16), int), "init_count": 17}, "init_count must be whole numbers from 0 to 16"),
+        ({"init_tokens": np.zeros((2, 16), int), "init_count": -1}, "init_count must be"),
+        ({"init_tokens": np.zeros((2, 15), int), "init_count": 3}, r"init_tokens are \(2, 15\), not \(2, 16\)"),
+        ({"init_tokens": np.full((2, 16), CODEBOOK_SIZE), "init_count": 3}, "init_tokens must be whole numbers from 0"),
+        ({"init_tokens": np.full((2, 16), -1), "init_count": 3}, "init_tokens must be"),
+        ({"every": 0}, r"every \(=0\) must be at least 1"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_by_name(generator, changes, message):
+    names = {field.name for field in dataclasses.fields(RowSettings)}
+    settings = RowSettings(**{name: np.asarray(value) for name, value in changes.items() if name in names})
+    rest = {name: value for name, value in changes.items() if name not in names}
+    with pytest.raises(ValueError, match=message):
+        generator.draw(**{"prompts": ["a boat", "a cat"], "settings": settings, "keys": KEYS[:2]} | rest)
+
+
+def test_whatever_an_archive_may_hold_can_be_drawn(generator):
+    settings = RowSettings(np.array([2**40, 0]), np.array([0.0, 1.0]), np.array([3e38, 0]), np.array([-2.0, 3e38]))
+    assert generator.generate(["a boat", "a cat"], settings, KEYS[:2].astype(np.int64)).max() < CODEBOOK_SIZE
+
+
+@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"batch_size": 2, "dtype": "float64"}])
+def test_a_generator_of_a_size_or_dtype_that_is_none_is_refused(checkpoint, arguments):
+    with pytest.raises(ValueError, match="batch_size|dtype"):
+        Generator(checkpoint, PromptTokenizer(checkpoint.folder), **arguments)
+
+
 def test_no_rows_give_no_tokens(generator):
     assert generator.generate(*rows([])).shape == (0, 16)
 
