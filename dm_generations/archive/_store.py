@@ -251,6 +251,12 @@ class Archive:
             return {}
         return dict(self._all("SELECT digest, owner FROM claims WHERE expires > ?", (time.time(),)))
 
+    def claim_ends(self) -> dict[str, float]:
+        """Until when the claims of each owner hold: UTC Unix seconds by the owner's clock, which may be wrong."""
+        if self.version < 2:
+            return {}
+        return dict(self._all("SELECT owner, max(expires) FROM claims GROUP BY owner"))
+
     def scan(self, columns: Sequence[str], condition: str = "TRUE", parameters: dict | None = None) -> Iterator[tuple]:
         """These columns of the pictures that meet an SQL condition, by id; constant memory. See `query`."""
         names = ", ".join(f"{{{name}}}" for name in ("id", *columns))

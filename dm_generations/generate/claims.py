@@ -1,8 +1,9 @@
 """Several processes fill one archive: each says in the archive what it is about to draw, and draws what is left.
 
 A claim ends in the transaction that stores its picture. It is a lease, renewed for as long as its process lives: the
-claims of a process that was killed end at once for others on the same machine, and within a minute elsewhere. Claims
-save work and no more; what keeps a draw from being stored twice is the archive's own index.
+claims of a process that was killed end at once for others on the same machine, and within a minute elsewhere, or two
+where its clock was ahead. Claims save work and no more; what keeps a draw from being stored twice is the archive's own
+index.
 
     with Claims(archive, model_info, sampler_version, known_model) as claims:
         for batch in claims.batches(work.draws(), capacity, cost, progress.advance):
@@ -61,6 +62,7 @@ class Claims:
         self._find_model = find_model
         self._init_md5 = init_md5
         self._lease_s = lease_s
+        self._renewals = _Renewals(2 * lease_s)
         self._is_over = threading.Event()
         self._renewer: threading.Thread | None = None
 
@@ -165,7 +167,9 @@ class Claims:
     def _holders(self) -> dict[bytes, str]:
         """Owner by digest. Claims of processes that have ended are dropped; inside a transaction."""
         holders = self._archive.claims()
-        ended = {owner for owner in holders.values() if owner != self.owner and _has_ended(owner)}
+        silent = self._renewals.silent(self._archive.claim_ends(), time.monotonic())
+        others = set(holders.values()) - {self.owner}
+        ended = {owner for owner in others if owner in silent or _has_ended(owner)}
         for owner in ended:
             self._archive.release_claims(owner)
         return {digest: owner for digest, owner in holders.items() if owner not in ended}
@@ -176,6 +180,25 @@ class Claims:
                 with contextlib.suppress(ArchiveError):  # locked for long, or a full disk: there is a next time
                     with archive.transaction():
                         archive.renew_claims(self.owner, time.time() + self._lease_s)
+
+
+class _Renewals:
+    """Who has stopped renewing, by this machine's steady clock alone: a claim that was made by a clock which is ahead
+    would outlive its process by as much.
+    """
+
+    def __init__(self, longest_s: float):
+        self._longest_s = longest_s
+        self._seen: dict[str, tuple[float, float]] = {}  # by owner: the end of its claims, and when that was new
+
+    def silent(self, ends: dict[str, float], now: float) -> set[str]:
+        """Owners whose claims have had the same end for `longest_s` seconds, of `ends` by owner; now: in seconds"""
+        new = {owner: (end, now) for owner, end in ends.items()}
+        old, self._seen = self._seen, new
+        for owner in old.keys() & new.keys():
+            if old[owner][0] == new[owner][0]:
+                new[owner] = old[owner]
+        return {owner for owner, (_, since) in new.items() if now - since > self._longest_s}
 
 
 def _process_space() -> str:

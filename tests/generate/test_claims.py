@@ -178,6 +178,29 @@ def test_claims_of_another_machine_last_until_they_expire(archive):
         assert next(batches) == draws[1:2]
 
 
+def test_claims_of_a_machine_whose_clock_is_ahead_end_too(archive, short_poll):
+    """Nobody renews them, so they are dropped long before their end; what is drawn twice for it is stored once."""
+    draws = sweep_draws(2)
+    with Claims(archive, MODEL, 1, find, lease_s=0.05) as claims:
+        with archive.transaction():
+            archive.claim([claims.digest(draws[0])], "elsewhere:1:abc", time.time() + 86400)
+        batches = []
+        for batch in claims.batches(draws, 10, one):
+            batches.append(batch)
+            finish(archive, claims, batch)
+    assert batches == [draws[1:], draws[:1]]
+    assert execute(archive.path, "SELECT * FROM claims") == []
+
+
+def test_who_renews_is_not_silent():
+    renewals = claims_module._Renewals(120)
+    assert renewals.silent({"lives": 60.0, "killed": 9e9}, 0) == set()
+    assert renewals.silent({"lives": 160.0, "killed": 9e9}, 100) == set()
+    assert renewals.silent({"lives": 200.0, "killed": 9e9, "new": 0.0}, 121) == {"killed"}
+    assert renewals.silent({"lives": 200.0, "new": 0.0}, 240) == set()
+    assert renewals.silent({"lives": 200.0, "killed": 9e9}, 242) == {"lives"}  # claims anew, which count from now
+
+
 def test_claims_of_a_process_that_ended_here_count_for_nothing(archive):
     draws = sweep_draws(2)
     ended = subprocess.Popen([sys.executable, "-c", ""])
