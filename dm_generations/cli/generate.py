@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from dm_generations.archive import Archive
-from dm_generations.cli._text import counted
+from dm_generations.cli._text import counted, file_size
 from dm_generations.cli.model_options import (
     STOPPED,
     add_model_options,
@@ -36,6 +36,7 @@ examples:
   python -m dm_generations generate --db sweep.db --prompts "a castle" "a cat" --top-k 50 0 --cond-scale 1 3
   python -m dm_generations generate --db sweep.db --sweep castles.toml --dry-run
 """
+ROW_BYTES = 235  # of the archive for a picture besides its codes, indexes included: measured on archive/emoji.db
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -221,12 +222,15 @@ def _estimate(pipeline, work: sweeps.Plan) -> None:
 
     generator = pipeline.generator
     print(f"{_describe(work.sweep)}; {work.existing_count:,} there already, {work.missing_count:,} to draw")
-    print(f"their codes take {work.missing_count * generator.token_count * 2:,} bytes in the archive")
+    code_bytes = work.missing_count * generator.token_count * 2
+    total = file_size(code_bytes + work.missing_count * ROW_BYTES)
+    print(f"they take about {total} in the archive, of which {code_bytes:,} bytes are codes")
     megabytes = generator.batch_bytes(generator.batch_size) / 1e6
     print(f"a batch of {generator.batch_size} takes {megabytes:,.0f} MB of memory besides the weights", flush=True)
     if work.missing:
         about = tqdm.format_interval(pipeline.seconds(work))
-        print(f"drawing and scoring takes about {about}, by the speed of a few steps; nothing was drawn")
+        what = "drawing" if pipeline.models.clip is None else "drawing and scoring"
+        print(f"{what} takes about {about}, by the speed of a few steps; nothing was drawn")
 
 
 def _fill(archive: Archive, work: sweeps.Plan, pipeline, args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from decode_kit import write_archive_2022
+from helpers import ROOT
 from PIL import Image
 from tiny import CODEBOOK_SIZE, GRID, tiny_clip, tiny_dalle_bart, tiny_models, tiny_vqgan
 
@@ -121,9 +122,18 @@ def test_another_model_draws_its_own_pictures(models, tmp_path, capsys):
 def test_dry_run_leaves_nothing_behind(models, tmp_path, capsys):
     assert draw(models, tmp_path / "a.db", "--prompts", "a boat", "a cat", "--n", 3, "--dry-run") == 0
     assert "0 there already, 6 to draw" in (told := capsys.readouterr().out)
-    assert f"{6 * GRID**2 * 2} bytes" in told
-    assert "MB of memory besides the weights" in told and "takes about 00:" in told
+    assert f"they take about 1.6 kB in the archive, of which {6 * GRID**2 * 2} bytes are codes" in told
+    assert "MB of memory besides the weights" in told and "drawing and scoring takes about 00:" in told
+    assert draw(models, tmp_path / "a.db", "--prompts", "a boat", "--dry-run", "--no-score") == 0
+    assert "\ndrawing takes about 00:" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_takes_what_dry_run_counts_with():
+    path = ROOT / "archive" / "emoji.db"
+    with Archive.open(path) as archive:
+        code_bytes = sum(len(blob) for (blob,) in archive.query("SELECT {quantvec} FROM images"))
+        assert (path.stat().st_size - code_bytes) / archive.count() == pytest.approx(generate.ROW_BYTES, rel=0.05)
 
 
 def test_dry_run_refuses_what_a_run_refuses_and_changes_no_file(models, tmp_path):
