@@ -43,19 +43,28 @@ HELD_OUT_SHARE = 1 / 16
 
 
 def fetch(folder: Path) -> dict[str, Path]:
-    """Tarballs of PACKAGES in `folder`, downloaded where missing; raises SystemExit when a hash differs."""
+    """Tarballs of PACKAGES in `folder`, downloaded where missing; SystemExit without npm, or if a hash differs."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for package, expected in PACKAGES.items():
         name, version = package.rsplit("@", 1)
         path = folder / f"{name.lstrip('@').replace('/', '-')}-{version}.tgz"
         if not path.exists():
-            subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            _npm_pack(package, folder)
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != expected:
             raise SystemExit(f"{path}: SHA-256 {found}, expected {expected}; delete the file and try again")
         paths[name] = path
     return paths
+
+
+def _npm_pack(package: str, folder: Path) -> None:
+    try:
+        subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise SystemExit("npm, which fetches the emoji, is not installed; it comes with Node.js") from None
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"npm could not fetch {package} (exit status {error.returncode}); try again later") from None
 
 
 def read_json(tarball: Path, member: str) -> dict:

@@ -162,7 +162,8 @@ def _wrong_values(row: dict, models: dict[int, ModelInfo]) -> Iterator[str]:
         ("cond_scale", -math.inf, math.inf),
     ):
         if not _is_finite(row[name]) or not low <= row[name] <= high:
-            yield f"{name} is {row[name]!r:.40}, not a number from {low} to {high}"
+            bounds = "" if low == -math.inf else f" from {low}" if high == math.inf else f" from {low} to {high}"
+            yield f"{name} is {row[name]!r:.40}, not a finite number{bounds}"
     for name in ("key0", "key1"):
         if not _is_whole(row[name], 0) or row[name] > UINT32_MAX:
             yield f"{name} is {row[name]!r:.40}, not a uint32"

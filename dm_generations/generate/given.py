@@ -87,7 +87,8 @@ def read_tokens(path: Path, token_count: int, codebook_size: int) -> np.ndarray:
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     except (ValueError, TypeError, EOFError, SyntaxError, MemoryError, OverflowError) as error:
-        raise UserError(f"{str(path)!r} is not a .npy file of codes: {one_line(error)}") from error
+        # NumPy takes whatever is no .npy file for a pickle, and its message is about those.
+        raise UserError(f"{str(path)!r} is not a .npy file of codes, as --output npy writes them") from error
     if not isinstance(found, np.ndarray):
         found.close()
         raise UserError(f"{str(path)!r} is an .npz file; give one array of it, saved as .npy")

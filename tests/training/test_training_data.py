@@ -38,6 +38,16 @@ def test_transparent_pixels_become_white_and_a_tall_picture_is_centred():
     assert (pixels[:, :4] == 255).all() and (pixels[:, 12:] == 255).all()
 
 
+def test_without_npm_a_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="npm, which fetches the emoji, is not installed"):
+        data.fetch(tmp_path / "downloads")
+    (tmp_path / "npm").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "npm").chmod(0o755)
+    with pytest.raises(SystemExit, match=r"npm could not fetch .*\(exit status 3\)"):
+        data.fetch(tmp_path / "downloads")
+
+
 def test_a_tarball_of_another_hash_is_refused(tmp_path):
     name, version = next(iter(data.PACKAGES)).rsplit("@", 1)
     (tmp_path / f"{name.lstrip('@').replace('/', '-')}-{version}.tgz").write_bytes(b"not it")
