@@ -138,7 +138,7 @@ class Block(nn.Module):
 
     def setup(self):
         config, dtype = self.config, self.dtype
-        self.ln1, self.ln2 = (nn.LayerNorm(NORM_EPSILON, dtype=dtype) for _ in range(2))
+        self.ln1, self.ln2 = (nn.LayerNorm(NORM_EPSILON, dtype=dtype, use_fast_variance=False) for _ in range(2))
         self.attn = Attention(config, dtype)
         self.mlp_0 = nn.Dense(4 * config.embed_dim, config.mlp_bias, dtype)
         self.mlp_2 = nn.Dense(config.embed_dim, config.mlp_bias, dtype)
@@ -196,7 +196,7 @@ class MinDalle(nn.Module):
             nn.Embed(rows, width) for rows in (config.vocab_size_img, config.ctx_len_img)
         )
         self.blocks = [Block(config, dtype) for _ in range(config.n_layers)]
-        self.ln_f = nn.LayerNorm(NORM_EPSILON, dtype=dtype)
+        self.ln_f = nn.LayerNorm(NORM_EPSILON, dtype=dtype, use_fast_variance=False)
         product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
         self.head_txt, self.head_img = (
             nn.Dense(rows, use_bias=False, dtype=dtype, dot_general=product)
