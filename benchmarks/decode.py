@@ -11,6 +11,7 @@ On 2 cores some minutes each; --codec PATH takes another codec's weights, "embed
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Callable
 
@@ -64,7 +65,7 @@ def network(args: argparse.Namespace) -> None:
         print(f"{what:34} {rate:9.2f} pictures/s {1e3 / rate:9.1f} ms {share}", flush=True)
 
     placed = jax.device_put(decoder_params)
-    line("the network as it is written", "float32", seconds_of(lambda: written(placed, tokens)))
+    line("the network as it is written", "float32", seconds_of(functools.partial(written, placed, tokens)))
     del placed
     for dtype in DTYPES:
         codec = Codec("vqgan", config, params, args.batch_size, dtype)

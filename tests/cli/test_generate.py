@@ -21,7 +21,7 @@ from PIL import Image
 from tiny import CODEBOOK_SIZE, GRID, tiny_clip, tiny_dalle_bart, tiny_models, tiny_vqgan
 
 from dm_generations.archive import Archive, verify
-from dm_generations.cli import build_parser
+from dm_generations.cli import build_parser, generate
 from dm_generations.errors import UserError
 from dm_generations.generate import run as runs
 from dm_generations.models import checkpoints
