@@ -47,14 +47,14 @@ class Command:
         """A process that is sent a signal once `out` holds `byte_count` bytes, unless it ends before."""
         # Tests that a shell runs in the background ignore this signal, and what they start would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        process = subprocess.Popen(self.line(out, *flags), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        try:
-            while process.poll() is None and bytes_under(out) < byte_count:
-                time.sleep(0.001)
-            process.send_signal(signal_number)
-            _, errors = process.communicate(timeout=100)
-        finally:
-            process.kill()
+        with subprocess.Popen(self.line(out, *flags), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                while process.poll() is None and bytes_under(out) < byte_count:
+                    time.sleep(0.001)
+                process.send_signal(signal_number)
+                _, errors = process.communicate(timeout=100)
+            finally:
+                process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, stderr=errors)
 
 

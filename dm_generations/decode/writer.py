@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dm_generations.errors import UserError
 from dm_generations.files import write_atomic
+from dm_generations.interrupts import uninterrupted
 
 QUEUE_PER_WORKER = 4  # enough to keep threads busy, few enough to bound memory
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no later file would fare better
@@ -24,6 +25,7 @@ class FileWriter:
         self._limit = QUEUE_PER_WORKER * workers
         self._pending: deque[tuple[Path, Future, Callable[[Exception | None], None]]] = deque()
 
+    @uninterrupted()
     def submit(
         self, path: Path, encode: Callable[[], bytes | memoryview], done: Callable[[Exception | None], None]
     ) -> None:
@@ -38,6 +40,7 @@ class FileWriter:
     def __enter__(self) -> "FileWriter":
         return self
 
+    @uninterrupted()
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         try:
             while error is None and self._pending:

@@ -31,6 +31,7 @@ from types import TracebackType
 
 from dm_generations.archive import Archive, ArchiveError, ModelInfo
 from dm_generations.generate.sweep import Draw
+from dm_generations.interrupts import uninterrupted
 
 LEASE_S = 60.0  # a claim that is not renewed ends after so long
 RENEWALS = 3  # in the time of a lease
@@ -73,8 +74,9 @@ class Claims:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._is_over.set()
-        self._renewer.join()
+        with uninterrupted():
+            self._is_over.set()
+            self._renewer.join()
         with contextlib.suppress(ArchiveError):  # of a full disk, say: claims end by themselves too
             with self._archive.transaction():
                 self._holders()
