@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 KINDS = {
     "float64": "Double",
@@ -151,3 +152,14 @@ def save_legacy(path: Path, value: Any, changed: dict[str, int] | None = None) -
         content += struct.pack("<q", count) + storage.elements.tobytes()
     path.write_bytes(content)
     return path
+
+
+def module(parameters=(), buffers=(), modules=(), **more) -> Call:
+    """A network as torch pickles it whole: pairs of name and tensor, and of name and network."""
+    ordered = Global("collections", "OrderedDict")
+    parts = {"_parameters": parameters, "_buffers": buffers, "_modules": modules}
+    state = {"training": False} | {name: Call(ordered, (list(part),)) for name, part in parts.items()} | more
+    return Call(Global("net", "Module"), (), state, new=True)
+
+
+WRITERS = pytest.mark.parametrize("write", [save, save_legacy], ids=["zip", "legacy"])

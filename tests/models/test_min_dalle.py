@@ -7,7 +7,7 @@ import codec_kit
 import jax
 import numpy as np
 import pytest
-from helpers import golden
+from helpers import ROOT, golden
 
 from dm_generations.errors import UserError
 from dm_generations.models import checkpoints
@@ -16,7 +16,9 @@ from dm_generations.models.checkpoints.torch_pickle import read_torch
 from dm_generations.models.vqgan import VQGANConfig
 
 GENERATORS = sorted(file.parent for file in golden("min_dalle").glob("*/decoder.pt"))
-DETOKERS = sorted(file.parent for file in golden("min_dalle").glob("*/detoker.pt"))
+# Its weights are not in the repository, but drawn here as they were when its pictures were recorded.
+SEEDED = ROOT / "tests/golden/min_dalle/detoker_seeded"
+DETOKERS = [SEEDED, *sorted(file.parent for file in golden("min_dalle").glob("*/detoker.pt"))]
 DETOKER_CONFIG = VQGANConfig(
     ch=32,
     ch_mult=(1, 1, 2),
@@ -193,12 +195,36 @@ def test_other_files_are_left_to_other_readers(tmp_path):
         assert min_dalle.generator(path) is None and min_dalle.codec(path) is None
 
 
-@pytest.mark.parametrize("folder", DETOKERS, ids=lambda folder: folder.name)
-def test_pictures_are_those_of_the_original(folder):
-    """Floats in 0..255. Grids go down the columns first; a seamless one is decoded as one map of tokens."""
-    model = checkpoints.load(folder, "codec")
-    with np.load(folder / "golden.npz") as file:
+@pytest.fixture(params=DETOKERS, ids=lambda folder: folder.name)
+def recorded(request, tmp_path):
+    """A folder with detoker.pt, and the recorded arrays."""
+    with np.load(request.param / "golden.npz") as file:
         arrays = dict(file)
+    if request.param == SEEDED:
+        codec_kit.saved(tmp_path / "detoker.pt", seeded_state(json.loads((SEEDED / "shapes.json").read_text())))
+        return tmp_path, arrays
+    return request.param, arrays
+
+
+def seeded_state(shapes):
+    """Weights in the order of `shapes`; NumPy promises that RandomState's numbers never change (NEP 19)."""
+    numbers, state = np.random.RandomState(20221121), {}
+    for name, shape in shapes.items():
+        values = numbers.standard_normal(shape)
+        if "norm" in name and name.endswith("weight"):
+            values = 1 + 0.1 * values
+        elif name.endswith("bias"):
+            values = 0.1 * values + 0.5 * (name == "decoder.conv_out.bias")
+        elif len(shape) == 4:
+            values = values / np.prod(shape[1:]) ** 0.5
+        state[name] = values.astype(np.float32)
+    return state
+
+
+def test_pictures_are_those_of_the_original(recorded):
+    """Floats in 0..255. Grids go down the columns first; a seamless one is decoded as one map of tokens."""
+    folder, arrays = recorded
+    model = checkpoints.load(folder, "codec")
     tokens = arrays["tokens"].astype(np.int32)
     count, side = round(len(tokens) ** 0.5), round(tokens.shape[1] ** 0.5)
 
