@@ -58,8 +58,7 @@ class Codec:
         self._params = prepare(params, NamedSharding(mesh, PartitionSpec()))
 
         def to_uint8(params, tokens):  # (b, L) or grids (b, h, w), uint16 -> (b, H, W, 3) uint8, of one device
-            with matmul_precision(dtype):
-                pixels = decode(params, tokens.astype(jnp.int32))
+            pixels = decode(params, tokens.astype(jnp.int32))
             # Truncated, not rounded: what the 2022 script wrote.
             return (jnp.clip(pixels, 0.0, 1.0) * jnp.float32(255)).astype(jnp.uint8)
 
@@ -189,7 +188,8 @@ def _network(kind: str, config: Any, dtype: np.dtype, platform: str) -> tuple[Ca
         return placed({name: params[name] for name in network.DECODER_PARTS}, where=where)
 
     def decode(params, tokens):
-        return model.apply({"params": params}, tokens, method="decode_code")
+        with matmul_precision(dtype):
+            return model.apply({"params": params}, tokens, method="decode_code")
 
     return prepare, decode
 
