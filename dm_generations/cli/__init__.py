@@ -62,18 +62,18 @@ def main(argv: list[str] | None = None) -> int:
         # A prompt holds any character, and a name any byte, whatever the terminal or file can: as stderr does it.
         sys.stdout.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
-    if getattr(sys.stdout, "errors", None) == "strict":  # prompts and paths have letters that a terminal may lack
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return args.run(args)
-    except UserError as error:
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        sys.stderr.close()
+        return 128 + SIGPIPE
+    except (UserError, OSError) as error:  # OSError: of our output, say, to a disk that is full
         if args.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        sys.stderr.close()
-        return 128 + SIGPIPE
     except KeyboardInterrupt:
         print("interrupted; repeat the command to go on", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dm_generations.archive import DTYPES, Archive
 from dm_generations.cli._text import counted
+from dm_generations.cli._types import at_least_one
 from dm_generations.cli.model_options import prepare_device
 from dm_generations.errors import UserError
 from dm_generations.resources import shipped
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--num-workers",
-        type=_at_least_one,
+        type=at_least_one,
         metavar="N",
         help="threads that encode files (default: one for each core)",
     )
@@ -95,13 +96,13 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="pictures carry their row: prompt, settings, key, scores and models, as text (default: off)",
     )
-    add("--shard-size", type=_at_least_one, metavar="N", help="pictures in a shard of --mode tar (default: 1000)")
+    add("--shard-size", type=at_least_one, metavar="N", help="pictures in a shard of --mode tar (default: 1000)")
 
 
 def _add_gallery(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--gallery-cols", type=_at_least_one, default=8, metavar="N", help="pictures in a row (default: 8)")
-    add("--gallery-rows", type=_at_least_one, default=4, metavar="N", help="rows of pictures (default: 4)")
+    add("--gallery-cols", type=at_least_one, default=8, metavar="N", help="pictures in a row (default: 8)")
+    add("--gallery-rows", type=at_least_one, default=4, metavar="N", help="rows of pictures (default: 4)")
     add(
         "--seamless",
         action="store_true",
@@ -137,7 +138,7 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--n-best",
-        type=_at_least_one,
+        type=at_least_one,
         metavar="N",
         help="only the N best of each prompt and setting, by CLIP score",
     )
@@ -221,7 +222,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _batch_size(text: str) -> int | None:
-    return None if text == "auto" else _at_least_one(text)
+    return None if text == "auto" else at_least_one(text)
 
 
 def _quality(text: str) -> int:
@@ -231,12 +232,5 @@ def _quality(text: str) -> int:
     return number
 
 
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
-
-
-_at_least_one.__name__ = _quality.__name__ = "whole number"  # argparse names the type when int() fails
+_quality.__name__ = "whole number"  # argparse names the type when int() fails
 _batch_size.__name__ = "whole number or auto"

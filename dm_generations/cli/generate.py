@@ -11,10 +11,10 @@ from pathlib import Path
 
 from dm_generations.archive import Archive
 from dm_generations.cli._text import counted, file_size
+from dm_generations.cli._types import at_least_one
 from dm_generations.cli.model_options import (
     STOPPED,
     add_model_options,
-    check_batch_size,
     dalle_pytorch_overrides,
     prepare_device,
 )
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--progressive",
-        type=int,
+        type=at_least_one,
         metavar="N",
         help="write a picture of the codes so far after every N of them, the rest filled with the first one",
     )
@@ -159,9 +159,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    check_batch_size(args.batch_size)
-    if args.progressive is not None and args.progressive < 1:
-        raise UserError(f"--progressive must be at least 1, not {args.progressive}")
     if args.no_score and args.clip:
         raise UserError("use just one of --clip and --no-score")
     described = {} if args.sweep is None else read_sweep(args.sweep)
@@ -234,7 +231,7 @@ def _estimate(pipeline, work: sweeps.Plan) -> None:
 
 
 def _fill(archive: Archive, work: sweeps.Plan, pipeline, args: argparse.Namespace) -> int:
-    from dm_generations.decode.progress import Progress
+    from dm_generations.progress import Progress
 
     print(f"{_describe(work.sweep)}, {work.missing_count:,} of them to draw", file=sys.stderr)
     started = time.monotonic()

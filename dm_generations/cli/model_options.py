@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dm_generations.archive import DTYPES
-from dm_generations.errors import UserError
+from dm_generations.cli._types import at_least_one
 from dm_generations.generate import sweep as sweeps
 
 STOPPED = 130  # the exit status of a program that Ctrl-C ended
@@ -34,7 +34,7 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
         add("--no-score", action="store_true", help="leave the scores out; `score` adds them later")
     add(
         "--batch-size",
-        type=int,
+        type=at_least_one,
         default=sweeps.DEFAULT_BATCH_SIZE,
         metavar="N",
         help=f"pictures at a time; halved where memory does not hold them (default: {sweeps.DEFAULT_BATCH_SIZE})",
@@ -71,12 +71,6 @@ def dalle_pytorch_overrides(args: argparse.Namespace) -> dict[str, str | bool]:
     if args.cond_scale_of is not None:
         overrides["guides_first_code_alone"] = args.cond_scale_of == "first"
     return overrides
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Raises UserError unless it is at least 1."""
-    if batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, not {batch_size}")
 
 
 def prepare_device(cpu_only: bool) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dm_generations.archive import Archive
 from dm_generations.cli._text import counted
-from dm_generations.cli.model_options import STOPPED, add_model_options, check_batch_size, prepare_device
+from dm_generations.cli.model_options import STOPPED, add_model_options, prepare_device
 
 HELP = "fill in missing CLIP scores"
 DESCRIPTION = """\
@@ -36,12 +36,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    check_batch_size(args.batch_size)
     with Archive.open(args.db, "w") as archive:
         prepare_device(args.cpu_only)
-        from dm_generations.decode.progress import Progress
         from dm_generations.generate.scores import count_to_score, score_archive
         from dm_generations.models import checkpoints
+        from dm_generations.progress import Progress
 
         total = count_to_score(archive, args.all)
         if not total:

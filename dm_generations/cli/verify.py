@@ -8,9 +8,9 @@ from pathlib import Path
 
 from dm_generations.archive import Archive, verify
 from dm_generations.cli._text import counted, printable
+from dm_generations.cli._types import at_least_one
 from dm_generations.cli.model_options import (
     add_dalle_pytorch_options,
-    check_batch_size,
     dalle_pytorch_overrides,
     prepare_device,
 )
@@ -42,14 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = group.add_mutually_exclusive_group()
     which.add_argument("--regenerate", action="store_true", help="draw rows again and compare their codes")
     which.add_argument("--replay", action="store_true", help="check that each stored code is the one that wins")
-    group.add_argument("--sample", type=int, metavar="N", help="N rows, evenly spread (default: all)")
+    group.add_argument("--sample", type=at_least_one, metavar="N", help="N rows, evenly spread (default: all)")
     group.add_argument("--margin", type=float, default=0.01, help="by how much a code may miss (default: 0.01)")
     group.add_argument("--model", metavar="PATH", help="the model that drew them (default: the one that ships)")
     group.add_argument("--tokenizer", metavar="PATH", type=Path, help="its tokenizer, if not beside it")
     add_dalle_pytorch_options(group.add_argument)
     group.add_argument(
         "--batch-size",
-        type=int,
+        type=at_least_one,
         default=DEFAULT_BATCH_SIZE,
         metavar="N",
         help=f"as they were drawn with (default: {DEFAULT_BATCH_SIZE})",
@@ -80,11 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _draw_again(archive: Archive, args: argparse.Namespace) -> int:
     """How many rows the model does not give again; a line for each."""
-    from dm_generations.decode.progress import Progress
+    from dm_generations.progress import Progress
 
-    check_batch_size(args.batch_size)
-    if args.sample is not None and args.sample < 1:
-        raise UserError(f"--sample must be at least 1, not {args.sample}")
     if not args.margin >= 0:
         raise UserError(f"--margin must be 0 or more, not {args.margin}")
     prepare_device(args.cpu_only)

@@ -24,11 +24,11 @@ from dm_generations.decode.npy import encode_npy
 from dm_generations.decode.options import Options, Report
 from dm_generations.decode.piece import Finish, Piece, entry
 from dm_generations.decode.plan import GroupPlan, Target, is_finished
-from dm_generations.decode.progress import Progress
 from dm_generations.decode.shards import Member, Shard, ShardSet, ShardWriter, fingerprint
 from dm_generations.decode.tokens import BadTokens, tokens_of
 from dm_generations.decode.writer import FileWriter
 from dm_generations.errors import UserError
+from dm_generations.progress import Progress
 
 # What is decoded as one: the file, the cell there, and the tokens (L,) uint16; or no cell, and those of all its cells
 # (cells, L).

@@ -16,10 +16,10 @@ from dm_generations.decode.fit import check_fit
 from dm_generations.decode.job import AnyTokens, Job
 from dm_generations.decode.options import Options, Report
 from dm_generations.decode.plan import select_groups
-from dm_generations.decode.progress import Progress
 from dm_generations.errors import UserError
 from dm_generations.files import remove_stale_temporaries
 from dm_generations.models import checkpoints
+from dm_generations.progress import Progress
 
 __all__ = ["Options", "Report", "decode_archive"]
 

