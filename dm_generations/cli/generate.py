@@ -161,6 +161,8 @@ def run(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     if args.no_score and args.clip:
         raise UserError("use just one of --clip and --no-score")
+    if args.keys and (args.n is not None or args.seed is not None):
+        raise UserError("use just one of --keys and of --n with --seed")
     described = {} if args.sweep is None else read_sweep(args.sweep)
     described |= {name: value for name in KEYS if (value := getattr(args, name)) is not None}
     sweep = sweeps.Sweep(

@@ -151,7 +151,11 @@ def read_picture(path: Path, size: int) -> np.ndarray:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
+                if opened.mode == "F":  # of no agreed range
+                    raise UserError(f"{str(path)!r} has floating-point pixels; save it with 8 or 16 bits a channel")
                 picture = _rgb(ImageOps.exif_transpose(opened))
+    except UserError:
+        raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(
             f"{str(path)!r} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first"

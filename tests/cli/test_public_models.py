@@ -204,6 +204,7 @@ def test_tokens_as_npy(letters, tmp_path):
         (["--model", golden("dalle_bart/mini")], "takes 8x8: give the model's own codec"),
         (["--model", golden("mindalle_kakao/ckpt"), "--codec", golden("vqgan_jax/a")], "give the model's own codec"),
         (["--keys", "12"], "is not two whole numbers"),
+        (["--keys", "1:2", "--n", "4"], "use just one of --keys and of --n with --seed"),
         (["--keys", f"1:{2**32}"], "must be from 0 to 4,294,967,295"),
     ],
 )

@@ -148,6 +148,13 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path, content):
         given.read_picture(tmp_path / "none.png", 8)
 
 
+def test_floating_point_pixels_are_refused(tmp_path):
+    """They have no agreed range: those from 0 to 1 would all be black."""
+    Image.new("F", (8, 8), 0.5).save(tmp_path / "p.tif")
+    with pytest.raises(UserError, match=r"p\.tif' has floating-point pixels; save it with 8 or 16 bits"):
+        given.read_picture(tmp_path / "p.tif", 8)
+
+
 @pytest.mark.parametrize("limit", [3000, 1000])  # of Pillow: it warns above, and refuses above twice as many
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, limit):
     (tmp_path / "p.png").write_bytes(png_bytes())
