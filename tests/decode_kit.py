@@ -1,14 +1,19 @@
 """Small archives to decode, and what a decode left behind."""
 
 import hashlib
+import json
 import sqlite3
 import zipfile
 from pathlib import Path
 
 import numpy as np
+from flax.serialization import msgpack_serialize
+from flax.traverse_util import unflatten_dict
 from PIL import Image
 
 from dm_generations.archive import Settings
+from dm_generations.models.networks import parameter_shapes
+from dm_generations.models.vqgan import VQGANConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_DECODE = GOLDEN / "original_script"  # what the 2022 script read and wrote
@@ -45,6 +50,32 @@ def write_archive_2022(path: Path, tokens: np.ndarray, prompts: tuple[str, ...] 
     connection.commit()
     connection.close()
     return path
+
+
+def write_codec_2022(folder: Path) -> Path:
+    """The VQGAN that the 2022 script was given, in the format of vqgan-jax (tests/golden/original_script/README.md).
+
+    Its weights are drawn as those of vqgan_jax/a were, one after another from the same seed; it has one residual block
+    more a level, so that nearly all come out otherwise.
+    """
+    values = json.loads((GOLDEN_CODEC / "config.json").read_text()) | {"num_res_blocks": 2}
+    normal, weights = np.random.default_rng(101).standard_normal, {}
+    for name, shape in parameter_shapes("vqgan", VQGANConfig.from_dict(values)).items():
+        drawn, leaf = normal(shape), name.rsplit("/", 1)[1]
+        if leaf == "kernel":
+            is_attention, is_last = "/attn_" in name, name == "decoder/conv_out/kernel"
+            gain = (2.0 if "/q/" in name or "/k/" in name else 1.6) if is_attention else 0.625 if is_last else 1.25
+            drawn *= gain / np.prod(shape[:-1]) ** 0.5
+        elif leaf == "bias":
+            drawn = 0.2 * drawn + 0.5 * (name == "decoder/conv_out/bias")
+        elif leaf == "scale":
+            drawn = 1 + 0.3 * drawn
+        weights[name] = drawn.astype(np.float32)
+    weights["quantize/embedding/embedding"] = np.load(GOLDEN_DECODE / "codebook.npy")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "flax_model.msgpack").write_bytes(msgpack_serialize(unflatten_dict(weights, sep="/")))
+    return folder
 
 
 def change(path: Path, statement: str, *values: object) -> None:
