@@ -5,7 +5,9 @@ R, C: rows and columns of pictures on a sheet
 """
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -15,12 +17,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dm_generations.decode.memory import check_fits, fitting_batch_size, is_out_of_memory
 from dm_generations.errors import UserError
+from dm_generations.interrupts import uninterrupted
 from dm_generations.models.networks import network_class
 from dm_generations.models.placement import placed
 from dm_generations.models.precision import matmul_precision
 from dm_generations.models.vqgan_decoder import VQGANDecoder
 
 _AXIS = "pictures"
+_AT_ONCE = 2  # batches that a CPU computes beside each other
 
 
 class Codec:
@@ -98,6 +102,10 @@ class Codec:
         self._of_one_device = to_uint8
         self.batch_size = -(-batch_size // len(self._devices)) * len(self._devices)
         self._to_uint8 = jax.jit(_on_each_device(to_uint8, self._mesh) if len(self._devices) > 1 else to_uint8)
+        self._compiled: set[int] = set()  # sizes of batches
+        # A CPU takes one picture at a time, whose small layers leave cores idle, and what one thread asks for in turn.
+        is_one_cpu = len(self._devices) == 1 and self._devices[0].platform == "cpu"
+        self._slots = threading.Semaphore(_AT_ONCE) if is_one_cpu else None
 
     def start(self, tokens: np.ndarray) -> "Decoding":
         """Begin decoding `tokens` (n, L) uint16, for any n; does not wait for the pictures.
@@ -113,10 +121,15 @@ class Codec:
         """Pictures (n, H, W, 3) uint8 of `tokens` (n, L) uint16. Raises as `start`."""
         return self.start(tokens).pictures()
 
-    def _start_batch(self, tokens: np.ndarray, batch_size: int) -> jax.Array:
+    def _start_batch(self, tokens: np.ndarray, batch_size: int) -> Callable[[], jax.Array]:
+        """What waits for the pictures (B, H, W, 3), and raises what went wrong."""
         padded = np.zeros((batch_size, *self._item), np.uint16)  # new: the device may read it later
         padded[: len(tokens)] = tokens
-        return self._to_uint8(self._params, jax.device_put(padded, self._rows))
+        run = partial(self._to_uint8, self._params, jax.device_put(padded, self._rows))
+        if self._slots is not None and batch_size in self._compiled:
+            return _Beside(run, self._slots).result
+        self._compiled.add(batch_size)
+        return partial(jax.block_until_ready, run())
 
     def _halve(self, batch_size: int, error: Exception) -> None:
         """After a batch of this size did not fit."""
@@ -135,7 +148,7 @@ class Decoding:
     def __init__(self, codec: Codec, tokens: np.ndarray):
         self._codec = codec
         self._count = len(tokens)
-        self._parts: list[tuple[np.ndarray, jax.Array]] = []  # tokens (at most B, L), pictures (B, H, W, 3)
+        self._parts: list[tuple[np.ndarray, int, Callable]] = []  # tokens (at most B, L), B, what waits for pictures
         self._start(tokens)
 
     def __len__(self) -> int:
@@ -150,14 +163,14 @@ class Decoding:
     def on_device(self) -> Iterator[tuple[jax.Array, int]]:
         """Wait for them, once: batches (B, H, W, 3) uint8 where they are, and how many pictures each holds."""
         while self._parts:
-            tokens, pictures = self._parts.pop(0)
+            tokens, batch_size, wait = self._parts.pop(0)
             try:
-                jax.block_until_ready(pictures)
+                pictures = wait()
             except jax.errors.JaxRuntimeError as error:  # of a computation that began without an error
                 if not is_out_of_memory(error):
                     raise
-                self._codec._halve(len(pictures), error)
-                del pictures
+                self._codec._halve(batch_size, error)
+                del wait
                 yield from self._codec.start(tokens).on_device()
             else:
                 yield pictures, len(tokens)
@@ -168,12 +181,37 @@ class Decoding:
             size = self._codec.batch_size
             part = tokens[first : first + size]
             try:
-                self._parts.append((part, self._codec._start_batch(part, size)))
+                self._parts.append((part, size, self._codec._start_batch(part, size)))
                 first += size
             except jax.errors.JaxRuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 self._codec._halve(size, error)
+
+
+class _Beside:
+    """A computation in a thread of its own."""
+
+    def __init__(self, run: Callable[[], jax.Array], slots: threading.Semaphore):
+        self._found: jax.Array | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(run, slots))
+        with uninterrupted():
+            self._thread.start()
+
+    def result(self) -> jax.Array:
+        """Wait for it, once. Raises what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+    def _run(self, run: Callable[[], jax.Array], slots: threading.Semaphore) -> None:
+        try:
+            with slots:
+                self._found = jax.block_until_ready(run())
+        except BaseException as error:
+            self._error = error
 
 
 def _network(kind: str, config: Any, dtype: np.dtype, platform: str) -> tuple[Callable, Callable]:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -111,6 +112,24 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch, when_fetched):
     assert tried == [4] * 6  # what it learned, it keeps
 
 
+def test_what_goes_wrong_with_a_batch_beside_another_is_raised(monkeypatch):
+    codec = Codec.from_checkpoint(checkpoints.load(GOLDEN_CODEC, "codec"), batch_size=2)
+    tokens = random_tokens(6, codec.token_count, codec.codebook_size)
+    expected, decode, calls = codec.decode(tokens), codec._to_uint8, []
+
+    def to_uint8(params, tokens):
+        calls.append(threading.current_thread())
+        if len(calls) == 2:
+            raise ValueError("the second batch")
+        return decode(params, tokens)
+
+    monkeypatch.setattr(codec, "_to_uint8", to_uint8)
+    with pytest.raises(ValueError, match="the second batch"):
+        codec.decode(tokens)
+    assert threading.current_thread() not in calls
+    np.testing.assert_array_equal(codec.decode(tokens), expected)
+
+
 def test_no_memory_for_one_picture_is_an_error(monkeypatch):
     codec = Codec.from_checkpoint(checkpoints.load(GOLDEN_CODEC, "codec"), batch_size=4)
     failing(codec, monkeypatch, 0)
@@ -126,9 +145,9 @@ tokens = np.load(sys.argv[2])
 codec = Codec.from_checkpoint(checkpoints.load(sys.argv[1], "codec"), batch_size=6)
 assert codec.batch_size == 8  # two for each device
 with jax.transfer_guard("disallow"):
-    decoding = codec.start(tokens)
-    assert {len(shard.data) for _, part in decoding._parts for shard in part.addressable_shards} == {2}
-    np.save(sys.argv[3], decoding.pictures())
+    parts = list(codec.start(tokens).on_device())
+    assert {len(shard.data) for part, _ in parts for shard in part.addressable_shards} == {2}
+    np.save(sys.argv[3], np.concatenate([jax.device_get(part)[:count] for part, count in parts]))
 assert len(jax.devices()) == 4
 """
 
