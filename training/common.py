@@ -14,9 +14,25 @@ import flax.serialization
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from dm_generations.files import write_atomic
+
+
+def _place(tree: Any, spec: PartitionSpec) -> Any:
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
+    return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+def on_every_device(tree: Any) -> Any:
+    """Arrays of any shape, a copy on each device: weights, and whatever all rows of a batch read."""
+    return _place(tree, PartitionSpec())
+
+
+def shared_out(batch: Any) -> Any:
+    """Arrays (B, ...), their rows shared out among the devices. ValueError unless these divide B."""
+    return _place(batch, PartitionSpec("batch"))
 
 
 def adamw(peak: float, steps: int, warmup: int, weight_decay: float = 0.01) -> optax.GradientTransformation:
@@ -71,13 +87,13 @@ class Run:
 
     def __init__(self, folder: Path, state: Any, save_every: int):
         self.folder, self.save_every = folder, save_every
-        self.state, self.step, self.seconds = state, 0, 0.0
+        self.state, self.step, self.seconds = on_every_device(state), 0, 0.0
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "state.msgpack"
         if path.exists():
             stored = flax.serialization.msgpack_restore(path.read_bytes())
             self.step, self.seconds = int(stored["step"]), float(stored["seconds"])
-            self.state = flax.serialization.from_state_dict(state, stored["state"])
+            self.state = on_every_device(flax.serialization.from_state_dict(state, stored["state"]))
             print(f"resuming {folder} at step {self.step}", flush=True)
             # Lines logged after the last saved state will be logged again.
             log = folder / "log.jsonl"

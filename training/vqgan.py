@@ -21,7 +21,7 @@ import optax
 from dm_generations.models import checkpoints
 from dm_generations.models.vqgan import VQGAN, VQGANConfig
 from training import data
-from training.common import Run, adamw, in_float32, picture_grid
+from training.common import Run, adamw, in_float32, on_every_device, picture_grid, shared_out
 
 CPU_64 = VQGANConfig(
     ch=16,
@@ -39,6 +39,7 @@ EMA_DECAY = 0.99
 COMMITMENT = 0.25
 RESTART_BELOW = 0.02  # of the mean use; a code used less starts again from a random vector of the batch
 MAX_SHIFT = 3  # pixels
+CPU_DEVICES = 2  # each with half of a batch: layers this small leave one of two cores idle
 
 
 def augment(pixels, key, max_shift: int, mirrored: bool):
@@ -95,7 +96,7 @@ class Trainer:
     def __init__(self, config: VQGANConfig, pixels: np.ndarray, weights: np.ndarray, args: argparse.Namespace):
         self.config, self.args = config, args
         self.model = VQGAN(config)
-        self.pixels = jnp.asarray(pixels)
+        self.pixels = on_every_device(pixels)
         self.weights = weights / weights.sum()
         self.optimiser = adamw(args.learning_rate, args.steps, warmup=min(200, args.steps // 10))
 
@@ -165,7 +166,7 @@ class Trainer:
         rng = np.random.default_rng([args.seed, step])
         indices = rng.choice(len(self.pixels), args.batch_size, p=self.weights)
         key = jax.random.fold_in(jax.random.key(args.seed), step)
-        return self._step(state, indices, key, step >= args.continuous_steps)
+        return self._step(state, shared_out(indices), key, step >= args.continuous_steps)
 
     def start_codebook(self, state):
         rng = np.random.default_rng([self.args.seed, 1 << 20])
@@ -179,7 +180,7 @@ class Trainer:
         mean_use = self.args.batch_size * self.config.grid**2 / self.config.n_embed
         counts = jnp.full(self.config.n_embed, mean_use)
         params = with_codebook(state["params"], codebook)
-        return state | {"params": params, "counts": counts, "sums": codebook * counts[:, None]}
+        return on_every_device(state | {"params": params, "counts": counts, "sums": codebook * counts[:, None]})
 
 
 def reconstruct(model: VQGAN, params: dict, pixels: np.ndarray, batch: int = 32) -> tuple[np.ndarray, np.ndarray]:
@@ -219,6 +220,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 
     pixels, rows = data.load(args.data)
     train = np.array([not row["held_out"] for row in rows])
@@ -234,7 +236,7 @@ def main() -> None:
     run = Run(args.run, trainer.init(params), save_every=500)
 
     def evaluate(state) -> dict:
-        pictures, tokens = reconstruct(trainer.model, state["params"], pixels[held_out])
+        pictures, tokens = reconstruct(trainer.model, jax.device_get(state["params"]), pixels[held_out])
         sheet = np.stack([pixels[held_out][:32], pictures[:32]], 1).reshape(-1, *pixels.shape[1:])
         picture_grid(sheet, 16).save(args.run / f"held_out-{run.step:05d}.png")
         values = psnr(pictures, pixels[held_out])

@@ -15,16 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dm_generations.beside import Beside, count_at_once
 from dm_generations.decode.memory import check_fits, fitting_batch_size, is_out_of_memory
 from dm_generations.errors import UserError
-from dm_generations.interrupts import uninterrupted
 from dm_generations.models.networks import network_class
 from dm_generations.models.placement import placed
 from dm_generations.models.precision import matmul_precision
 from dm_generations.models.vqgan_decoder import VQGANDecoder
 
 _AXIS = "pictures"
-_AT_ONCE = 2  # batches that a CPU computes beside each other
 
 
 class Codec:
@@ -103,9 +102,8 @@ class Codec:
         self.batch_size = -(-batch_size // len(self._devices)) * len(self._devices)
         self._to_uint8 = jax.jit(_on_each_device(to_uint8, self._mesh) if len(self._devices) > 1 else to_uint8)
         self._compiled: set[int] = set()  # sizes of batches
-        # A CPU takes one picture at a time, whose small layers leave cores idle, and what one thread asks for in turn.
-        is_one_cpu = len(self._devices) == 1 and self._devices[0].platform == "cpu"
-        self._slots = threading.Semaphore(_AT_ONCE) if is_one_cpu else None
+        self.at_once = count_at_once(self._devices)  # batches
+        self._slots = threading.Semaphore(self.at_once) if self.at_once > 1 else None
 
     def start(self, tokens: np.ndarray) -> "Decoding":
         """Begin decoding `tokens` (n, L) uint16, for any n; does not wait for the pictures.
@@ -127,7 +125,7 @@ class Codec:
         padded[: len(tokens)] = tokens
         run = partial(self._to_uint8, self._params, jax.device_put(padded, self._rows))
         if self._slots is not None and batch_size in self._compiled:
-            return _Beside(run, self._slots).result
+            return Beside(lambda: jax.block_until_ready(run()), self._slots).result
         self._compiled.add(batch_size)
         return partial(jax.block_until_ready, run())
 
@@ -187,31 +185,6 @@ class Decoding:
                 if not is_out_of_memory(error):
                     raise
                 self._codec._halve(size, error)
-
-
-class _Beside:
-    """A computation in a thread of its own."""
-
-    def __init__(self, run: Callable[[], jax.Array], slots: threading.Semaphore):
-        self._found: jax.Array | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(run, slots))
-        with uninterrupted():
-            self._thread.start()
-
-    def result(self) -> jax.Array:
-        """Wait for it, once. Raises what it raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._found
-
-    def _run(self, run: Callable[[], jax.Array], slots: threading.Semaphore) -> None:
-        try:
-            with slots:
-                self._found = jax.block_until_ready(run())
-        except BaseException as error:
-            self._error = error
 
 
 def _network(kind: str, config: Any, dtype: np.dtype, platform: str) -> tuple[Callable, Callable]:

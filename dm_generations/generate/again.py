@@ -68,7 +68,7 @@ def differences(
     drawer = Generator(generator, tokenizer_of(generator), batch_size, dtype=dtype)
     prompts, sc_prompts = archive.prompts(), archive.sc_prompts()
     rows = archive.read_rows(ids)
-    while batch := list(itertools.islice(rows, drawer.capacity)):
+    while batch := list(itertools.islice(rows, sum(drawer.capacities))):
         found, usable, tokens = [], [], []
         for row in batch:
             try:

@@ -6,7 +6,7 @@ where its clock was ahead. Claims save work and no more; what keeps a draw from 
 index.
 
     with Claims(archive, model_info, sampler_version, known_model) as claims:
-        for batch in claims.batches(work.draws(), capacity, cost, progress.advance):
+        for batch in claims.batches(work.draws(), capacities, cost, progress.advance):
             images = pipeline.draw(batch)  # takes its time; nothing is locked
             with archive.transaction():
                 archive.add_images(images, ...)
@@ -85,22 +85,23 @@ class Claims:
     def batches(
         self,
         draws: Iterable[Draw],
-        capacity: int,
+        capacities: Sequence[int],
         cost: Callable[[Draw], int],
         on_elsewhere: Callable[[int], None] = lambda count: None,
     ) -> Iterator[list[Draw]]:
         """The draws that are neither stored nor claimed by others, in batches that are claimed for this process.
 
-        A batch takes draws, in the order of `draws` but for those that another process had claimed, until the next
-        one's cost is more than what is left of `capacity`. When all that is left is claimed by others this waits,
-        until they have stored it or have ended; so at the end every draw is stored, or was in a batch. Release each
-        batch in the transaction that stores it. `on_elsewhere` hears how many draws others have stored.
+        A batch takes draws, in the order of `draws` but for those that another process had claimed. It fills the
+        `capacities` one after the other, each until the next draw's cost is more than what is left of it. When all
+        that is left is claimed by others this waits, until they have stored it or have ended; so at the end every draw
+        is stored, or was in a batch. Release each batch in the transaction that stores it. `on_elsewhere` hears how
+        many draws others have stored.
         """
         fresh = iter(draws)
         postponed: list[Draw] = []
         while True:
             earlier = iter(postponed)
-            batch, postponed, stored_count = self._take(itertools.chain(earlier, fresh), capacity, cost)
+            batch, postponed, stored_count = self._take(itertools.chain(earlier, fresh), capacities, cost)
             postponed += earlier
             if stored_count:
                 on_elsewhere(stored_count)
@@ -123,13 +124,14 @@ class Claims:
         return hashlib.blake2b(text.encode("ascii"), digest_size=DIGEST_BYTES).digest()
 
     def _take(
-        self, draws: Iterator[Draw], capacity: int, cost: Callable[[Draw], int]
+        self, draws: Iterator[Draw], capacities: Sequence[int], cost: Callable[[Draw], int]
     ) -> tuple[list[Draw], list[Draw], int]:
         """Claims a batch; returns it, the draws looked at that are left for later, how many were stored already."""
         batch: list[Draw] = []
         postponed: list[Draw] = []
         stored_count = 0
-        room = capacity
+        rooms = iter(capacities)
+        room = next(rooms)
         is_full = False
         while not is_full and (some := list(itertools.islice(draws, LOOK_AHEAD))):
             with self._archive.transaction():
@@ -138,7 +140,9 @@ class Claims:
                 claimed = []
                 for index, draw in enumerate(some):
                     needed = cost(draw)
-                    assert needed <= capacity, f"a draw costs {needed}, a batch has room for {capacity}"
+                    assert needed <= min(capacities), f"a draw costs {needed}, there is room for {capacities}"
+                    if needed > room:
+                        room = next(rooms, 0)
                     if needed > room:
                         postponed += some[index:]
                         is_full = True

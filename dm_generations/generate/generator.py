@@ -3,12 +3,13 @@
 n: rows asked for   L: codes of a picture, row-major over its grid
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dm_generations import compile_cache
 from dm_generations.archive import DTYPES
+from dm_generations.beside import Beside, count_at_once
 from dm_generations.decode.memory import free_bytes_of_each, is_out_of_memory
 from dm_generations.errors import UserError
 from dm_generations.generate import loop, sweep
@@ -30,6 +32,7 @@ from dm_generations.models.placement import placed
 from dm_generations.text import TextTokenizer, load_tokenizer
 from dm_generations.threefry import WORD
 
+_T = TypeVar("_T")
 _TIMED_STEPS = 4
 _LOGITS_COPIES = 8  # halves, guided, filtered, noise and what a compiler keeps of them
 
@@ -56,7 +59,8 @@ class Generator:
     """A text model on the local devices, and the program that draws batches with it.
 
     batch_size: pictures at a time on each device; those of cond_scale 1 count half. Fewer if memory does not hold as
-    many, and halved whenever it turns out not to.
+    many, and halved whenever it turns out not to. `at_once` batches are drawn beside each other: two on a CPU, if
+    memory holds them.
     dtype: of activations and caches, "float32", "bfloat16" or "float16"; logits and noise are float32 in any case.
     rng: "rows" is our own noise; "dalle-mini" repeats dalle-mini's `generate`, called with one prompt and the row's
     key, and can draw ids that are no codes. Raises UserError for a model that is not DALL-E mini's kind.
@@ -100,6 +104,7 @@ class Generator:
             for spec in (PartitionSpec(loop.AXIS), PartitionSpec())
         )
         self._params = placed(params, self._model.dtype, self._everywhere)
+        self._compiled: set[tuple[str, int]] = set()  # programs and sizes of batches
         self.set_batch_size(batch_size)
 
     @classmethod
@@ -112,12 +117,12 @@ class Generator:
         return cls(checkpoint, tokenizer_of(checkpoint), batch_size, dtype=dtype)
 
     @property
-    def capacity(self) -> int:
-        """Sequences that fit into one batch in any order: a row takes one or, if its cond_scale is not 1, two.
+    def capacities(self) -> list[int]:
+        """Sequences of each of the batches that are drawn together, which `draw` fills one after the other.
 
-        A device may end with room for one when the next row takes two.
+        A row takes one or, if its cond_scale is not 1, two.
         """
-        return 2 * self.batch_size * len(self._devices) - (len(self._devices) - 1)
+        return [2 * self.batch_size] * len(self._devices) * self.at_once
 
     def set_batch_size(self, wanted: int) -> None:
         """So many pictures at a time on each device, or as many halvings of it as the memory that is free asks for."""
@@ -125,6 +130,9 @@ class Generator:
         while wanted > 1 and self.batch_bytes(wanted) > free:
             wanted //= 2
         self.batch_size = wanted
+        self.at_once = count_at_once(self._devices)
+        if self.at_once * self.batch_bytes(wanted) > free:
+            self.at_once = 1
 
     def check_texts(self, texts: Sequence[str | None]) -> None:
         """Raises UserError for a text with a token that the model lacks, as one of a wrong tokenizer has."""
@@ -165,20 +173,16 @@ class Generator:
         if every is not None:
             _check_every(every)
         rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
-        count = len(rows)
-        tokens, log_probs = [np.empty((0, self.token_count), self._token_dtype)], [np.empty(0, np.float32)]
-        while rows:
-            batch = self._next_batch(rows)
-            try:
-                for drawn in self._stream(batch, every or self.token_count):
-                    on_codes(count - len(rows), drawn.tokens)
-            except jax.errors.JaxRuntimeError as error:
-                self._halve(error)
-                continue
-            tokens.append(drawn.tokens)
-            log_probs.append(drawn.log_probs)
-            rows = rows[len(drawn.tokens) :]
-        return Drawn(np.concatenate(tokens), np.concatenate(log_probs))
+
+        def draw(batch: list[Sequence[Row]], first_row: int) -> Drawn:
+            for drawn in self._stream(batch, every or self.token_count):
+                if every:
+                    on_codes(first_row, drawn.tokens)
+            return drawn
+
+        nothing = Drawn(np.empty((0, self.token_count), self._token_dtype), np.empty(0, np.float32))
+        parts = [nothing, *self._in_batches(rows, draw, in_turn=every is not None)]
+        return Drawn(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
     def stream(
         self,
@@ -216,33 +220,34 @@ class Generator:
         the first `init_count` codes, which were not drawn.
         """
         rows = self._rows(prompts, settings, keys, sc_prompts, tokens, self.token_count)
-        margins = [np.empty((0, self.token_count), np.float32)]
-        while rows:
-            batch = self._next_batch(rows)
-            try:
-                inputs = self._inputs(batch)
-                state = self._begin(inputs)
-                found = loop.replay(self._model, self._drawing, self._mesh, self._params, inputs, state)
-                margins.append(self._in_use(found, batch))
-            except jax.errors.JaxRuntimeError as error:
-                self._halve(error)
-                continue
-            rows = rows[len(margins[-1]) :]
+
+        def replay(batch: list[Sequence[Row]], first_row: int) -> np.ndarray:
+            inputs = self._inputs(batch)
+            state = self._begin(inputs)
+            found = loop.replay(self._model, self._drawing, self._mesh, self._params, inputs, state)
+            return self._in_use(found, batch)
+
+        margins = [np.empty((0, self.token_count), np.float32), *self._in_batches(rows, replay)]
         is_drawn = np.arange(self.token_count) >= np.reshape(init_count, (-1, 1))
         return np.where(is_drawn, np.concatenate(margins), np.float32(0))
 
-    def seconds_a_batch(self) -> float:
-        """How long a batch takes, from a few steps of one; compiles what that needs."""
+    def seconds_together(self) -> float:
+        """How long batches of these `capacities` take, from a few steps of them; compiles what that needs."""
         count = self.batch_size * len(self._devices)
         rows = self._rows([""] * count, RowSettings(), np.zeros((count, 2), np.uint32), None, None, 0)
         inputs = self._inputs(self._next_batch(rows))
-        jax.block_until_ready(self._advance(inputs, self._begin(inputs), 0, 1))  # compiled, and warm
-        started = time.perf_counter()
-        state = jax.block_until_ready(self._begin(inputs))
-        began = time.perf_counter()
-        jax.block_until_ready(self._advance(inputs, state, 0, _TIMED_STEPS))
-        step = (time.perf_counter() - began) / _TIMED_STEPS  # each reads the whole cache, and takes as long as the next
-        return began - started + step * self.token_count
+
+        def seconds() -> float:
+            started = time.perf_counter()
+            state = jax.block_until_ready(self._begin(inputs))
+            began = time.perf_counter()
+            jax.block_until_ready(self._advance(inputs, state, 0, _TIMED_STEPS))
+            step = (time.perf_counter() - began) / _TIMED_STEPS  # each reads the whole cache: as long as the next
+            return began - started + step * self.token_count
+
+        seconds()  # compiled, and warm
+        timed = [Beside(seconds) for _ in range(self.at_once)]
+        return max(beside.result() for beside in timed)
 
     def batch_bytes(self, batch_size: int) -> int:
         """Memory of a device that a batch takes besides the weights: caches, texts and logits. An estimate."""
@@ -282,6 +287,36 @@ class Generator:
                 strict=True,
             )
         ]
+
+    def _in_batches(
+        self, rows: list[Row], work: Callable[[list[Sequence[Row]], int], _T], in_turn: bool = False
+    ) -> Iterator[_T]:
+        """What `work` makes of each batch, and the number of its first row, in order; see `_next_batch`.
+
+        in_turn: never of two batches beside each other. Nor are those before a program is compiled.
+        """
+        first = 0
+        while first < len(rows):
+            program = work.__name__, self.batch_size
+            is_one = in_turn or program not in self._compiled
+            running, ahead = [], first
+            while ahead < len(rows) and len(running) < (1 if is_one else self.at_once):
+                batch = self._next_batch(rows[ahead:])
+                running.append((batch, functools.partial(work, batch, ahead)))
+                ahead += sum(map(len, batch))
+            if len(running) > 1:
+                running = [(batch, Beside(compute).result) for batch, compute in running]
+            waiting = iter(running)
+            try:
+                for batch, result in waiting:
+                    yield result()
+                    first += sum(map(len, batch))
+                self._compiled.add(program)
+            except jax.errors.JaxRuntimeError as error:
+                for _, result in waiting:  # else what is tried again would share the memory with it
+                    with contextlib.suppress(jax.errors.JaxRuntimeError):
+                        result()
+                self._shrink(error, len(running))
 
     def _next_batch(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
         """The first rows, as many as fit, for each device."""
@@ -326,10 +361,13 @@ class Generator:
     def _token_dtype(self) -> type:
         return np.int32 if isinstance(self._drawing, DalleMiniDrawing) else np.uint16
 
-    def _halve(self, error: jax.errors.JaxRuntimeError) -> None:
-        """After a batch did not fit into the memory of a device; raises any other error again."""
+    def _shrink(self, error: jax.errors.JaxRuntimeError, batch_count: int) -> None:
+        """After so many batches at a time did not fit into the memory of a device; raises any other error again."""
         if not is_out_of_memory(error):
             raise error
+        if batch_count > 1:
+            self.at_once = 1
+            return
         if self.batch_size == 1:
             raise UserError(
                 "not enough memory to draw one picture at a time; end what else uses the device, or give "

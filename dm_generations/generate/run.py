@@ -119,7 +119,7 @@ class Pipeline:
     def seconds(self, work: Plan) -> float:
         """How long `work` is going to take, by a few steps of a batch and the scoring of one. Compiles the programs."""
         sequences = sum(sequence_count(c.cond_scale) * len(indices) for c, indices in work.missing)
-        seconds = math.ceil(sequences / self.generator.capacity) * self.generator.seconds_a_batch()
+        seconds = math.ceil(sequences / sum(self.generator.capacities)) * self.generator.seconds_together()
         if self._scorer is None:
             return seconds
         count = self._codec.batch_size
@@ -132,7 +132,7 @@ class Pipeline:
     def fill(self, archive: Archive, work: Plan, on_pictures: Callable[[int], None]) -> "Filled":
         """Draw all that `work` lists into `archive`.
 
-        Each batch is one transaction, so a stop at any moment loses the batch in flight and nothing else. Several
+        What is drawn together is one transaction, so a stop at any moment loses that and nothing else. Several
         processes may fill one archive: what one of them is drawing, the others leave to it.
         `on_pictures` hears how many pictures were stored, by this process or another.
         """
@@ -149,8 +149,8 @@ class Pipeline:
             on_pictures(count)
 
         with Claims(archive, infos[0], self.sampler_version, known_model, self._init_md5) as claims:
-            capacity = self.generator.capacity
-            for batch in claims.batches(work.draws(), capacity, _sequences, stored_elsewhere):
+            capacities = self.generator.capacities
+            for batch in claims.batches(work.draws(), capacities, _sequences, stored_elsewhere):
                 with memory_errors():
                     images = self.draw(batch)
                 with archive.transaction():

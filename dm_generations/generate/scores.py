@@ -59,7 +59,7 @@ def score_archive(
     report = ScoreReport()
 
     rows = archive.rows_to_score(rescore)
-    while batch := list(itertools.islice(rows, batch_size)):
+    while batch := list(itertools.islice(rows, batch_size * decoder.at_once)):
         usable: list[tuple[ImageRow, np.ndarray]] = []
         for row in batch:
             if row.codec_id is not None and row.codec_id != codec_id:

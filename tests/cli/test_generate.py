@@ -329,7 +329,7 @@ def test_a_model_that_gives_only_nan_writes_no_row(models, tmp_path):
 
 
 def test_a_stop_keeps_finished_batches_and_a_rerun_adds_the_rest(models, tmp_path, capsys, monkeypatch):
-    db, words = tmp_path / "a.db", ["--prompts", "a boat", "--n", 10, "--no-score"]
+    db, words = tmp_path / "a.db", ["--prompts", "a boat", "--n", 18, "--no-score"]
     draw_batch, batches = runs.Pipeline.draw, []
 
     def stops_in_the_third_batch(pipeline, draws):
@@ -342,12 +342,12 @@ def test_a_stop_keeps_finished_batches_and_a_rerun_adds_the_rest(models, tmp_pat
     assert draw(models, db, *words) == 130
     told = capsys.readouterr().err.splitlines()
     assert told[-1].startswith("stopped;")
-    assert batches == [4, 4, 2] and len(rows_of(db)) == 8
+    assert batches == [8, 8, 2] and len(rows_of(db)) == 16  # two at a time, of --batch-size 4
     monkeypatch.undo()
     assert draw(models, db, *words) == 0
     assert "2 pictures added" in capsys.readouterr().out
     with Archive.open(db) as archive:
-        assert list(verify(archive)) == [] and archive.count() == 10
+        assert list(verify(archive)) == [] and archive.count() == 18
 
 
 KILLED = """
@@ -358,7 +358,7 @@ add_images = Archive.add_images
 
 def dies_in_the_second(archive, images, *rest):
     added = add_images(archive, images, *rest)
-    if archive.count() > 4:
+    if archive.count() > 8:
         os.kill(os.getpid(), signal.SIGKILL)
     return added
 
@@ -381,15 +381,15 @@ def test_too_little_memory_is_one_line_that_says_what_to_do(models, tmp_path, mo
 def test_a_kill_in_the_middle_of_a_transaction_loses_that_batch_alone(models, tmp_path):
     db = tmp_path / "a.db"
     words = ["--db", db, "--model", models.dalle_bart, "--codec", models.vqgan, "--batch-size", 4]
-    words += ["--prompts", "a boat", "--n", 8, "--no-score"]
+    words += ["--prompts", "a boat", "--n", 12, "--no-score"]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
     killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, words)], cwd=root, env=environment)
     assert killed.returncode == -signal.SIGKILL
     with Archive.open(db) as archive:
-        assert archive.count() == 4 and list(verify(archive)) == []
-    assert draw(models, db, "--prompts", "a boat", "--n", 8, "--no-score") == 0
-    assert len(rows_of(db)) == 8
+        assert archive.count() == 8 and list(verify(archive)) == []  # two batches at a time
+    assert draw(models, db, "--prompts", "a boat", "--n", 12, "--no-score") == 0
+    assert len(rows_of(db)) == 12
 
 
 def test_score_fills_in_what_no_score_left_out(models, tmp_path, capsys):

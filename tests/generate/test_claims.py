@@ -70,7 +70,7 @@ def test_batches_are_the_draws_in_order(archive):
     draws = sweep_draws(5)
     with Claims(archive, MODEL, 1, find) as claims:
         found = []
-        for batch in claims.batches(draws, 4, one):
+        for batch in claims.batches(draws, [4], one):
             assert set(archive.claims().values()) == {claims.owner} and len(archive.claims()) == len(batch)
             found.append(batch)
             finish(archive, claims, batch)
@@ -83,9 +83,12 @@ def test_a_batch_holds_what_fits_its_capacity(archive):
     draws = sweep_draws(1, prompts=["a"], cond_scale=[3, 1, 1.5, 2, 4], top_k=[1, 2])
     cost = lambda draw: 1 if draw.combination.cond_scale == 1 else 2
     with Claims(archive, MODEL, 1, find) as claims:
-        batches = list(claims.batches(draws, 4, cost))
+        batches = list(claims.batches(draws, [4], cost))
     assert [draw for batch in batches for draw in batch] == draws
     assert [[cost(draw) for draw in batch] for batch in batches] == [[2, 1], [2, 2], [2, 2], [1, 2], [2, 2]]
+    with Claims(archive, MODEL, 1, find) as claims:
+        batches = list(claims.batches(draws, [4, 4], cost))
+    assert [[cost(draw) for draw in batch] for batch in batches] == [[2, 1, 2, 2], [2, 2, 1, 2], [2, 2]]
 
 
 def test_more_draws_than_are_looked_at_in_one_go(archive, monkeypatch):
@@ -95,7 +98,7 @@ def test_more_draws_than_are_looked_at_in_one_go(archive, monkeypatch):
         store(archive, draws[:30])
     elsewhere = []
     with Claims(archive, MODEL, 1, find) as claims:
-        batches = list(claims.batches(draws, 16, one, elsewhere.append))
+        batches = list(claims.batches(draws, [16], one, elsewhere.append))
     assert batches == [draws[30:46], draws[46:62], draws[62:78], draws[78:94], draws[94:]]
     assert elsewhere == [30]
 
@@ -104,8 +107,8 @@ def test_what_others_hold_comes_last_and_what_they_stored_not_at_all(archive, ot
     draws = sweep_draws(6)
     elsewhere = []
     with Claims(archive, MODEL, 1, find) as claims, Claims(other, MODEL, 1, find) as others:
-        held = next(others.batches(draws, 4, one))
-        batches = claims.batches(draws, 6, one, elsewhere.append)
+        held = next(others.batches(draws, [4], one))
+        batches = claims.batches(draws, [6], one, elsewhere.append)
         assert next(batches) == draws[4:10]
         finish(archive, claims, draws[4:10])
         finish(other, others, held[:3])
@@ -118,11 +121,11 @@ def test_what_others_hold_comes_last_and_what_they_stored_not_at_all(archive, ot
 def test_it_waits_for_what_others_draw(archive, other, short_poll):
     draws = sweep_draws(2)
     with Claims(archive, MODEL, 1, find) as claims, Claims(other, MODEL, 1, find) as others:
-        held = next(others.batches(draws, 10, one))
+        held = next(others.batches(draws, [10], one))
         timer = threading.Timer(0.2, finish, [other, others, held])
         timer.start()
         elsewhere = []
-        assert list(claims.batches(draws, 10, one, elsewhere.append)) == []
+        assert list(claims.batches(draws, [10], one, elsewhere.append)) == []
         assert elsewhere == [4] and archive.count() == 4
         timer.join()
 
@@ -130,7 +133,7 @@ def test_it_waits_for_what_others_draw(archive, other, short_poll):
 def test_an_error_gives_back_what_was_claimed(archive, other):
     draws = sweep_draws(3)
     with pytest.raises(ValueError, match="the model broke"), Claims(archive, MODEL, 1, find) as claims:
-        next(claims.batches(draws, 4, one))
+        next(claims.batches(draws, [4], one))
         raise ValueError("the model broke")
     assert other.claims() == {}
     assert not [thread for thread in threading.enumerate() if thread.name == "renew-claims"]
@@ -141,7 +144,7 @@ def test_an_archive_that_cannot_be_written_does_not_hide_the_error(tmp_path):
     Archive.create(tmp_path / "a.db").close()
     with Archive.open(tmp_path / "a.db", "w", timeout=0.1) as archive, archive.duplicate() as other:
         with pytest.raises(ValueError, match="the model broke"), Claims(archive, MODEL, 1, find) as claims:
-            next(claims.batches(draws, 4, one))
+            next(claims.batches(draws, [4], one))
             other.connection.execute("BEGIN IMMEDIATE")
             raise ValueError("the model broke")
         other.connection.execute("ROLLBACK")
@@ -152,7 +155,7 @@ def test_claims_are_renewed_while_their_process_lives(archive, other):
     draws = sweep_draws(2)
     ends = lambda: {row[0] for row in other.connection.execute("SELECT expires FROM claims")}
     with Claims(archive, MODEL, 1, find, lease_s=0.3) as claims:
-        next(claims.batches(draws, 10, one))
+        next(claims.batches(draws, [10], one))
         (first,) = ends()
         while (later := ends()) == {first}:  # a first renewal, and another, or the test's time runs out
             time.sleep(0.01)
@@ -168,10 +171,10 @@ def test_claims_of_another_machine_last_until_they_expire(archive):
             archive.claim([claims.digest(draws[0])], "elsewhere:1:abc", time.time() + 1000)
             archive.claim([claims.digest(draws[1])], "no owner of ours", time.time() + 1000)
             archive.claim([claims.digest(draws[2])], "elsewhere:2:abc", time.time() - 1)
-        assert next(claims.batches(draws, 10, one)) == draws[2:]
+        assert next(claims.batches(draws, [10], one)) == draws[2:]
         with archive.transaction():
             archive.renew_claims("elsewhere:1:abc", time.time() - 1)
-        batches = claims.batches(draws[:2], 10, one)
+        batches = claims.batches(draws[:2], [10], one)
         assert next(batches) == draws[:1]
         with archive.transaction():
             archive.renew_claims("no owner of ours", time.time() - 1)
@@ -185,7 +188,7 @@ def test_claims_of_a_machine_whose_clock_is_ahead_end_too(archive, short_poll):
         with archive.transaction():
             archive.claim([claims.digest(draws[0])], "elsewhere:1:abc", time.time() + 86400)
         batches = []
-        for batch in claims.batches(draws, 10, one):
+        for batch in claims.batches(draws, [10], one):
             batches.append(batch)
             finish(archive, claims, batch)
     assert batches == [draws[1:], draws[:1]]
@@ -213,7 +216,7 @@ def test_claims_of_a_process_that_ended_here_count_for_nothing(archive):
         with archive.transaction():
             for index, pid in enumerate([ended.pid, zombie.pid, os.getpid()]):
                 archive.claim([claims.digest(draws[index])], f"{space}:{pid}:abc", time.time() + 1000)
-        assert next(claims.batches(draws, 10, one)) == [*draws[:2], draws[3]]
+        assert next(claims.batches(draws, [10], one)) == [*draws[:2], draws[3]]
     zombie.wait()
 
 
@@ -250,7 +253,7 @@ def test_a_draw_that_goes_on_from_other_codes_is_not_taken_for_stored(archive):
         store(archive, draws[:2])
     for init_md5, missing in (("", draws[2:]), ("0" * 32, draws)):
         with Claims(archive, MODEL, 1, find, init_md5=init_md5) as claims:
-            assert list(claims.batches(draws, len(draws), one)) == [missing]
+            assert list(claims.batches(draws, [len(draws)], one)) == [missing]
 
 
 # What each process of the tests below runs: draws that take a while, and a line for each batch begun and stored.
@@ -273,7 +276,7 @@ with Archive.open_or_create(path) as archive:
     elsewhere = []
     with module.Claims(archive, model, 1, find) as claims:
         cost = lambda draw: 1 if draw.combination.cond_scale == 1 else 2
-        for batch in claims.batches(work.draws(), 2 * batch_size, cost, elsewhere.append):
+        for batch in claims.batches(work.draws(), [2 * batch_size], cost, elsewhere.append):
             print("begun", flush=True)
             time.sleep(seconds)
             images = [

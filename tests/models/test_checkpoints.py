@@ -44,9 +44,13 @@ def assert_same(left, right):
         np.testing.assert_array_equal(np.asarray(array), np.asarray(right[name]), err_msg=name)
 
 
-def test_embedded_models_load_by_role():
-    kinds = [checkpoints.load(None, role).kind for role in ("generator", "codec", "clip")]
-    assert kinds == ["dalle_bart", "vqgan", "clip"]
+@pytest.mark.parametrize(("role", "kind"), [("generator", "dalle_bart"), ("codec", "vqgan"), ("clip", "clip")])
+def test_embedded_models_load_by_role_and_have_the_tensors_that_their_configs_ask_for(role, kind):
+    embedded = checkpoints.load(None, role)
+    checked = checkpoints.load(embedded.folder, role)  # as a folder of anyone's
+    assert embedded.kind == checked.kind == kind
+    assert embedded.sha256 == checked.sha256 and embedded.config == checked.config
+    assert_same(embedded.params, checked.params)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ _EXPECTED = {
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model as it lies on disk, its names and shapes checked."""
+    """A model as it lies on disk, its names and shapes checked; but for the embedded ones, which a test checks."""
 
     kind: str  # the network: a key of `networks.NETWORKS`
     config: Any  # the network's config
@@ -92,8 +92,8 @@ def find(spec: str | os.PathLike | None, role: str) -> Checkpoint | None:
     source = _source(path, role)
     if source is None:
         return None
-    expected = _expected_shapes(source, path)
-    check_names_and_shapes(expected, source)
+    if spec is not None:  # the embedded models are this package's own, and tracing a network takes a while
+        check_names_and_shapes(_expected_shapes(source, path), source)
     folder = path if path.is_dir() else path.parent
     digest = _digest(source.files)
     params = _native(source.params)
