@@ -40,13 +40,18 @@ def new_trainer(tokenizer, batch_size=16, smoothing=SMOOTHING):
     return Trainer(DalleBart(config), tokens, ROWS, tokenizer, args)
 
 
-def trained(tokenizer, smoothing=SMOOTHING):
+def train(tokenizer, smoothing):
     """A trainer and the weights that STEPS steps of it give."""
     trainer = new_trainer(tokenizer, smoothing=smoothing)
     state = trainer.init(None)
     for step in range(STEPS):
         state, _ = trainer.step(state, step)
     return trainer, state["params"]
+
+
+@pytest.fixture(scope="module")
+def trained(tokenizer):
+    return train(tokenizer, SMOOTHING)
 
 
 def log_probs(trainer, params, texts):
@@ -70,19 +75,19 @@ def test_a_batch_is_a_function_of_seed_and_step(tokenizer):
     assert (first[3] != next_step[3]).any()
 
 
-def test_without_caption_no_code_is_much_rarer_than_another(tokenizer):
+def test_without_caption_no_code_is_much_rarer_than_another(tokenizer, trained):
     """Else guidance, which magnifies log p(code | caption) - log p(code), draws codes that are rare in both."""
-    trainer, params = trained(tokenizer)
+    trainer, params = trained
     floor = np.log(SMOOTHING / CODES)
     lowest = log_probs(trainer, params, [None] * len(ROWS)).min()
     assert lowest > floor - 1.5, f"{np.exp(lowest):.1e}, asked for {np.exp(floor):.1e}"
 
-    trainer, params = trained(tokenizer, LABEL_SMOOTHING)
+    trainer, params = train(tokenizer, LABEL_SMOOTHING)
     assert log_probs(trainer, params, [None] * len(ROWS)).min() < lowest - 1
 
 
-def test_at_cond_scale_10_the_right_code_has_nearly_all_the_probability(tokenizer):
-    trainer, params = trained(tokenizer)
+def test_at_cond_scale_10_the_right_code_has_nearly_all_the_probability(trained):
+    trainer, params = trained
     cond = log_probs(trainer, params, [row["name"] for row in ROWS])
     uncond = log_probs(trainer, params, [None] * len(ROWS))
     flat = [x.reshape(-1, CODES) for x in (cond, uncond)]
