@@ -224,10 +224,10 @@ def _estimate(pipeline, work: sweeps.Plan) -> None:
     code_bytes = work.missing_count * generator.token_count * 2
     total = file_size(code_bytes + work.missing_count * ROW_BYTES)
     print(f"they take about {total} in the archive, of which {code_bytes:,} bytes are codes")
-    megabytes = generator.at_once * generator.batch_bytes(generator.batch_size) / 1e6
-    batches = "a batch" if generator.at_once == 1 else f"{generator.at_once} batches at a time, each"
-    takes = "take" if generator.at_once > 1 else "takes"
-    print(f"{batches} of {generator.batch_size}, {takes} {megabytes:,.0f} MB of memory besides the weights", flush=True)
+    size, at_once = generator.batch_size, generator.at_once
+    megabytes = at_once * generator.batch_bytes(size) / 1e6
+    batches = f"a batch of {size} takes" if at_once == 1 else f"{at_once} batches of {size} beside each other take"
+    print(f"{batches} {megabytes:,.0f} MB of memory besides the weights", flush=True)
     if work.missing:
         about = tqdm.format_interval(pipeline.seconds(work))
         what = "drawing" if pipeline.models.clip is None else "drawing and scoring"
