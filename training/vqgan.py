@@ -178,7 +178,7 @@ class Trainer:
         points = np.concatenate(vectors).reshape(-1, self.config.embed_dim)
         codebook = jnp.asarray(kmeans(points, self.config.n_embed, rounds=8, seed=self.args.seed))
         mean_use = self.args.batch_size * self.config.grid**2 / self.config.n_embed
-        counts = jnp.full(self.config.n_embed, mean_use)
+        counts = jnp.full(self.config.n_embed, mean_use, jnp.float32)  # else of weak type, and _step compiled anew
         params = with_codebook(state["params"], codebook)
         return on_every_device(state | {"params": params, "counts": counts, "sums": codebook * counts[:, None]})
 

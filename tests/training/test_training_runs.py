@@ -32,24 +32,29 @@ def trainer():
     return Trainer(CONFIG, pixels, np.ones(40), args)
 
 
-def train(trainer, folder, steps):
-    run = Run(folder, trainer.init(None), save_every=4)
+@pytest.fixture(scope="module")
+def initial(trainer):
+    return jax.device_get(trainer.init(None))
+
+
+def train(trainer, initial, folder, steps):
+    run = Run(folder, initial, save_every=4)
     run.loop(steps, trainer.step, log_every=2)
     return run
 
 
-def test_resumed_run_equals_an_undisturbed_one(trainer, tmp_path):
-    whole = train(trainer, tmp_path / "whole", 6)
-    train(trainer, tmp_path / "parts", 4)
-    resumed = train(trainer, tmp_path / "parts", 6)
+def test_resumed_run_equals_an_undisturbed_one(trainer, initial, tmp_path):
+    whole = train(trainer, initial, tmp_path / "whole", 6)
+    train(trainer, initial, tmp_path / "parts", 4)
+    resumed = train(trainer, initial, tmp_path / "parts", 6)
     for one, other in zip(jax.tree.leaves(whole.state), jax.tree.leaves(resumed.state), strict=True):
         np.testing.assert_array_equal(one, other)
     steps = [line.split(",")[0] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert steps == ['{"step": 2', '{"step": 4', '{"step": 6']
 
 
-def test_trained_model_loads_and_rebuilds_pictures(trainer, tmp_path):
-    run = train(trainer, tmp_path / "run", 4)
+def test_trained_model_loads_and_rebuilds_pictures(trainer, initial, tmp_path):
+    run = train(trainer, initial, tmp_path / "run", 4)
     params = jax.device_get(run.state["params"])
     checkpoints.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), params, np.float16)
     loaded = checkpoints.load(tmp_path / "model", "codec")
