@@ -77,7 +77,7 @@ def insert_v1(connection: sqlite3.Connection, image: NewImage) -> int:
 
 def archive_2022(path: Path, columns: str = COLUMNS_2022) -> Path:
     """A file in the 2022 layout with prompts 3 and 7 and no pictures."""
-    with sqlite3.connect(path) as connection:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.executescript(f"""
             CREATE TABLE prompts (id INTEGER PRIMARY KEY, desc TEXT);
             CREATE TABLE sc_prompts (id INTEGER PRIMARY KEY, desc TEXT);
@@ -91,8 +91,5 @@ def archive_2022(path: Path, columns: str = COLUMNS_2022) -> Path:
 
 def execute(path: Path, query: str, *parameters) -> list[tuple]:
     """Runs SQL on a file behind the package's back."""
-    connection = sqlite3.connect(path)
-    with connection:
-        rows = connection.execute(query, parameters).fetchall()
-    connection.close()
-    return rows
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        return connection.execute(query, parameters).fetchall()

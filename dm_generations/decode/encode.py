@@ -46,4 +46,4 @@ class Encoding:
             picture.save(buffer, "WEBP", lossless=True, method=0, quality=0, **tags)
         else:
             picture.save(buffer, "WEBP", quality=self.quality, **tags)
-        return buffer.getbuffer()
+        return buffer.getvalue()

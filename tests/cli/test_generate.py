@@ -1,5 +1,6 @@
 """`generate` and `score` as commands: sweeps, resuming, what is refused, and what is left behind."""
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -56,7 +57,7 @@ def draw(models, db, *words) -> int:
 
 
 def rows_of(db, columns="*", order="id"):
-    with sqlite3.connect(db) as connection:
+    with contextlib.closing(sqlite3.connect(db)) as connection, connection:
         return connection.execute(f"SELECT {columns} FROM images ORDER BY {order}").fetchall()
 
 
@@ -241,7 +242,7 @@ def test_two_processes_share_the_work(models, tmp_path):
     assert sum(added) == 40 and len(rows_of(db)) == 40
     with Archive.open(db) as archive:
         assert list(verify(archive)) == []
-    with sqlite3.connect(db) as connection:
+    with contextlib.closing(sqlite3.connect(db)) as connection, connection:
         assert connection.execute("SELECT count(*) FROM claims").fetchone() == (0,)
 
 
@@ -425,7 +426,7 @@ def test_score_leaves_rows_of_another_codec_and_bad_rows_and_says_so(models, tmp
     other = dataclasses.replace(models, vqgan=tiny_vqgan(tmp_path / "other_codec", seed=1))
     assert draw(models, db, "--prompts", "a boat", "--n", 3, "--no-score") == 0
     assert draw(other, db, "--prompts", "a cat", "--n", 2, "--no-score") == 0
-    with sqlite3.connect(db) as connection:
+    with contextlib.closing(sqlite3.connect(db)) as connection, connection:
         connection.execute("UPDATE images SET quantvec = zeroblob(30) WHERE id = 2")
     capsys.readouterr()
     options = ["--clip", models.clip, "--batch-size", 4]

@@ -1,5 +1,6 @@
 """`verify --regenerate` and `--replay`: rows that their model gives again, and rows that it does not."""
 
+import contextlib
 import hashlib
 import json
 import sqlite3
@@ -32,7 +33,7 @@ def verify(models, db, *words) -> int:
 
 def change_code(db, row_id: int, position: int) -> None:
     """Another code, with the MD5 that belongs to it: nothing but the model can tell."""
-    with sqlite3.connect(db) as connection:
+    with contextlib.closing(sqlite3.connect(db)) as connection, connection:
         (blob,) = connection.execute("SELECT quantvec FROM images WHERE id = ?", [row_id]).fetchone()
         tokens = np.frombuffer(blob, "<u2").copy()
         tokens[position] = (tokens[position] + 7) % 32
