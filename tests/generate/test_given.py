@@ -64,12 +64,10 @@ def test_codes_that_do_not_fit_are_refused(tmp_path, array, message):
 
 def huge() -> bytes:
     """A file whose header tells of more codes than there are."""
-    return encode_npy(TOKENS).tobytes().replace(b"(4,)", b"(9" + b"9" * 12 + b",)").replace(b" " * 12, b"", 1)
+    return encode_npy(TOKENS).replace(b"(4,)", b"(9" + b"9" * 12 + b",)").replace(b" " * 12, b"", 1)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"codes", encode_npy(TOKENS)[:-1].tobytes(), encode_npy(TOKENS)[:40].tobytes(), huge()]
-)
+@pytest.mark.parametrize("content", [b"", b"codes", encode_npy(TOKENS)[:-1], encode_npy(TOKENS)[:40], huge()])
 def test_files_that_are_no_codes_are_refused(tmp_path, content):
     (tmp_path / "t.npy").write_bytes(content)
     with pytest.raises(UserError, match="is not a .npy file of codes"):
