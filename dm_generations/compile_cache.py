@@ -11,31 +11,54 @@ from pathlib import Path
 from typing import Any
 
 from dm_generations.errors import UserError
+from dm_generations.files import remove_stale_temporaries
 from dm_generations.resources import cache_dir
 
 MAX_BYTES = 1 << 30
+_folder: Path | None = None
 _CHECKED = "checked"  # a file whose time says: entries older than this were found whole
 _CLOCK_SLACK_NS = 10**9  # file systems round times, and lag behind the clock
 
 
 def enable() -> None:
-    """Let JAX keep every compiled program in this user's private cache, at most about 1 GiB of them.
+    """Keep every compiled program in this user's private cache, at most about 1 GiB of them, from now on.
 
+    On a CPU `programs.Kept` does it, whose programs are found without being traced; elsewhere JAX's own cache.
     Call it before the first compilation. A cache that cannot be used costs time, nothing else, so it is
-    reported on stderr and the program goes on. A folder set by JAX_COMPILATION_CACHE_DIR is left as it is.
+    reported on stderr and the program goes on. A folder set by JAX_COMPILATION_CACHE_DIR is left to JAX as it is.
     """
     import jax
 
+    global _folder
     if jax.config.jax_compilation_cache_dir is not None:
         return
     try:
         folder = cache_dir("xla") / _machine()
         folder.mkdir(mode=0o700, exist_ok=True)
         _prune(folder.parent, MAX_BYTES)
-        _remove_cut_off(folder)
+        if jax.default_backend() == "cpu":
+            remove_stale_temporaries(folder)
+            _folder = folder
+        else:
+            _let_jax_keep_in(folder)
     except (OSError, UserError) as error:
         print(f"warning: compiled programs are not kept: {error}", file=sys.stderr)
-        return
+
+
+def folder() -> Path | None:
+    """Where `programs` keeps those of a CPU of this kind; None before `enable`, and where JAX keeps them itself.
+
+    For what JAX has loaded from its cache cannot be written again: functions of it are missing.
+    """
+    import jax
+
+    return _folder if jax.config.jax_compilation_cache_dir is None else None
+
+
+def _let_jax_keep_in(folder: Path) -> None:
+    import jax
+
+    _remove_cut_off(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

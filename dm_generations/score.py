@@ -22,6 +22,7 @@ from dm_generations.models.clip import CLIP, OPENAI_MEAN, OPENAI_STD, CLIPConfig
 from dm_generations.models.placement import placed
 from dm_generations.models.precision import matmul_precision
 from dm_generations.models.resize import FILTERS
+from dm_generations.programs import Kept
 from dm_generations.text import PromptTokenizer
 
 TEXT_BATCH = 8  # texts of one run of the text tower; a sweep has few distinct prompts
@@ -120,8 +121,8 @@ class Scorer:
             with matmul_precision(np.float32):
                 return unit(model.apply({"params": params}, input_ids, attention_mask, method="get_text_features"))
 
-        self._image_tower = image_tower
-        self._text_tower = text_tower
+        self._image_tower = Kept(image_tower, closed_over=(config, preprocessing))
+        self._text_tower = Kept(text_tower, closed_over=(config,))
 
     def score(self, images: np.ndarray | Decoding, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(score_input, score_tokenized), float32 (n,): cosine x exp(logit_scale) of picture i and prompt i.

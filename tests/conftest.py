@@ -3,6 +3,7 @@
 import os
 import tempfile
 
+import jax
 from helpers import golden, golden_dirs
 
 __all__ = ["golden", "golden_dirs"]
@@ -12,10 +13,17 @@ LONG = ("test_readme.py", "test_training_runs.py", "test_public_models.py", "tes
 
 
 def pytest_configure(config):
-    """Compiled programs go into a cache of this run's own, never into the user's."""
-    folder = tempfile.TemporaryDirectory(prefix="dm-generations-tests-")
-    config.add_cleanup(folder.cleanup)
-    os.environ["XDG_CACHE_HOME"] = folder.name
+    """Compiled programs go into a cache of this run's own, never into the user's.
+
+    Commands that tests start keep them as a user's do. Of what tests compute themselves JAX keeps what it has compiled,
+    and traces it anew.
+    """
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="dm-generations-tests-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["XDG_CACHE_HOME"] = folder.name
+    jax.config.update("jax_compilation_cache_dir", f"{os.environ['XDG_CACHE_HOME']}/jax-{os.getpid()}")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def pytest_collection_modifyitems(items):

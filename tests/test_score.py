@@ -75,7 +75,7 @@ def test_towers_are_compiled_once_and_texts_run_once(scorer, images, monkeypatch
     scorer.score(images, PROMPTS)
     with jax.transfer_guard("disallow"):  # every copy to the device is one that was asked for
         scorer.score(images[:3], ["new", "words", "a cat"])
-    assert scorer._image_tower._cache_size() == scorer._text_tower._cache_size() == 1
+    assert scorer._image_tower.function._cache_size() == scorer._text_tower.function._cache_size() == 1
     monkeypatch.setattr(scorer, "_text_tower", None)
     scorer.score(images[:1], ["words"])
 

@@ -16,12 +16,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dm_generations.beside import Beside, count_at_once
-from dm_generations.decode.memory import check_fits, fitting_batch_size, is_out_of_memory
+from dm_generations.decode.memory import check_fits, fitting_batch_size, is_out_of_memory, largest_bytes
 from dm_generations.errors import UserError
 from dm_generations.models.networks import network_class
 from dm_generations.models.placement import placed
 from dm_generations.models.precision import matmul_precision
 from dm_generations.models.vqgan_decoder import VQGANDecoder
+from dm_generations.programs import Kept, remembered
 
 _AXIS = "pictures"
 
@@ -53,10 +54,12 @@ class Codec:
         self.token_count = self.grid**2
         self.codebook_size = config.codebook_size
         self.image_size = config.image_size // config.grid * self.grid
-        self._item, self._what = (self.token_count,), "picture"  # what is decoded as one: shape of its tokens, and name
+        # What is decoded as one: the shape of its tokens, its rows and columns of pictures, and a name.
+        self._item, self._sheet, self._what = (self.token_count,), (1, 1), "picture"
         self._devices = jax.local_devices()
         self._mesh = mesh = Mesh(self._devices, (_AXIS,))
         self._rows = NamedSharding(mesh, PartitionSpec(_AXIS))
+        self._network = kind, config, dtype
         prepare, decode = _network(kind, config, np.dtype(dtype), self._devices[0].platform)
         self._params = prepare(params, NamedSharding(mesh, PartitionSpec()))
 
@@ -66,9 +69,8 @@ class Codec:
             return (jnp.clip(pixels, 0.0, 1.0) * jnp.float32(255)).astype(jnp.uint8)
 
         if batch_size == "auto":
-            batch_size = len(self._devices) * fitting_batch_size(
-                lambda tokens: to_uint8(self._params, tokens), self.token_count, self.image_size, self._devices
-            )
+            largest = self._largest_bytes(to_uint8)
+            batch_size = len(self._devices) * fitting_batch_size(largest, self.image_size, self._devices)
         self._compile(to_uint8, batch_size)
 
     @classmethod
@@ -91,16 +93,25 @@ class Codec:
             return of_grids(params, grids.reshape(-1, rows * side, cols * side))
 
         sheets = copy.copy(self)
-        sheets._item, sheets._what = (rows * cols, self.token_count), f"sheet of {cols} x {rows} pictures"
-        check_fits(lambda tokens: to_uint8(self._params, tokens), sheets._item, self._devices[0], sheets._what)
+        sheets._item, sheets._sheet = (rows * cols, self.token_count), (rows, cols)
+        sheets._what = f"sheet of {cols} x {rows} pictures"
+        check_fits(sheets._largest_bytes(to_uint8), self._devices[0], sheets._what)
         sheets._compile(to_uint8, max(1, self.batch_size // (rows * cols)))
         return sheets
+
+    def _largest_bytes(self, to_uint8: Callable) -> int:
+        """Of decoding one item; see `memory.largest_bytes`."""
+        return remembered(
+            lambda: largest_bytes(partial(to_uint8, self._params), self._item),
+            *("largest array", self._network, self._item, self._sheet),
+        )
 
     def _compile(self, to_uint8: Callable, batch_size: int) -> None:
         """to_uint8: (params, tokens of a batch) to pictures, of one device   batch_size: of all, to be rounded up"""
         self._of_one_device = to_uint8
         self.batch_size = -(-batch_size // len(self._devices)) * len(self._devices)
-        self._to_uint8 = jax.jit(_on_each_device(to_uint8, self._mesh) if len(self._devices) > 1 else to_uint8)
+        function = _on_each_device(to_uint8, self._mesh) if len(self._devices) > 1 else to_uint8
+        self._to_uint8 = Kept(jax.jit(function), closed_over=(self._network, self.grid, self._sheet))
         self._compiled: set[int] = set()  # sizes of batches
         self.at_once = count_at_once(self._devices)  # batches
         self._slots = threading.Semaphore(self.at_once) if self.at_once > 1 else None

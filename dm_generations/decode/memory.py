@@ -25,27 +25,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
-def fitting_batch_size(
-    decode: Callable[[jax.Array], jax.Array], token_count: int, image_size: int, devices: Sequence[jax.Device]
-) -> int:
-    """A power of two: pictures for each device to decode at a time. An estimate; nothing is computed.
+def fitting_batch_size(largest: int, image_size: int, devices: Sequence[jax.Device]) -> int:
+    """A power of two: pictures for each device to decode at a time. An estimate.
 
-    decode: tokens (b, L) uint16 to pictures, as JAX traces it
+    largest: `largest_bytes` of decoding one
     """
     pixels = _ENOUGH_PIXELS.get(devices[0].platform, _ENOUGH_PIXELS_ELSEWHERE)
     enough = max(1, pixels // image_size**2)
-    largest = _largest(decode, (token_count,))
     fitting = max(1, int(free_bytes_of_each(devices) * _SHARE / (largest * _MAPS)))
     return 1 << int(math.log2(min(enough, fitting)))
 
 
-def check_fits(decode: Callable[[jax.Array], jax.Array], item: tuple[int, ...], device: jax.Device, what: str) -> None:
-    """UserError where decoding tokens of shape (1, *item) takes more memory than `device` has left, by an estimate.
+def check_fits(largest: int, device: jax.Device, what: str) -> None:
+    """UserError where decoding a `what` takes more memory than `device` has left, by an estimate from `largest_bytes`.
 
     For what grows faster than its pixels: the attention of a sheet holds a number for each two of its codes. A CPU
     that is asked for too much may grant it, and end the program later.
     """
-    needed = 2 * _largest(decode, item)  # what the largest step reads and writes
+    needed = 2 * largest  # what the largest step reads and writes
     if needed > (free := free_bytes(device)):
         raise UserError(
             f"a {what} takes {needed / 1e9:,.0f} GB to decode as one, and {free / 1e9:,.1f} GB are free; "
@@ -53,8 +50,11 @@ def check_fits(decode: Callable[[jax.Array], jax.Array], item: tuple[int, ...], 
         )
 
 
-def _largest(decode: Callable[[jax.Array], jax.Array], item: tuple[int, ...]) -> int:
-    """Bytes of the largest array in decoding one `item` of tokens; nothing is computed."""
+def largest_bytes(decode: Callable[[jax.Array], jax.Array], item: tuple[int, ...]) -> int:
+    """Bytes of the largest array in decoding tokens (1, *item) uint16; nothing is computed.
+
+    decode: tokens (b, *item) to pictures, as JAX traces it
+    """
     traced = jax.make_jaxpr(decode)(jax.ShapeDtypeStruct((1, *item), np.uint16))
     return max(_sizes(traced.jaxpr))
 

@@ -29,6 +29,7 @@ from dm_generations.models.checkpoints import Checkpoint
 from dm_generations.models.dalle_bart_config import unscanned
 from dm_generations.models.networks import network_class
 from dm_generations.models.placement import placed
+from dm_generations.programs import Kept, remembered
 from dm_generations.text import TextTokenizer, load_tokenizer
 from dm_generations.threefry import WORD
 
@@ -104,6 +105,10 @@ class Generator:
             for spec in (PartitionSpec(loop.AXIS), PartitionSpec())
         )
         self._params = placed(params, self._model.dtype, self._everywhere)
+        self._begin_program, self._advance_program, self._replay_program = (
+            Kept(function, self._model, self._drawing, self._mesh)
+            for function in (loop.begin, loop.advance, loop.replay)
+        )
         self._compiled: set[tuple[str, int]] = set()  # programs and sizes of batches
         self.set_batch_size(batch_size)
 
@@ -224,8 +229,7 @@ class Generator:
         def replay(batch: list[Sequence[Row]], first_row: int) -> np.ndarray:
             inputs = self._inputs(batch)
             state = self._begin(inputs)
-            found = loop.replay(self._model, self._drawing, self._mesh, self._params, inputs, state)
-            return self._in_use(found, batch)
+            return self._in_use(self._replay_program(self._params, inputs, state), batch)
 
         margins = [np.empty((0, self.token_count), np.float32), *self._in_batches(rows, replay)]
         is_drawn = np.arange(self.token_count) >= np.reshape(init_count, (-1, 1))
@@ -251,9 +255,14 @@ class Generator:
 
     def batch_bytes(self, batch_size: int) -> int:
         """Memory of a device that a batch takes besides the weights: caches, texts and logits. An estimate."""
-        inputs = laid_out([], 2 * batch_size, self._tokenizer, self._model.config.max_text_length, self.token_count)
-        state = jax.eval_shape(functools.partial(loop.begin, self._model, self._drawing, None), self._params, inputs)
-        cached = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        begin = functools.partial(loop.begin, self._model, self._drawing, None)
+
+        def state_bytes() -> int:
+            inputs = laid_out([], 2 * batch_size, self._tokenizer, self._model.config.max_text_length, self.token_count)
+            state = jax.eval_shape(begin, self._params, inputs)
+            return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+        cached = remembered(state_bytes, "bytes of a batch", self._model, self._drawing, batch_size)
         return cached + 2 * batch_size * self._drawing.columns * 4 * _LOGITS_COPIES
 
     # Underneath
@@ -334,11 +343,11 @@ class Generator:
         return jax.device_put(inputs, self._divided)
 
     def _begin(self, inputs: RowInputs) -> loop.DrawState:
-        return loop.begin(self._model, self._drawing, self._mesh, self._params, inputs)
+        return self._begin_program(self._params, inputs)
 
     def _advance(self, inputs: RowInputs, state: loop.DrawState, first: int, end: int) -> loop.DrawState:
         steps = jax.device_put((np.int32(first), np.int32(end)), self._everywhere)
-        return loop.advance(self._model, self._drawing, self._mesh, self._params, inputs, state, *steps)
+        return self._advance_program(self._params, inputs, state, *steps)
 
     def _stream(self, batch: list[Sequence[Row]], every: int) -> Iterator[Drawn]:
         """Tokens (m, count) and log-probabilities of a batch's m rows after every `every` steps, and at the end."""

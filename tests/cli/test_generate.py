@@ -34,17 +34,6 @@ def models(tmp_path_factory):
     return tiny_models(tmp_path_factory.mktemp("models"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_compilation_cache(tmp_path_factory):
-    """A program that one test compiled is read back by the next; the user's own cache is left alone."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 def command(*words) -> int:
     args = build_parser().parse_args(list(map(str, words)))
     return args.run(args)

@@ -34,7 +34,7 @@ def test_a_row_decodes_alike_in_any_company_and_compiles_once(codec):
     with jax.transfer_guard("disallow"):  # every copy to or from the device is one that was asked for
         together, alone = codec.decode(tokens), codec.decode(tokens[3:])
     np.testing.assert_array_equal(together[3:], alone)
-    assert codec._to_uint8._cache_size() == 1
+    assert codec._to_uint8.function._cache_size() == 1
 
 
 def test_pixels_are_truncated_not_rounded(codec):

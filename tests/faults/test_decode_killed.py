@@ -4,12 +4,10 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 
 import pytest
 from decode_kit import all_files
 from faults_kit import MODES, PAGE, bytes_under, files_left, undisturbed, without_progress
-from helpers import ROOT
 
 
 def check_kills(command, out, whole, flags, kill_count, seed):
@@ -87,22 +85,3 @@ def test_a_finished_folder_is_left_as_it_is(command, tmp_path):
     assert len(before) == 1500
     assert command.run(out) == 0
     assert {path: os.stat(path).st_mtime_ns for path in out.rglob("*.png")} == before
-
-
-def test_a_compiled_program_that_was_cut_off_is_compiled_again(command, tmp_path):
-    """What a run that is killed while JAX keeps its program leaves would trouble each later run."""
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-
-    def run():
-        line = command.line(tmp_path / "out", "--overwrite", "--prompt-ids", "1", "--n-best", "1")
-        ended = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert (ended.returncode, without_progress(ended.stderr)) == (0, "")
-        return {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*-cache")}
-
-    kept = run()
-    assert kept
-    for path, data in kept.items():
-        path.write_bytes(data[: len(data) // 2])
-    again = run()
-    assert again.keys() == kept.keys()
-    assert all(len(data) > len(kept[path]) * 0.9 for path, data in again.items())

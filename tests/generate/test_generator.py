@@ -15,7 +15,6 @@ from tiny import CODEBOOK_SIZE, tiny_dalle_bart
 
 from dm_generations import sampling
 from dm_generations.errors import UserError
-from dm_generations.generate import loop
 from dm_generations.generate.generator import Generator, RowSettings
 from dm_generations.models import checkpoints
 from dm_generations.models.dalle_bart import DalleBart
@@ -130,13 +129,13 @@ def test_one_program_serves_every_prompt_setting_and_number_of_rows(checkpoint, 
 
 def test_pictures_of_scale_1_take_one_sequence_each(generator, tokens, monkeypatch):
     """Twelve of them, or six others, fill a batch of six: the unconditional half is computed where it is needed."""
-    batches, advance = [], loop.advance
+    batches, advance = [], generator._advance_program
 
     def counted(*arguments):
-        batches.append(int(arguments[4].row_count[0]))
+        batches.append(int(arguments[1].row_count[0]))
         return advance(*arguments)
 
-    monkeypatch.setattr(loop, "advance", counted)
+    monkeypatch.setattr(generator, "_advance_program", counted)
     unguided = [0, 5] * 6
     np.testing.assert_array_equal(generator.generate(*rows(unguided)), tokens[unguided])
     assert batches == [12]
@@ -184,18 +183,18 @@ def test_settings_can_be_one_number_for_all(generator):
 
 def test_a_batch_that_does_not_fit_is_halved(checkpoint, tokens, monkeypatch):
     generator = Generator(checkpoint, PromptTokenizer(checkpoint.folder), 6)
-    advance, sizes = loop.advance, []
+    advance, sizes = generator._advance_program, []
 
     def small(*arguments):
-        sizes.append(len(arguments[4].top_k))
+        sizes.append(len(arguments[1].top_k))
         if sizes[-1] > 6:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
         return advance(*arguments)
 
-    monkeypatch.setattr(loop, "advance", small)
+    monkeypatch.setattr(generator, "_advance_program", small)
     np.testing.assert_array_equal(generator.generate(*rows(list(range(6)))), tokens)
     assert sizes == [12, 6, 6] and generator.batch_size == 3
-    monkeypatch.setattr(loop, "advance", _exhausted)
+    monkeypatch.setattr(generator, "_advance_program", _exhausted)
     with pytest.raises(UserError, match="not enough memory to draw one picture at a time"):
         generator.generate(*rows([0]))
 
@@ -223,20 +222,20 @@ def small_generator(checkpoint, tokens):
 
 
 def test_two_batches_are_drawn_beside_each_other(small_generator, tokens, monkeypatch):
-    advance, meeting = loop.advance, threading.Barrier(2)
+    advance, meeting = small_generator._advance_program, threading.Barrier(2)
 
     def met(*arguments):
         meeting.wait(60)  # BrokenBarrierError for one that is alone
         return advance(*arguments)
 
-    monkeypatch.setattr(loop, "advance", met)
+    monkeypatch.setattr(small_generator, "_advance_program", met)
     indices = [0, 1, 2, 3, 4, 5, 3]  # four batches
     drawn = small_generator.draw(*rows(indices))
     np.testing.assert_array_equal(drawn.tokens, tokens[indices])
 
 
 def test_two_batches_that_memory_does_not_hold_are_drawn_in_turn(small_generator, tokens, monkeypatch):
-    advance, threads = loop.advance, []
+    advance, threads = small_generator._advance_program, []
 
     def small(*arguments):
         threads.append(threading.current_thread())
@@ -244,7 +243,7 @@ def test_two_batches_that_memory_does_not_hold_are_drawn_in_turn(small_generator
             _exhausted()
         return advance(*arguments)
 
-    monkeypatch.setattr(loop, "advance", small)
+    monkeypatch.setattr(small_generator, "_advance_program", small)
     np.testing.assert_array_equal(small_generator.generate(*rows(list(range(6)))), tokens)
     assert small_generator.at_once == 1 and small_generator.batch_size == 2
 
@@ -253,7 +252,7 @@ def test_what_goes_wrong_beside_another_batch_is_raised(small_generator, monkeyp
     def broken(*arguments):
         raise OSError("broken")
 
-    monkeypatch.setattr(loop, "advance", broken)
+    monkeypatch.setattr(small_generator, "_advance_program", broken)
     with pytest.raises(OSError, match="broken"):
         small_generator.generate(*rows(list(range(6))))
 

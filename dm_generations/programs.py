@@ -1,0 +1,114 @@
+"""Compiled programs kept whole between runs: a later start of the same version loads them, and traces nothing.
+
+JAX's own cache asks for a program traced and lowered, which on a CPU is most of what a start of small networks takes.
+"""
+
+import functools
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jaxlib
+from jax.experimental import serialize_executable
+
+from dm_generations import compile_cache
+from dm_generations.files import write_atomic
+from dm_generations.resources import PACKAGE
+
+_programs: dict[str, Callable] = {}  # of this process, by the names of their files
+
+
+class Kept:
+    """A function of arrays that `jax.jit` has made: `Kept(function, *static)(*arrays)` is `function(*static, *arrays)`.
+
+    static: its first arguments, which are static   closed_over: what else decides what it computes, such as the values
+    that a closure reads. A program is found again by the representations of these, which have to say everything.
+
+    Programs are kept in `compile_cache.folder`; if there is none, that function is all there is to it.
+    """
+
+    def __init__(self, function: Callable, *static: Hashable, closed_over: tuple = ()):
+        self.function = function
+        self._static = static
+        self._what = (function.__module__, function.__qualname__, static, closed_over)
+        self._of_shapes: dict[Hashable, Callable] = {}
+
+    def __call__(self, *arrays: Any) -> Any:
+        folder = compile_cache.folder()
+        if folder is None:
+            return self.function(*self._static, *arrays)
+        shapes = _shapes(arrays)
+        if shapes not in self._of_shapes:
+            path = folder / f"{_name(*self._what, shapes)}-program"
+            if path.name not in _programs:
+                _programs[path.name] = _loaded(path) or self._compiled(path, arrays)
+            self._of_shapes[shapes] = _programs[path.name]
+        return self._of_shapes[shapes](*arrays)
+
+    def _compiled(self, path: Path, arrays: tuple) -> Callable:
+        program = self.function.lower(*self._static, *arrays).compile()
+        try:
+            write_atomic(path, pickle.dumps(serialize_executable.serialize(program)))
+        except (OSError, ValueError, NotImplementedError):  # a full disk, or a program that cannot be kept
+            pass
+        return program
+
+
+def remembered(find: Callable[[], int], *of: Any) -> int:
+    """`find()`, or what it was in an earlier run: a number that depends on `of` alone and takes tracing to find."""
+    folder = compile_cache.folder()
+    if folder is None:
+        return find()
+    path = folder / f"{_name(*of)}-number"
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        number = find()
+    try:
+        write_atomic(path, str(number).encode("ascii"))
+    except OSError:
+        pass
+    return number
+
+
+def _loaded(path: Path) -> Callable | None:
+    """The program in a file; None if there is none, or it is damaged.
+
+    Unpickled, and run: the folder is this user's alone, as `resources.cache_dir` sees to, and holds what was written
+    here or by JAX, which keeps machine code in it too.
+    """
+    try:
+        return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except Exception:  # whatever damaged bytes lead to; it is compiled again, and its file replaced
+        return None
+
+
+def _shapes(arrays: tuple) -> Hashable:
+    leaves, structure = jax.tree.flatten(arrays)
+    return structure, tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
+
+
+def _name(*of: Any) -> str:
+    return hashlib.sha256(repr((of, _version(), _settings())).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _version() -> str:
+    """Of everything that a program is made by."""
+    digest = hashlib.sha256(repr((jax.__version__, jaxlib.__version__, flax.__version__)).encode())
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _settings() -> tuple:
+    """Of this process, that change what JAX makes of a function."""
+    values = sorted((name, str(value)) for name, value in jax.config.values.items() if "cache" not in name)
+    return os.environ.get("XLA_FLAGS"), jax.local_device_count(), values
