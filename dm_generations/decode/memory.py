@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from dm_generations.errors import UserError
 
@@ -63,8 +63,10 @@ def _sizes(jaxpr) -> Iterator[int]:
     """Bytes of everything that a traced function computes."""
     for equation in jaxpr.eqns:
         yield from (math.prod(out.aval.shape) * out.aval.dtype.itemsize for out in equation.outvars)
-        for inner in jaxprs_in_params(equation.params):
-            yield from _sizes(inner)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(inner, ClosedJaxpr | Jaxpr):
+                    yield from _sizes(getattr(inner, "jaxpr", inner))
 
 
 def free_bytes_of_each(devices: Sequence[jax.Device]) -> float:
