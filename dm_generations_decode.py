@@ -5,7 +5,7 @@ The same as `python -m dm_generations decode`.
 
 import sys
 
-from dm_generations.cli import main
+from dm_generations.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main(["decode", *sys.argv[1:]]))
+    program(["decode", *sys.argv[1:]])

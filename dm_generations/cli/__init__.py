@@ -53,6 +53,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def program(argv: list[str] | None = None) -> NoReturn:
+    """`main`, whose status ends this process."""
+    status = main(argv)
+    # A batch may still be computing, which the end waits for. A second Ctrl-C ends that at once, and quietly.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit status: 0 all done, 1 an error that a line on stderr explains, 130 interrupted.
 
