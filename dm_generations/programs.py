@@ -13,12 +13,11 @@ from typing import Any
 
 import flax
 import jax
-import jaxlib
 from jax.experimental import serialize_executable
 
 from dm_generations import compile_cache
 from dm_generations.files import write_atomic
-from dm_generations.resources import PACKAGE
+from dm_generations.resources import PACKAGE, core_count
 
 _programs: dict[str, Callable] = {}  # of this process, by the names of their files
 
@@ -79,8 +78,8 @@ def remembered(find: Callable[[], int], *of: Any) -> int:
 def _loaded(path: Path) -> Callable | None:
     """The program in a file; None if there is none, or it is damaged.
 
-    Unpickled, and run: the folder is this user's alone, as `resources.cache_dir` sees to, and holds what was written
-    here or by JAX, which keeps machine code in it too.
+    Unpickled, and run, as machine code of any kind from there would be: the folder is this user's alone, as
+    `resources.cache_dir` sees to, and holds what was written here.
     """
     try:
         return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
@@ -102,13 +101,13 @@ def _name(*of: Any) -> str:
 @functools.cache
 def _version() -> str:
     """Of everything that a program is made by."""
-    digest = hashlib.sha256(repr((jax.__version__, jaxlib.__version__, flax.__version__)).encode())
+    digest = hashlib.sha256(repr((jax.__version__, jax.lib.__version__, flax.__version__)).encode())
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 def _settings() -> tuple:
-    """Of this process, that change what JAX makes of a function."""
+    """Of this process, that change what JAX makes of a function; XLA divides it among the cores that it may use."""
     values = sorted((name, str(value)) for name, value in jax.config.values.items() if "cache" not in name)
-    return os.environ.get("XLA_FLAGS"), jax.local_device_count(), values
+    return os.environ.get("XLA_FLAGS"), jax.local_device_count(), core_count(), values

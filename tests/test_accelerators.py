@@ -58,12 +58,12 @@ def test_drawing(models, dtype):
 
 def test_decoding(models):
     codec = Codec.from_checkpoint(checkpoints.load(models.vqgan, "codec"), batch_size=2)
-    assert not rounded(products(codec._to_uint8.trace(codec._params, jnp.zeros((2, GRID**2), jnp.uint16))))
+    assert not rounded(products(codec._to_uint8.function.trace(codec._params, jnp.zeros((2, GRID**2), jnp.uint16))))
 
 
 def test_scoring(models):
     checkpoint = checkpoints.load(models.clip, "clip")
     scorer = Scorer(checkpoint, PromptTokenizer(checkpoint.folder), batch_size=2)
     pictures, ids = jnp.zeros((2, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.uint8), jnp.zeros((2, 16), jnp.int32)
-    assert not rounded(products(scorer._image_tower.trace(scorer._params, pictures)))
-    assert not rounded(products(scorer._text_tower.trace(scorer._params, ids, ids)))
+    assert not rounded(products(scorer._image_tower.function.trace(scorer._params, pictures)))
+    assert not rounded(products(scorer._text_tower.function.trace(scorer._params, ids, ids)))

@@ -29,6 +29,7 @@ from dm_generations.decode.tokens import BadTokens, tokens_of
 from dm_generations.decode.writer import FileWriter
 from dm_generations.errors import UserError
 from dm_generations.progress import Progress
+from dm_generations.resources import core_count
 
 # What is decoded as one: the file, the cell there, and the tokens (L,) uint16; or no cell, and those of all its cells
 # (cells, L).
@@ -64,7 +65,7 @@ class Job:
 
     def run(self, codec: Codec | AnyTokens | None, progress: Progress) -> None:
         """Decode and write what is due; `codec` may be None when nothing is."""
-        workers = self.options.num_workers or _core_count()
+        workers = self.options.num_workers or core_count()
         cells = self._cells(codec, progress)
         if self.layout.mode == "npy":
             with FileWriter(workers) as writer:
@@ -292,8 +293,3 @@ def _decoded(codec: Codec | None, cells: Iterator[Cell]) -> Iterator[tuple[Piece
 def _pictures(batch: list[Cell], decoding: Decoding) -> Iterator[tuple[Piece, int | None, np.ndarray]]:
     for (piece, cell, _), picture in zip(batch, decoding.pictures(), strict=True):
         yield piece, cell, picture
-
-
-def _core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
