@@ -1,6 +1,7 @@
 """Compiled programs kept between runs, so that a second start is quick."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dm_generations.errors import UserError
-from dm_generations.files import remove_stale_temporaries
+from dm_generations.files import remove_stale_temporaries, write_atomic
 from dm_generations.resources import cache_dir
 
 MAX_BYTES = 1 << 30
@@ -42,7 +43,7 @@ def enable() -> None:
         else:
             _let_jax_keep_in(folder)
     except (OSError, UserError) as error:
-        print(f"warning: compiled programs are not kept: {error}", file=sys.stderr)
+        warn(str(error))
 
 
 def folder() -> Path | None:
@@ -53,6 +54,20 @@ def folder() -> Path | None:
     import jax
 
     return _folder if jax.config.jax_compilation_cache_dir is None else None
+
+
+def write(path: Path, data: bytes) -> None:
+    """Keep `data` as a file of `folder`, if that can be written."""
+    try:
+        write_atomic(path, data)
+    except OSError as error:
+        warn(f"{path.parent}: {error.strerror}")
+
+
+@functools.cache
+def warn(reason: str) -> None:
+    """Once: there are several programs."""
+    print(f"warning: compiled programs are not kept: {reason}", file=sys.stderr)
 
 
 def _let_jax_keep_in(folder: Path) -> None:

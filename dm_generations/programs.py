@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import pickle
+import platform
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ import jax
 from jax.experimental import serialize_executable
 
 from dm_generations import compile_cache
-from dm_generations.files import write_atomic
 from dm_generations.resources import PACKAGE, core_count
 
 _programs: dict[str, Callable] = {}  # of this process, by the names of their files
+_DIGEST_BYTES = 32  # of SHA-256, before what is kept: bits that turned over in machine code would draw other pictures
 
 
 class Kept:
@@ -52,9 +53,11 @@ class Kept:
     def _compiled(self, path: Path, arrays: tuple) -> Callable:
         program = self.function.lower(*self._static, *arrays).compile()
         try:
-            write_atomic(path, pickle.dumps(serialize_executable.serialize(program)))
-        except (OSError, ValueError, NotImplementedError):  # a full disk, or a program that cannot be kept
-            pass
+            data = pickle.dumps(serialize_executable.serialize(program))
+        except (ValueError, NotImplementedError) as error:  # of a kind that JAX cannot write; it can be run
+            compile_cache.warn(str(error))
+            return program
+        compile_cache.write(path, hashlib.sha256(data).digest() + data)
         return program
 
 
@@ -68,25 +71,24 @@ def remembered(find: Callable[[], int], *of: Any) -> int:
         return int(path.read_text(encoding="ascii"))
     except (OSError, ValueError):
         number = find()
-    try:
-        write_atomic(path, str(number).encode("ascii"))
-    except OSError:
-        pass
+    compile_cache.write(path, str(number).encode("ascii"))
     return number
 
 
 def _loaded(path: Path) -> Callable | None:
-    """The program in a file; None if there is none, or it is damaged.
+    """The program in a file; None if there is none, or not the bytes that were written.
 
     Unpickled, and run, as machine code of any kind from there would be: the folder is this user's alone, as
     `resources.cache_dir` sees to, and holds what was written here.
     """
     try:
-        return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
-    except FileNotFoundError:
+        content = path.read_bytes()
+    except OSError:
         return None
-    except Exception:  # whatever damaged bytes lead to; it is compiled again, and its file replaced
+    digest, data = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    if hashlib.sha256(data).digest() != digest:
         return None
+    return serialize_executable.deserialize_and_load(*pickle.loads(data))
 
 
 def _shapes(arrays: tuple) -> Hashable:
@@ -101,7 +103,8 @@ def _name(*of: Any) -> str:
 @functools.cache
 def _version() -> str:
     """Of everything that a program is made by."""
-    digest = hashlib.sha256(repr((jax.__version__, jax.lib.__version__, flax.__version__)).encode())
+    versions = platform.python_version(), jax.__version__, jax.lib.__version__, flax.__version__
+    digest = hashlib.sha256(repr(versions).encode())
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
