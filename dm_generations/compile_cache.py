@@ -27,17 +27,23 @@ def enable() -> None:
     On a CPU `programs.Kept` does it, whose programs are found without being traced; elsewhere JAX's own cache.
     Call it before the first compilation. A cache that cannot be used costs time, nothing else, so it is
     reported on stderr and the program goes on. A folder set by JAX_COMPILATION_CACHE_DIR is left to JAX as it is.
+    Starts JAX: UserError where JAX_PLATFORMS names a platform that is not there.
     """
     import jax
 
     global _folder
+    try:
+        on_cpu = jax.default_backend() == "cpu"
+    except (RuntimeError, AssertionError) as error:  # the latter for CUDA, where JAX's plugin for it is not installed
+        wanted = f"JAX_PLATFORMS={jax.config.jax_platforms}"
+        raise UserError(f"JAX finds no device for {wanted}: unset it, or install JAX for that platform") from error
     if jax.config.jax_compilation_cache_dir is not None:
         return
     try:
         folder = cache_dir("xla") / _machine()
         folder.mkdir(mode=0o700, exist_ok=True)
         _prune(folder.parent, MAX_BYTES)
-        if jax.default_backend() == "cpu":
+        if on_cpu:
             remove_stale_temporaries(folder)
             _folder = folder
         else:

@@ -25,7 +25,7 @@ from dm_generations.score import Scorer
 from dm_generations.text import PromptTokenizer
 from training import data
 from training.captions import caption
-from training.common import Run, adamw, in_float32
+from training.common import Run, in_float32, muon
 from training.vqgan import augment, reconstruct
 
 TEXT_LENGTH = 32
@@ -68,7 +68,7 @@ class Trainer:
         for i, row in enumerate(rows):
             by_concept.setdefault(row["concept"], []).append(i)
         self.of_concept = list(by_concept.values())
-        self.optimiser = adamw(args.learning_rate, args.steps, warmup=min(100, args.steps // 10), weight_decay=0.1)
+        self.optimiser = muon(args.learning_rate, args.steps, warmup=min(100, args.steps // 10), weight_decay=0.1)
 
     def init(self, params: dict | None) -> dict:
         key = jax.random.key(self.args.seed)
@@ -157,9 +157,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/clip"), help="folder of the run; resumes")
     parser.add_argument("--out", type=Path, help="write the trained model to this folder")
     parser.add_argument("--init", help="fine-tune this model (a folder) instead of starting at random")
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -173,7 +173,7 @@ def main() -> None:
         loaded = checkpoints.load(args.init, "clip")
         config, params = loaded.config, in_float32(loaded.params)
     trainer = Trainer(CLIP(config), pixels[train], rebuilt[train], [rows[i] for i in train], tokenizer, args)
-    run = Run(args.run, trainer.init(params), save_every=500)
+    run = Run(args.run, trainer.init(params), save_every=500, args=args)
 
     def check(state) -> dict:
         params = jax.device_get(state["params"])

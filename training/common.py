@@ -4,6 +4,7 @@ Everything random is drawn from (seed, step), and every schedule counts steps, s
 makes the batches of an undisturbed one.
 """
 
+import argparse
 import json
 import time
 from collections.abc import Callable
@@ -83,15 +84,24 @@ def in_float32(params: dict) -> dict:
 
 
 class Run:
-    """A training run in a folder: `state.msgpack` to resume from, `log.jsonl` with the curve."""
+    """A training run in a folder: `state.msgpack` to resume from, `log.jsonl` with the curve.
 
-    def __init__(self, folder: Path, state: Any, save_every: int):
+    `args`: what the trainer was called with. SystemExit where a run is resumed with another number, such as `steps`:
+    what comes out would be the result of neither schedule.
+    """
+
+    def __init__(self, folder: Path, state: Any, save_every: int, args: argparse.Namespace):
         self.folder, self.save_every = folder, save_every
+        self.settings = {name: value for name, value in vars(args).items() if isinstance(value, int | float)}
         self.state, self.step, self.seconds = on_every_device(state), 0, 0.0
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "state.msgpack"
         if path.exists():
             stored = flax.serialization.msgpack_restore(path.read_bytes())
+            for name, value in stored["settings"].items():
+                if self.settings[name] != value:
+                    flag = "--" + name.replace("_", "-")
+                    raise SystemExit(f"{folder} was begun with {flag} {value}: give that again, or another --run")
             self.step, self.seconds = int(stored["step"]), float(stored["seconds"])
             self.state = on_every_device(flax.serialization.from_state_dict(state, stored["state"]))
             print(f"resuming {folder} at step {self.step}", flush=True)
@@ -102,7 +112,7 @@ class Run:
 
     def save(self) -> None:
         state = flax.serialization.to_state_dict(jax.device_get(self.state))
-        stored = {"step": self.step, "seconds": self.seconds, "state": state}
+        stored = {"settings": self.settings, "step": self.step, "seconds": self.seconds, "state": state}
         write_atomic(self.folder / "state.msgpack", flax.serialization.msgpack_serialize(stored))
 
     def log(self, **values: float) -> None:

@@ -183,7 +183,7 @@ def main() -> None:
         config, params = loaded.config, in_float32(loaded.params)
     train_rows = [row for row, is_train in zip(rows, train, strict=True) if is_train]
     trainer = Trainer(DalleBart(config), tokens[train], train_rows, tokenizer, args)
-    run = Run(args.run, trainer.init(params), save_every=250)
+    run = Run(args.run, trainer.init(params), save_every=250, args=args)
 
     probe = np.random.default_rng(0).choice(np.flatnonzero(train), 256, replace=False)
     unseen = np.flatnonzero(~train)[:256]

@@ -116,19 +116,15 @@ class Trainer:
     def apply(self, params, *args, method):
         return self.model.apply({"params": params}, *args, method=method)
 
-    @partial(jax.jit, static_argnums=(0, 4), donate_argnums=(1,))
-    def _step(self, state, indices, key, quantised: bool):
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def _step(self, state, indices, key, quantised):
         augment_key, restart_key = jax.random.split(key)
         target = augment(self.pixels[indices], augment_key, MAX_SHIFT, mirrored=True)
 
         def loss_of(params):
             z = self.apply(params, target, method="encode_continuous")
-            if not quantised:
-                output = self.apply(params, z, method="decode")
-                return reconstruction_loss(output, target), (z, jnp.zeros(z.shape[:-1], jnp.int32), output)
-            codebook = jax.lax.stop_gradient(get_codebook(params))
-            codes = self.model.apply({"params": params}, z, method=lambda m, z: m.quantize(z))
-            chosen = codebook[codes]
+            codes = self.apply(params, z, method=lambda model, z: model.quantize(z))
+            chosen = jnp.where(quantised, jax.lax.stop_gradient(get_codebook(params))[codes], z)
             output = self.apply(params, z + jax.lax.stop_gradient(chosen - z), method="decode")
             commitment = jnp.square(z - chosen).mean()
             return reconstruction_loss(output, target) + COMMITMENT * commitment, (z, codes, output)
@@ -136,26 +132,22 @@ class Trainer:
         (loss, (z, codes, output)), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
         updates, opt = self.optimiser.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        counts, sums = state["counts"], state["sums"]
+        size = len(state["counts"])
         flat, codes = z.reshape(-1, z.shape[-1]), codes.reshape(-1)
-        if quantised:
-            size = len(counts)
-            counts = EMA_DECAY * counts + (1 - EMA_DECAY) * jnp.zeros(size).at[codes].add(1.0)
-            sums = EMA_DECAY * sums + (1 - EMA_DECAY) * jnp.zeros_like(sums).at[codes].add(flat)
-            mean_use = len(flat) / size
-            dead = counts < RESTART_BELOW * mean_use
-            fresh = flat[jax.random.randint(restart_key, (size,), 0, len(flat))]
-            counts = jnp.where(dead, 0.2 * mean_use, counts)
-            sums = jnp.where(dead[:, None], fresh * counts[:, None], sums)
-            codebook = sums / counts[:, None]
-        else:
-            dead, codebook = jnp.zeros(()), get_codebook(state["params"])
+        counts = EMA_DECAY * state["counts"] + (1 - EMA_DECAY) * jnp.zeros(size).at[codes].add(1.0)
+        sums = EMA_DECAY * state["sums"] + (1 - EMA_DECAY) * jnp.zeros_like(state["sums"]).at[codes].add(flat)
+        mean_use = len(flat) / size
+        dead = counts < RESTART_BELOW * mean_use
+        fresh = flat[jax.random.randint(restart_key, (size,), 0, len(flat))]
+        counts = jnp.where(dead, 0.2 * mean_use, counts)
+        sums = jnp.where(dead[:, None], fresh * counts[:, None], sums)
+        codebook = jnp.where(quantised, sums / counts[:, None], get_codebook(state["params"]))
         params = with_codebook(params, codebook)
         mse = jnp.square(jnp.clip(output, 0, 1) - target).mean(axis=(1, 2, 3))
         metrics = {
             "loss": loss,
             "psnr_train": (-10 * jnp.log10(mse + 1e-8)).mean(),
-            "restarted": dead.sum(),
+            "restarted": quantised * dead.sum(),
         }
         return {"params": params, "opt": opt, "counts": counts, "sums": sums}, metrics
 
@@ -229,11 +221,12 @@ def main() -> None:
     config, params = CPU_64, None
     if args.init:
         loaded = checkpoints.load(args.init, "codec")
-        config, params, args.continuous_steps = loaded.config, in_float32(loaded.params), 0
+        config, params = loaded.config, in_float32(loaded.params)
+        args.continuous_steps = -1  # its codebook goes on: started anew, the text model's codes would mean other things
     if config.resolution != pixels.shape[1]:
         raise SystemExit(f"{args.data} is {pixels.shape[1]} px a side, the model {config.resolution}")
     trainer = Trainer(config, pixels[train], weights[train], args)
-    run = Run(args.run, trainer.init(params), save_every=500)
+    run = Run(args.run, trainer.init(params), save_every=500, args=args)
 
     def evaluate(state) -> dict:
         pictures, tokens = reconstruct(trainer.model, jax.device_get(state["params"]), pixels[held_out])

@@ -369,6 +369,21 @@ def test_too_little_memory_is_one_line_that_says_what_to_do(models, tmp_path, mo
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_a_platform_that_is_not_there_is_one_line(tmp_path):
+    words = ("generate", "--db", tmp_path / "x.db", "--prompts", "a rocket", "--n", "1")
+    ended = subprocess.run(
+        [sys.executable, "-m", "dm_generations", *map(str, words)],
+        env={**os.environ, "JAX_PLATFORMS": "abacus"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "error: JAX finds no device for JAX_PLATFORMS=abacus: unset it, or install JAX for that platform\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_kill_in_the_middle_of_a_transaction_loses_that_batch_alone(models, tmp_path):
     db = tmp_path / "a.db"
     words = ["--db", db, "--model", models.dalle_bart, "--codec", models.vqgan, "--batch-size", 4]

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import importlib
+import sys
 
 import jax
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 
 from dm_generations.models import checkpoints
 from dm_generations.models.vqgan import VQGANConfig
+from training import data, vqgan
+from training.__main__ import STEPS
 from training.common import Run
 from training.vqgan import Trainer, reconstruct
 
@@ -37,9 +41,9 @@ def initial(trainer):
     return jax.device_get(trainer.init(None))
 
 
-def train(trainer, initial, folder, steps):
-    run = Run(folder, initial, save_every=4)
-    run.loop(steps, trainer.step, log_every=2)
+def train(trainer, initial, folder, count):
+    run = Run(folder, initial, save_every=4, args=trainer.args)
+    run.loop(count, trainer.step, log_every=2)
     return run
 
 
@@ -49,8 +53,15 @@ def test_resumed_run_equals_an_undisturbed_one(trainer, initial, tmp_path):
     resumed = train(trainer, initial, tmp_path / "parts", 6)
     for one, other in zip(jax.tree.leaves(whole.state), jax.tree.leaves(resumed.state), strict=True):
         np.testing.assert_array_equal(one, other)
-    steps = [line.split(",")[0] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
-    assert steps == ['{"step": 2', '{"step": 4', '{"step": 6']
+    logged = [line.split(",")[0] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert logged == ['{"step": 2', '{"step": 4', '{"step": 6']
+
+
+def test_run_is_not_resumed_with_other_numbers(trainer, initial, tmp_path):
+    train(trainer, initial, tmp_path, 2)
+    others = argparse.Namespace(**vars(trainer.args) | {"batch_size": 8, "out": tmp_path})
+    with pytest.raises(SystemExit, match="was begun with --batch-size 4: give that again, or another --run"):
+        Run(tmp_path, initial, save_every=4, args=others)
 
 
 def test_trained_model_loads_and_rebuilds_pictures(trainer, initial, tmp_path):
@@ -62,3 +73,33 @@ def test_trained_model_loads_and_rebuilds_pictures(trainer, initial, tmp_path):
     pictures, tokens = reconstruct(trainer.model, loaded.params, np.asarray(trainer.pixels), batch=32)
     assert pictures.shape == (40, 8, 8, 3) and pictures.dtype == np.uint8
     assert tokens.shape == (40, 16) and tokens.max() < 8
+
+
+def test_fine_tuning_goes_on_from_the_codebook(trainer, initial, tmp_path, monkeypatch):
+    checkpoints.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), initial["params"], np.float32)
+    pixels = np.asarray(trainer.pixels)
+    rows = [{"held_out": i % 4 == 0, "tone": False} for i in range(len(pixels))]
+    monkeypatch.setattr(data, "load", lambda path: (pixels, rows))
+    monkeypatch.setattr(Trainer, "start_codebook", None)
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)  # of devices, which are there already
+    words = f"vqgan --init {tmp_path / 'model'} --run {tmp_path / 'run'} --out {tmp_path / 'out'} --steps 1"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--batch-size", "4"])
+    vqgan.main()
+    assert checkpoints.load(tmp_path / "out", "codec").config == CONFIG
+
+
+def test_every_part_of_the_recipe_knows_its_flags(monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser):
+        parse(parser)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    for module, *arguments in STEPS:
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        with pytest.raises(Parsed):
+            importlib.import_module(module).main()
