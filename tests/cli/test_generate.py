@@ -368,7 +368,6 @@ def test_too_little_memory_is_one_line_that_says_what_to_do(models, tmp_path, mo
         draw(models, tmp_path / "a.db", "--prompts", "a boat", "--no-score")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_a_platform_that_is_not_there_is_one_line(tmp_path):
     words = ("generate", "--db", tmp_path / "x.db", "--prompts", "a rocket", "--n", "1")
     ended = subprocess.run(
@@ -384,6 +383,7 @@ def test_a_platform_that_is_not_there_is_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_a_kill_in_the_middle_of_a_transaction_loses_that_batch_alone(models, tmp_path):
     db = tmp_path / "a.db"
     words = ["--db", db, "--model", models.dalle_bart, "--codec", models.vqgan, "--batch-size", 4]
