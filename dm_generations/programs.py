@@ -54,7 +54,7 @@ class Kept:
         program = self.function.lower(*self._static, *arrays).compile()
         try:
             data = pickle.dumps(serialize_executable.serialize(program))
-        except (ValueError, NotImplementedError) as error:  # of a kind that JAX cannot write; it can be run
+        except (ValueError, NotImplementedError) as error:  # how JAX refuses; the program can be run all the same
             compile_cache.warn(str(error))
             return program
         compile_cache.write(path, hashlib.sha256(data).digest() + data)

@@ -136,6 +136,21 @@ def test_a_folder_that_cannot_be_written_costs_time_alone(folder, monkeypatch, c
     )
 
 
+def test_a_program_that_jax_cannot_write_is_run_and_said_once(folder, monkeypatch, capsys):
+    def refuse(program):
+        raise ValueError("Compilation does not support serialization")
+
+    monkeypatch.setattr(programs.serialize_executable, "serialize", refuse)
+    compile_cache.warn.cache_clear()
+    for _ in range(2):
+        another_run(monkeypatch)
+        np.testing.assert_array_equal(Traced().product(), 3 * X)
+    assert capsys.readouterr().err == (
+        "warning: compiled programs are not kept: Compilation does not support serialization\n"
+    )
+    assert not list(folder.glob("*-program"))
+
+
 def test_decoders_of_one_network_are_told_apart(folder):
     """Sheets of 2 x 3 and 3 x 2 pictures take arrays of one shape; 16-bit activations those of float32's."""
     checkpoint = checkpoints.load(tiny_vqgan(folder / "vqgan"), "codec")
