@@ -1,4 +1,4 @@
-"""The whole recipe of the model that ships, from nothing to build/models; run it again to resume.
+"""The whole recipe, from nothing to build/models; run it again to resume.
 
     python -m training
 
@@ -9,6 +9,7 @@ part takes and what comes out.
 import os
 import subprocess
 import sys
+import time
 
 # A step takes and gives back hundreds of MB, which glibc gets from the kernel anew each time, 4 KB by 4 KB: a tenth
 # to a fifth of the step. So it is told to keep them, in huge pages and in one heap. Other C libraries ignore this.
@@ -35,8 +36,10 @@ def main() -> None:
     environment = {"GLIBC_TUNABLES": MALLOC} | os.environ
     for module, *arguments in STEPS:
         print(f"== {module}", flush=True)
+        start = time.monotonic()
         if subprocess.run([sys.executable, "-m", module, *arguments], env=environment).returncode:
             raise SystemExit(f"{module} failed; run the same command again to resume")
+        print(f"== {module}: {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
 
 
 if __name__ == "__main__":

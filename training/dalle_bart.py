@@ -38,7 +38,7 @@ from dm_generations.text import PromptTokenizer
 from training import data
 from training.captions import caption
 from training.common import Run, in_float32, muon
-from training.vqgan import reconstruct
+from training.vqgan import encode
 
 DROPPED = 0.15
 OTHER_TARGET = 0.7
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/dalle_bart"), help="folder of the run; resumes")
     parser.add_argument("--out", type=Path, help="write the trained model to this folder")
     parser.add_argument("--init", help="fine-tune this model (a folder) instead of starting at random")
-    parser.add_argument("--steps", type=int, default=4200)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument(
@@ -173,7 +173,7 @@ def main() -> None:
     kept = [i for i, row in enumerate(rows) if not row["tone"]]
     pixels, rows = pixels[kept], [rows[i] for i in kept]
     codec = checkpoints.load(args.codec, "codec")
-    tokens = reconstruct(VQGAN(codec.config), codec.params, pixels)[1].astype(np.int32)
+    tokens = encode(VQGAN(codec.config), codec.params, pixels)
     train = np.array([not row["held_out"] for row in rows])
     tokenizer = PromptTokenizer(args.tokenizer)
     vocab_size = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json")).get_vocab_size()

@@ -10,6 +10,8 @@ Loss: L1, squared error and L1 of the picture's gradients; no adversary.
 
 import argparse
 import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +42,7 @@ COMMITMENT = 0.25
 RESTART_BELOW = 0.02  # of the mean use; a code used less starts again from a random vector of the batch
 MAX_SHIFT = 3  # pixels
 CPU_DEVICES = 2  # each with half of a batch: layers this small leave one of two cores idle
+THREADS = 2  # for the same reason, where nothing is learnt
 
 
 def augment(pixels, key, max_shift: int, mirrored: bool):
@@ -175,23 +178,38 @@ class Trainer:
         return on_every_device(state | {"params": params, "counts": counts, "sums": codebook * counts[:, None]})
 
 
-def reconstruct(model: VQGAN, params: dict, pixels: np.ndarray, batch: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (N, S, S, 3) through the codes: pictures as decode writes them, and tokens int32 (N, L)."""
+def encode(model: VQGAN, params: dict, pixels: np.ndarray) -> np.ndarray:
+    """uint8 (N, S, S, 3) to tokens, int32 (N, L)."""
 
     @jax.jit
     def run(params, x):
-        tokens = model.apply({"params": params}, x.astype(jnp.float32) / 255, method="encode")[1]
-        output = model.apply({"params": params}, tokens, method="decode_code")
-        return (jnp.clip(output, 0, 1) * 255).astype(jnp.uint8), tokens
+        return model.apply({"params": params}, x.astype(jnp.float32) / 255, method="encode")[1]
 
-    pictures, tokens = [], []
-    for start in range(0, len(pixels), batch):
-        part = pixels[start : start + batch]
-        padded = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), np.uint8)])
-        output = jax.device_get(run(params, padded))
-        pictures.append(output[0][: len(part)])
-        tokens.append(output[1][: len(part)])
-    return np.concatenate(pictures), np.concatenate(tokens)
+    return in_batches(partial(run, params), pixels)
+
+
+def reconstruct(model: VQGAN, params: dict, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (N, S, S, 3) through the codes: pictures as decode writes them, and tokens int32 (N, L)."""
+
+    @jax.jit
+    def run(params, tokens):
+        output = model.apply({"params": params}, tokens, method="decode_code")
+        return (jnp.clip(output, 0, 1) * 255).astype(jnp.uint8)
+
+    tokens = encode(model, params, pixels)
+    return in_batches(partial(run, params), tokens), tokens
+
+
+def in_batches(run: Callable, rows: np.ndarray, batch: int = 32) -> np.ndarray:
+    """`run` of each batch of rows, the last one padded: to compile once."""
+
+    def of_batch(start: int) -> np.ndarray:
+        part = rows[start : start + batch]
+        padded = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), part.dtype)])
+        return jax.device_get(run(padded))[: len(part)]
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        return np.concatenate(list(threads.map(of_batch, range(0, len(rows), batch))))
 
 
 def psnr(pictures: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -206,7 +224,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/vqgan"), help="folder of the run; resumes")
     parser.add_argument("--out", type=Path, help="write the trained model to this folder")
     parser.add_argument("--init", help="fine-tune this model (a folder) instead of starting at random")
-    parser.add_argument("--steps", type=int, default=4600)
+    parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--continuous-steps", type=int, default=400, help="first steps without quantisation")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)

@@ -70,9 +70,11 @@ def test_trained_model_loads_and_rebuilds_pictures(trainer, initial, tmp_path):
     checkpoints.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), params, np.float16)
     loaded = checkpoints.load(tmp_path / "model", "codec")
     assert loaded.config == CONFIG
-    pictures, tokens = reconstruct(trainer.model, loaded.params, np.asarray(trainer.pixels), batch=32)
+    pictures, tokens = reconstruct(trainer.model, loaded.params, np.asarray(trainer.pixels))
     assert pictures.shape == (40, 8, 8, 3) and pictures.dtype == np.uint8
     assert tokens.shape == (40, 16) and tokens.max() < 8
+    one_batch = trainer.apply(loaded.params, np.asarray(trainer.pixels) / np.float32(255), method="encode")[1]
+    np.testing.assert_array_equal(tokens, one_batch)  # in order, and none of the rows that fill the last batch up
 
 
 def test_fine_tuning_goes_on_from_the_codebook(trainer, initial, tmp_path, monkeypatch):
