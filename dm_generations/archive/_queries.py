@@ -3,6 +3,10 @@
 from dm_generations.archive._layout import IMAGE_COLUMNS, INSERT_COLUMNS
 
 SELECT_IMAGES = f"SELECT {', '.join(f'{{{name}}}' for name in IMAGE_COLUMNS)} FROM images"
+TO_SCORE = """
+{clip_score_input} IS NULL OR {clip_score_tokenized} IS NULL
+    OR (:rescore AND (:clip_id IS NULL OR {clip_id} IS NOT :clip_id))
+"""
 SELECT_MODELS = "SELECT id, kind, name, sha256, config, grid, codebook_size, image_size FROM models ORDER BY id"
 KEYS_OF_GROUP = """
 SELECT key0, key1 FROM images

@@ -31,6 +31,7 @@ from dm_generations.archive._queries import (
     SELECT_IMAGES,
     SELECT_MODELS,
     SET_SCORES,
+    TO_SCORE,
 )
 from dm_generations.archive._records import Group, ImageRow, ModelInfo, NewImage, Settings
 from dm_generations.archive._schema import SCHEMA_VERSION, upgrade
@@ -211,10 +212,17 @@ class Archive:
                 if row_id in row_by_id:
                     yield image_row(row_by_id[row_id])
 
-    def rows_to_score(self, rescore: bool = False) -> Iterator[ImageRow]:
-        """Pictures that lack a score (all with `rescore`), by id. Scores may be written while this runs."""
-        condition = ":rescore OR {clip_score_input} IS NULL OR {clip_score_tokenized} IS NULL"
-        return map(image_row, self.scan(IMAGE_COLUMNS, condition, {"rescore": rescore}))
+    def rows_to_score(self, rescore: bool = False, clip_id: int | None = None) -> Iterator[ImageRow]:
+        """Pictures that lack a score, by id. Scores may be written while this runs.
+
+        rescore: also those that have one, but for those that the model `clip_id` scored
+        """
+        return map(image_row, self.scan(IMAGE_COLUMNS, TO_SCORE, {"rescore": rescore, "clip_id": clip_id}))
+
+    def count_to_score(self, rescore: bool = False, clip_id: int | None = None) -> int:
+        """How many pictures `rows_to_score` gives."""
+        sql = self.sql(f"SELECT count(*) FROM images WHERE {TO_SCORE}")
+        return self._all(sql, {"rescore": rescore, "clip_id": clip_id})[0][0]
 
     def existing_keys(
         self, settings: Settings, generator_id: int | None, sampler_version: int | None = None, init_md5: str = ""

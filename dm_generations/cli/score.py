@@ -10,8 +10,8 @@ from dm_generations.cli.model_options import STOPPED, add_model_options, prepare
 
 HELP = "fill in missing CLIP scores"
 DESCRIPTION = """\
-Score the pictures of an archive against their prompts with CLIP: those without a score, or all with --all.
-Each is scored as the codec that made it shows it.
+Score the pictures of an archive against their prompts with CLIP: those without a score, and with --all those that
+another CLIP scored. Each is scored as the codec that made it shows it. Stopped, the same command goes on.
 """
 EPILOG = """\
 example:
@@ -23,7 +23,7 @@ _BAD_ROWS_SHOWN = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--db", metavar="FILE", type=Path, required=True, help="archive to score; it is changed")
-    add("--all", action="store_true", help="score again what has a score, with another CLIP for instance")
+    add("--all", action="store_true", help="score also what another CLIP scored")
     add_model_options(parser, generates=False)
 
 
@@ -38,15 +38,16 @@ def run(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     with Archive.open(args.db, "w") as archive:
         prepare_device(args.cpu_only)
-        from dm_generations.generate.scores import count_to_score, score_archive
+        from dm_generations.generate.models import known_model, model_info
+        from dm_generations.generate.scores import score_archive
         from dm_generations.models import checkpoints
         from dm_generations.progress import Progress
 
-        total = count_to_score(archive, args.all)
-        if not total:
-            print(f"every picture in {args.db} has its scores; nothing to do")
-            return 0
         codec, clip = checkpoints.load(args.codec, "codec"), checkpoints.load(args.clip, "clip")
+        total = archive.count_to_score(args.all, known_model(archive, model_info(clip)))
+        if not total:
+            print(f"every picture in {args.db} has its scores{' by this CLIP' if args.all else ''}; nothing to do")
+            return 0
         with Progress(total) as progress:
             report = score_archive(archive, codec, clip, args.batch_size, args.all, progress.advance)
     return _tell(report, args, codec.name)

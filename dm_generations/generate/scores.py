@@ -17,9 +17,6 @@ from dm_generations.generate.models import known_model, model_info, record_model
 from dm_generations.generate.run import finite, make_scorer, memory_errors
 from dm_generations.models.checkpoints import Checkpoint
 
-_COUNT_ALL = "SELECT count(*) FROM images"
-_COUNT_MISSING = f"{_COUNT_ALL} WHERE {{clip_score_input}} IS NULL OR {{clip_score_tokenized}} IS NULL"
-
 
 @dataclass
 class ScoreReport:
@@ -30,11 +27,6 @@ class ScoreReport:
     count_by_other_codec: Counter[str] = field(default_factory=Counter)  # by the codec's name
 
 
-def count_to_score(archive: Archive, rescore: bool) -> int:
-    """Pictures that lack a score; all of them with `rescore`."""
-    return archive.query(_COUNT_ALL if rescore else _COUNT_MISSING)[0][0]
-
-
 def score_archive(
     archive: Archive,
     codec: Checkpoint,
@@ -43,7 +35,8 @@ def score_archive(
     rescore: bool,
     on_rows: Callable[[int], None],
 ) -> ScoreReport:
-    """Score the pictures that lack a score (all with `rescore`), a transaction for each batch.
+    """Score the pictures that lack a score, with `rescore` also those that another CLIP scored, a transaction for each
+    batch.
 
     A picture is judged as the codec that made it shows it: rows of another codec than `codec` are left alone
     and counted. Rows that name no codec are taken for rows of `codec`. `on_rows` hears of rows dealt with.
@@ -58,7 +51,7 @@ def score_archive(
     prompt_by_id = archive.prompts()
     report = ScoreReport()
 
-    rows = archive.rows_to_score(rescore)
+    rows = archive.rows_to_score(rescore, known_model(archive, clip_info))
     while batch := list(itertools.islice(rows, batch_size * decoder.at_once)):
         usable: list[tuple[ImageRow, np.ndarray]] = []
         for row in batch:

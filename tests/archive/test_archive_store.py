@@ -148,7 +148,11 @@ def test_scoring_fills_what_is_missing_while_it_reads(archive):
             assert archive.set_scores(scores, archive.model_id(CLIP), 200.0) == 200
     assert next(rows).id == 602
     assert sum(1 for _ in archive.rows_to_score()) == 599
-    assert sum(1 for _ in archive.rows_to_score(rescore=True)) == 1200
+    assert sum(1 for _ in archive.rows_to_score(rescore=True)) == archive.count_to_score(rescore=True) == 1200
+    with archive.transaction():
+        same, other = archive.model_id(CLIP), archive.model_id(dataclasses.replace(CLIP, sha256="d" * 64))
+    assert sum(1 for _ in archive.rows_to_score(True, same)) == archive.count_to_score(True, same) == 599
+    assert archive.count_to_score(True, other) == 1200 and archive.count_to_score() == 599
 
 
 def test_a_failed_transaction_leaves_nothing(archive):

@@ -26,6 +26,7 @@ from dm_generations.cli import build_parser, generate
 from dm_generations.errors import UserError
 from dm_generations.generate import run as runs
 from dm_generations.models import checkpoints
+from dm_generations.progress import Progress
 from dm_generations.threefry import row_key
 
 
@@ -398,7 +399,7 @@ def test_a_kill_in_the_middle_of_a_transaction_loses_that_batch_alone(models, tm
     assert len(rows_of(db)) == 12
 
 
-def test_score_fills_in_what_no_score_left_out(models, tmp_path, capsys):
+def test_score_fills_in_what_no_score_left_out(models, tmp_path, capsys, monkeypatch):
     scored, unscored = tmp_path / "scored.db", tmp_path / "unscored.db"
     words = ["--prompts", "A Boat", "a cat", "--n", 3]
     assert draw(models, scored, *words) == 0
@@ -417,8 +418,18 @@ def test_score_fills_in_what_no_score_left_out(models, tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out
     assert unscored.read_bytes() == content
 
-    options[3] = tiny_clip(tmp_path / "clip", seed=1)
-    assert command("score", "--db", unscored, *options, "--all") == 0
+    def stop(progress, pictures):
+        raise KeyboardInterrupt
+
+    options[3:] = [tiny_clip(tmp_path / "clip", seed=1), "--batch-size", 1, "--all"]
+    with monkeypatch.context() as stopping:
+        stopping.setattr(Progress, "advance", stop)
+        assert command("score", "--db", unscored, *options) == 130
+    assert capsys.readouterr().err.startswith("stopped;")
+    assert command("score", "--db", unscored, *options) == 0
+    assert "4 pictures scored" in capsys.readouterr().out  # two were, at a time, before the stop
+    assert command("score", "--db", unscored, *options) == 0
+    assert "by this CLIP; nothing to do" in capsys.readouterr().out
     renewed = rows_of(unscored, columns, "prompt_id, key0")
     assert all(new[1] != old[1] and new[3] != old[3] for new, old in zip(renewed, found, strict=True))
     with Archive.open(unscored) as archive:
