@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/dalle_bart"), help="folder of the run; resumes")
     parser.add_argument("--out", type=Path, help="write the trained model to this folder")
     parser.add_argument("--init", help="fine-tune this model (a folder) instead of starting at random")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument(
