@@ -191,6 +191,9 @@ def speed(args: argparse.Namespace) -> None:
             f"{floor / step:.0%} of the roofline",
             flush=True,
         )
+        if generator.at_once > 1:
+            count, seconds = generator.at_once * batch_size, generator.seconds_together()
+            print(f"    {generator.at_once} batches beside each other: {count / seconds:.3f} pictures/s", flush=True)
         del generator
         if torch is not None:
             theirs = torch.seconds_of_step(batch_size, args.steps)
