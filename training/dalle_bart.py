@@ -44,7 +44,7 @@ DROPPED = 0.15
 OTHER_TARGET = 0.7
 CORRUPTION_POWER = 4  # the share of codes replaced is u ** 4, u uniform: a fifth on average
 LABEL_SMOOTHING = 0.005
-# How often a picture is shown, by its group: people differ in little, and few ask for buttons.
+# How often a picture is shown, by its group, unless all are equal: people differ in little, and few ask for buttons.
 GROUP_WEIGHTS = {"People & Body": 0.25, "Symbols": 0.15, "Flags": 0.15}
 
 
@@ -79,7 +79,8 @@ class Trainer:
     def __init__(self, model: DalleBart, tokens: np.ndarray, rows: list[dict], tokenizer: PromptTokenizer, args):
         self.model, self.config, self.args = model, model.config, args
         self.tokens, self.rows, self.tokenizer = tokens.astype(np.int32), rows, tokenizer
-        weights = np.array([GROUP_WEIGHTS.get(row["group"], 1.0) for row in rows])
+        of_groups = {} if args.even else GROUP_WEIGHTS
+        weights = np.array([of_groups.get(row["group"], 1.0) for row in rows])
         self.weights = weights / weights.sum()
         self.optimiser = muon(args.learning_rate, args.steps, warmup=min(100, args.steps // 10), weight_decay=0.02)
 
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--even", action="store_true", help="show all pictures equally often, people and signs too")
     parser.add_argument(
         "--unconditional-smoothing",
         type=float,

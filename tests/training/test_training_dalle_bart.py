@@ -30,14 +30,19 @@ def tokenizer(tmp_path_factory):
     return PromptTokenizer(folder)
 
 
-def new_trainer(tokenizer, batch_size=16, smoothing=SMOOTHING):
+def new_trainer(tokenizer, batch_size=16, smoothing=SMOOTHING, rows=ROWS, even=False):
     small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     config = dataclasses.replace(config_for(CODES, LENGTH, 400), **small)
     tokens = np.random.default_rng(0).permutation(CODES)[: len(ROWS) * LENGTH].reshape(len(ROWS), LENGTH)
     args = argparse.Namespace(
-        seed=0, steps=STEPS, batch_size=batch_size, learning_rate=1e-2, unconditional_smoothing=smoothing
+        seed=0,
+        steps=STEPS,
+        batch_size=batch_size,
+        learning_rate=1e-2,
+        unconditional_smoothing=smoothing,
+        even=even,
     )
-    return Trainer(DalleBart(config), tokens, ROWS, tokenizer, args)
+    return Trainer(DalleBart(config), tokens, rows, tokenizer, args)
 
 
 def train(tokenizer, smoothing):
@@ -66,6 +71,14 @@ def test_rows_without_caption_alone_are_smoothed_heavily(tokenizer):
     assert 0.05 < is_dropped.mean() < 0.3
     np.testing.assert_array_equal(smoothing, np.where(is_dropped, SMOOTHING, LABEL_SMOOTHING).astype(np.float32))
     assert ids.shape == mask.shape == (256, 32) and inputs.shape == targets.shape == (256, LENGTH)
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_signs_are_shown_seldom_unless_all_are_equal(tokenizer, even):
+    rows = [ROWS[0] | {"group": "Symbols"}, *ROWS[1:]]
+    trainer = new_trainer(tokenizer, batch_size=4096, rows=rows, even=even)
+    share = (trainer.batch(1)[3] == trainer.tokens[0]).all(1).mean()
+    assert share == pytest.approx(1 / 6 if even else 0.15 / 5.15, rel=0.2)
 
 
 def test_a_batch_is_a_function_of_seed_and_step(tokenizer):
