@@ -60,8 +60,15 @@ def test_resumed_run_equals_an_undisturbed_one(trainer, initial, tmp_path):
 def test_run_is_not_resumed_with_other_numbers(trainer, initial, tmp_path):
     train(trainer, initial, tmp_path, 2)
     others = argparse.Namespace(**vars(trainer.args) | {"batch_size": 8, "out": tmp_path})
-    with pytest.raises(SystemExit, match="was begun with --batch-size 4: give that again, or another --run"):
+    with pytest.raises(SystemExit, match="was begun with --batch-size 4: do so again, or give another --run"):
         Run(tmp_path, initial, save_every=4, args=others)
+
+
+@pytest.mark.parametrize("even, begun", [(False, "without --even"), (True, "with --even")])
+def test_run_is_not_resumed_with_another_switch(initial, tmp_path, even, begun):
+    Run(tmp_path, initial, save_every=4, args=argparse.Namespace(even=even)).save()
+    with pytest.raises(SystemExit, match=f"was begun {begun}: do so again, or give another --run"):
+        Run(tmp_path, initial, save_every=4, args=argparse.Namespace(even=not even))
 
 
 def test_trained_model_loads_and_rebuilds_pictures(trainer, initial, tmp_path):
