@@ -2,8 +2,9 @@
 
     python -m training.evaluate --models build/models --data build/emoji-64.npz --out build/evaluation
 
-Writes `results.json` and PNG grids: the 100 common concepts (best of 16 by CLIP), styles, condition scales, colour
-words and two-object prompts. Names are trained ones, unless a line says "held out".
+Writes `results.json` and PNG grids: the 100 common concepts (best of 16 by CLIP), condition scales (apart for people
+and signs, which training shows seldom), styles, colour words and two-object prompts. Names are trained ones, unless a
+line says "held out".
 """
 
 import argparse
@@ -133,7 +134,7 @@ def main() -> None:
             "top1_held_out_100": top1_of_names(image[held_out], text, own[held_out], 100, 0),
         }
 
-    for of_kind, kind in ((False, ""), (True, "people-and-signs-")):
+    for of_kind, kind in ((False, ""), (True, "people_and_signs_")):
         pool = {row["name"] for row in rows if (row["group"] in GROUP_WEIGHTS) == of_kind and not row["held_out"]}
         chosen = list(np.random.default_rng(1).choice(sorted(pool), args.names, replace=False))
         for cond_scale in (1.0, 3.0, 10.0):
@@ -141,7 +142,7 @@ def main() -> None:
             flat = pictures.reshape(-1, *pictures.shape[2:])
             image = pipeline.scorer.image_features(flat)
             asked = np.repeat([name_ids[name] for name in chosen], 2)
-            results[f"drawn_{kind}scale_{cond_scale:g}".replace("-", "_")] = {
+            results[f"drawn_{kind}scale_{cond_scale:g}"] = {
                 "top1_1000": top1_of_names(image, text, asked, 1000, 0),
                 "mean_score": float(scores.mean()),
                 "far_share": float((distance_to_nearest(flat, rebuilt[~held_out]) > FAR).mean()),
