@@ -25,7 +25,7 @@ STEPS = (
     ("training.dalle_bart", "--run", "build/dalle_bart", "--out", "build/sharp/dalle_bart"),
     (
         *("training.dalle_bart", "--init", "build/sharp/dalle_bart", "--run", "build/dalle_bart-soft"),
-        *("--steps", "200", "--learning-rate", "1e-3", "--unconditional-smoothing", "0.95"),
+        *("--steps", "200", "--learning-rate", "1e-3", "--dropped", "0.15", "--unconditional-smoothing", "0.95"),
         *("--out", "build/models/dalle_bart"),
     ),
     ("training.evaluate", "--models", "build/models", "--out", "build/evaluation"),

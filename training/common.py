@@ -101,10 +101,7 @@ class Run:
             for name, value in stored["settings"].items():
                 if self.settings[name] != value:
                     flag = "--" + name.replace("_", "-")
-                    begun = f"with {flag} {value}"
-                    if isinstance(value, bool):
-                        begun = f"with {flag}" if value else f"without {flag}"
-                    raise SystemExit(f"{folder} was begun {begun}: do so again, or give another --run")
+                    raise SystemExit(f"{folder} was begun with {flag} {value}: do so again, or give another --run")
             self.step, self.seconds = int(stored["step"]), float(stored["seconds"])
             self.state = on_every_device(flax.serialization.from_state_dict(state, stored["state"]))
             print(f"resuming {folder} at step {self.step}", flush=True)

@@ -4,9 +4,9 @@
 
 A small model learns its pictures by heart, and then its unconditional half has learnt them too: it goes on from the
 first codes as surely as the conditional half, and super conditioning, which magnifies the difference of the two, only
-magnifies noise. So the unconditional half (the caption is dropped in DROPPED of the rows) is kept soft: OTHER_TARGET of
-those rows are asked for the codes of another picture. A little label smoothing keeps the logits of
-codes that never occur level, where there is nothing else to hold them.
+magnifies noise. So the unconditional half (`--dropped`: the share of rows without a caption) is kept soft: OTHER_TARGET
+of those rows are asked for the codes of another picture. A little label smoothing keeps the logits of codes that never
+occur level, where there is nothing else to hold them.
 
 Guidance magnifies log p(code | caption) - log p(code), and that is largest not for the right code but for one that is
 improbable with the caption (1 in 600, say) and far more so without it (1 in 100,000). At cond_scale 10 such codes
@@ -40,12 +40,9 @@ from training.captions import caption
 from training.common import Run, in_float32, muon
 from training.vqgan import encode
 
-DROPPED = 0.15
 OTHER_TARGET = 0.7
 CORRUPTION_POWER = 4  # the share of codes replaced is u ** 4, u uniform: a fifth on average
 LABEL_SMOOTHING = 0.005
-# How often a picture is shown, by its group, unless all are equal: people differ in little, and few ask for buttons.
-GROUP_WEIGHTS = {"People & Body": 0.25, "Symbols": 0.15, "Flags": 0.15}
 
 
 def config_for(codebook_size: int, image_length: int, text_vocab_size: int) -> DalleBartConfig:
@@ -79,9 +76,6 @@ class Trainer:
     def __init__(self, model: DalleBart, tokens: np.ndarray, rows: list[dict], tokenizer: PromptTokenizer, args):
         self.model, self.config, self.args = model, model.config, args
         self.tokens, self.rows, self.tokenizer = tokens.astype(np.int32), rows, tokenizer
-        of_groups = {} if args.even else GROUP_WEIGHTS
-        weights = np.array([of_groups.get(row["group"], 1.0) for row in rows])
-        self.weights = weights / weights.sum()
         self.optimiser = muon(args.learning_rate, args.steps, warmup=min(100, args.steps // 10), weight_decay=0.02)
 
     def init(self, params: dict | None) -> dict:
@@ -92,10 +86,10 @@ class Trainer:
         return {"params": params, "opt": self.optimiser.init(params)}
 
     def logits(self, params, ids, mask, tokens):
-        """Teacher forced: (B, L, codebook) of tokens (B, L)."""
+        """Teacher forced: (B, L, vocabulary) of tokens (B, L); what lies above the codebook is never next."""
         start = jnp.full((len(tokens), 1), self.config.decoder_start_token_id, jnp.int32)
         inputs = jnp.concatenate([start, tokens[:, :-1]], axis=1)
-        return self.model.apply({"params": params}, ids, mask, inputs)[..., : self.config.codebook_size]
+        return self.model.apply({"params": params}, ids, mask, inputs)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _step(self, state, ids, mask, inputs, targets, smoothing):
@@ -114,13 +108,13 @@ class Trainer:
         """Text ids and mask (B, T), codes to read and to predict (B, L), all int32; label smoothing (B,) float32."""
         rng = np.random.default_rng([self.args.seed, step])
         count = self.args.batch_size
-        chosen = rng.choice(len(self.rows), count, p=self.weights)
-        dropped = rng.random(count) < DROPPED
+        chosen = rng.integers(len(self.rows), size=count)
+        dropped = rng.random(count) < self.args.dropped
         texts = ["" if drop else caption(self.rows[i], rng) for i, drop in zip(chosen, dropped, strict=True)]
         # Few captions are long: the rest would pay for padding.
         length = self.config.max_text_length
         ids, mask = self.tokenizer.encode(texts, length if step % 8 == 0 else length // 2)
-        others = self.tokens[rng.choice(len(self.rows), count, p=self.weights)]
+        others = self.tokens[rng.integers(len(self.rows), size=count)]
         targets = self.tokens[chosen]
         # Wrong codes: half are any code, half are what another picture has at this place.
         wrong = np.where(
@@ -131,7 +125,7 @@ class Trainer:
         is_wrong = rng.random(targets.shape) < rng.random((count, 1)) ** CORRUPTION_POWER
         inputs = np.where(is_wrong, wrong, targets).astype(np.int32)
         swapped = dropped & (rng.random(count) < OTHER_TARGET)
-        elsewhere = self.tokens[rng.choice(len(self.rows), count, p=self.weights)]
+        elsewhere = self.tokens[rng.integers(len(self.rows), size=count)]
         targets = np.where(swapped[:, None], elsewhere, targets).astype(np.int32)
         smoothing = np.where(dropped, self.args.unconditional_smoothing, LABEL_SMOOTHING).astype(np.float32)
         return ids, mask, inputs, targets, smoothing
@@ -157,10 +151,10 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/dalle_bart"), help="folder of the run; resumes")
     parser.add_argument("--out", type=Path, help="write the trained model to this folder")
     parser.add_argument("--init", help="fine-tune this model (a folder) instead of starting at random")
-    parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--steps", type=int, default=4600)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
-    parser.add_argument("--even", action="store_true", help="show all pictures equally often, people and signs too")
+    parser.add_argument("--dropped", type=float, default=0.05, metavar="SHARE", help="rows without a caption, 0 to 1")
     parser.add_argument(
         "--unconditional-smoothing",
         type=float,

@@ -3,7 +3,7 @@
     python -m training.evaluate --models build/models --data build/emoji-64.npz --out build/evaluation
 
 Writes `results.json` and PNG grids: the 100 common concepts (best of 16 by CLIP), condition scales (apart for people
-and signs, which training shows seldom), styles, colour words and two-object prompts. Names are trained ones, unless a
+and signs, whose names differ in little), styles, colour words and two-object prompts. Names are trained ones, unless a
 line says "held out".
 """
 
@@ -23,7 +23,6 @@ from dm_generations.text import PromptTokenizer
 from dm_generations.threefry import row_key
 from training import data
 from training.clip import top1_of_names
-from training.dalle_bart import GROUP_WEIGHTS
 from training.vqgan import psnr, reconstruct
 
 COMMON = (
@@ -34,6 +33,7 @@ COMMON = (
     "car bus taxi bicycle motorcycle train airplane helicopter sailboat house tent mountain volcano sun moon star "
     "rainbow umbrella snowman fire guitar trumpet crown key book heart ghost robot alien skull balloon"
 ).split() + ["palm tree", "hot dog", "ice cream"]
+PEOPLE_AND_SIGNS = {"People & Body", "Symbols", "Flags"}  # groups of names
 STYLED = "rocket,castle,avocado,strawberry,cat face,octopus,house,pizza,guitar,rose,crab,automobile".split(",")
 COLOURS = "red,blue,green,purple,yellow,black".split(",")
 COLOURED = "car,heart,book,apple,castle,cat".split(",")
@@ -135,7 +135,7 @@ def main() -> None:
         }
 
     for of_kind, kind in ((False, ""), (True, "people_and_signs_")):
-        pool = {row["name"] for row in rows if (row["group"] in GROUP_WEIGHTS) == of_kind and not row["held_out"]}
+        pool = {row["name"] for row in rows if (row["group"] in PEOPLE_AND_SIGNS) == of_kind and not row["held_out"]}
         chosen = list(np.random.default_rng(1).choice(sorted(pool), args.names, replace=False))
         for cond_scale in (1.0, 3.0, 10.0):
             pictures, scores = pipeline.draw(chosen, 2, cond_scale)

@@ -64,13 +64,6 @@ def test_run_is_not_resumed_with_other_numbers(trainer, initial, tmp_path):
         Run(tmp_path, initial, save_every=4, args=others)
 
 
-@pytest.mark.parametrize("even, begun", [(False, "without --even"), (True, "with --even")])
-def test_run_is_not_resumed_with_another_switch(initial, tmp_path, even, begun):
-    Run(tmp_path, initial, save_every=4, args=argparse.Namespace(even=even)).save()
-    with pytest.raises(SystemExit, match=f"was begun {begun}: do so again, or give another --run"):
-        Run(tmp_path, initial, save_every=4, args=argparse.Namespace(even=not even))
-
-
 def test_trained_model_loads_and_rebuilds_pictures(trainer, initial, tmp_path):
     run = train(trainer, initial, tmp_path / "run", 4)
     params = jax.device_get(run.state["params"])
