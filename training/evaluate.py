@@ -3,8 +3,8 @@
     python -m training.evaluate --models build/models --data build/emoji-64.npz --out build/evaluation
 
 Writes `results.json` and PNG grids: the 100 common concepts (best of 16 by CLIP), condition scales (apart for people
-and signs, whose names differ in little), styles, colour words and two-object prompts. Names are trained ones, unless a
-line says "held out".
+and signs, whose names differ in little) and, at each, the pictures furthest from every training picture, single words
+that are no names, styles, colour words and two-object prompts. Names are trained ones, unless a line says "held out".
 """
 
 import argparse
@@ -40,6 +40,7 @@ COLOURED = "car,heart,book,apple,castle,cat".split(",")
 # Levels of 255, root mean square, to the nearest training picture. By eye: blotches from 30, hard to tell from 40 on.
 # A clean picture between two styles can be as far, so the share is an upper bound of what a person would call garbage.
 FAR = 40
+WORD_MEANINGS = 5  # "corn" is said of two concepts, "food" of a hundred: of a word said of more, anything may be drawn
 PAIRS = (
     "a cat next to a rocket",
     "an avocado armchair",
@@ -100,12 +101,21 @@ def labelled_grid(pictures: list[np.ndarray], labels: list[str], columns: int) -
     return sheet
 
 
+def words_of(name: str) -> list[str]:
+    """The words of a name that a person might ask for alone."""
+    words = [word.strip(",:") for word in name.split()]
+    return [word for word in words if len(word) > 2 and word not in ("and", "the", "with")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, default=Path("build/models"))
     parser.add_argument("--data", type=Path, default=Path("build/emoji-64.npz"))
     parser.add_argument("--out", type=Path, default=Path("build/evaluation"))
     parser.add_argument("--names", type=int, default=128, help="training names drawn at each condition scale")
+    parser.add_argument(
+        "--draws", type=int, default=2, help="pictures of each name, the best of them by CLIP told apart"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     pixels, rows = data.load(args.data)
@@ -138,16 +148,40 @@ def main() -> None:
         pool = {row["name"] for row in rows if (row["group"] in PEOPLE_AND_SIGNS) == of_kind and not row["held_out"]}
         chosen = list(np.random.default_rng(1).choice(sorted(pool), args.names, replace=False))
         for cond_scale in (1.0, 3.0, 10.0):
-            pictures, scores = pipeline.draw(chosen, 2, cond_scale)
+            pictures, scores = pipeline.draw(chosen, args.draws, cond_scale)
             flat = pictures.reshape(-1, *pictures.shape[2:])
             image = pipeline.scorer.image_features(flat)
-            asked = np.repeat([name_ids[name] for name in chosen], 2)
+            asked = np.repeat([name_ids[name] for name in chosen], args.draws)
+            distances = distance_to_nearest(flat, rebuilt[~held_out])
+            best = np.arange(args.names), scores.argmax(1)
             results[f"drawn_{kind}scale_{cond_scale:g}"] = {
                 "top1_1000": top1_of_names(image, text, asked, 1000, 0),
                 "mean_score": float(scores.mean()),
-                "far_share": float((distance_to_nearest(flat, rebuilt[~held_out]) > FAR).mean()),
+                "far_share": float((distances > FAR).mean()),
+                "far_share_of_best": float((distances.reshape(scores.shape)[best] > FAR).mean()),
             }
-            labelled_grid(list(pictures[:64, 0]), chosen[:64], 16).save(args.out / f"{kind}scale-{cond_scale:g}.png")
+            of_scale = f"{kind}scale-{cond_scale:g}.png"
+            labelled_grid(list(pictures[:64, 0]), chosen[:64], 16).save(args.out / of_scale)
+            furthest = np.argsort(-distances)[:64]
+            labels = [chosen[i // args.draws] for i in furthest]
+            labelled_grid([flat[i] for i in furthest], labels, 16).save(args.out / f"furthest-{of_scale}")
+
+    # A word is drawn right if the nearest of all names is one that has it or whose keywords have it.
+    meant: dict[str, set[int]] = {}
+    for row in rows:
+        for word in {*row["keywords"], *words_of(row["name"])}:
+            meant.setdefault(word, set()).add(name_ids[row["name"]])
+    pool = [word for word, of in meant.items() if word not in name_ids and " " not in word and len(of) <= WORD_MEANINGS]
+    chosen = list(np.random.default_rng(3).choice(sorted(pool), min(args.names, len(pool)), replace=False))
+    pictures, scores = pipeline.draw(chosen, args.draws, 3.0)
+    flat = pictures.reshape(-1, *pictures.shape[2:])
+    nearest = (pipeline.scorer.image_features(flat) @ text.T).argmax(1)
+    results["words"] = {
+        "top1": float(np.mean([nearest[i] in meant[chosen[i // args.draws]] for i in range(len(nearest))])),
+        "mean_score": float(scores.mean()),
+        "far_share": float((distance_to_nearest(flat, rebuilt[~held_out]) > FAR).mean()),
+    }
+    labelled_grid(list(pictures[:64, 0]), chosen[:64], 16).save(args.out / "words.png")
 
     pictures, scores = pipeline.draw(list(COMMON), 16, 3.0)
     labelled_grid(list(best_first(pictures, scores, 1)[:, 0]), list(COMMON), 10).save(args.out / "common.png")
@@ -174,9 +208,9 @@ def distance_to_nearest(pictures: np.ndarray, known: np.ndarray) -> np.ndarray:
     known = known.reshape(len(known), -1).astype(np.float32)
     squares = np.square(known).sum(1)
     nearest = []
-    for picture in pictures.reshape(len(pictures), -1).astype(np.float32):
-        nearest.append((squares - 2 * known @ picture).min() + np.square(picture).sum())
-    return np.sqrt(np.maximum(nearest, 0) / known.shape[1])
+    for part in np.array_split(pictures.reshape(len(pictures), -1).astype(np.float32), -(-len(pictures) // 64)):
+        nearest.append((squares[:, None] - 2 * known @ part.T).min(0) + np.square(part).sum(1))
+    return np.sqrt(np.maximum(np.concatenate(nearest), 0) / known.shape[1])
 
 
 def style_obeyed(pipeline: Pipeline, pixels: np.ndarray, rows: list[dict]) -> float:
