@@ -1,4 +1,4 @@
-"""Captions of a picture, drawn anew each time it is shown, and the tokenizer trained on them.
+"""Captions of a picture, drawn anew each time it is shown, and the tokenizers trained on them.
 
     python -m training.captions --data build/emoji-64.npz --out build/tokenizer   # a second
 
@@ -95,6 +95,18 @@ def train_tokenizer(rows: list[dict], vocab_size: int, ends: tuple[str, str], en
     return tokenizer
 
 
+def list_names(rows: list[dict]) -> str:
+    """What may be asked for: each name on a line, with the further words it is known by, under its group."""
+    known: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        known.setdefault(row["group"], {})[row["name"]] = [word for word in row["keywords"] if word != row["name"]]
+    parts = []
+    for group in sorted(known):
+        lines = [": ".join((name, ", ".join(words))) if words else name for name, words in sorted(known[group].items())]
+        parts.append("\n".join((f"# {group}", *lines)) + "\n")
+    return "\n".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("build/emoji-64.npz"))
@@ -112,6 +124,7 @@ def main() -> None:
         tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
         ids = tokenizer.encode("A cute avocado armchair").ids
         print(json.dumps({"kind": kind, "size": tokenizer.get_vocab_size(), "ids": ids, "text": tokenizer.decode(ids)}))
+    (args.out / "names.txt").write_text(list_names(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

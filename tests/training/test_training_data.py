@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from training import data
-from training.captions import STYLED, caption, train_tokenizer
+from training.captions import STYLED, caption, list_names, train_tokenizer
 from training.clip import top1_of_names
 from training.evaluate import distance_to_nearest
 from training.vqgan import kmeans, psnr
@@ -79,6 +79,13 @@ def test_tokenizer_places_its_ends_as_asked_and_reads_back_what_it_was_given():
         size = tokenizer.get_vocab_size()
         assert (ids[0], ids[-1]) == ((size - 2, size - 1) if last else (0, 2))
         assert tokenizer.decode(ids) == "a rocket é"
+
+
+def test_each_name_is_listed_once_with_the_words_it_is_known_by():
+    plain = {"style": "flat", "name": "acorn", "group": ROW["group"], "keywords": ["acorn"]}
+    other = {"style": "flat", "name": "rocket stove", "group": "A", "keywords": ["camp"]}
+    listed = list_names([ROW, ROW | {"style": "flat"}, plain, other])
+    assert listed == f"# A\nrocket stove: camp\n\n# {ROW['group']}\nacorn\nrocket: space, nasa\n"
 
 
 def test_kmeans_finds_separate_clusters():
