@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +43,7 @@ def pillow_png(pixels: np.ndarray, **options) -> memoryview:
 
 
 def shipped_pictures(count: int) -> list[np.ndarray]:
-    """(256, 256, 3) uint8, each of 16 pictures of the shipped archive, all different: repeats compress otherwise."""
+    """(256, 256, 3) uint8, each of 16 pictures from all over the shipped archive: repeats compress otherwise."""
     from dm_generations.archive import Archive
     from dm_generations.decode.codec import Codec
     from dm_generations.models import checkpoints
@@ -52,8 +51,11 @@ def shipped_pictures(count: int) -> list[np.ndarray]:
     codec = Codec.from_checkpoint(checkpoints.load(None, "codec"), 64)
     with Archive.open(ROOT / "archive" / "emoji.db") as archive:
         rows = (row for group in archive.groups() for row in archive.rows(group.settings))
-        different = islice(dict.fromkeys(row.quantvec for row in rows), 16 * count)
-        tokens = np.stack([np.frombuffer(quantvec, "<u2") for quantvec in different])
+        different = list(dict.fromkeys(row.quantvec for row in rows))
+    if 16 * count > len(different):
+        raise SystemExit(f"--count {count}: the archive that ships suffices for {len(different) // 16}")
+    spread = different[:: len(different) // (16 * count)][: 16 * count]
+    tokens = np.stack([np.frombuffer(quantvec, "<u2") for quantvec in spread])
     pictures = codec.decode(tokens).reshape(count, 4, 4, 64, 64, 3)
     return list(pictures.swapaxes(2, 3).reshape(count, 256, 256, 3))
 
