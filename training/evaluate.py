@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from dm_generations.decode.captions import without_accents
 from dm_generations.decode.codec import Codec
 from dm_generations.generate.generator import Generator, RowSettings
 from dm_generations.models import checkpoints
@@ -95,6 +96,7 @@ def labelled_grid(pictures: list[np.ndarray], labels: list[str], columns: int) -
     for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
         x, y = i % columns * (size + 4), i // columns * (size + line + 4)
         sheet.paste(Image.fromarray(picture), (x, y))
+        label = without_accents(label)
         while pen.textlength(label) > size + 2:
             label = label[:-1]
         pen.text((x + 1, y + size), label, fill="black")

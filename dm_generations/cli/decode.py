@@ -113,7 +113,7 @@ def _add_gallery(group: argparse._ArgumentGroup) -> None:
     add(
         "--caption-font",
         metavar="FILE",
-        help="font for this text, for scripts other than Latin (default: the one of Pillow)",
+        help="font for this text, for other scripts and for accents, which the default leaves out (default: Pillow's)",
     )
 
 

@@ -3,6 +3,7 @@
 H, W: pixels of one picture   C: pixels of the caption's strip   S: pixels of a row of scores
 """
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +24,7 @@ class Strips:
 
     captions: bool = False
     score_labels: bool = False
-    font: str | None = None  # a TrueType or OpenType file; None is Pillow's, which has Latin letters only
+    font: str | None = None  # a TrueType or OpenType file; None is Pillow's, which has a to z: accents are left out
 
     def check(self) -> None:
         """UserError if text cannot be drawn."""
@@ -70,7 +71,7 @@ class Strips:
 def _draw_caption(draw: ImageDraw.ImageDraw, caption: tuple[str, str], width: int, font_file: str | None) -> None:
     line_height = _line_height(width)
     font, margin = _font(font_file, line_height * 3 // 4), line_height // 2
-    prompt, settings = map(_one_line, caption)
+    prompt, settings = (_one_line(text if font_file else without_accents(text)) for text in caption)
     lines = [(line, _TEXT) for line in _wrapped(draw, prompt, font, width - 2 * margin, _PROMPT_LINES)]
     lines += [(line, _FAINT) for line in _wrapped(draw, settings, font, width - 2 * margin, 1)]
     for number, (line, colour) in enumerate(lines):
@@ -103,6 +104,12 @@ def _fitting(draw: ImageDraw.ImageDraw, text: str, font, width: float) -> int:
         else:
             misfits = middle
     return fits
+
+
+def without_accents(text: str) -> str:
+    """Writes "é" as "e": the font of Pillow has no letters with accents, and draws boxes in their place."""
+    letters = unicodedata.normalize("NFD", text)
+    return unicodedata.normalize("NFC", "".join(letter for letter in letters if not unicodedata.combining(letter)))
 
 
 def _one_line(text: str) -> str:

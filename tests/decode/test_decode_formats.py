@@ -12,7 +12,7 @@ from tiny import CODEBOOK_SIZE, GRID, IMAGE_SIZE, tiny_vqgan
 
 from dm_generations.archive import ImageRow, ModelInfo
 from dm_generations.cli import main
-from dm_generations.decode.captions import Strips
+from dm_generations.decode.captions import Strips, without_accents
 from dm_generations.decode.encode import EXTENSIONS, Encoding
 from dm_generations.decode.metadata import gallery_record, picture_record
 
@@ -214,6 +214,22 @@ def test_a_long_caption_is_cut_and_ends_in_dots():
     short, long = (strips.add(pixels, 8, 1, ("word " * count, ""), [])[:-64] for count in (200, 2000))
     np.testing.assert_array_equal(short, long)  # both are cut at the same place
     assert short[:, -4:].max() == 0  # and end before the edge
+
+
+@pytest.mark.parametrize(("prompt", "drawn"), [("une forêt", "une foret"), ("pin\u0303ata", "pinata"), ("숲", "숲")])
+def test_accents_are_left_out_where_the_font_has_none(prompt, drawn):
+    assert without_accents(prompt) == drawn
+    pixels = np.zeros((64, 512, 3), np.uint8)
+    found, expected = (Strips(captions=True).add(pixels, 8, 1, (text, text), []) for text in (prompt, drawn))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_font_of_ones_own_is_asked_for_accents(tmp_path):
+    (tmp_path / "font.ttf").write_bytes(ImageFont.load_default(12).font_bytes)
+    strips = Strips(captions=True, font=str(tmp_path / "font.ttf"))
+    pixels = np.zeros((64, 512, 3), np.uint8)
+    with_accent, without = (strips.add(pixels, 8, 1, (text, ""), []) for text in ("forêt", "foret"))
+    assert (with_accent != without).any()
 
 
 def test_a_font_of_ones_own(tmp_path):
