@@ -43,7 +43,6 @@ from training.vqgan import encode
 OTHER_TARGET = 0.7
 CORRUPTION_POWER = 4  # the share of codes replaced is u ** 4, u uniform: a fifth on average
 LABEL_SMOOTHING = 0.005
-TONE_WEIGHT = 0.2  # half of the pictures are people in five skin tones, which captions do not tell apart
 
 
 def config_for(codebook_size: int, image_length: int, text_vocab_size: int) -> DalleBartConfig:
@@ -77,8 +76,6 @@ class Trainer:
     def __init__(self, model: DalleBart, tokens: np.ndarray, rows: list[dict], tokenizer: PromptTokenizer, args):
         self.model, self.config, self.args = model, model.config, args
         self.tokens, self.rows, self.tokenizer = tokens.astype(np.int32), rows, tokenizer
-        weights = np.array([TONE_WEIGHT if row["tone"] else 1.0 for row in rows])
-        self.shares = weights / weights.sum()
         self.optimiser = muon(args.learning_rate, args.steps, warmup=min(100, args.steps // 10), weight_decay=0.02)
 
     def init(self, params: dict | None) -> dict:
@@ -111,7 +108,7 @@ class Trainer:
         """Text ids and mask (B, T), codes to read and to predict (B, L), all int32; label smoothing (B,) float32."""
         rng = np.random.default_rng([self.args.seed, step])
         count = self.args.batch_size
-        chosen = rng.choice(len(self.rows), count, p=self.shares)
+        chosen = (rng.random(count) * len(self.rows)).astype(int)
         dropped = rng.random(count) < self.args.dropped
         texts = ["" if drop else caption(self.rows[i], rng) for i, drop in zip(chosen, dropped, strict=True)]
         # Few captions are long: the rest would pay for padding.
@@ -168,9 +165,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    pixels, rows = data.load(args.data)
-    kept = [i for i, row in enumerate(rows) if not row["tone"]]
-    pixels, rows = pixels[kept], [rows[i] for i in kept]
+    pixels, rows = data.load(args.data, tones=False)  # captions do not tell them apart
     codec = checkpoints.load(args.codec, "codec")
     tokens = encode(VQGAN(codec.config), codec.params, pixels)
     train = np.array([not row["held_out"] for row in rows])

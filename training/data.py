@@ -200,10 +200,12 @@ def save(path: Path, pixels: np.ndarray, rows: list[dict]) -> None:
     Path(file.name).replace(path)
 
 
-def load(path: Path) -> tuple[np.ndarray, list[dict]]:
-    """What `save` wrote: pixels uint8 (N, S, S, 3) and N dicts."""
+def load(path: Path, tones: bool = True) -> tuple[np.ndarray, list[dict]]:
+    """What `save` wrote: pixels uint8 (N, S, S, 3) and N dicts; without `tones`, no pictures of skin tones."""
     with np.load(path) as data:
-        return data["pixels"], json.loads(data["rows"].tobytes())
+        pixels, rows = data["pixels"], json.loads(data["rows"].tobytes())
+    kept = [i for i, row in enumerate(rows) if tones or not row["tone"]]
+    return pixels[kept], [rows[i] for i in kept]
 
 
 def main() -> None:

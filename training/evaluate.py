@@ -120,9 +120,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    pixels, rows = data.load(args.data)
-    kept = [i for i, row in enumerate(rows) if not row["tone"]]
-    pixels, rows = pixels[kept], [rows[i] for i in kept]
+    pixels, rows = data.load(args.data, tones=False)
     pipeline = Pipeline(args.models)
     results = {}
 

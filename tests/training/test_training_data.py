@@ -62,6 +62,13 @@ def test_data_survives_saving(tmp_path):
     assert (loaded == pixels).all() and rows == [ROW, ROW]
 
 
+def test_skin_tones_are_left_out_where_they_are_not_wanted(tmp_path):
+    pixels = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    data.save(tmp_path / "x.npz", pixels, [ROW | {"tone": "dark"}, ROW])
+    loaded, rows = data.load(tmp_path / "x.npz", tones=False)
+    assert (loaded == pixels[1:]).all() and rows == [ROW]
+
+
 def test_captions_name_the_picture_and_never_another_style():
     rng = np.random.default_rng(0)
     texts = [caption(ROW, rng) for _ in range(500)]
