@@ -22,12 +22,7 @@ STEPS = (
     ("training.captions", "--data", "build/emoji-64.npz", "--out", "build/tokenizer"),
     ("training.vqgan", "--run", "build/vqgan", "--out", "build/models/vqgan"),
     ("training.clip", "--run", "build/clip", "--out", "build/models/clip"),
-    ("training.dalle_bart", "--run", "build/dalle_bart", "--out", "build/sharp/dalle_bart"),
-    (
-        *("training.dalle_bart", "--init", "build/sharp/dalle_bart", "--run", "build/dalle_bart-soft"),
-        *("--steps", "200", "--learning-rate", "1e-3", "--dropped", "0.15", "--unconditional-smoothing", "0.95"),
-        *("--out", "build/models/dalle_bart"),
-    ),
+    ("training.dalle_bart", "--run", "build/dalle_bart", "--out", "build/models/dalle_bart"),
     ("training.evaluate", "--models", "build/models", "--out", "build/evaluation"),
 )
 

@@ -13,8 +13,11 @@ from typing import Any
 
 import flax.serialization
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
@@ -76,6 +79,45 @@ def muon(peak: float, steps: int, warmup: int, weight_decay: float = 0.01) -> op
             consistent_rms=0.2,
         ),
     )
+
+
+@jax.custom_vjp
+def bfloat16_product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Rows (N, I) times a kernel (I, O), both rounded to bfloat16, summed in float32: float32 (N, O).
+
+    Its gradients are such products too. Differentiating the product itself would leave them float32 times bfloat16,
+    which no CPU has an instruction for.
+    """
+    return _rounded_product(rows, kernel, ((1,), (0,)))[0]
+
+
+def _rounded_product(left, right, contracted) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    rounded = left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
+    return lax.dot_general(*rounded, (contracted, ((), ())), preferred_element_type=jnp.float32), rounded
+
+
+def _bfloat16_product_gradients(rounded, gradient):
+    rows, kernel = rounded
+    return (
+        _rounded_product(gradient, kernel, ((1,), (1,)))[0],
+        _rounded_product(rows, gradient, ((0,), (0,)))[0],
+    )
+
+
+bfloat16_product.defvjp(lambda rows, kernel: _rounded_product(rows, kernel, ((1,), (0,))), _bfloat16_product_gradients)
+
+
+def dense_in_bfloat16(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> jax.Array:
+    """For `nn.intercept_methods`: multiplies matrices of dense layers without bias in bfloat16, all else as it was.
+
+    Weights and what lies between products stay float32, as in Micikevicius et al., "Mixed Precision Training", 2018,
+    https://arxiv.org/abs/1710.03740.
+    """
+    layer = context.module
+    if not isinstance(layer, nn.Dense) or layer.use_bias or layer.is_initializing():
+        return call(*args, **kwargs)
+    (x,) = args
+    return bfloat16_product(x.reshape(-1, x.shape[-1]), layer.variables["params"]["kernel"]).reshape(*x.shape[:-1], -1)
 
 
 def in_float32(params: dict) -> dict:

@@ -2,17 +2,15 @@
 
     python -m training.dalle_bart --data build/emoji-64.npz --codec build/models/vqgan --run build/dalle_bart
 
-A small model learns its pictures by heart, and then its unconditional half has learnt them too: it goes on from the
-first codes as surely as the conditional half, and super conditioning, which magnifies the difference of the two, only
-magnifies noise. So the unconditional half (`--dropped`: the share of rows without a caption) is kept soft: OTHER_TARGET
-of those rows are asked for the codes of another picture. A little label smoothing keeps the logits of codes that never
-occur level, where there is nothing else to hold them.
+A small model learns its pictures by heart, and so does its unconditional half, if it may: it goes on from the first
+codes as surely as the conditional half, and super conditioning, which magnifies the difference of the two, magnifies
+noise. Guidance magnifies log p(code | caption) - log p(code), which is largest not for the right code but for one that
+is improbable with the caption (1 in 600, say) and far more so without it (1 in 100,000). At cond_scale 10 such codes
+blotched nearly every second picture. So rows without a caption (`--dropped`) are asked for all codes alike: guidance is
+then, nearly, a temperature of 1 / cond_scale. A large model that has a prior worth keeping is fine-tuned with
+`--unconditional-smoothing 0.005` in place of 1: its rows without a caption are then asked for their codes.
 
-Guidance magnifies log p(code | caption) - log p(code), and that is largest not for the right code but for one that is
-improbable with the caption (1 in 600, say) and far more so without it (1 in 100,000). At cond_scale 10 such codes
-blotched nearly every second picture. So the last steps of the recipe spread most of what the unconditional half is
-asked for over all codes alike (`--unconditional-smoothing`). No code is then much rarer without the caption than one in
-4,096, and only those that the caption makes probable gain by guidance.
+A little label smoothing keeps the logits of codes that never occur level, where there is nothing else to hold them.
 
 Of the codes that a row reads, a share between none and all is replaced, few mostly. So it goes on well after a code
 that was drawn badly; and where most are wrong, only the caption can tell what to draw. Without such rows the style
@@ -29,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from tokenizers import Tokenizer
 
 from dm_generations.models import checkpoints
@@ -37,10 +36,9 @@ from dm_generations.models.vqgan import VQGAN
 from dm_generations.text import PromptTokenizer
 from training import data
 from training.captions import caption
-from training.common import Run, in_float32, muon
+from training.common import Run, dense_in_bfloat16, in_float32, muon
 from training.vqgan import encode
 
-OTHER_TARGET = 0.7
 CORRUPTION_POWER = 4  # the share of codes replaced is u ** 4, u uniform: a fifth on average
 LABEL_SMOOTHING = 0.005
 
@@ -94,7 +92,8 @@ class Trainer:
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _step(self, state, ids, mask, inputs, targets, smoothing):
         def loss_of(params):
-            logits = self.logits(params, ids, mask, inputs)
+            with nn.intercept_methods(dense_in_bfloat16):
+                logits = self.logits(params, ids, mask, inputs)
             log_z = jax.nn.logsumexp(logits, axis=-1)
             chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
             loss = log_z - (1 - smoothing[:, None]) * chosen - smoothing[:, None] * logits.mean(-1)
@@ -124,9 +123,6 @@ class Trainer:
         )
         is_wrong = rng.random(targets.shape) < rng.random((count, 1)) ** CORRUPTION_POWER
         inputs = np.where(is_wrong, wrong, targets).astype(np.int32)
-        swapped = dropped & (rng.random(count) < OTHER_TARGET)
-        elsewhere = self.tokens[rng.integers(len(self.rows), size=count)]
-        targets = np.where(swapped[:, None], elsewhere, targets).astype(np.int32)
         smoothing = np.where(dropped, self.args.unconditional_smoothing, LABEL_SMOOTHING).astype(np.float32)
         return ids, mask, inputs, targets, smoothing
 
@@ -158,9 +154,9 @@ def main() -> None:
     parser.add_argument(
         "--unconditional-smoothing",
         type=float,
-        default=LABEL_SMOOTHING,
+        default=1.0,
         metavar="SHARE",
-        help="label smoothing of rows without a caption, 0 to 1 (default: %(default)s, that of all others)",
+        help=f"label smoothing of rows without a caption, 0 to 1 (default: all; that of other rows: {LABEL_SMOOTHING})",
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,0 +1,49 @@
+"""Products in bfloat16: rounded once, summed in float32, and so are their gradients."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from training.common import bfloat16_product, dense_in_bfloat16
+
+
+def rounded(x):
+    """float64 of x rounded to bfloat16."""
+    return np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def random(*shape):
+    return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
+
+
+def test_product_and_gradients_are_those_of_rounded_matrices():
+    rows, kernel, gradient = random(33, 20), random(20, 7), random(33, 7)
+    product, gradients_of = jax.vjp(bfloat16_product, rows, kernel)
+    of_rows, of_kernel = gradients_of(gradient)
+    for found, exact in (
+        (product, rounded(rows) @ rounded(kernel)),
+        (of_rows, rounded(gradient) @ rounded(kernel).T),
+        (of_kernel, rounded(rows).T @ rounded(gradient)),
+    ):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, exact, atol=2e-5)
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_dense_layers_without_bias_alone_are_rounded(use_bias):
+    layer, x = nn.Dense(5, use_bias=use_bias), random(2, 3, 16)
+    params = layer.init(jax.random.key(0), x)
+    exact = layer.apply(params, x)
+    with nn.intercept_methods(dense_in_bfloat16):
+        found = layer.apply(params, x)
+        jax.tree.map(np.testing.assert_array_equal, layer.init(jax.random.key(0), x), params)
+    assert found.shape == exact.shape and found.dtype == exact.dtype
+    if use_bias:
+        np.testing.assert_array_equal(found, exact)
+    else:
+        expected = rounded(x) @ rounded(params["params"]["kernel"])
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert (found != exact).any()
