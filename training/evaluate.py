@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("build/models"))
     parser.add_argument("--data", type=Path, default=Path("build/emoji-64.npz"))
     parser.add_argument("--out", type=Path, default=Path("build/evaluation"))
-    parser.add_argument("--names", type=int, default=128, help="training names drawn at each condition scale")
+    parser.add_argument("--names", type=int, default=128, help="training names drawn at each condition scale, at most")
     parser.add_argument(
         "--draws", type=int, default=2, help="pictures of each name, the best of them by CLIP told apart"
     )
@@ -146,14 +146,14 @@ def main() -> None:
 
     for of_kind, kind in ((False, ""), (True, "people_and_signs_")):
         pool = {row["name"] for row in rows if (row["group"] in PEOPLE_AND_SIGNS) == of_kind and not row["held_out"]}
-        chosen = list(np.random.default_rng(1).choice(sorted(pool), args.names, replace=False))
+        chosen = list(np.random.default_rng(1).choice(sorted(pool), min(args.names, len(pool)), replace=False))
         for cond_scale in (1.0, 3.0, 10.0):
             pictures, scores = pipeline.draw(chosen, args.draws, cond_scale)
             flat = pictures.reshape(-1, *pictures.shape[2:])
             image = pipeline.scorer.image_features(flat)
             asked = np.repeat([name_ids[name] for name in chosen], args.draws)
             distances = distance_to_nearest(flat, rebuilt[~held_out])
-            best = np.arange(args.names), scores.argmax(1)
+            best = np.arange(len(chosen)), scores.argmax(1)
             results[f"drawn_{kind}scale_{cond_scale:g}"] = {
                 "top1_1000": top1_of_names(image, text, asked, 1000, 0),
                 "mean_score": float(scores.mean()),
