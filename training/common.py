@@ -85,8 +85,7 @@ def muon(peak: float, steps: int, warmup: int, weight_decay: float = 0.01) -> op
 def bfloat16_product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     """Rows (N, I) times a kernel (I, O), both rounded to bfloat16, summed in float32: float32 (N, O).
 
-    Its gradients are such products too. Differentiating the product itself would leave them float32 times bfloat16,
-    which no CPU has an instruction for.
+    Its gradients are such products too; derived by JAX, they would be products of float32 with bfloat16.
     """
     return _rounded_product(rows, kernel, ((1,), (0,)))[0]
 

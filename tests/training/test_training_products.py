@@ -1,5 +1,7 @@
 """Products in bfloat16: rounded once, summed in float32, and so are their gradients."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -7,7 +9,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from dm_generations.models.dalle_bart import DalleBart
 from training.common import bfloat16_product, dense_in_bfloat16
+from training.dalle_bart import config_for
 
 
 def rounded(x):
@@ -47,3 +51,16 @@ def test_dense_layers_without_bias_alone_are_rounded(use_bias):
         expected = rounded(x) @ rounded(params["params"]["kernel"])
         np.testing.assert_allclose(found, expected, atol=1e-5)
         assert (found != exact).any()
+
+
+def test_scanned_layers_are_rounded_too():
+    """As in DALL-E mega's checkpoint."""
+    small = {"d_model": 32, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "use_scan": True}
+    model = DalleBart(dataclasses.replace(config_for(64, 4, 400), **small))
+    text, codes = np.ones((2, 8), np.int32), np.ones((2, 4), np.int32)
+    params = model.init(jax.random.key(0), text, text, codes)
+    exact = model.apply(params, text, text, codes)
+    with nn.intercept_methods(dense_in_bfloat16):
+        found = model.apply(params, text, text, codes)
+    assert (found != exact).any()
+    np.testing.assert_allclose(found, exact, atol=0.01)
