@@ -156,7 +156,7 @@ def main() -> None:
         type=float,
         default=1.0,
         metavar="SHARE",
-        help=f"label smoothing of rows without a caption, 0 to 1 (default: 1: all codes alike; others {LABEL_SMOOTHING})",
+        help=f"label smoothing of rows without a caption; 1: all codes alike (default: 1; others {LABEL_SMOOTHING})",
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
