@@ -18,6 +18,7 @@ word, which decides little once the first right codes are read, is not learnt at
 """
 
 import argparse
+import contextlib
 import dataclasses
 import shutil
 from functools import partial
@@ -36,7 +37,7 @@ from dm_generations.models.vqgan import VQGAN
 from dm_generations.text import PromptTokenizer
 from training import data
 from training.captions import caption
-from training.common import Run, dense_in_bfloat16, in_float32, muon
+from training.common import Run, dense_in_bfloat16, in_float32, multiplies_bfloat16, muon
 from training.vqgan import encode
 
 CORRUPTION_POWER = 4  # the share of codes replaced is u ** 4, u uniform: a fifth on average
@@ -92,7 +93,7 @@ class Trainer:
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _step(self, state, ids, mask, inputs, targets, smoothing):
         def loss_of(params):
-            with nn.intercept_methods(dense_in_bfloat16):
+            with nn.intercept_methods(dense_in_bfloat16) if self.args.bfloat16 else contextlib.nullcontext():
                 logits = self.logits(params, ids, mask, inputs)
             log_z = jax.nn.logsumexp(logits, axis=-1)
             chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -103,11 +104,20 @@ class Trainer:
         updates, opt = self.optimiser.update(grads, state["opt"], state["params"])
         return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, {"loss": loss}
 
+    def shown(self, step: int) -> np.ndarray:
+        """Indices (B,) of the rows of a step: all are shown once, in random order, before one is shown again."""
+        epochs, places = np.divmod(step * self.args.batch_size + np.arange(self.args.batch_size), len(self.rows))
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            order = np.random.default_rng([self.args.seed, epoch, 1]).permutation(len(self.rows))
+            indices[epochs == epoch] = order[places[epochs == epoch]]
+        return indices
+
     def batch(self, step: int) -> tuple[np.ndarray, ...]:
         """Text ids and mask (B, T), codes to read and to predict (B, L), all int32; label smoothing (B,) float32."""
         rng = np.random.default_rng([self.args.seed, step])
         count = self.args.batch_size
-        chosen = (rng.random(count) * len(self.rows)).astype(int)
+        chosen = self.shown(step)
         dropped = rng.random(count) < self.args.dropped
         texts = ["" if drop else caption(self.rows[i], rng) for i, drop in zip(chosen, dropped, strict=True)]
         # Few captions are long: the rest would pay for padding.
@@ -147,7 +157,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/dalle_bart"), help="folder of the run; resumes")
     parser.add_argument("--out", type=Path, help="write the trained model to this folder")
     parser.add_argument("--init", help="fine-tune this model (a folder) instead of starting at random")
-    parser.add_argument("--steps", type=int, default=4600)
+    parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--dropped", type=float, default=0.05, metavar="SHARE", help="rows without a caption, 0 to 1")
@@ -157,6 +167,12 @@ def main() -> None:
         default=1.0,
         metavar="SHARE",
         help=f"label smoothing of rows without a caption; 1: all codes alike (default: 1; others {LABEL_SMOOTHING})",
+    )
+    parser.add_argument(
+        "--bfloat16",
+        action=argparse.BooleanOptionalAction,
+        default=multiplies_bfloat16(),
+        help="multiply matrices of dense layers in bfloat16 (default: where the device has units for it)",
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

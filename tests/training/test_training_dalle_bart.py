@@ -33,7 +33,7 @@ def tokenizer(tmp_path_factory):
     return PromptTokenizer(folder)
 
 
-def new_trainer(tokenizer, batch_size=16, smoothing=SMOOTHING):
+def new_trainer(tokenizer, batch_size=16, smoothing=SMOOTHING, bfloat16=True):
     small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     config = dataclasses.replace(config_for(CODES, LENGTH, 400), **small)
     tokens = np.random.default_rng(0).permutation(CODES)[: len(ROWS) * LENGTH].reshape(len(ROWS), LENGTH)
@@ -44,6 +44,7 @@ def new_trainer(tokenizer, batch_size=16, smoothing=SMOOTHING):
         learning_rate=1e-2,
         dropped=0.15,
         unconditional_smoothing=smoothing,
+        bfloat16=bfloat16,
     )
     return Trainer(DalleBart(config), tokens, ROWS, tokenizer, args)
 
@@ -76,11 +77,15 @@ def test_rows_without_caption_alone_are_asked_for_all_codes_alike(tokenizer):
     assert ids.shape == mask.shape == (256, 32) and inputs.shape == targets.shape == (256, LENGTH)
 
 
-def test_pictures_are_shown_equally_often(tokenizer):
-    trainer = new_trainer(tokenizer, batch_size=4096)
-    targets = trainer.batch(1)[3]
-    for codes in trainer.tokens:
-        assert (targets == codes).all(1).mean() == pytest.approx(1 / len(ROWS), rel=0.2)
+@pytest.mark.parametrize("batch_size", [4, 16])  # fewer and more than there are
+def test_every_picture_is_shown_before_one_is_shown_again(batch_size, tokenizer):
+    trainer = new_trainer(tokenizer, batch_size)
+    targets = np.concatenate([trainer.batch(step)[3] for step in range(3 * len(ROWS))])
+    is_of = (targets[:, None] == trainer.tokens).all(-1)  # (shown, picture)
+    assert (is_of.sum(1) == 1).all()
+    epochs = is_of.reshape(-1, len(ROWS), len(ROWS))
+    assert (epochs.sum(1) == 1).all()
+    assert len({tuple(epoch.argmax(1)) for epoch in epochs}) > 2
 
 
 def test_a_batch_is_a_function_of_seed_and_step(tokenizer):
@@ -88,6 +93,14 @@ def test_a_batch_is_a_function_of_seed_and_step(tokenizer):
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, other)
     assert (first[3] != next_step[3]).any()
+
+
+def test_products_are_rounded_where_asked(tokenizer):
+    losses = []
+    for bfloat16 in (True, False):
+        trainer = new_trainer(tokenizer, bfloat16=bfloat16)
+        losses.append(float(trainer.step(trainer.init(None), 0)[1]["loss"]))
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
 def test_without_caption_no_code_is_much_rarer_than_another(tokenizer, trained):

@@ -10,13 +10,29 @@ import pytest
 from flax import linen as nn
 
 from dm_generations.models.dalle_bart import DalleBart
-from training.common import bfloat16_product, dense_in_bfloat16
+from training.common import bfloat16_product, dense_in_bfloat16, multiplies_bfloat16
 from training.dalle_bart import config_for
 
 
 def rounded(x):
     """float64 of x rounded to bfloat16."""
     return np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"), [("flags : fpu amx_bf16 amx_tile\n", True), ("flags : fpu avx2\n", False), (None, False)]
+)
+def test_of_cpus_those_with_amx_multiply_bfloat16(cpuinfo, expected, monkeypatch):
+    def read_text(path):
+        if cpuinfo is None:
+            raise FileNotFoundError(path)
+        return cpuinfo
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr("training.common.Path.read_text", read_text)
+    assert multiplies_bfloat16() is expected
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert multiplies_bfloat16()
 
 
 def random(*shape):

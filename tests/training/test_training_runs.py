@@ -64,6 +64,13 @@ def test_run_is_not_resumed_with_other_numbers(trainer, initial, tmp_path):
         Run(tmp_path, initial, save_every=4, args=others)
 
 
+@pytest.mark.parametrize(("begun", "flag"), [(True, "--bfloat16"), (False, "--no-bfloat16")])
+def test_run_is_not_resumed_in_another_precision(begun, flag, trainer, initial, tmp_path):
+    Run(tmp_path, initial, save_every=4, args=argparse.Namespace(bfloat16=begun)).save()
+    with pytest.raises(SystemExit, match=f"was begun with {flag}: do so again"):
+        Run(tmp_path, initial, save_every=4, args=argparse.Namespace(bfloat16=not begun))
+
+
 def test_trained_model_loads_and_rebuilds_pictures(trainer, initial, tmp_path):
     run = train(trainer, initial, tmp_path / "run", 4)
     params = jax.device_get(run.state["params"])
