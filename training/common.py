@@ -140,8 +140,8 @@ def in_float32(params: dict) -> dict:
 class Run:
     """A training run in a folder: `state.msgpack` to resume from, `log.jsonl` with the curve.
 
-    `args`: what the trainer was called with. SystemExit where a run is resumed with another number or switch, such as `steps`:
-    what comes out would be the result of neither schedule.
+    `args`: what the trainer was called with. SystemExit where a run is resumed with another number or switch, such as
+    `steps`: what comes out would be the result of neither schedule.
     """
 
     def __init__(self, folder: Path, state: Any, save_every: int, args: argparse.Namespace):
