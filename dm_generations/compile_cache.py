@@ -85,14 +85,19 @@ def _let_jax_keep_in(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _machine() -> str:
-    """A name for this kind of CPU: a program compiled for another one, in a shared home, may not run here."""
+def cpu_features() -> str:
+    """The line of /proc/cpuinfo that names what the first CPU can do; where there is none, the CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        features = platform.processor()
-    return hashlib.md5(f"{platform.machine()} {features}".encode(), usedforsecurity=False).hexdigest()[:12]
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _machine() -> str:
+    """A name for this kind of CPU: a program compiled for another one, in a shared home, may not run here."""
+    name = f"{platform.machine()} {cpu_features()}"
+    return hashlib.md5(name.encode(), usedforsecurity=False).hexdigest()[:12]
 
 
 def _prune(folder: Path, max_bytes: int) -> None:

@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
+from dm_generations.compile_cache import cpu_features
 from dm_generations.files import write_atomic
 
 
@@ -86,12 +87,7 @@ def multiplies_bfloat16() -> bool:
 
     Others take longer for them than in float32, by a fifth of a step of DalleBart (AVX2).
     """
-    if jax.default_backend() != "cpu":
-        return True
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text().split()
-    except OSError:  # not Linux
-        return False
+    return jax.default_backend() != "cpu" or "amx_bf16" in cpu_features().split()
 
 
 @jax.custom_vjp

@@ -23,13 +23,13 @@ def rounded(x):
     ("cpuinfo", "expected"), [("flags : fpu amx_bf16 amx_tile\n", True), ("flags : fpu avx2\n", False), (None, False)]
 )
 def test_of_cpus_those_with_amx_multiply_bfloat16(cpuinfo, expected, monkeypatch):
-    def read_text(path):
+    def read_text(path, errors):
         if cpuinfo is None:
             raise FileNotFoundError(path)
         return cpuinfo
 
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    monkeypatch.setattr("training.common.Path.read_text", read_text)
+    monkeypatch.setattr("dm_generations.compile_cache.Path.read_text", read_text)
     assert multiplies_bfloat16() is expected
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert multiplies_bfloat16()
