@@ -14,7 +14,7 @@ from dm_generations.models.vqgan import VQGANConfig
 from training import data, vqgan
 from training.__main__ import STEPS
 from training.common import Run
-from training.vqgan import Trainer, reconstruct
+from training.vqgan import Trainer, encode, encode_frugally, reconstruct
 
 CONFIG = VQGANConfig(
     ch=4,
@@ -82,6 +82,30 @@ def test_trained_model_loads_and_rebuilds_pictures(trainer, initial, tmp_path):
     assert tokens.shape == (40, 16) and tokens.max() < 8
     one_batch = trainer.apply(loaded.params, np.asarray(trainer.pixels) / np.float32(255), method="encode")[1]
     np.testing.assert_array_equal(tokens, one_batch)  # in order, and none of the rows that fill the last batch up
+
+
+def test_thrift_makes_codes_common_at_little_cost(trainer, initial, tmp_path):
+    params = jax.device_get(train(trainer, initial, tmp_path, 6).state["params"])
+
+    def entropy_and_error(tokens):
+        shares = np.bincount(tokens.ravel(), minlength=CONFIG.n_embed) / tokens.size
+        outputs = trainer.model.apply({"params": params}, trainer.pixels / 255.0, method="encode_continuous")
+        codes = params["quantize"]["embedding"]["embedding"][tokens]
+        error = np.square(np.asarray(outputs).reshape(codes.shape) - codes).sum(-1).mean()
+        return -(shares[shares > 0] * np.log(shares[shares > 0])).sum(), error
+
+    pixels = np.asarray(trainer.pixels)
+    nearest = encode(trainer.model, params, pixels)
+    np.testing.assert_array_equal(encode_frugally(trainer.model, params, pixels, 0.0), nearest)
+    entropy, error = entropy_and_error(nearest)
+    costs = []
+    for thrift in (0.3, 1.0):
+        frugal_entropy, frugal_error = entropy_and_error(encode_frugally(trainer.model, params, pixels, thrift))
+        assert frugal_entropy < entropy
+        # No choice of codes costs less: the nearest do not either.
+        assert frugal_error + thrift * error * frugal_entropy <= error + thrift * error * entropy
+        costs.append(frugal_error)
+    assert error < costs[0] <= costs[1]
 
 
 def test_fine_tuning_goes_on_from_the_codebook(trainer, initial, tmp_path, monkeypatch):
