@@ -89,7 +89,8 @@ def muon(peak: float, steps: int, warmup: int, weight_decay: float = 0.01) -> op
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
     https://kellerjordan.github.io/posts/muon; updates scaled to AdamW's size as in Liu et al., "Muon is Scalable for
     LLM Training", 2025, https://arxiv.org/abs/2502.16982. Linear warm-up, cosine to zero, gradients clipped to norm 1.
-    It does what `optax.contrib.muon` does, but shares its work out among devices and multiplies less.
+    It does what `optax.contrib.muon` does, but for the correction of the momentum's bias in the first steps; it shares
+    its work out among devices and multiplies less.
     """
     schedule, slower = (optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps) for rate in (peak, 0.4 * peak))
 

@@ -189,6 +189,8 @@ def main() -> None:
 
     pixels, rows = data.load(args.data, tones=False)  # captions do not tell them apart
     codec = checkpoints.load(args.codec, "codec")
+    if args.thrift < 0:
+        raise SystemExit(f"--thrift {args.thrift:g} would make codes rare: give 0 or more")
     if args.thrift and codec.config.is_gumbel:
         raise SystemExit(f"{args.codec} chooses codes by logits, not by distance: give --thrift 0")
     if args.thrift:
