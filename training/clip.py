@@ -105,18 +105,13 @@ class Trainer:
     def step(self, state, step: int):
         rng = np.random.default_rng([self.args.seed, step])
         concepts = rng.choice(len(self.of_concept), self.args.batch_size, replace=False)
-        indices = np.array([self._picture(concept, rng) for concept in concepts])
+        indices = np.array([rng.choice(self.of_concept[concept]) for concept in concepts])
         texts = [caption(self.rows[i], rng) for i in indices]
         # Few captions are long: the rest would pay for padding.
         ids, mask = self.tokenizer.encode(texts, TEXT_LENGTH if step % 8 == 0 else TEXT_LENGTH // 2)
         rebuilt = rng.integers(2, size=len(indices))
         key = jax.random.fold_in(jax.random.key(self.args.seed), step)
         return self._step(state, indices, rebuilt, ids, mask, key)
-
-    def _picture(self, concept: int, rng: np.random.Generator) -> int:
-        indices = self.of_concept[concept]
-        weights = np.array([0.04 if self.rows[i]["tone"] else 1.0 for i in indices])
-        return int(rng.choice(indices, p=weights / weights.sum()))
 
 
 def top1_of_names(image: np.ndarray, text: np.ndarray, own: np.ndarray, count: int, seed: int) -> float:
@@ -141,7 +136,7 @@ def evaluate(scorer: Scorer, pixels: np.ndarray, rows: list[dict], seed: int = 0
     rng = np.random.default_rng(seed)
     result = {}
     for key, held_out, count in (("top1_train_1000", False, 1000), ("top1_held_out_100", True, 100)):
-        chosen = [i for i, row in enumerate(rows) if row["held_out"] == held_out and not row["tone"]]
+        chosen = [i for i, row in enumerate(rows) if row["held_out"] == held_out]
         chosen = np.sort(rng.choice(chosen, min(len(chosen), 1000), replace=False))
         image = scorer.image_features(pixels[chosen])
         own = np.array([name_ids[rows[i]["name"]] for i in chosen])
@@ -157,13 +152,13 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/clip"), help="folder of the run; resumes")
     parser.add_argument("--out", type=Path, help="write the trained model to this folder")
     parser.add_argument("--init", help="fine-tune this model (a folder) instead of starting at random")
-    parser.add_argument("--steps", type=int, default=750)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    pixels, rows = data.load(args.data)
+    pixels, rows = data.load(args.data, tones=False)  # captions do not tell them apart
     tokenizer = PromptTokenizer(args.tokenizer)
     codec = checkpoints.load(args.codec, "codec")
     rebuilt = reconstruct(VQGAN(codec.config), codec.params, pixels)[0]

@@ -83,8 +83,11 @@ def _muon_updates(updates: Any, params: Any = None) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
-def muon(peak: float, steps: int, warmup: int, weight_decay: float = 0.01) -> optax.GradientTransformation:
-    """Muon for matrices and kernels between hidden layers, Adam at 0.4 of its rate for embeddings, logits and vectors.
+def muon(
+    peak: float, steps: int, warmup: int, weight_decay: float = 0.01, adam_share: float = 0.4
+) -> optax.GradientTransformation:
+    """Muon for matrices and kernels between hidden layers; for embeddings, logits and vectors Adam, at `adam_share` of
+    its rate.
 
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
     https://kellerjordan.github.io/posts/muon; updates scaled to AdamW's size as in Liu et al., "Muon is Scalable for
@@ -92,7 +95,9 @@ def muon(peak: float, steps: int, warmup: int, weight_decay: float = 0.01) -> op
     It does what `optax.contrib.muon` does, but for the correction of the momentum's bias in the first steps; it shares
     its work out among devices and multiplies less.
     """
-    schedule, slower = (optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps) for rate in (peak, 0.4 * peak))
+    schedule, slower = (
+        optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps) for rate in (peak, adam_share * peak)
+    )
 
     def kinds(params):
         def of_leaf(path, leaf):

@@ -17,7 +17,7 @@ that was drawn badly; and where most are wrong, only the caption can tell what t
 word, which decides little once the first right codes are read, is not learnt at all.
 
 A codec says the same in many ways. The small one has 900 codes for cells that are white, a quarter of all, and which
-of them it takes there hardly shows. With `--thrift` the more common one of nearly equal codes is learnt.
+of them it takes there hardly shows. So the more common one of nearly equal codes is learnt (`--thrift`).
 """
 
 import argparse
@@ -56,9 +56,9 @@ def config_for(codebook_size: int, image_length: int, text_vocab_size: int) -> D
             "max_text_length": 32,
             "d_model": 192,
             "encoder_layers": 2,
-            "encoder_ffn_dim": 384,
+            "encoder_ffn_dim": 960,
             "encoder_attention_heads": 4,
-            "decoder_layers": 4,
+            "decoder_layers": 3,
             "decoder_ffn_dim": 384,
             "decoder_attention_heads": 4,
             "dropout": 0.0,
@@ -78,7 +78,9 @@ class Trainer:
     def __init__(self, model: DalleBart, tokens: np.ndarray, rows: list[dict], tokenizer: PromptTokenizer, args):
         self.model, self.config, self.args = model, model.config, args
         self.tokens, self.rows, self.tokenizer = tokens.astype(np.int32), rows, tokenizer
-        self.optimiser = muon(args.learning_rate, args.steps, warmup=min(100, args.steps // 10), weight_decay=0.02)
+        self.optimiser = muon(
+            args.learning_rate, args.steps, warmup=min(100, args.steps // 10), weight_decay=0.02, adam_share=1.0
+        )
 
     def init(self, params: dict | None) -> dict:
         if params is None:
@@ -160,9 +162,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/dalle_bart"), help="folder of the run; resumes")
     parser.add_argument("--out", type=Path, help="write the trained model to this folder")
     parser.add_argument("--init", help="fine-tune this model (a folder) instead of starting at random")
-    parser.add_argument("--steps", type=int, default=4200)
+    parser.add_argument("--steps", type=int, default=5600)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--dropped", type=float, default=0.05, metavar="SHARE", help="rows without a caption, 0 to 1")
     parser.add_argument(
         "--unconditional-smoothing",
@@ -174,9 +176,9 @@ def main() -> None:
     parser.add_argument(
         "--thrift",
         type=float,
-        default=0.0,
+        default=0.2,
         metavar="SHARE",
-        help="of the codec's error, given up for each nat that makes a code more common (default: 0, the nearest code)",
+        help="of the codec's error, given up for each nat that makes a code more common (default: 0.2; 0: the nearest)",
     )
     parser.add_argument(
         "--bfloat16",

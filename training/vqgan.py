@@ -39,6 +39,7 @@ CPU_64 = VQGANConfig(
 CODEBOOK = ("quantize", "embedding", "embedding")
 EMA_DECAY = 0.99
 COMMITMENT = 0.25
+FIRST_USE = 0.05  # of the mean use, counted for a code that k-means found: one that the encoder leaves restarts soon
 RESTART_BELOW = 0.02  # of the mean use; a code used less starts again from a random vector of the batch
 MAX_SHIFT = 3  # pixels
 CPU_DEVICES = 2  # each with half of a batch: layers this small leave one of two cores idle
@@ -172,8 +173,8 @@ class Trainer:
         ]
         points = np.concatenate(vectors).reshape(-1, self.config.embed_dim)
         codebook = jnp.asarray(kmeans(points, self.config.n_embed, rounds=8, seed=self.args.seed))
-        mean_use = self.args.batch_size * self.config.grid**2 / self.config.n_embed
-        counts = jnp.full(self.config.n_embed, mean_use, jnp.float32)  # else of weak type, and _step compiled anew
+        use = FIRST_USE * self.args.batch_size * self.config.grid**2 / self.config.n_embed
+        counts = jnp.full(self.config.n_embed, use, jnp.float32)  # else of weak type, and _step compiled anew
         params = with_codebook(state["params"], codebook)
         return on_every_device(state | {"params": params, "counts": counts, "sums": codebook * counts[:, None]})
 
