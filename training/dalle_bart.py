@@ -17,7 +17,7 @@ that was drawn badly; and where most are wrong, only the caption can tell what t
 word, which decides little once the first right codes are read, is not learnt at all.
 
 A codec says the same in many ways. The small one has 900 codes for cells that are white, a quarter of all, and which
-of them it takes there hardly shows. So the more common one of nearly equal codes is learnt (`--thrift`).
+of them it takes there hardly shows. With `--thrift` the more common one of nearly equal codes is learnt.
 """
 
 import argparse
@@ -45,6 +45,7 @@ from training.vqgan import encode, encode_frugally
 
 CORRUPTION_POWER = 4  # the share of codes replaced is u ** 4, u uniform: a fifth on average
 LABEL_SMOOTHING = 0.005
+FIRST_COUNT_MORE = 4  # the first code's loss, beside that of the last: only the caption tells the first ones
 
 
 def config_for(codebook_size: int, image_length: int, text_vocab_size: int) -> DalleBartConfig:
@@ -78,6 +79,9 @@ class Trainer:
     def __init__(self, model: DalleBart, tokens: np.ndarray, rows: list[dict], tokenizer: PromptTokenizer, args):
         self.model, self.config, self.args = model, model.config, args
         self.tokens, self.rows, self.tokenizer = tokens.astype(np.int32), rows, tokenizer
+        length = self.config.image_length
+        weights = 1 + FIRST_COUNT_MORE * 0.5 ** (np.arange(length) / length**0.5)  # halved by each row of codes
+        self.weights = jnp.asarray(weights / weights.mean(), jnp.float32)
         self.optimiser = muon(
             args.learning_rate, args.steps, warmup=min(100, args.steps // 10), weight_decay=0.02, adam_share=1.0
         )
@@ -103,7 +107,7 @@ class Trainer:
             log_z = jax.nn.logsumexp(logits, axis=-1)
             chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
             loss = log_z - (1 - smoothing[:, None]) * chosen - smoothing[:, None] * logits.mean(-1)
-            return loss.mean()
+            return (loss * self.weights).mean()
 
         loss, grads = jax.value_and_grad(loss_of)(state["params"])
         updates, opt = self.optimiser.update(grads, state["opt"], state["params"])
@@ -162,9 +166,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/dalle_bart"), help="folder of the run; resumes")
     parser.add_argument("--out", type=Path, help="write the trained model to this folder")
     parser.add_argument("--init", help="fine-tune this model (a folder) instead of starting at random")
-    parser.add_argument("--steps", type=int, default=5600)
+    parser.add_argument("--steps", type=int, default=5800)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--dropped", type=float, default=0.05, metavar="SHARE", help="rows without a caption, 0 to 1")
     parser.add_argument(
         "--unconditional-smoothing",
@@ -176,9 +180,9 @@ def main() -> None:
     parser.add_argument(
         "--thrift",
         type=float,
-        default=0.2,
+        default=0.0,
         metavar="SHARE",
-        help="of the codec's error, given up for each nat that makes a code more common (default: 0.2; 0: the nearest)",
+        help="of the codec's error, given up for each nat that makes a code more common (default: 0, the nearest code)",
     )
     parser.add_argument(
         "--bfloat16",

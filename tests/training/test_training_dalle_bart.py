@@ -14,7 +14,7 @@ from dm_generations.models.dalle_bart import DalleBart
 from dm_generations.text import PromptTokenizer
 from training.captions import train_tokenizer
 from training.common import in_float32
-from training.dalle_bart import LABEL_SMOOTHING, Trainer, config_for
+from training.dalle_bart import FIRST_COUNT_MORE, LABEL_SMOOTHING, Trainer, config_for
 
 CODES, LENGTH, STEPS, SMOOTHING = 64, 4, 150, 1.0
 ROWS = [
@@ -101,6 +101,21 @@ def test_products_are_rounded_where_asked(tokenizer):
         trainer = new_trainer(tokenizer, bfloat16=bfloat16)
         losses.append(float(trainer.step(trainer.init(None), 0)[1]["loss"]))
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_the_first_codes_count_more(tokenizer):
+    trainer = new_trainer(tokenizer, bfloat16=False)
+    params = trainer.init(None)["params"]
+    params["lm_head"]["kernel"] = 10 * params["lm_head"]["kernel"]  # as they start, all codes are nearly alike
+    state = trainer.init(params)
+    ids, mask, inputs, targets, smoothing = trainer.batch(0)
+    log_p = np.asarray(jax.nn.log_softmax(trainer.logits(state["params"], ids, mask, inputs)))
+    chosen = np.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    loss = -(1 - smoothing[:, None]) * chosen - smoothing[:, None] * log_p.mean(-1)  # (B, 4): two rows of two codes
+    weights = 1 + FIRST_COUNT_MORE / np.array([1, 2**0.5, 2, 2**1.5])
+    expected = np.average(loss.mean(0), weights=weights)
+    assert float(trainer.step(state, 0)[1]["loss"]) == pytest.approx(expected, rel=1e-4)
+    assert expected != pytest.approx(loss.mean(), rel=1e-3)
 
 
 def test_without_caption_no_code_is_much_rarer_than_another(tokenizer, trained):
