@@ -16,6 +16,9 @@ Of the codes that a row reads, a share between none and all is replaced, few mos
 that was drawn badly; and where most are wrong, only the caption can tell what to draw. Without such rows the style
 word, which decides little once the first right codes are read, is not learnt at all.
 
+The first codes have nothing before them: only the caption tells them, so they are learnt last, and what follows goes by
+them. So their loss counts more.
+
 A codec says the same in many ways. The small one has 900 codes for cells that are white, a quarter of all, and which
 of them it takes there hardly shows. With `--thrift` the more common one of nearly equal codes is learnt.
 """
