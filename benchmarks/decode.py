@@ -21,7 +21,7 @@ import numpy as np
 from timing import matrix_peak, seconds_of
 
 from dm_generations.archive import DTYPES
-from dm_generations.decode.codec import Codec
+from dm_generations.inference.decoder import Decoder
 from dm_generations.models.checkpoints import load, unflatten
 from dm_generations.models.networks import parameter_shapes
 from dm_generations.models.vqgan import VQGAN, VQGANConfig
@@ -69,7 +69,7 @@ def network(args: argparse.Namespace) -> None:
     del placed
     two = np.concatenate([tokens, tokens])  # batches, which the decoder has under way together
     for dtype in DTYPES:
-        codec = Codec("vqgan", config, params, args.batch_size, dtype)
+        codec = Decoder("vqgan", config, params, args.batch_size, dtype)
         line(f"ours, {dtype}", dtype, seconds_of(lambda codec=codec: codec.decode(two)) / 2)
     time_torch(config, params, tokens, line)
 

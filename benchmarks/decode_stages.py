@@ -26,12 +26,12 @@ from tiny import CODEBOOK_SIZE, GRID, tiny_vqgan
 
 from dm_generations.archive import Archive
 from dm_generations.cli import main as run_command
-from dm_generations.decode.codec import Codec
 from dm_generations.decode.encode import Encoding
 from dm_generations.decode.options import Options
 from dm_generations.decode.run import decode_archive
 from dm_generations.decode.tokens import tokens_of
 from dm_generations.files import write_atomic
+from dm_generations.inference.decoder import Decoder
 from dm_generations.models.checkpoints import Checkpoint, load, save
 from dm_generations.models.vqgan import VQGAN, VQGANConfig
 
@@ -138,7 +138,7 @@ def pillow_png(picture: np.ndarray) -> bytes:
 
 def our_stages(checkpoint: Checkpoint, batch_size: int, dtype: str, folder: Path) -> dict[str, Callable]:
     """The parts of the decode command, encoding on one thread."""
-    codec = Codec.from_checkpoint(checkpoint, batch_size, dtype)
+    codec = Decoder.from_checkpoint(checkpoint, batch_size, dtype)
     encode = Encoding().encode
 
     def read() -> np.ndarray:

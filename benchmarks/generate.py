@@ -26,13 +26,13 @@ import numpy as np
 from timing import matrix_peak, seconds_of
 
 from dm_generations.archive import DTYPES
-from dm_generations.decode.memory import free_bytes
-from dm_generations.generate.generator import Generator, RowSettings, tokenizer_of
+from dm_generations.inference.generator import Generator, RowSettings, tokenizer_of
 from dm_generations.models.checkpoints import Checkpoint, load, unflatten
 from dm_generations.models.dalle_bart import DalleBart
 from dm_generations.models.dalle_bart_config import DalleBartConfig
 from dm_generations.models.networks import parameter_shapes
-from dm_generations.models.placement import placed
+from dm_generations.runtime.device import free_bytes
+from dm_generations.runtime.params import put_params
 from dm_generations.text import TextTokenizer
 from dm_generations.threefry import row_key
 
@@ -117,7 +117,7 @@ def dalle_mini_sweep(prompts: list[str], keys: np.ndarray) -> None:
     """
     checkpoint = load(None, "generator")
     config = checkpoint.config
-    model, params = DalleBart(config), placed(checkpoint.params)
+    model, params = DalleBart(config), put_params(checkpoint.params)
     texts = tokenizer_of(checkpoint).encode([*prompts, *[None] * len(prompts)], config.max_text_length)
     cond, uncond = (tuple(np.split(array, 2)[half] for array in texts) for half in range(2))
 
@@ -191,9 +191,9 @@ def speed(args: argparse.Namespace) -> None:
             f"{floor / step:.0%} of the roofline",
             flush=True,
         )
-        if generator.at_once > 1:
-            count, seconds = generator.at_once * batch_size, generator.seconds_together()
-            print(f"    {generator.at_once} batches beside each other: {count / seconds:.3f} pictures/s", flush=True)
+        if generator.concurrency > 1:
+            count, seconds = generator.concurrency * batch_size, generator.measure_seconds()
+            print(f"    {generator.concurrency} concurrent batches: {count / seconds:.3f} pictures/s", flush=True)
         del generator
         if torch is not None:
             theirs = torch.seconds_of_step(batch_size, args.steps)
@@ -218,10 +218,11 @@ def seconds_of_step(generator: Generator, steps: int) -> tuple[float, float]:
     steps = min(steps, generator.token_count)
     keys = np.array([row_key(0, index) for index in range(count)], np.uint32)
     prompts = list(itertools.islice(itertools.cycle(PROMPTS), count))
-    inputs = generator._inputs(generator._next_batch(generator._rows(prompts, RowSettings(), keys, None, None, 0)))
+    rows = generator._rows(prompts, RowSettings(), keys, None, None, 0)
+    inputs = generator._inputs(generator._next_batch(rows, count))
     for repeat in range(4):  # the first of them compiles
         started = time.perf_counter()
-        state = jax.block_until_ready(generator._begin(inputs))
+        state = jax.block_until_ready(generator._init_cache(generator._params, inputs))
         began = time.perf_counter()
         jax.block_until_ready(generator._advance(inputs, state, 0, steps))
         if repeat:

@@ -108,12 +108,12 @@ def load(path: Path) -> tuple[float, float, int, int]:
     import jax
 
     from dm_generations.models import checkpoints
-    from dm_generations.models.placement import placed
+    from dm_generations.runtime.params import put_params
 
     jax.block_until_ready(jax.numpy.zeros(1))
     checkpoints.load(None, "generator")  # what is imported and traced once
     before, start, cpu_start = peak_bytes(), time.perf_counter(), time.process_time()
-    params = placed(checkpoints.load(path, "generator").params)
+    params = put_params(checkpoints.load(path, "generator").params)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
     return cpu, wall, sum(leaf.nbytes for leaf in jax.tree.leaves(params)), peak_bytes() - before
 

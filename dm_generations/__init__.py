@@ -8,16 +8,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dm_generations.generate.generator import Generator, RowSettings
+    from dm_generations.inference.generator import Generator, RowSettings
     from dm_generations.min_dalle import MinDalle
 
 __version__ = "0.1.0"
 __all__ = ["Generator", "MinDalle", "RowSettings"]
 
 _MODULES = {
-    "Generator": "dm_generations.generate.generator",
+    "Generator": "dm_generations.inference.generator",
     "MinDalle": "dm_generations.min_dalle",
-    "RowSettings": "dm_generations.generate.generator",
+    "RowSettings": "dm_generations.inference.generator",
 }
 
 

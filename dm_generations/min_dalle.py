@@ -23,15 +23,15 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dm_generations import compile_cache
 from dm_generations.archive import DTYPES
-from dm_generations.decode.codec import Codec
-from dm_generations.decode.memory import is_out_of_memory
 from dm_generations.errors import UserError
-from dm_generations.generate.generator import Generator, RowSettings, tokenizer_of
 from dm_generations.generate.models import load_models
 from dm_generations.generate.progressive import filled
 from dm_generations.generate.sweep import MAX_SEED
+from dm_generations.inference.decoder import Decoder
+from dm_generations.inference.generator import Generator, RowSettings, tokenizer_of
+from dm_generations.runtime import compile_cache
+from dm_generations.runtime.device import memory_errors
 from dm_generations.threefry import row_key
 
 _STEPS = 8  # pictures of a progressive stream: for 256 codes one every 32, as min-dalle has it
@@ -97,7 +97,7 @@ class MinDalle:
         compile_cache.enable()
         if is_verbose:
             print("using device", self.device)
-        self._loaded: tuple[Generator, Codec] | None = None
+        self._loaded: tuple[Generator, Decoder] | None = None
         if is_reusable:
             self._models()
 
@@ -136,9 +136,9 @@ class MinDalle:
         # All pictures at once, and not more: both fill up short batches.
         device_count = jax.local_device_count()
         generator.set_batch_size(-(-count // device_count))
-        codec.batch_size = generator.batch_size * device_count
+        codec.set_batch_size(generator.batch_size * device_count)
         keys = np.array([row_key(seed, i) for i in range(count)], np.uint32)
-        try:
+        with memory_errors("take a smaller grid_size"):
             if progressive_outputs:
                 steps = generator.stream([text] * count, settings, keys, max(1, generator.token_count // _STEPS))
             else:
@@ -148,10 +148,6 @@ class MinDalle:
             for tokens in steps:
                 pixels = _sheet(codec, filled(tokens, generator.token_count), grid_size, is_seamless)
                 yield pixels.astype(np.float32).view(Images)
-        except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(f"not enough memory for {count} pictures at a time; take a smaller grid_size") from error
 
     def generate_image_stream(self, *args: Any, **kwargs: Any) -> Iterator[Image.Image]:
         """The same as pictures of Pillow; arguments as `generate_raw_image_stream` takes them."""
@@ -180,20 +176,20 @@ class MinDalle:
         """The finished pictures one by one, (n, S, S, 3) float32; arguments as for `generate_image`."""
         return next(self.generate_images_stream(text, seed, grid_size, False, *args, **kwargs))
 
-    def _models(self) -> tuple[Generator, Codec]:
+    def _models(self) -> tuple[Generator, Decoder]:
         if self._loaded is not None:
             return self._loaded
         models = load_models(self._model, self._codec, None, is_scored=False)
         if self.is_verbose:
             print(f"loading {models.generator.name} and {models.codec.name}")
         generator = Generator(models.generator, tokenizer_of(models.generator), batch_size=1, dtype=self.dtype)
-        loaded = generator, Codec.from_checkpoint(models.codec, batch_size=1, grid=models.grid)
+        loaded = generator, Decoder.from_checkpoint(models.codec, batch_size=1, grid=models.grid)
         if self.is_reusable:
             self._loaded = loaded
         return loaded
 
 
-def _sheet(codec: Codec, tokens: np.ndarray, grid_size: int, is_seamless: bool) -> np.ndarray:
+def _sheet(codec: Decoder, tokens: np.ndarray, grid_size: int, is_seamless: bool) -> np.ndarray:
     """Tokens (n, L) to one picture (grid_size * S, grid_size * S, 3) uint8; picture 1 stands below picture 0.
 
     codec: of single pictures, or if is_seamless of such sheets

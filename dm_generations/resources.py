@@ -1,4 +1,4 @@
-"""Where files that ship with the project lie, where its caches go, and what the machine has."""
+"""Where files that ship with the project lie, and where its caches go."""
 
 import os
 import sys
@@ -47,8 +47,3 @@ def _cache_base() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
         raise UserError("this user has no home folder; set HOME or XDG_CACHE_HOME") from error
-
-
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from tiny import GRID, IMAGE_SIZE, tiny_models
 
-from dm_generations.decode.codec import Codec
 from dm_generations.generate import loop
-from dm_generations.generate.generator import Generator, RowSettings
+from dm_generations.inference.decoder import Decoder
+from dm_generations.inference.generator import Generator, RowSettings
+from dm_generations.inference.scorer import Scorer
 from dm_generations.models import checkpoints
-from dm_generations.score import Scorer
 from dm_generations.text import PromptTokenizer
 
 PRODUCT = re.compile(r"stablehlo\.(?:dot_general|convolution)\b.*")
@@ -57,7 +57,7 @@ def test_drawing(models, dtype):
 
 
 def test_decoding(models):
-    codec = Codec.from_checkpoint(checkpoints.load(models.vqgan, "codec"), batch_size=2)
+    codec = Decoder.from_checkpoint(checkpoints.load(models.vqgan, "codec"), batch_size=2)
     assert not rounded(products(codec._to_uint8.function.trace(codec._params, jnp.zeros((2, GRID**2), jnp.uint16))))
 
 

@@ -11,7 +11,7 @@ from helpers import golden
 from dm_generations import dalle_mini_rng
 from dm_generations.dalle_mini_rng import call_gumbel, prng_key, row_gumbel, split
 from dm_generations.generate import loop
-from dm_generations.generate.dalle_mini import DalleMiniDrawing
+from dm_generations.generate.dalle_mini import DalleMiniSampler
 from dm_generations.generate.row_inputs import TEXT_BATCH, RowInputs
 from dm_generations.models.checkpoints.flax_msgpack import read_flax_msgpack
 from dm_generations.models.dalle_bart import DalleBart
@@ -69,7 +69,7 @@ def generate(case, keys, indices=None, **values):
         init_tokens=np.zeros((count, config.image_length), np.int32),
         init_count=np.zeros(count, np.int32),
     )
-    drawing = DalleMiniDrawing(config.image_vocab_size + 1, config.eos_token_id, config.pad_token_id)
+    drawing = DalleMiniSampler(config.image_vocab_size + 1, config.eos_token_id, config.pad_token_id)
     fixed = model, drawing, None, params, rows
     state = loop.advance(*fixed, loop.begin(*fixed), np.int32(0), np.int32(config.image_length))
     assert state.last.is_drawable.all()

@@ -10,9 +10,9 @@ from tiny import GRID, IMAGE_SIZE, tiny_models
 
 import dm_generations
 from dm_generations import MinDalle
-from dm_generations.decode.codec import Codec
 from dm_generations.errors import UserError
-from dm_generations.generate.generator import Generator, RowSettings
+from dm_generations.inference.decoder import Decoder
+from dm_generations.inference.generator import Generator, RowSettings
 from dm_generations.models import checkpoints
 from dm_generations.threefry import row_key
 
@@ -51,7 +51,7 @@ def tokens(folders):
 
 @pytest.fixture(scope="module")
 def codec(folders):
-    return Codec.from_checkpoint(checkpoints.load(folders.vqgan, "codec"), batch_size=4)
+    return Decoder.from_checkpoint(checkpoints.load(folders.vqgan, "codec"), batch_size=4)
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dm_generations import compile_cache
 from dm_generations.errors import UserError
 from dm_generations.resources import cache_dir
+from dm_generations.runtime import compile_cache
 
 
 def has_no_home():

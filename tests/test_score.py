@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from dm_generations.errors import UserError
+from dm_generations.inference.scorer import Preprocessing, Scorer
 from dm_generations.models.checkpoints.clip_torch import flax_from_torch
 from dm_generations.models.clip import CLIP, CLIPConfig, preprocess
-from dm_generations.score import Preprocessing, Scorer
 from dm_generations.text import PromptTokenizer
 
 MODEL = Path(__file__).parent / "golden" / "clip" / "model"
@@ -81,7 +81,7 @@ def test_towers_are_compiled_once_and_texts_run_once(scorer, images, monkeypatch
 
 
 def test_remembered_texts_are_bounded(scorer, monkeypatch):
-    monkeypatch.setattr("dm_generations.score.TEXTS_KEPT", 3)
+    monkeypatch.setattr("dm_generations.inference.scorer.TEXTS_KEPT", 3)
     texts = [c * 2 for c in "abcdefghijk"]
     assert scorer.text_features(texts + texts).shape == (22, 24)
     assert list(scorer._text_features) == texts[-3:]

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dm_generations.inference.scorer import Scorer
 from dm_generations.models import checkpoints
 from dm_generations.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, normalise, unit
 from dm_generations.models.vqgan import VQGAN
-from dm_generations.score import Scorer
 from dm_generations.text import PromptTokenizer
 from training import data
 from training.captions import caption

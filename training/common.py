@@ -21,8 +21,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from dm_generations.compile_cache import cpu_features
 from dm_generations.files import write_atomic
+from dm_generations.runtime.compile_cache import cpu_features
 
 
 def _sharding(spec: PartitionSpec) -> NamedSharding:

@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dm_generations.decode.captions import without_accents
-from dm_generations.decode.codec import Codec
-from dm_generations.generate.generator import Generator, RowSettings
+from dm_generations.inference.decoder import Decoder
+from dm_generations.inference.generator import Generator, RowSettings
+from dm_generations.inference.scorer import Scorer
 from dm_generations.models import checkpoints
 from dm_generations.models.vqgan import VQGAN
-from dm_generations.score import Scorer
 from dm_generations.text import PromptTokenizer
 from dm_generations.threefry import row_key
 from training import data
@@ -61,7 +61,7 @@ class Pipeline:
         self.codec_checkpoint = models["vqgan"]
         text, clip = (PromptTokenizer(folder / kind) for kind in ("dalle_bart", "clip"))
         self.generator = Generator(models["dalle_bart"], text, batch_size)
-        self.codec = Codec.from_checkpoint(models["vqgan"], batch_size)
+        self.codec = Decoder.from_checkpoint(models["vqgan"], batch_size)
         self.scorer = Scorer(models["clip"], clip, batch_size)
         self.batch_size = batch_size
 

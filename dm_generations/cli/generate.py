@@ -224,10 +224,10 @@ def _estimate(pipeline, work: sweeps.Plan) -> None:
     code_bytes = work.missing_count * generator.token_count * 2
     total = file_size(code_bytes + work.missing_count * ROW_BYTES)
     print(f"they take about {total} in the archive, of which {code_bytes:,} bytes are codes")
-    size, at_once = generator.batch_size, generator.at_once
-    megabytes = at_once * generator.batch_bytes(size) / 1e6
-    batches = f"a batch of {size} takes" if at_once == 1 else f"{at_once} batches of {size} beside each other take"
-    print(f"{batches} {megabytes:,.0f} MB of memory besides the weights", flush=True)
+    size, concurrency = generator.batch_size, generator.concurrency
+    megabytes = concurrency * generator.batch_bytes(size) / 1e6
+    batches = f"a batch of {size}" if concurrency == 1 else f"{concurrency} concurrent batches of {size}"
+    print(f"peak memory of {batches}, besides the weights: {megabytes:,.0f} MB", flush=True)
     if work.missing:
         about = tqdm.format_interval(pipeline.seconds(work))
         what = "drawing" if pipeline.models.clip is None else "drawing and scoring"

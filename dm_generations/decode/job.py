@@ -18,7 +18,6 @@ from dm_generations.browser.manifest import (
     write_manifest,
 )
 from dm_generations.browser.shown import UNKNOWN, Notes, Shown, shown_before, shown_by, write_others
-from dm_generations.decode.codec import Codec, Decoding
 from dm_generations.decode.gallery import Sheet, sheet_tokens
 from dm_generations.decode.npy import encode_npy
 from dm_generations.decode.options import Options, Report
@@ -28,8 +27,9 @@ from dm_generations.decode.shards import Member, Shard, ShardSet, ShardWriter, f
 from dm_generations.decode.tokens import BadTokens, tokens_of
 from dm_generations.decode.writer import FileWriter
 from dm_generations.errors import UserError
+from dm_generations.inference.decoder import Decoder, Decoding
 from dm_generations.progress import Progress
-from dm_generations.resources import core_count
+from dm_generations.runtime.device import core_count
 
 # What is decoded as one: the file, the cell there, and the tokens (L,) uint16; or no cell, and those of all its cells
 # (cells, L).
@@ -63,7 +63,7 @@ class Job:
         """Pictures that are to be decoded."""
         return sum(len(target.ranks) for _, target, shard in self._targets() if self._is_due(target, shard))
 
-    def run(self, codec: Codec | AnyTokens | None, progress: Progress) -> None:
+    def run(self, codec: Decoder | AnyTokens | None, progress: Progress) -> None:
         """Decode and write what is due; `codec` may be None when nothing is."""
         workers = self.options.num_workers or core_count()
         cells = self._cells(codec, progress)
@@ -159,7 +159,7 @@ class Job:
                     if held != encode_npy(self._tokens(row, AnyTokens())):
                         yield target.path
 
-    def _cells(self, codec: Codec | AnyTokens | None, progress: Progress) -> Iterator[Cell]:
+    def _cells(self, codec: Decoder | AnyTokens | None, progress: Progress) -> Iterator[Cell]:
         """The tokens to decode, with the place of each picture."""
         rows_of: GroupPlan | None = None
         finished_shard: Shard | None = None
@@ -188,7 +188,7 @@ class Job:
         target: Target,
         members: list[ImageRow],
         shard: Shard | None,
-        codec: Codec | AnyTokens,
+        codec: Decoder | AnyTokens,
         progress: Progress,
     ) -> Iterator[Cell]:
         good = []
@@ -226,7 +226,7 @@ class Job:
         is_sure = self._shown.get(path) == shown or not is_finished(os.path.join(self.out_dir, path))
         self._notes.add(path, shown if is_sure else UNKNOWN)
 
-    def _tokens(self, row: ImageRow, codec: Codec | AnyTokens) -> np.ndarray:
+    def _tokens(self, row: ImageRow, codec: Decoder | AnyTokens) -> np.ndarray:
         """(L,) uint16. Raises BadTokens for what the codec, or else the one that the row records, does not decode."""
         expected = codec.token_count, codec.codebook_size
         recorded = self._models.get(row.codec_id)
@@ -278,7 +278,7 @@ def _full(placed: Iterable[tuple[Piece, int | None, np.ndarray]]) -> Iterator[Pi
             yield piece
 
 
-def _decoded(codec: Codec | None, cells: Iterator[Cell]) -> Iterator[tuple[Piece, int | None, np.ndarray]]:
+def _decoded(codec: Decoder | None, cells: Iterator[Cell]) -> Iterator[tuple[Piece, int | None, np.ndarray]]:
     """The pixels of each, (H, W, 3) uint8 of a cell; a batch is handed over while the next one is computed."""
     running: tuple[list[Cell], Decoding] | None = None
     while batch := list(islice(cells, codec.batch_size if codec else 1)):
@@ -291,5 +291,5 @@ def _decoded(codec: Codec | None, cells: Iterator[Cell]) -> Iterator[tuple[Piece
 
 
 def _pictures(batch: list[Cell], decoding: Decoding) -> Iterator[tuple[Piece, int | None, np.ndarray]]:
-    for (piece, cell, _), picture in zip(batch, decoding.pictures(), strict=True):
+    for (piece, cell, _), picture in zip(batch, decoding.images(), strict=True):
         yield piece, cell, picture

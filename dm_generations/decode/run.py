@@ -9,17 +9,17 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from dm_generations import compile_cache
 from dm_generations.archive import Archive
-from dm_generations.decode.codec import Codec
 from dm_generations.decode.fit import check_fit
 from dm_generations.decode.job import AnyTokens, Job
 from dm_generations.decode.options import Options, Report
 from dm_generations.decode.plan import select_groups
 from dm_generations.errors import UserError
 from dm_generations.files import remove_stale_temporaries
+from dm_generations.inference.decoder import Decoder
 from dm_generations.models import checkpoints
 from dm_generations.progress import Progress
+from dm_generations.runtime import compile_cache
 
 __all__ = ["Options", "Report", "decode_archive"]
 
@@ -48,7 +48,7 @@ def decode_archive(archive: Archive, options: Options, warn: Callable[[str], Non
         for warning in warnings:
             warn(warning)
         batch_size = _useful_batch_size(options.batch_size, due_count) if options.batch_size else "auto"
-        codec = Codec.from_checkpoint(checkpoint, batch_size, options.dtype, grid=grid)
+        codec = Decoder.from_checkpoint(checkpoint, batch_size, options.dtype, grid=grid)
         _check_sheet_size(options, codec.image_size)
         if options.layout.is_seamless:
             codec = codec.tiled(options.layout.rows, options.layout.cols)

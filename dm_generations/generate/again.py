@@ -6,13 +6,13 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from dm_generations import compile_cache
 from dm_generations.archive import Archive, ImageRow
 from dm_generations.decode.tokens import BadTokens, tokens_of
-from dm_generations.generate.generator import Generator, RowSettings, tokenizer_of
 from dm_generations.generate.models import known_model, model_info
 from dm_generations.generate.run import SAMPLER_VERSIONS
+from dm_generations.inference.generator import Generator, RowSettings, tokenizer_of
 from dm_generations.models.checkpoints import Checkpoint
+from dm_generations.runtime import compile_cache
 
 _SETTINGS = tuple(field.name for field in fields(RowSettings))
 
@@ -86,7 +86,7 @@ def differences(
             if largest_margin is None:
                 found += _drawn_differently(usable, stored, drawer.generate(*what, sc_texts, stored, kept))
             else:
-                found += _missed(usable, drawer.replay(*what, stored, sc_texts, kept), largest_margin)
+                found += _missed(usable, drawer.teacher_forced_margins(*what, stored, sc_texts, kept), largest_margin)
         yield len(batch), found
 
 

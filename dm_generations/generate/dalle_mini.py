@@ -1,13 +1,13 @@
-"""Drawing as dalle-mini's own `generate` did, with its noise: the same code for the same checkpoint and key.
+"""Sampling as dalle-mini's own `generate` does it, with its noise: the same tokens for the same checkpoint and key.
 
 Of its behaviour (borisdayma/dalle-mini 0.1.5 on transformers 4.25.1) this repeats:
 
-- filters run over all V columns; ids from the codebook's size on, the end token among them, can be drawn
-- at every step the key is split; the next draw has the second half
+- filters run over all V columns; ids from the codebook's size on, the end token among them, can be sampled
+- at every step the key is split; the next noise has the second half
 - after the end token a row is padding, starting with the end token itself, and the loop runs to the end
 - a temperature of 1, a top_k of V or more and a top_p of 1 or more change nothing
 
-It is compiled for any mix of settings, where dalle-mini compiled anew for each.
+One program serves any mix of settings, where dalle-mini compiled anew for each.
 """
 
 from dataclasses import dataclass
@@ -22,24 +22,27 @@ from dm_generations.generate.row_inputs import RowInputs
 
 
 class Noise(NamedTuple):
+    """State of the sampler."""
+
     keys: jax.Array  # (R, 2) uint32, each row a call of its own with one prompt; or (2,), one call with R prompts
     has_ended: jax.Array  # (R,) bool
 
 
 @dataclass(frozen=True)
-class DalleMiniDrawing:
-    """A rule of drawing for `loop`. A row with keys of its own does not depend on the others; a row of one call
-    does, through the shape of the noise.
+class DalleMiniSampler:
+    """A sampler for the loop.
+
+    A row with a key of its own does not depend on the others; a row of one call does, through the shape of the noise.
     """
 
     columns: int  # all of the logits: V
     end_token: int  # `eos_token_id` of config.json
     pad_token: int  # `pad_token_id`
 
-    def begin(self, rows: RowInputs) -> Noise:
+    def init_noise(self, rows: RowInputs) -> Noise:
         return Noise(rows.keys, jnp.zeros(len(rows.top_k), bool))
 
-    def draw(self, guided, step, rows, noise):
+    def sample(self, guided, step, rows, noise):
         keys, next_keys = split(noise.keys)
         is_one_call = keys.ndim == 1
         gumbel = call_gumbel(keys, len(guided), self.columns) if is_one_call else row_gumbel(keys, self.columns)

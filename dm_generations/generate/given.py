@@ -126,9 +126,7 @@ def encode_pixels(pixels: np.ndarray, codec: Checkpoint) -> np.ndarray:
     import jax.numpy as jnp
 
     from dm_generations.models.networks import network_class
-    from dm_generations.models.placement import placed
-    from dm_generations.models.precision import matmul_precision
-    from dm_generations.programs import Kept
+    from dm_generations.runtime.params import matmul_precision, put_params
 
     model = network_class(codec.kind)(codec.config, jnp.float32)
 
@@ -138,8 +136,7 @@ def encode_pixels(pixels: np.ndarray, codec: Checkpoint) -> np.ndarray:
             _, tokens = model.apply({"params": params}, pixels.astype(jnp.float32) / 255, method="encode")
         return tokens.astype(jnp.uint16)
 
-    program = Kept(encode, closed_over=(codec.kind, codec.config))
-    return jax.device_get(program(placed(codec.params), jax.device_put(pixels)))
+    return jax.device_get(encode(put_params(codec.params), jax.device_put(pixels)))
 
 
 def read_picture(path: Path, size: int) -> np.ndarray:

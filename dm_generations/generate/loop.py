@@ -1,7 +1,7 @@
-"""The sampling loop of every text model, compiled whole: a batch of rows from its texts to its codes.
+"""The sampling loop of every text-to-image model, compiled whole: a batch of rows from its prompts to its tokens.
 
-Rows do not read each other, and a batch always has the same shape: with one batch size, on one kind of device, a row
-gives the same codes alone, at any position and in any company.
+Rows do not read each other, and a batch always has the same shape. So sampling is batch-invariant: with one batch size,
+on one kind of device, a row gives the same tokens alone, at any position and among any other rows.
 
 S, R, N, T, L: as in `row_inputs`   V: columns of the logits
 """
@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dm_generations import sampling
 from dm_generations.generate.row_inputs import OF_ROWS, TEXT_BATCH, RowInputs
-from dm_generations.models.precision import matmul_precision
+from dm_generations.runtime.params import matmul_precision
 
 AXIS = "rows"  # of a mesh of devices, each of which has a batch of its own
 
@@ -27,164 +27,199 @@ class RowState(NamedTuple):
     """What a step makes of each row."""
 
     token: jax.Array  # (R,) int32, which the next step reads
-    log_prob: jax.Array  # (R,) float32, summed over the codes drawn so far
-    is_drawable: jax.Array  # (R,) bool, whether every step had a code to draw
-    noise: Any  # what the rule of drawing remembers
+    log_prob: jax.Array  # (R,) float32, summed over the tokens sampled so far
+    is_drawable: jax.Array  # (R,) bool, whether every step had a token to sample
+    noise: Any  # state of the sampler
 
 
-class DrawState(NamedTuple):
-    """A batch between two codes."""
+class DecodeState(NamedTuple):
+    """A batch between two tokens."""
 
     cache: Any  # of the model, S sequences
-    tokens: jax.Array  # (R, L) int32, those drawn so far
+    tokens: jax.Array  # (R, L) int32, those sampled so far
     last: RowState
 
 
-class Drawing(Protocol):
-    """How logits become a code. Hashable: a program is compiled for each."""
+class Sampler(Protocol):
+    """How logits become a token. Hashable: a program is compiled for each."""
 
-    columns: int  # of the logits, among which is drawn
+    columns: int  # of the logits, among which is sampled
 
-    def begin(self, rows: RowInputs) -> Any:
-        """What it remembers before the first step: arrays of R rows."""
+    def init_noise(self, rows: RowInputs) -> Any:
+        """Return its state before the first step: arrays of R rows."""
 
-    def draw(self, guided: jax.Array, step: jax.Array, rows: RowInputs, noise: Any) -> tuple[jax.Array, jax.Array, Any]:
-        """Codes (R,) int32 of guided logits (R, V) float32, whether there was one to draw, (R,) bool, and `noise` for
-        the next step.
+    def sample(
+        self, guided: jax.Array, step: jax.Array, rows: RowInputs, noise: Any
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """Sample one token of each row.
+
+        Args:
+            guided: Logits (R, V) float32 after guidance.
+            step: () int32.
+            rows: Settings of the rows.
+            noise: The state of the sampler.
+
+        Returns:
+            Tokens (R,) int32, whether there was one to sample (R,) bool, and the state for the next step.
         """
 
 
 @dataclass(frozen=True)
-class RowDrawing:
-    """The noise of this program, a function of the row's key, the step and the code: see `sampling`."""
+class GumbelSampler:
+    """Samples with this program's own noise, a function of the row's key, the step and the token; see `sampling`."""
 
     columns: int
     order: str
 
-    def begin(self, rows: RowInputs) -> tuple[()]:
+    def init_noise(self, rows: RowInputs) -> tuple[()]:
         return ()
 
-    def draw(self, guided, step, rows, noise):
+    def sample(self, guided, step, rows, noise):
         token = sampling.sample(guided, step, *settings_of(rows), self.columns, self.order)
         return token, sampling.is_drawable(guided, self.columns), noise
 
 
 def settings_of(rows: RowInputs) -> tuple[jax.Array, ...]:
-    """What `sampling` takes of each row."""
+    """Return what `sampling` takes of each row."""
     return rows.keys, rows.top_k, rows.top_p, rows.temperature
 
 
 # The model is static, so generators of one configuration share their compiled programs.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def begin(model: nn.Module, drawing: Drawing, mesh: Mesh | None, params: dict, rows: RowInputs) -> DrawState:
-    """The state before the first code. mesh: of devices, each with rows of its own; None for one device."""
+def init_cache(model: nn.Module, sampler: Sampler, mesh: Mesh | None, params: dict, rows: RowInputs) -> DecodeState:
+    """Return the state before the first token.
 
-    def here(params, rows):
+    Args:
+        model: A text-to-image model.
+        sampler: How tokens are sampled.
+        mesh: Of devices, each with rows of its own; None for one device.
+        params: Of the model.
+        rows: The batch.
+    """
+
+    def on_one_device(params, rows):
         count = len(rows.top_k)
-        return DrawState(
-            model.apply({"params": params}, _texts(model, params, rows), method="begin"),
+        return DecodeState(
+            model.apply({"params": params}, _encode_prompts(model, params, rows), method="init_cache"),
             jnp.zeros((count, model.config.image_length), jnp.int32),
             RowState(
                 jnp.full(count, model.config.start_token, jnp.int32),
                 jnp.zeros(count, jnp.float32),
                 jnp.ones(count, bool),
-                drawing.begin(rows),
+                sampler.init_noise(rows),
             ),
         )
 
-    return _on_each_device(model, here, mesh, (False, True))(params, rows)
+    return _on_each_device(model, on_one_device, mesh, (False, True))(params, rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def advance(
+def decode_steps(
     model: nn.Module,
-    drawing: Drawing,
+    sampler: Sampler,
     mesh: Mesh | None,
     params: dict,
     rows: RowInputs,
-    state: DrawState,
+    state: DecodeState,
     first: jax.Array,
     end: jax.Array,
-) -> DrawState:
-    """The state after the steps from `first` to `end` - 1, () int32. `state` is given up: its memory is used again."""
+) -> DecodeState:
+    """Return the state after the steps from `first` to `end` - 1, each () int32.
 
-    def here(params, rows, state, first, end):
-        def one(step, state):
+    `state` is donated: its memory is used again. Other arguments are those of `init_cache`.
+    """
+
+    def on_one_device(params, rows, state, first, end):
+        def one_step(step, state):
             logits, cache = _logits(model, params, rows, state.cache, state.last.token, step)
 
-            def draw(rows, last):
+            def sample(rows, last):
                 guided = _guided(model, rows, logits, step)
-                token, is_drawable, noise = drawing.draw(guided, step, rows, last.noise)
-                is_kept = step < rows.init_count
-                token = jnp.where(is_kept, rows.init_tokens[:, step], token)
-                log_prob = sampling.log_prob(guided, token, drawing.columns)
+                token, is_drawable, noise = sampler.sample(guided, step, rows, last.noise)
+                is_init = step < rows.init_count
+                token = jnp.where(is_init, rows.init_tokens[:, step], token)
+                log_prob = sampling.log_prob(guided, token, sampler.columns)
                 return RowState(
                     token,
-                    last.log_prob + jnp.where(is_kept, 0.0, log_prob),
-                    last.is_drawable & (is_drawable | is_kept),
+                    last.log_prob + jnp.where(is_init, 0.0, log_prob),
+                    last.is_drawable & (is_drawable | is_init),
                     noise,
                 )
 
-            last = _for_rows_in_use(draw, rows, state.last)
-            return DrawState(cache, state.tokens.at[:, step].set(last.token), last)
+            last = _for_rows_in_use(sample, rows, state.last)
+            return DecodeState(cache, state.tokens.at[:, step].set(last.token), last)
 
-        return jax.lax.fori_loop(first, end, one, state)
+        return jax.lax.fori_loop(first, end, one_step, state)
 
-    return _on_each_device(model, here, mesh, (False, True, True, False, False))(params, rows, state, first, end)
+    divided = (False, True, True, False, False)
+    return _on_each_device(model, on_one_device, mesh, divided)(params, rows, state, first, end)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def replay(
-    model: nn.Module, drawing: RowDrawing, mesh: Mesh | None, params: dict, rows: RowInputs, state: DrawState
+def teacher_forced_margins(
+    model: nn.Module, sampler: GumbelSampler, mesh: Mesh | None, params: dict, rows: RowInputs, state: DecodeState
 ) -> jax.Array:
-    """By how much each of `rows.init_tokens` missed being drawn, (R, L) float32: `sampling.margin`.
+    """Return by how much each of `rows.init_tokens` missed being sampled, (R, L) float32: `sampling.margin`.
 
-    Every step reads those codes, whatever would have been drawn. NaN where the model gives no numbers.
-    state: as `begin` gives it
+    Every step reads those tokens, whatever would have been sampled. NaN where the model gives no numbers.
+
+    Args:
+        model: A text-to-image model; this and the other arguments are those of `init_cache`.
+        sampler: How tokens are sampled.
+        mesh: Of devices, or None.
+        params: Of the model.
+        rows: The batch.
+        state: As `init_cache` returns it.
     """
 
-    def here(params, rows, state):
-        def one(carry, step_and_codes):
+    def on_one_device(params, rows, state):
+        def one_step(carry, step_and_tokens):
             cache, token = carry
-            step, codes = step_and_codes
+            step, tokens = step_and_tokens
             logits, cache = _logits(model, params, rows, cache, token, step)
             guided = _guided(model, rows, logits, step)
-            margin = sampling.margin(guided, codes, step, *settings_of(rows), drawing.columns, drawing.order)
-            return (cache, codes), jnp.where(sampling.is_drawable(guided, drawing.columns), margin, jnp.nan)
+            margin = sampling.margin(guided, tokens, step, *settings_of(rows), sampler.columns, sampler.order)
+            return (cache, tokens), jnp.where(sampling.is_drawable(guided, sampler.columns), margin, jnp.nan)
 
         steps = jnp.arange(model.config.image_length, dtype=jnp.int32)
-        _, margins = jax.lax.scan(one, (state.cache, state.last.token), (steps, rows.init_tokens.T))
+        _, margins = jax.lax.scan(one_step, (state.cache, state.last.token), (steps, rows.init_tokens.T))
         return margins.T
 
-    return _on_each_device(model, here, mesh, (False, True, True))(params, rows, state)
+    return _on_each_device(model, on_one_device, mesh, (False, True, True))(params, rows, state)
 
 
-def _texts(model: nn.Module, params: dict, rows: RowInputs) -> Any:
-    """What the model reads of each sequence's text, each distinct text computed once."""
+def _encode_prompts(model: nn.Module, params: dict, rows: RowInputs) -> Any:
+    """Return what the model reads of each sequence's prompt; each distinct prompt is computed once."""
 
-    def read(start):
-        batch = (jax.lax.dynamic_slice_in_dim(array, start, TEXT_BATCH) for array in rows[:2])
-        return model.apply({"params": params}, *batch, method="read_text")
+    @jax.jit  # traced once for its shapes and the loop
+    def encode(params, input_ids, attention_mask):
+        return model.apply({"params": params}, input_ids, attention_mask, method="encode_prompt")
 
     def store(index, texts):
         start = index * TEXT_BATCH
+        batch = (jax.lax.dynamic_slice_in_dim(array, start, TEXT_BATCH) for array in rows[:2])
         return jax.tree.map(
-            lambda all, batch: jax.lax.dynamic_update_slice_in_dim(all, batch, start, axis=0), texts, read(start)
+            lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new, start, axis=0),
+            texts,
+            encode(params, *batch),
         )
 
-    one = jax.eval_shape(read, jnp.int32(0))
+    one = jax.eval_shape(encode, params, *(array[:TEXT_BATCH] for array in rows[:2]))
     texts = jax.tree.map(lambda array: jnp.zeros((len(rows.input_ids), *array.shape[1:]), array.dtype), one)
     texts = jax.lax.fori_loop(0, -(-rows.text_count[0] // TEXT_BATCH), store, texts)
     return jax.tree.map(lambda array: array[rows.text_of_sequence], texts)
 
 
 def _logits(model: nn.Module, params: dict, rows: RowInputs, cache: Any, token: jax.Array, step: jax.Array):
-    """Logits (S, V) float32 of a step, and the cache for the next. Both sequences of a row read its code (R,)."""
+    """Return logits (S, V) float32 of a step, and the cache for the next.
+
+    Both sequences of a row read its token (R,).
+    """
     return model.apply({"params": params}, cache, token[rows.row_of_sequence], step, method="decode_step")
 
 
 def _guided(model: nn.Module, rows: RowInputs, logits: jax.Array, step: jax.Array) -> jax.Array:
-    """Guided logits (R, V) of the sequences' (S, V)."""
+    """Return guided logits (R, V) of the sequences' (S, V)."""
     cond, uncond = logits[rows.cond], logits[rows.uncond]
     guided = sampling.guide(cond, uncond, rows.cond_scale)
     if getattr(model.config, "guides_first_code_alone", False):
@@ -192,30 +227,32 @@ def _guided(model: nn.Module, rows: RowInputs, logits: jax.Array, step: jax.Arra
     return guided
 
 
-def _for_rows_in_use(draw: Callable[[RowInputs, RowState], RowState], rows: RowInputs, last: RowState) -> RowState:
-    """`draw`, one half of the rows after the other; the upper one only if it is in use, that is, if not all are guided.
+def _for_rows_in_use(sample: Callable[[RowInputs, RowState], RowState], rows: RowInputs, last: RowState) -> RowState:
+    """Sample one half of the rows after the other; the upper one only if it is in use, that is, if not all are guided.
 
-    A loop and no condition, within which a CPU computes on one core; and `draw` is compiled once.
+    A loop and not a condition, in which a CPU computes on one core; and `sample` is compiled once.
     """
     half, rest = divmod(len(rows.top_k), 2)
     if rest or rows.keys.ndim == 1:
-        return draw(rows, last)
+        return sample(rows, last)
 
-    def draw_half(number, last):
+    def sample_half(number, last):
         start = number * half
 
         def part(tree):
             return jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, start, half), tree)
 
         of_rows = {name: part(getattr(rows, name)) for name in OF_ROWS}
-        drawn = draw(rows._replace(**of_rows), part(last))
-        return jax.tree.map(lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new, start, axis=0), last, drawn)
+        sampled = sample(rows._replace(**of_rows), part(last))
+        return jax.tree.map(
+            lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new, start, axis=0), last, sampled
+        )
 
-    return jax.lax.fori_loop(0, jnp.where(rows.row_count[0] > half, 2, 1), draw_half, last)
+    return jax.lax.fori_loop(0, jnp.where(rows.row_count[0] > half, 2, 1), sample_half, last)
 
 
 def _on_each_device(model: nn.Module, function: Callable, mesh: Mesh | None, is_divided: tuple[bool, ...]) -> Callable:
-    """`function` of the model on every device of the mesh, each with its part of the arguments that are divided."""
+    """Run `function` of the model on every device of the mesh, each with its part of the arguments that are divided."""
 
     def precise(*arguments):
         with matmul_precision(model.dtype):

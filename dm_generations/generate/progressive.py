@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from dm_generations.decode import names
-from dm_generations.decode.codec import Codec
 from dm_generations.decode.png import encode_png
 from dm_generations.errors import UserError
 from dm_generations.files import write_atomic
 from dm_generations.generate.sweep import Draw
+from dm_generations.inference.decoder import Decoder
 
 
 def filled(tokens: np.ndarray, token_count: int) -> np.ndarray:
@@ -28,7 +28,7 @@ def filled(tokens: np.ndarray, token_count: int) -> np.ndarray:
     return np.concatenate([tokens, np.repeat(tokens[:, :1], missing, axis=1)], axis=1)
 
 
-def write_progress(out_dir: Path, draws: Sequence[Draw], tokens: np.ndarray, codec: Codec) -> list[Path]:
+def write_progress(out_dir: Path, draws: Sequence[Draw], tokens: np.ndarray, codec: Decoder) -> list[Path]:
     """Write a PNG of each picture as far as it is drawn, whole or not at all; the paths, in the order of `draws`.
 
     draws: N of them   tokens: their first codes (N, count) uint16, as `Generator.stream` gives them

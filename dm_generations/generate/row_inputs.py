@@ -1,10 +1,10 @@
-"""Rows laid out for the compiled sampling loop: distinct texts, the sequences that read them, and the rows they serve.
+"""Rows packed into batches for the compiled sampling loop: distinct texts, the sequences that read them, and the rows.
 
-A row needs one sequence of codes under its prompt, and a second one under its unconditional prompt unless its
+A row needs one sequence of tokens under its prompt, and a second one under its unconditional prompt unless its
 cond_scale is 1. Rows are packed into a fixed number of sequences, so that one program serves every mix.
 
 S: sequences of one device's batch   R: rows at most, S   N: texts at most, S in whole batches of TEXT_BATCH
-T: text tokens   L: codes of a picture
+T: text tokens   L: tokens of an image
 """
 
 import itertools
@@ -16,7 +16,7 @@ import numpy as np
 
 from dm_generations.text import TextTokenizer
 
-TEXT_BATCH = 8  # texts read at a time: a batch has few distinct ones
+TEXT_BATCH = 8  # texts encoded at a time: a batch has few distinct ones
 _INT32_MAX = 2**31 - 1
 _T = TypeVar("_T")
 
@@ -29,7 +29,7 @@ class RowInputs(NamedTuple):
     text_count: jax.Array  # (1,) int32, how many of them are in use
     row_count: jax.Array  # (1,) int32
     text_of_sequence: jax.Array  # (S,) int32
-    row_of_sequence: jax.Array  # (S,) int32, whose codes it reads
+    row_of_sequence: jax.Array  # (S,) int32, whose tokens it reads
     cond: jax.Array  # (R,) int32, the sequence under the row's prompt
     uncond: jax.Array  # (R,) int32, the one under its unconditional prompt; `cond` where its scale is 1
     keys: jax.Array  # (R, 2) uint32; or (2,) for one call of dalle-mini's `generate`
@@ -38,14 +38,14 @@ class RowInputs(NamedTuple):
     temperature: jax.Array
     cond_scale: jax.Array
     init_tokens: jax.Array  # (R, L) int32
-    init_count: jax.Array  # (R,) int32, how many of them are kept
+    init_count: jax.Array  # (R,) int32, how many of them are used
 
 
 OF_ROWS = RowInputs._fields[RowInputs._fields.index("cond") :]  # with one entry for each row
 
 
 class Row(NamedTuple):
-    """One picture to draw."""
+    """One image to sample."""
 
     prompt: str | None
     sc_prompt: str | None
@@ -59,18 +59,40 @@ class Row(NamedTuple):
 
 
 def sequence_count(cond_scale: float) -> int:
-    """Sequences that a row of this cond_scale needs."""
+    """Return how many sequences a row of this cond_scale needs."""
     return 1 if np.float32(cond_scale) == 1 else 2
 
 
-def take_fitting(rows: Sequence[_T], sequences: Sequence[int], capacity: int) -> Sequence[_T]:
-    """As many of the first `rows` as fit into `capacity`, if each needs so many `sequences`; one at least."""
+def take_until_full(rows: Sequence[_T], sequences: Sequence[int], capacity: int) -> Sequence[_T]:
+    """Take the first rows until a batch is full.
+
+    Args:
+        rows: Any items.
+        sequences: How many each of them needs.
+        capacity: Sequences of a batch.
+
+    Returns:
+        The first rows, at least one.
+    """
     used = itertools.accumulate(sequences)
     return rows[: max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= capacity, used)))]
 
 
-def laid_out(rows: Sequence[Row], capacity: int, tokenizer: TextTokenizer, text_length: int, length: int) -> RowInputs:
-    """`rows`, which fit into S = `capacity` sequences, for one device: NumPy arrays. text_length: T   length: L"""
+def pack_batch(
+    rows: Sequence[Row], capacity: int, tokenizer: TextTokenizer, text_length: int, length: int
+) -> RowInputs:
+    """Pack rows into the arrays of one device's batch.
+
+    Args:
+        rows: They need at most `capacity` sequences.
+        capacity: S.
+        tokenizer: For the prompts.
+        text_length: T.
+        length: L.
+
+    Returns:
+        NumPy arrays.
+    """
     texts: dict[str | None, int] = {}
     sequences: list[tuple[int, int]] = []  # text, row
     cond, uncond = [], []

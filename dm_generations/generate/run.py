@@ -1,35 +1,34 @@
 """Fill an archive: missing draws to batches, tokens, pictures, scores, and a transaction for each batch."""
 
-import contextlib
 import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from dm_generations import compile_cache
 from dm_generations.archive import Archive, NewImage
-from dm_generations.decode.codec import Codec
-from dm_generations.decode.memory import is_out_of_memory
 from dm_generations.decode.tokens import TOKEN_DTYPE
 from dm_generations.errors import UserError
 from dm_generations.generate.claims import Claims
-from dm_generations.generate.generator import Generator, RowSettings, tokenizer_of
 from dm_generations.generate.given import Given
 from dm_generations.generate.models import Models, known_model, model_info, record_model
 from dm_generations.generate.progressive import write_progress
 from dm_generations.generate.row_inputs import sequence_count
 from dm_generations.generate.sweep import Combination, Draw, Plan, Sweep, plan
+from dm_generations.inference.decoder import Decoder
+from dm_generations.inference.generator import Generator, RowSettings, tokenizer_of
+from dm_generations.inference.scorer import Scorer
 from dm_generations.models.checkpoints import Checkpoint
+from dm_generations.runtime import compile_cache
+from dm_generations.runtime.device import memory_errors
 from dm_generations.sampling import SAMPLER_VERSION
-from dm_generations.score import Scorer
 from dm_generations.text import load_tokenizer
 
+SMALLER_BATCH = "use a smaller --batch-size"
 SAMPLER_VERSIONS = {"rows": SAMPLER_VERSION, "dalle-mini": 1001}  # stored with each row
 
 
@@ -58,7 +57,7 @@ class Pipeline:
         self.generator = Generator(models.generator, tokenizer_of(models.generator), batch_size, dtype=dtype, rng=rng)
         self._codec = self._scorer = None
         if models.clip is not None or progress is not None:
-            self._codec = Codec.from_checkpoint(models.codec, batch_size, grid=models.grid)
+            self._codec = Decoder.from_checkpoint(models.codec, batch_size, grid=models.grid)
         if models.clip is not None:
             self._scorer = make_scorer(models.clip, batch_size)
 
@@ -119,7 +118,7 @@ class Pipeline:
     def seconds(self, work: Plan) -> float:
         """How long `work` is going to take, by a few steps of a batch and the scoring of one. Compiles the programs."""
         sequences = sum(sequence_count(c.cond_scale) * len(indices) for c, indices in work.missing)
-        seconds = math.ceil(sequences / sum(self.generator.capacities)) * self.generator.seconds_together()
+        seconds = math.ceil(sequences / sum(self.generator.capacities)) * self.generator.measure_seconds()
         if self._scorer is None:
             return seconds
         count = self._codec.batch_size
@@ -151,7 +150,7 @@ class Pipeline:
         with Claims(archive, infos[0], self.sampler_version, known_model, self._init_md5) as claims:
             capacities = self.generator.capacities
             for batch in claims.batches(work.draws(), capacities, _sequences, stored_elsewhere):
-                with memory_errors():
+                with memory_errors(SMALLER_BATCH):
                     images = self.draw(batch)
                 with archive.transaction():
                     ids = [None if info is None else record_model(archive, info) for info in infos]
@@ -192,17 +191,6 @@ class Filled:
 
     added: int
     elsewhere: int
-
-
-@contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turns a device's lack of memory, where a smaller batch was no help, into a UserError that says what to do."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError("not enough memory on the device; use a smaller --batch-size") from error
 
 
 def make_scorer(clip: Checkpoint, batch_size: int) -> Scorer:

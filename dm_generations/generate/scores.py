@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dm_generations import compile_cache
 from dm_generations.archive import Archive, ImageRow
-from dm_generations.decode.codec import Codec
 from dm_generations.decode.tokens import BadTokens, tokens_of
 from dm_generations.generate.models import known_model, model_info, record_model
-from dm_generations.generate.run import finite, make_scorer, memory_errors
+from dm_generations.generate.run import SMALLER_BATCH, finite, make_scorer
+from dm_generations.inference.decoder import Decoder
 from dm_generations.models.checkpoints import Checkpoint
+from dm_generations.runtime import compile_cache
+from dm_generations.runtime.device import memory_errors
 
 
 @dataclass
@@ -44,7 +45,7 @@ def score_archive(
     compile_cache.enable()
     codec_id = known_model(archive, dataclasses.replace(model_info(codec), grid=None))
     grid = None if codec_id is None else archive.models()[codec_id].grid
-    decoder = Codec.from_checkpoint(codec, batch_size, grid=grid)
+    decoder = Decoder.from_checkpoint(codec, batch_size, grid=grid)
     scorer = make_scorer(clip, batch_size)
     clip_info = model_info(clip)
     name_by_model_id = {row_id: model.name for row_id, model in archive.models().items()}
@@ -52,7 +53,7 @@ def score_archive(
     report = ScoreReport()
 
     rows = archive.rows_to_score(rescore, known_model(archive, clip_info))
-    while batch := list(itertools.islice(rows, batch_size * decoder.at_once)):
+    while batch := list(itertools.islice(rows, batch_size * decoder.concurrency)):
         usable: list[tuple[ImageRow, np.ndarray]] = []
         for row in batch:
             if row.codec_id is not None and row.codec_id != codec_id:
@@ -66,7 +67,7 @@ def score_archive(
             usable.append((row, tokens))
         if usable:
             usable_rows, tokens = zip(*usable, strict=True)
-            with memory_errors():
+            with memory_errors(SMALLER_BATCH):
                 pictures = decoder.start(np.stack(tokens))
                 scores = scorer.score(pictures, [prompt_by_id.get(row.prompt_id) or "" for row in usable_rows])
             found = [

@@ -216,7 +216,7 @@ class DalleBart(nn.Module):
     range; nothing checks that here.
 
     Training: `model.apply(variables, input_ids, attention_mask, decoder_input_ids)`.
-    Generation: `read_text`, `begin`, then `decode_step` for step 0, 1, ..., image_length - 1, starting with
+    Generation: `encode_prompt`, `init_cache`, then `decode_step` for step 0, 1, ..., image_length - 1, starting with
     `config.start_token`; each is a method for `model.apply(..., method=...)`. Scanned layers cannot generate:
     `dalle_bart_config.unscanned` gives config and parameters of the same network that can.
     """
@@ -251,12 +251,12 @@ class DalleBart(nn.Module):
         x = self.model.decoder(decoder_input_ids, encoder_state, mask_bias(attention_mask), deterministic)
         return self.lm_head(x)
 
-    def read_text(self, input_ids, attention_mask) -> Text:
+    def encode_prompt(self, input_ids, attention_mask) -> Text:
         """What generations read of texts; ids and mask as in `encode`. Axis 0 of every array is B."""
         encoder_state = self.encode(input_ids, attention_mask)
         return Text(self.model.decoder.read_text(encoder_state), mask_bias(attention_mask))
 
-    def begin(self, text: Text) -> Cache:
+    def init_cache(self, text: Text) -> Cache:
         """Cache for B generations, each of its row of `text`."""
         config = self.config
         heads = config.decoder_attention_heads

@@ -298,7 +298,7 @@ class _ToLogits(nn.Module):
 class DallePytorch(nn.Module):
     """The network. Activations are in `dtype`; attention weights and logits are computed in float32.
 
-    Generation: `read_text`, `begin`, then `decode_step` for step 0, 1, ..., image_length - 1; each is a method for
+    Generation: `encode_prompt`, `init_cache`, then `decode_step` for step 0, 1, ..., image_length - 1; each is a method for
     `model.apply(..., method=...)`. Ids must be in range; nothing checks that here.
     """
 
@@ -330,7 +330,7 @@ class DallePytorch(nn.Module):
         x, _ = self.transformer(x)
         return self.to_logits(x)
 
-    def read_text(self, input_ids, attention_mask) -> Cache:
+    def encode_prompt(self, input_ids, attention_mask) -> Cache:
         """What generations read of texts (B, T) int32, 0 for padding. attention_mask: unused, padding is read.
 
         Axis 0 of every array is B.
@@ -339,7 +339,7 @@ class DallePytorch(nn.Module):
         _, layers = self.transformer(text[:, :-1])
         return Cache(layers, text[:, -1])
 
-    def begin(self, text: Cache) -> Cache:
+    def init_cache(self, text: Cache) -> Cache:
         """Cache for B generations, each of its row of `text`, with room for S positions."""
         room = ((0, 0), (0, 0), (0, self.config.sequence_length - self.config.text_seq_len), (0, 0))
         layers = (

@@ -179,7 +179,7 @@ class MinDalle(nn.Module):
     trained, so nothing reads an attention mask.
 
     Training: `model.apply(variables, input_ids, codes)`.
-    Generation: `read_text`, `begin`, then `decode_step` for step 0, 1, ..., L - 1, each by `model.apply(...,
+    Generation: `encode_prompt`, `init_cache`, then `decode_step` for step 0, 1, ..., L - 1, each by `model.apply(...,
     method=...)`.
     """
 
@@ -217,7 +217,7 @@ class MinDalle(nn.Module):
         x = self.ln_f(x)
         return self.head_img(x[:, text_length - 1 :]), self.head_txt(x[:, : text_length - 1])
 
-    def read_text(self, input_ids, attention_mask) -> Cache:
+    def encode_prompt(self, input_ids, attention_mask) -> Cache:
         """What generations read of texts (B, N) int32; attention_mask is not read. Axis 0 of every array is B."""
         x = self._embed_text(input_ids[:, :-1], jnp.arange(input_ids.shape[1] - 1))
         layers = []
@@ -226,7 +226,7 @@ class MinDalle(nn.Module):
             layers.append(layer)
         return Cache(tuple(layers), input_ids[:, -1])
 
-    def begin(self, text: Cache) -> Cache:
+    def init_cache(self, text: Cache) -> Cache:
         """Cache for B generations, each of its row of `text`, with room for S positions."""
         room = ((0, 0), (0, 0), (0, self.config.ctx_len_img), (0, 0))
         return Cache(jax.tree.map(lambda array: jnp.pad(array, room), text.layers), text.last_text)

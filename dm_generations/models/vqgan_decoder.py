@@ -18,9 +18,9 @@ from jax import lax
 
 from dm_generations.models import winograd
 from dm_generations.models.checkpoints.mapped import release
-from dm_generations.models.precision import matmul_precision
 from dm_generations.models.token_grid import token_grid
 from dm_generations.models.vqgan import VQGANConfig
+from dm_generations.runtime.params import matmul_precision
 
 _WINOGRAD_CH = 64  # `ch` of the smallest network
 _WINOGRAD_CHANNELS = 32  # with fewer on either side of a convolution, transforms take more time than they save

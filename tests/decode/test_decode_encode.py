@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dm_generations.archive import Archive
-from dm_generations.decode.codec import Codec
 from dm_generations.decode.png import EFFORTS, _paeth, encode_png
+from dm_generations.inference.decoder import Decoder
 from dm_generations.models import checkpoints
 
 RNG = np.random.default_rng(0)
@@ -129,7 +129,7 @@ def vqgan_pictures():
     with Archive.open(ROOT / "archive" / "emoji.db") as archive:
         different = list(dict.fromkeys(row.quantvec for row in archive.read_rows(range(1, 6049))))
     tokens = np.stack([np.frombuffer(quantvec, "<u2") for quantvec in different[:: len(different) // 48][:48]])
-    pictures = Codec.from_checkpoint(checkpoint, len(tokens)).decode(tokens)
+    pictures = Decoder.from_checkpoint(checkpoint, len(tokens)).decode(tokens)
     return list(pictures.reshape(3, 4, 4, 64, 64, 3).swapaxes(2, 3).reshape(3, 256, 256, 3))
 
 

@@ -7,9 +7,9 @@ from decode_kit import all_files, change, pictures, random_tokens, write_archive
 from tiny import CODEBOOK_SIZE, GRID, IMAGE_SIZE, tiny_vqgan
 
 from dm_generations.cli import main
-from dm_generations.decode.codec import Codec
 from dm_generations.decode.gallery import sheet_tokens
 from dm_generations.errors import UserError
+from dm_generations.inference.decoder import Decoder
 from dm_generations.models import checkpoints
 from dm_generations.models.checkpoints import unflatten
 from dm_generations.models.discrete_vae import DiscreteVAEConfig
@@ -36,7 +36,7 @@ def codec_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny_codec(codec_folder):
-    return Codec.from_checkpoint(checkpoints.load(codec_folder, "codec"), batch_size=4)
+    return Decoder.from_checkpoint(checkpoints.load(codec_folder, "codec"), batch_size=4)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_sheet_is_one_picture_of_one_grid(kind):
     """The grids laid side by side here, one by one, and given to the network as it is written."""
     config = CONFIGS[kind]
     params = unflatten(random_params(kind, config))
-    codec = Codec(kind, config, params, batch_size=4)
+    codec = Decoder(kind, config, params, batch_size=4)
     tokens = random_tokens(ROWS * COLS, config.grid**2, 50)
     grid = np.block([[tokens[row * COLS + col].reshape(config.grid, -1) for col in range(COLS)] for row in range(ROWS)])
     pixels = network_class(kind)(config).apply({"params": params}, grid[None].astype(np.int32), method="decode_code")

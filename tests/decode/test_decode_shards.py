@@ -15,7 +15,7 @@ from tiny import CODEBOOK_SIZE, GRID, tiny_vqgan
 
 from dm_generations.cli import main
 from dm_generations.decode import shards as shards_module
-from dm_generations.decode.codec import Codec
+from dm_generations.inference.decoder import Decoder
 
 TOKENS = random_tokens(10, GRID**2, CODEBOOK_SIZE)
 PROMPTS = ("a boat", "кот")  # ten pictures each
@@ -117,8 +117,8 @@ def test_a_run_goes_on_by_whole_shards(decode, tmp_path, monkeypatch):
     names = shards_in(tmp_path / "out")
     (tmp_path / "out" / names[1]).unlink()
     (tmp_path / "out" / names[2]).write_bytes(b"")  # what a power cut may leave
-    started, start = [], Codec.start
-    monkeypatch.setattr(Codec, "start", lambda codec, tokens: started.append(len(tokens)) or start(codec, tokens))
+    started, start = [], Decoder.start
+    monkeypatch.setattr(Decoder, "start", lambda codec, tokens: started.append(len(tokens)) or start(codec, tokens))
     assert decode("--mode", "tar") == (0, "")
     assert sum(started) == 12 and all_files(tmp_path / "out") == before
 

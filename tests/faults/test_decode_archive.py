@@ -20,7 +20,7 @@ from faults_kit import MODES, PAGE, error_line, files_left, undisturbed, without
 from tiny import CODEBOOK_SIZE, GRID, IMAGE_SIZE
 
 from dm_generations.archive import Archive, merge
-from dm_generations.decode.codec import Codec
+from dm_generations.inference.decoder import Decoder
 
 PICTURE_MODES = {mode: flags for mode, flags in MODES.items() if mode != "npy"}  # which need a codec
 
@@ -34,7 +34,7 @@ def impatient(monkeypatch):
 @pytest.fixture
 def on_the_way(monkeypatch):
     """A function that lets something happen once, when the third batch starts."""
-    start, batch_count = Codec.start, 0
+    start, batch_count = Decoder.start, 0
 
     def happen(action):
         def start_after_action(codec, tokens):
@@ -44,7 +44,7 @@ def on_the_way(monkeypatch):
                 action()
             return start(codec, tokens)
 
-        monkeypatch.setattr(Codec, "start", start_after_action)
+        monkeypatch.setattr(Decoder, "start", start_after_action)
 
     return happen
 

@@ -13,13 +13,13 @@ from tiny import CODEBOOK_SIZE, GRID
 
 from dm_generations.decode import shards as shards_module
 from dm_generations.decode import writer as writer_module
-from dm_generations.decode.codec import Codec
+from dm_generations.inference.decoder import Decoder
 
 
 @pytest.mark.parametrize("mode", ["images", "gallery", "tar", "zip"])
 def test_a_disk_that_stands_still_holds_the_device_back(command, tmp_path, monkeypatch, mode):
     moves, started, statuses = threading.Event(), [], []
-    start = Codec.start
+    start = Decoder.start
 
     def once_it_moves(write):
         return lambda *arguments: (moves.wait(60), write(*arguments))[1]
@@ -31,7 +31,7 @@ def test_a_disk_that_stands_still_holds_the_device_back(command, tmp_path, monke
     monkeypatch.setattr(writer_module, "write_atomic", once_it_moves(writer_module.write_atomic))
     for container in shards_module.CONTAINERS.values():
         monkeypatch.setattr(container, "add", once_it_moves(container.add))
-    monkeypatch.setattr(Codec, "start", counting_start)
+    monkeypatch.setattr(Decoder, "start", counting_start)
     run = threading.Thread(target=lambda: statuses.append(command.run(tmp_path / "out", *MODES[mode])))
     run.start()
     try:
@@ -56,8 +56,8 @@ def test_finished_pictures_need_no_codec(decode, tmp_path):
 
 def test_what_is_there_is_not_decoded_again(decode, tmp_path, monkeypatch):
     assert decode("--n-best", "4") == (0, "")
-    started, start = [], Codec.start
-    monkeypatch.setattr(Codec, "start", lambda codec, tokens: started.append(len(tokens)) or start(codec, tokens))
+    started, start = [], Decoder.start
+    monkeypatch.setattr(Decoder, "start", lambda codec, tokens: started.append(len(tokens)) or start(codec, tokens))
     (tmp_path / "out" / "0001_a boat" / "0001_k=50,p=1.0,t=1.0,c=10.0_02_None.png").write_bytes(b"")  # a power cut
     assert decode() == (0, "")
     assert sum(started) == 3 and len(pictures(tmp_path / "out")) == 6

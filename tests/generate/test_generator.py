@@ -15,7 +15,7 @@ from tiny import CODEBOOK_SIZE, tiny_dalle_bart
 
 from dm_generations import sampling
 from dm_generations.errors import UserError
-from dm_generations.generate.generator import Generator, RowSettings
+from dm_generations.inference.generator import Generator, RowSettings
 from dm_generations.models import checkpoints
 from dm_generations.models.dalle_bart import DalleBart
 from dm_generations.text import PromptTokenizer
@@ -208,7 +208,7 @@ def test_batches_are_as_large_as_memory_allows(checkpoint, monkeypatch):
     generator = Generator(checkpoint, tokenizer, 4)
     assert generator.at_once == 2 and generator.capacities == [8, 8]
     needed = generator.batch_bytes(4)
-    monkeypatch.setattr("dm_generations.decode.memory.free_bytes", lambda device: needed)
+    monkeypatch.setattr("dm_generations.runtime.device.free_bytes", lambda device: needed)
     generator = Generator(checkpoint, tokenizer, 16)
     assert generator.batch_size == 4 and generator.at_once == 1 and generator.capacities == [8]
 

@@ -10,11 +10,11 @@ from decode_kit import GOLDEN_CODEC
 from PIL import Image
 from tiny import tiny_dalle_bart, tiny_vqgan
 
-from dm_generations.decode.codec import Codec
 from dm_generations.decode.npy import encode_npy
 from dm_generations.errors import UserError
 from dm_generations.generate import given
-from dm_generations.generate.generator import Generator, RowSettings
+from dm_generations.inference.decoder import Decoder
+from dm_generations.inference.generator import Generator, RowSettings
 from dm_generations.models import checkpoints
 
 TOKENS = np.array([0, 3, 15, 7], np.uint16)
@@ -174,7 +174,7 @@ def test_encodes_as_the_original_did(codec):
 def test_what_the_shipped_codec_makes_of_its_own_picture():
     """Encoded, decoded: near the picture. The codes need not be the same, for many give nearly the same pixels."""
     shipped = checkpoints.load(None, "codec")
-    codec = Codec.from_checkpoint(shipped, batch_size=1)
+    codec = Decoder.from_checkpoint(shipped, batch_size=1)
     tokens = given.encode_pixels(SMOOTH := smooth_picture(codec.image_size)[None], shipped)
     picture = codec.decode(tokens)
     assert np.abs(picture.astype(int) - SMOOTH).mean() < 12

@@ -16,7 +16,7 @@ from dm_generations.errors import UserError
 from dm_generations.models import checkpoints
 from dm_generations.models.checkpoints.convert import convert
 from dm_generations.models.checkpoints.source import Source
-from dm_generations.models.placement import placed
+from dm_generations.runtime.params import put_params
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_placed_weights_do_not_follow_a_file_of_others(tmp_path):
     shutil.copytree(golden("clip/model"), folder)
     found = checkpoints.load(folder, "clip")
     before = jax.tree.map(np.array, found.params)
-    on_device = placed(found.params)
+    on_device = put_params(found.params)
     path = folder / "model.safetensors"
     with open(path, "r+b") as file:
         file.seek(-64, 2)
@@ -132,7 +132,7 @@ def test_placed_weights_do_not_follow_a_file_of_others(tmp_path):
 def test_placed_weights_of_our_own_folder_are_the_mapped_file(codec):
     found = checkpoints.load(codec, "codec")
     before = jax.tree.map(np.array, found.params)
-    on_device = placed(found.params)
+    on_device = put_params(found.params)
     if jax.default_backend() == "cpu":
         in_file, in_use = checkpoints.flatten(found.params), checkpoints.flatten(on_device)
         largest = max(in_file, key=lambda name: in_file[name].nbytes)  # lies first, at a multiple of 64
@@ -140,11 +140,11 @@ def test_placed_weights_of_our_own_folder_are_the_mapped_file(codec):
     changed = jax.tree.map(lambda array: array + 1, before)
     checkpoints.save(codec, "vqgan", json.loads((codec / "config.json").read_text()), changed)
     assert_same(on_device, before)
-    assert_same(placed(checkpoints.load(codec, "codec").params), changed)
+    assert_same(put_params(checkpoints.load(codec, "codec").params), changed)
 
 
 def test_placed_copies_large_and_transposed_arrays_exactly(monkeypatch):
-    monkeypatch.setattr("dm_generations.models.placement._PIECE", 1000)
+    monkeypatch.setattr("dm_generations.runtime.params._CHUNK_BYTES", 1000)
     arrays = {
         "plain": np.arange(5000, dtype=np.float32).reshape(50, 100),
         "transposed": np.arange(6000, dtype=np.float32).reshape(60, 100).T,
@@ -152,7 +152,7 @@ def test_placed_copies_large_and_transposed_arrays_exactly(monkeypatch):
         "scalar": np.float32(3),
         "empty": np.zeros((0, 4), np.float32),
     }
-    assert_same(placed(arrays), arrays)
+    assert_same(put_params(arrays), arrays)
 
 
 def test_convert_gives_a_folder_that_loads_the_same(tmp_path):
@@ -271,7 +271,7 @@ def test_weights_of_a_big_endian_machine_are_read_and_written_as_they_are(tmp_pa
     found = checkpoints.load(folder, "clip")
     assert all(array.dtype == np.dtype("=f4") for array in checkpoints.flatten(found.params).values())
     assert_same(found.params, expected)
-    assert_same(placed(found.params), expected)
+    assert_same(put_params(found.params), expected)
     convert(str(folder), tmp_path / "out")
     assert_same(checkpoints.load(tmp_path / "out", "clip").params, expected)
 

@@ -108,7 +108,7 @@ def stepped_logits(model, params, input_ids, attention_mask, decoder_input_ids):
         logits, cache = apply(cache, *inputs, method="decode_step")
         return cache, logits
 
-    cache = apply(apply(input_ids, attention_mask, method="read_text"), method="begin")
+    cache = apply(apply(input_ids, attention_mask, method="encode_prompt"), method="init_cache")
     steps = jnp.arange(decoder_input_ids.shape[1])
     return jax.lax.scan(body, cache, (decoder_input_ids.T, steps))[1].swapaxes(0, 1)
 

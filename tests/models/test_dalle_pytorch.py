@@ -54,9 +54,9 @@ def full_logits(model, params, text, image_tokens):
 
 @functools.partial(jax.jit, static_argnums=0)
 def cached_logits(model, params, text, image_tokens):
-    """(B, L, num_image_tokens) of `begin` and then one step after the other inside a scan."""
-    read = model.apply({"params": params}, text, jnp.ones_like(text), method="read_text")
-    cache = model.apply({"params": params}, read, method="begin")
+    """(B, L, num_image_tokens) of `init_cache` and then one step after the other inside a scan."""
+    read = model.apply({"params": params}, text, jnp.ones_like(text), method="encode_prompt")
+    cache = model.apply({"params": params}, read, method="init_cache")
 
     def step(cache, inputs):
         logits, cache = model.apply({"params": params}, cache, *inputs, method="decode_step")

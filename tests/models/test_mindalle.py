@@ -49,8 +49,8 @@ def stepped(model, params, input_ids, codes):
         logits, cache = apply(cache, token, number, method="decode_step")
         return (cache, code), logits
 
-    text = apply(input_ids, jnp.zeros_like(input_ids), method="read_text")
-    cache = apply(text, method="begin")
+    text = apply(input_ids, jnp.zeros_like(input_ids), method="encode_prompt")
+    cache = apply(text, method="init_cache")
     start = jnp.full(len(codes), model.config.start_token, jnp.int32)
     steps = jnp.arange(codes.shape[1])
     return jax.lax.scan(step, (cache, start), (codes.T, steps))[1].swapaxes(0, 1)

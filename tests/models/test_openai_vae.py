@@ -6,8 +6,8 @@ import pytest
 import torch_files
 from torch_files import Call, Global
 
-from dm_generations.decode.codec import Codec
 from dm_generations.errors import UserError
+from dm_generations.inference.decoder import Decoder
 from dm_generations.models import checkpoints
 from dm_generations.models.checkpoints import openai_vae
 from dm_generations.models.checkpoints.source import Source
@@ -156,7 +156,7 @@ def test_the_decoder_alone_is_a_codec(folder):
     assert set(model.params) == {"decoder"}
     tokens = np.arange(4, dtype=np.uint16)[None]
     pixels = codec_kit.applied(model, "decode_code", tokens)
-    pictures = Codec.from_checkpoint(model, batch_size=2, grid=2).decode(tokens)
+    pictures = Decoder.from_checkpoint(model, batch_size=2, grid=2).decode(tokens)
     np.testing.assert_allclose(pictures, np.clip(pixels, 0, 1) * 255, atol=1.001)
     assert pictures.shape == (1, 16, 16, 3) and pictures.dtype == np.uint8
 

@@ -8,8 +8,8 @@ import pytest
 import torch_files
 from helpers import golden
 
-from dm_generations.decode.codec import Codec
 from dm_generations.errors import UserError
+from dm_generations.inference.decoder import Decoder
 from dm_generations.models import checkpoints
 from dm_generations.models.checkpoints import taming
 from dm_generations.models.vqgan import VQGANConfig
@@ -74,7 +74,7 @@ def test_bfloat16_stays_near_float32(case):
 
 def test_a_codec_decodes_another_grid_to_larger_pictures():
     folder = golden("vqgan_jax") / "a"
-    codec = Codec.from_checkpoint(checkpoints.load(folder, "codec"), batch_size=1, grid=11)
+    codec = Decoder.from_checkpoint(checkpoints.load(folder, "codec"), batch_size=1, grid=11)
     assert (codec.token_count, codec.image_size) == (121, 44)
     with np.load(folder / "golden.npz") as arrays:
         expected = (arrays["decoded_other_grid"].clip(0, 1) * 255).astype(np.uint8)

@@ -29,7 +29,7 @@ def test_of_cpus_those_with_amx_multiply_bfloat16(cpuinfo, expected, monkeypatch
         return cpuinfo
 
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    monkeypatch.setattr("dm_generations.compile_cache.Path.read_text", read_text)
+    monkeypatch.setattr("dm_generations.runtime.compile_cache.Path.read_text", read_text)
     assert multiplies_bfloat16() is expected
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert multiplies_bfloat16()

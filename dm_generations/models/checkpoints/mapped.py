@@ -59,7 +59,7 @@ class MappedFile:
         return np.ndarray(shape, dtype, self.content, offset)
 
 
-def stays(array: np.ndarray) -> bool:
+def is_immutable(array: np.ndarray) -> bool:
     """Whether `array` is a view of a file that is never written in place."""
     mapping = _mapping(array)
     return mapping is not None and mapping.stays

@@ -1,6 +1,6 @@
-"""Pictures and prompts to CLIP scores.
+"""Images and prompts to CLIP scores.
 
-n: pictures   B: batch   H, W: pixels   P: CLIP's projection width
+n: images   B: batch   H, W: pixels   P: CLIP's projection width
 """
 
 import dataclasses
@@ -14,25 +14,23 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from dm_generations.decode.codec import Decoding
 from dm_generations.errors import UserError
+from dm_generations.inference.decoder import Decoding
 from dm_generations.models.checkpoints import Checkpoint
 from dm_generations.models.checkpoints.own import read_json_object
 from dm_generations.models.clip import CLIP, OPENAI_MEAN, OPENAI_STD, CLIPConfig, preprocess, unit
-from dm_generations.models.placement import placed
-from dm_generations.models.precision import matmul_precision
 from dm_generations.models.resize import FILTERS
-from dm_generations.programs import Kept
+from dm_generations.runtime.params import matmul_precision, put_params
 from dm_generations.text import PromptTokenizer
 
 TEXT_BATCH = 8  # texts of one run of the text tower; a sweep has few distinct prompts
-_STEPS = ("do_resize", "do_rescale", "do_normalize")  # that a config may switch off; cropping changes no square picture
-TEXTS_KEPT = 4096  # prompts whose features stay in memory: 8 MB at P = 512
+_STEPS = ("do_resize", "do_rescale", "do_normalize")  # that a config may switch off; cropping changes no square image
+MAX_CACHED_TEXTS = 4096  # prompts whose features stay in memory: 8 MB at P = 512
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pictures are made ready for one CLIP."""
+    """How images are made ready for one CLIP."""
 
     image_size: int
     mean: tuple[float, float, float] = OPENAI_MEAN
@@ -41,10 +39,12 @@ class Preprocessing:
 
     @classmethod
     def of_model(cls, folder: Path, config: CLIPConfig) -> "Preprocessing":
-        """What `preprocessor_config.json` beside the model says, or transformers 5's `processor_config.json`; without
-        these files, OpenAI's values.
+        """Read `preprocessor_config.json` beside the model, or transformers 5's `processor_config.json`.
 
-        Raises UserError for a file that is broken, was made for a network of another size, or leaves out a step.
+        Without these files, the values are OpenAI's.
+
+        Raises:
+            UserError: A file is broken, was made for a network of another size, or leaves out a step.
         """
         image_size = config.vision_config.image_size
         found = [Path(folder) / name for name in ("preprocessor_config.json", "processor_config.json")]
@@ -73,40 +73,43 @@ class Preprocessing:
                 f"{path}: resample {resample} is not one of {', '.join(str(int(name)) for name in FILTERS)}"
             )
         if sizes - {image_size}:
-            raise UserError(f"{path}: pictures of {sorted(sizes)} pixels, but the model reads {image_size}")
+            raise UserError(f"{path}: images of {sorted(sizes)} pixels, but the model reads {image_size}")
         return cls(image_size, mean, std, resample)
 
 
 def _side(size: int | dict) -> int:
-    """Pixels, of any of the ways in which preprocessor configs write a size."""
+    """Return pixels, of any of the ways in which preprocessor configs write a size."""
     if isinstance(size, dict):
         size = size["shortest_edge"] if "shortest_edge" in size else max(size["height"], size["width"])
     return int(size)
 
 
 class Scorer:
-    """CLIP scores in batches of one fixed shape, divided among the local devices: each tower is compiled once.
-
-    checkpoint: of kind "clip"   batch_size: pictures of one run, rounded up to as many for each device; fewer are
-    padded with black
-    """
+    """CLIP scores in batches of one fixed shape, divided among the local devices: each tower is compiled once."""
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: PromptTokenizer, batch_size: int = 32):
+        """Put a CLIP on the devices.
+
+        Args:
+            checkpoint: Of kind "clip".
+            tokenizer: For prompts.
+            batch_size: Images at a time, rounded up to as many for each device; fewer are padded with black.
+        """
         config = checkpoint.config
         preprocessing = Preprocessing.of_model(checkpoint.folder, config)
         model = CLIP(config)
         self._preprocessing = preprocessing
         self._tokenizer = tokenizer
         devices = jax.local_devices()
-        mesh = Mesh(devices, ("pictures",))
-        self._divided, self._everywhere = (
-            NamedSharding(mesh, PartitionSpec("pictures")),
+        mesh = Mesh(devices, ("images",))
+        self._shard_batch, self._replicate = (
+            NamedSharding(mesh, PartitionSpec("images")),
             NamedSharding(mesh, PartitionSpec()),
         )
         self._batch_size = -(-batch_size // len(devices)) * len(devices)
         self._width = config.projection_dim
         self._text_length = config.text_config.max_position_embeddings
-        self._params = placed(checkpoint.params, where=self._everywhere)
+        self._params = put_params(checkpoint.params, sharding=self._replicate)
         self._scale = float(np.exp(np.float32(checkpoint.params["logit_scale"])))
         self._text_features: dict[str, np.ndarray] = {}
 
@@ -121,14 +124,18 @@ class Scorer:
             with matmul_precision(np.float32):
                 return unit(model.apply({"params": params}, input_ids, attention_mask, method="get_text_features"))
 
-        self._image_tower = Kept(image_tower, closed_over=(config, preprocessing))
-        self._text_tower = Kept(text_tower, closed_over=(config,))
+        self._image_tower, self._text_tower = image_tower, text_tower
 
     def score(self, images: np.ndarray | Decoding, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(score_input, score_tokenized), float32 (n,): cosine x exp(logit_scale) of picture i and prompt i.
+        """Score image i against prompt i.
 
-        The first is for the prompt as typed, the second for the prompt as CLIP's tokenizer reads it back.
-        images: as `image_features` takes them.
+        Args:
+            images: As `image_features` takes them.
+            prompts: n texts.
+
+        Returns:
+            score_input and score_tokenized, float32 (n,): cosine x exp(logit_scale). The first is for the prompt as
+            typed, the second for the prompt as CLIP's tokenizer reads it back.
         """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images do not match {len(prompts)} prompts")
@@ -139,10 +146,11 @@ class Scorer:
         return tuple(np.float32(self._scale) * np.sum(features * text, axis=-1) for text in (typed, read))
 
     def image_features(self, images: np.ndarray | Decoding) -> np.ndarray:
-        """Pictures -> float32 (n, P), rows of unit length.
+        """Return features of images, float32 (n, P), rows of unit length.
 
-        images: uint8 (n, H, W, 3) of any size, or pictures on their way from a codec, which stay on the device. They
-        are resized as transformers' CLIP processor does it.
+        Args:
+            images: uint8 (n, H, W, 3) of any size, or images on their way from a decoder, which stay on the device.
+                They are resized as transformers' CLIP processor does it.
         """
         if isinstance(images, Decoding):
             parts = images.on_device()
@@ -155,28 +163,28 @@ class Scorer:
         return np.concatenate([np.empty((0, self._width), np.float32), *features])
 
     def _on_device(self, images: np.ndarray) -> Iterator[tuple[jax.Array, int]]:
-        """Batches (B, H, W, 3) on the device, and how many pictures each holds."""
+        """Return batches (B, H, W, 3) on the device, and how many images each holds."""
         for start in range(0, len(images), self._batch_size):
             batch = images[start : start + self._batch_size]
-            yield jax.device_put(_padded(batch, self._batch_size), self._divided), len(batch)
+            yield jax.device_put(_padded(batch, self._batch_size), self._shard_batch), len(batch)
 
     def text_features(self, texts: Sequence[str]) -> np.ndarray:
-        """n texts -> float32 (n, P), rows of unit length. Features of recent texts are remembered."""
+        """Return features of n texts, float32 (n, P), rows of unit length. Those of recent texts are cached."""
         distinct = list(dict.fromkeys(texts))
         features = {text: self._text_features[text] for text in distinct if text in self._text_features}
         new = [text for text in distinct if text not in features]
         pending = []
         for start in range(0, len(new), TEXT_BATCH):
             ids, mask = self._tokenizer.encode(new[start : start + TEXT_BATCH], self._text_length)
-            ids, mask = (jax.device_put(_padded(x, TEXT_BATCH), self._everywhere) for x in (ids, mask))
+            ids, mask = (jax.device_put(_padded(x, TEXT_BATCH), self._replicate) for x in (ids, mask))
             pending.append(self._text_tower(self._params, ids, mask))
         features.update(zip(new, np.concatenate(jax.device_get(pending))[: len(new)] if new else [], strict=True))
         self._text_features.update((text, features[text]) for text in new)
-        while len(self._text_features) > TEXTS_KEPT:
+        while len(self._text_features) > MAX_CACHED_TEXTS:
             del self._text_features[next(iter(self._text_features))]  # the oldest
         return np.array([features[text] for text in texts], np.float32).reshape(len(texts), self._width)
 
 
 def _padded(rows: np.ndarray, count: int) -> np.ndarray:
-    """`rows` followed by zeros up to `count` rows."""
+    """Return `rows` followed by zeros up to `count` rows."""
     return np.pad(rows, [(0, count - len(rows))] + [(0, 0)] * (rows.ndim - 1))

@@ -1,0 +1,428 @@
+"""Prompts, settings and keys to tokens, on the devices.
+
+n: rows asked for   L: tokens of an image, row-major over its grid
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dm_generations.archive import DTYPES
+from dm_generations.errors import UserError
+from dm_generations.generate import loop, sweep
+from dm_generations.generate.dalle_mini import DalleMiniSampler
+from dm_generations.generate.row_inputs import Row, RowInputs, pack_batch, sequence_count, take_until_full
+from dm_generations.models import checkpoints
+from dm_generations.models.checkpoints import Checkpoint
+from dm_generations.models.dalle_bart_config import unscanned
+from dm_generations.models.networks import network_class
+from dm_generations.runtime import compile_cache
+from dm_generations.runtime.device import BatchRunner, Work, batch_concurrency, free_bytes_of_each
+from dm_generations.runtime.params import put_params
+from dm_generations.text import TextTokenizer, load_tokenizer
+from dm_generations.threefry import WORD
+
+_T = TypeVar("_T")
+_TIMED_STEPS = 4
+_LOGITS_COPIES = 8  # halves, guided, filtered, noise and what a compiler keeps of them
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSettings:
+    """Sampling settings of n rows: (n,) each, or one number for all. Named as the archive's columns."""
+
+    top_k: np.ndarray | int = sweep.DEFAULT_TOP_K  # 0: all tokens
+    top_p: np.ndarray | float = sweep.DEFAULT_TOP_P  # 1: all tokens
+    temperature: np.ndarray | float = sweep.DEFAULT_TEMPERATURE  # 0: always the best token
+    cond_scale: np.ndarray | float = sweep.DEFAULT_COND_SCALE  # 1: no super conditioning
+
+
+class Samples(NamedTuple):
+    """What was sampled for n rows."""
+
+    # (n, L) uint16, each below the codebook size; with dalle-mini's noise int32, and ids that are no tokens among them
+    tokens: np.ndarray
+    log_probs: np.ndarray  # (n,) float32, of the tokens, summed: natural, guided, before temperature and filters
+
+
+class _Batch(NamedTuple):
+    first: int  # number of its first row
+    rows: list[Sequence[Row]]  # of each device
+
+
+class Generator:
+    """A text-to-image model on the local devices, and the program that samples batches with it.
+
+    Attributes:
+        token_count: L.
+        codebook_size: Tokens are below it.
+        dtype: Of activations and caches.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: TextTokenizer,
+        batch_size: int,
+        dtype: str = "float32",
+        rng: str = "rows",
+    ):
+        """Put the model on the devices.
+
+        Args:
+            checkpoint: A loaded generator.
+            tokenizer: For prompts.
+            batch_size: Images at a time on each device; those of cond_scale 1 count half. Fewer if memory does not
+                hold as many, and halved whenever it turns out not to.
+            dtype: "float32", "bfloat16" or "float16"; logits and noise are float32 in any case.
+            rng: "rows" is our own noise. "dalle-mini" repeats dalle-mini's `generate`, called with one prompt and the
+                row's key, and can sample ids that are no tokens.
+
+        Raises:
+            UserError: "dalle-mini" for a model that is not DALL-E mini's kind.
+            ValueError: Another dtype, or a batch_size below 1.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r:.100}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size (={batch_size}) must be at least 1")
+        if rng == "dalle-mini" and checkpoint.kind != "dalle_bart":
+            raise UserError(
+                f"--rng dalle-mini repeats DALL-E mini and mega; {checkpoint.name!r} is another kind of model"
+            )
+        config, params = checkpoint.config, checkpoint.params
+        self.token_count = config.image_length
+        self.codebook_size = config.codebook_size
+        self.dtype = dtype
+        self._name = checkpoint.name
+        self._tokenizer = tokenizer
+        if checkpoint.kind == "dalle_bart":
+            config, params = unscanned(config, params)
+        self._model = network_class(checkpoint.kind)(config, jnp.dtype(dtype))
+        self._sampler: loop.Sampler
+        if rng == "dalle-mini":
+            columns = config.image_vocab_size + 1
+            self._sampler = DalleMiniSampler(columns, config.eos_token_id, config.pad_token_id)
+        else:
+            self._sampler = loop.GumbelSampler(self.codebook_size, config.sampling_order)
+        self._devices = jax.local_devices()
+        self._mesh = Mesh(self._devices, (loop.AXIS,)) if len(self._devices) > 1 else None
+        self._shard_batch, self._replicate = (
+            None if self._mesh is None else NamedSharding(self._mesh, spec)
+            for spec in (PartitionSpec(loop.AXIS), PartitionSpec())
+        )
+        self._params = put_params(params, self._model.dtype, self._replicate)
+        static = self._model, self._sampler, self._mesh
+        self._init_cache = functools.partial(loop.init_cache, *static)
+        self._decode_steps = functools.partial(loop.decode_steps, *static)
+        self._teacher_forced_margins = functools.partial(loop.teacher_forced_margins, *static)
+        self.set_batch_size(batch_size)
+
+    @classmethod
+    def load(
+        cls, model: str | None = None, batch_size: int = sweep.DEFAULT_BATCH_SIZE, dtype: str = "float32"
+    ) -> "Generator":
+        """Load a generator from a folder, a file or the Hugging Face hub; None is the model that ships.
+
+        Raises:
+            UserError: The model is missing or broken.
+        """
+        compile_cache.enable()
+        checkpoint = checkpoints.load(model, "generator")
+        return cls(checkpoint, tokenizer_of(checkpoint), batch_size, dtype=dtype)
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a batch on each device."""
+        return self._runner.size
+
+    @property
+    def concurrency(self) -> int:
+        """Batches that are sampled at the same time: two on a CPU, if memory holds them."""
+        return self._runner.concurrency
+
+    @property
+    def capacities(self) -> list[int]:
+        """Sequences of each of the batches that are sampled together, which `draw` fills one after the other.
+
+        A row takes one or, if its cond_scale is not 1, two.
+        """
+        return [2 * self.batch_size] * len(self._devices) * self.concurrency
+
+    def set_batch_size(self, wanted: int) -> None:
+        """Sample `wanted` images at a time on each device, halved until the free memory holds them."""
+        free = free_bytes_of_each(self._devices)
+        while wanted > 1 and self.batch_bytes(wanted) > free:
+            wanted //= 2
+        concurrency = batch_concurrency(self._devices)
+        if concurrency * self.batch_bytes(wanted) > free:
+            concurrency = 1
+        message = (
+            "not enough memory to draw one image at a time; end what else uses the device, or give --dtype bfloat16"
+        )
+        self._runner = BatchRunner(wanted, concurrency, message)
+
+    def check_texts(self, texts: Sequence[str | None]) -> None:
+        """Raise UserError for a text with a token that the model lacks, as one of a wrong tokenizer has."""
+        self._tokenizer.encode(texts, self._model.config.max_text_length)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        settings: RowSettings,
+        keys: np.ndarray,
+        sc_prompts: Sequence[str | None] | None = None,
+        init_tokens: np.ndarray | None = None,
+        init_count: np.ndarray | int = 0,
+    ) -> np.ndarray:
+        """Return tokens (n, L) of n rows; see `draw`."""
+        return self.draw(prompts, settings, keys, sc_prompts, init_tokens, init_count).tokens
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        settings: RowSettings,
+        keys: np.ndarray,
+        sc_prompts: Sequence[str | None] | None = None,
+        init_tokens: np.ndarray | None = None,
+        init_count: np.ndarray | int = 0,
+        every: int | None = None,
+        on_tokens: Callable[[int, np.ndarray], None] = lambda first_row, tokens: None,
+    ) -> Samples:
+        """Sample tokens of n rows, with their log-probabilities.
+
+        Args:
+            prompts: n texts.
+            settings: Of the rows.
+            keys: (n, 2) uint32, of `threefry.row_key`.
+            sc_prompts: n texts, or None for the model's own empty prompt; None for all.
+            init_tokens: (n, L), of which each row keeps the first `init_count`; the rest is sampled.
+            init_count: (n,), or one number for all.
+            every: Steps after which `on_tokens` is called; None for never.
+            on_tokens: Called with the number of the first row and the tokens so far, (m, count), of the m rows that
+                are sampled together.
+
+        Raises:
+            UserError: The model gives no logits to sample from, or memory does not hold one image.
+            ValueError: Arguments do not match each other, or are out of range.
+        """
+        if every is not None:
+            _check_every(every)
+        rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
+
+        def sample(batch: _Batch) -> Samples:
+            for samples in self._stream(batch.rows, every or self.token_count):
+                if every:
+                    on_tokens(batch.first, samples.tokens)
+            return samples
+
+        nothing = Samples(np.empty((0, self.token_count), self._token_dtype), np.empty(0, np.float32))
+        parts = [nothing, *self._in_batches(rows, sample, "sample", in_turn=every is not None)]
+        return Samples(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        settings: RowSettings,
+        keys: np.ndarray,
+        every: int,
+        sc_prompts: Sequence[str | None] | None = None,
+        init_tokens: np.ndarray | None = None,
+        init_count: np.ndarray | int = 0,
+    ) -> Iterator[np.ndarray]:
+        """Return the first tokens (n, count) after every `every` steps, at last all (n, L).
+
+        The arguments are those of `draw`.
+
+        Raises:
+            UserError: As `draw`, and for more rows than one batch holds.
+            ValueError: As `draw`.
+        """
+        _check_every(every)
+        rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
+        batch = self._next_batch(rows, self.batch_size)
+        if sum(map(len, batch)) < len(rows):
+            raise UserError(f"{len(rows)} images are too many for a batch of {self.batch_size}: draw fewer at a time")
+        return (samples.tokens for samples in self._stream(batch, every))
+
+    def teacher_forced_margins(
+        self,
+        prompts: Sequence[str],
+        settings: RowSettings,
+        keys: np.ndarray,
+        tokens: np.ndarray,
+        sc_prompts: Sequence[str | None] | None = None,
+        init_count: np.ndarray | int = 0,
+    ) -> np.ndarray:
+        """Return by how much each of `tokens` (n, L) missed being sampled, float32 (n, L); see `sampling.margin`.
+
+        Every step reads these tokens, whatever would have been sampled. NaN where the model gives no numbers, 0 for
+        the first `init_count` tokens, which were not sampled. Other arguments are those of `draw`.
+        """
+        rows = self._rows(prompts, settings, keys, sc_prompts, tokens, self.token_count)
+
+        def measure(batch: _Batch) -> np.ndarray:
+            inputs = self._inputs(batch.rows)
+            state = self._init_cache(self._params, inputs)
+            return self._in_use(self._teacher_forced_margins(self._params, inputs, state), batch.rows)
+
+        margins = [np.empty((0, self.token_count), np.float32), *self._in_batches(rows, measure, "margins")]
+        is_sampled = np.arange(self.token_count) >= np.reshape(init_count, (-1, 1))
+        return np.where(is_sampled, np.concatenate(margins), np.float32(0))
+
+    def measure_seconds(self) -> float:
+        """Return how long batches of these `capacities` take, from a few steps of them. Compiles what that needs."""
+        count = self.batch_size * len(self._devices)
+        rows = self._rows([""] * count, RowSettings(), np.zeros((count, 2), np.uint32), None, None, 0)
+        inputs = self._inputs(self._next_batch(rows, self.batch_size))
+
+        def seconds(_: int = 0) -> float:
+            started = time.perf_counter()
+            state = jax.block_until_ready(self._init_cache(self._params, inputs))
+            began = time.perf_counter()
+            jax.block_until_ready(self._advance(inputs, state, 0, _TIMED_STEPS))
+            step = (time.perf_counter() - began) / _TIMED_STEPS  # each reads the whole cache: as long as the next
+            return began - started + step * self.token_count
+
+        seconds()  # compiled, and warm
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            return max(pool.map(seconds, range(self.concurrency)))
+
+    def batch_bytes(self, batch_size: int) -> int:
+        """Estimate the memory on a device of a batch, besides the weights: caches, texts and logits.
+
+        JAX traces the program for it, and remembers that for the first batch.
+        """
+        length = self._model.config.max_text_length
+        inputs = pack_batch([], 2 * batch_size, self._tokenizer, length, self.token_count)
+        init_cache = functools.partial(loop.init_cache, self._model, self._sampler, None)
+        state = jax.eval_shape(init_cache, self._params, inputs)
+        cached = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        return cached + 2 * batch_size * self._sampler.columns * 4 * _LOGITS_COPIES
+
+    # Underneath
+
+    def _rows(self, prompts, settings, keys, sc_prompts, init_tokens, init_count) -> list[Row]:
+        count = len(prompts)
+        columns = _checked_settings(settings, count)
+        keys = _checked_whole("keys", keys, 0, WORD).astype(np.uint32).reshape(-1, 2)
+        if len(keys) != count:
+            raise ValueError(f"{len(keys)} keys do not match {count} prompts")
+        if sc_prompts is not None and len(sc_prompts) != count:
+            raise ValueError(f"{len(sc_prompts)} sc_prompts do not match {count} prompts")
+        init_count = _checked_whole("init_count", np.broadcast_to(init_count, count), 0, self.token_count)
+        if init_tokens is None:
+            if init_count.any():
+                raise ValueError("init_count needs init_tokens")
+            init_tokens = [None] * count
+        else:
+            init_tokens = _checked_whole("init_tokens", init_tokens, 0, self._sampler.columns - 1)
+            if init_tokens.shape != (count, self.token_count):
+                raise ValueError(f"init_tokens are {init_tokens.shape}, not {(count, self.token_count)}")
+        sc_prompts = [None] * count if sc_prompts is None else sc_prompts
+        values = zip(prompts, sc_prompts, *columns, keys, init_tokens, init_count, strict=True)
+        return [Row(*row) for row in values]
+
+    def _in_batches(
+        self, rows: list[Row], compute: Callable[[_Batch], _T], program: str, in_turn: bool = False
+    ) -> Iterator[_T]:
+        """Return what `compute` makes of each batch, in order; see `Work` for the other arguments."""
+
+        def take(first: int, size: int) -> tuple[_Batch, int]:
+            batch = self._next_batch(rows[first:], size)
+            return _Batch(first, batch), first + sum(map(len, batch))
+
+        return self._runner.run(Work(len(rows), take, compute, in_turn, program))
+
+    def _next_batch(self, rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+        """Return the first rows, as many as a batch of `size` holds, for each device."""
+        batch: list[Sequence[Row]] = []
+        taken = 0
+        for _ in self._devices:
+            ahead = rows[taken : taken + 2 * size]
+            batch.append(take_until_full(ahead, [sequence_count(row.cond_scale) for row in ahead], 2 * size))
+            taken += len(batch[-1])
+        return batch
+
+    def _inputs(self, batch: list[Sequence[Row]]) -> RowInputs:
+        text_length = self._model.config.max_text_length
+        parts = [
+            pack_batch(rows, 2 * self.batch_size, self._tokenizer, text_length, self.token_count) for rows in batch
+        ]
+        inputs = parts[0] if len(parts) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+        return jax.device_put(inputs, self._shard_batch)
+
+    def _advance(self, inputs: RowInputs, state: loop.DecodeState, first: int, end: int) -> loop.DecodeState:
+        steps = jax.device_put((np.int32(first), np.int32(end)), self._replicate)
+        return self._decode_steps(self._params, inputs, state, *steps)
+
+    def _stream(self, batch: list[Sequence[Row]], every: int) -> Iterator[Samples]:
+        """Return tokens (m, count) and log-probabilities of a batch's m rows after every `every` steps, and at the end."""
+        inputs = self._inputs(batch)
+        state = self._init_cache(self._params, inputs)
+        for first in range(0, self.token_count, every):
+            end = min(first + every, self.token_count)
+            state = self._advance(inputs, state, first, end)
+            if not self._in_use(state.last.is_drawable, batch).all():
+                raise UserError(f"model {self._name!r} gives no numbers for some rows: its weights are damaged")
+            tokens = self._in_use(state.tokens, batch)[:, :end].astype(self._token_dtype)
+            yield Samples(tokens, self._in_use(state.last.log_prob, batch))
+
+    def _in_use(self, array: jax.Array, batch: list[Sequence[Row]]) -> np.ndarray:
+        """Return the rows of a batch, of an array with 2 x batch_size for each device."""
+        parts = np.split(jax.device_get(array), len(batch))
+        return np.concatenate([part[: len(rows)] for part, rows in zip(parts, batch, strict=True)])
+
+    @property
+    def _token_dtype(self) -> type:
+        return np.int32 if isinstance(self._sampler, DalleMiniSampler) else np.uint16
+
+
+def _check_every(every: int) -> None:
+    if every < 1:
+        raise ValueError(f"every (={every}) must be at least 1")
+
+
+def _checked_settings(settings: RowSettings, count: int) -> list[np.ndarray]:
+    """Return the columns of `settings`, (count,) each. Raises ValueError for a value out of range."""
+    columns = {}
+    for field in dataclasses.fields(settings):
+        columns[field.name] = np.broadcast_to(getattr(settings, field.name), count)
+    allowed = {
+        "top_k": (columns["top_k"] >= 0, "0 or more"),
+        "top_p": (columns["top_p"] >= 0, "0 or more"),
+        "temperature": ((columns["temperature"] >= 0) & (columns["temperature"] < np.inf), "0 or more, and finite"),
+        "cond_scale": (np.isfinite(columns["cond_scale"]), "finite"),
+    }
+    for name, (is_allowed, what) in allowed.items():
+        if not is_allowed.all():  # NaN is never
+            raise ValueError(f"{name} must be {what}, not {columns[name][~is_allowed][0]}")
+    return list(columns.values())
+
+
+def _checked_whole(name: str, values: np.ndarray, lowest: int, highest: int) -> np.ndarray:
+    """Return `values` as an array. Raises ValueError for other than whole numbers within these limits."""
+    values = np.asarray(values)
+    if values.size and not (values.dtype.kind in "iu" and lowest <= values.min() and values.max() <= highest):
+        raise ValueError(f"{name} must be whole numbers from {lowest:,} to {highest:,}")
+    return values
+
+
+def tokenizer_of(generator: Checkpoint) -> TextTokenizer:
+    """Load the tokenizer of a generator. Raises UserError if its files are missing or broken."""
+    if generator.tokenizer is None:
+        raise UserError(
+            f"model {generator.name!r} has no tokenizer beside it: give its file or folder with --tokenizer"
+        )
+    config = generator.config
+    is_fork = config.sampling_order == "top_p_first"  # its program draws from prompts in lower case
+    return load_tokenizer(generator.tokenizer, generator.text_style, config.text_vocab_size, lower=is_fork)

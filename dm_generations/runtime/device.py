@@ -1,0 +1,204 @@
+"""Devices: their free memory, cores, and batches that shrink when memory runs out."""
+
+import collections
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from dm_generations.errors import UserError
+from dm_generations.interrupts import uninterrupted
+
+_Batch = TypeVar("_Batch")
+_Result = TypeVar("_Result")
+_CPU_CONCURRENCY = 2  # the layers of a small model leave cores idle: two batches take little longer than one
+_UNKNOWN_HOST_BYTES = 4 << 30  # of a small machine
+
+
+def core_count() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def batch_concurrency(devices: Sequence[jax.Device]) -> int:
+    """Return how many batches to compute at the same time on these devices."""
+    return _CPU_CONCURRENCY if len(devices) == 1 and devices[0].platform == "cpu" else 1
+
+
+class Work(NamedTuple, Generic[_Batch, _Result]):
+    """What `BatchRunner` computes.
+
+    Attributes:
+        count: Number of items.
+        take: (first item, size) -> the batch that starts there, and the number of its last item plus one.
+        compute: Batch -> result, which may still be on its way as an array of JAX.
+        in_turn: Whether batches are computed one after the other, in the thread that asks for them.
+        program: Name of what is compiled for `compute`.
+    """
+
+    count: int
+    take: Callable[[int, int], tuple[_Batch, int]]
+    compute: Callable[[_Batch], _Result]
+    in_turn: bool = False
+    program: str = ""
+
+
+class _Job(NamedTuple):
+    first: int
+    size: int
+    future: Future
+
+
+class BatchRunner:
+    """Computes batches, again with smaller ones when a device runs out of memory.
+
+    Attributes:
+        size: Items of a batch.
+        concurrency: Batches that are computed at the same time, each in a thread of its own.
+    """
+
+    def __init__(self, size: int, concurrency: int, error_message: str, step: int = 1):
+        """Start with these values.
+
+        Args:
+            size: Items of a batch.
+            concurrency: Batches at the same time.
+            error_message: Of the UserError when memory does not hold the smallest batch.
+            step: The smallest batch; `size` stays a multiple of it.
+        """
+        self.size, self.concurrency = size, concurrency
+        self._error_message, self._step = error_message, step
+        self._pool = ThreadPoolExecutor(concurrency)  # its threads start when they are needed
+        self._compiled: set[tuple[str, int]] = set()  # programs and sizes; the first batch compiles, alone
+
+    def run(self, work: Work[_Batch, _Result]) -> Iterator[_Result]:
+        """Start the first batches now, and return an iterator over the results of all, in order.
+
+        Raises:
+            UserError: The smallest batch does not fit into memory. Other errors of `work.compute` are passed on.
+        """
+        jobs: collections.deque[_Job] = collections.deque()
+        ahead = self._start(work, jobs, 0)
+        return self._results(work, jobs, ahead)
+
+    def _results(self, work: Work[_Batch, _Result], jobs: collections.deque[_Job], ahead: int) -> Iterator[_Result]:
+        try:
+            while jobs:
+                job = jobs.popleft()
+                try:
+                    result = jax.block_until_ready(job.future.result())
+                except jax.errors.JaxRuntimeError as error:
+                    count = 1 + len(jobs)
+                    while jobs:  # else they would share the memory with what is computed again
+                        with contextlib.suppress(jax.errors.JaxRuntimeError):
+                            jax.block_until_ready(jobs.popleft().future.result())
+                    self._shrink(error, job.size, count)
+                    ahead = self._start(work, jobs, job.first)
+                else:
+                    ahead = self._start(work, jobs, ahead)
+                    yield result
+        finally:
+            for job in jobs:
+                job.future.cancel()
+
+    def _start(self, work: Work[_Batch, _Result], jobs: collections.deque[_Job], first: int) -> int:
+        """Start as many batches as may be under way, from item `first` on; return the first item that is left."""
+        limit = 1 if work.in_turn else self.concurrency + 1
+        while first < work.count and len(jobs) < limit:
+            batch, end = work.take(first, self.size)
+            future = self._submit(work, batch)
+            jobs.append(_Job(first, self.size, future))
+            first = end
+            if future.done() and future.exception() is not None:
+                break
+        return first
+
+    def _submit(self, work: Work[_Batch, _Result], batch: _Batch) -> Future:
+        if self.concurrency > 1 and not work.in_turn and (work.program, self.size) in self._compiled:
+            with uninterrupted():
+                return self._pool.submit(lambda: jax.block_until_ready(work.compute(batch)))
+        future: Future = Future()
+        try:
+            future.set_result(work.compute(batch))
+            self._compiled.add((work.program, self.size))
+        except jax.errors.JaxRuntimeError as error:
+            future.set_exception(error)
+        return future
+
+    def _shrink(self, error: jax.errors.JaxRuntimeError, size: int, count: int) -> None:
+        """Compute less at a time, after one of `count` batches of `size` failed."""
+        if not is_out_of_memory(error):
+            raise error
+        if count > 1 and self.concurrency > 1:
+            self.concurrency = 1
+        elif size <= self._step:
+            raise UserError(self._error_message) from error
+        else:
+            self.size = min(self.size, -(-size // 2 // self._step) * self._step)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a device had too little memory. JAX has no exception of its own for that."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+@contextlib.contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Turn a device's lack of memory into a UserError.
+
+    Args:
+        advice: What to do about it.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"not enough memory on the device; {advice}") from error
+
+
+def largest_array_bytes(jaxpr: Jaxpr) -> int:
+    """Return the bytes of the largest array that a traced function computes, on one device."""
+    return max(_array_bytes(jaxpr))
+
+
+def _array_bytes(jaxpr: Any) -> Iterator[int]:
+    for equation in jaxpr.eqns:
+        yield from (math.prod(out.aval.shape) * out.aval.dtype.itemsize for out in equation.outvars)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(inner, ClosedJaxpr | Jaxpr):
+                    yield from _array_bytes(getattr(inner, "jaxpr", inner))
+
+
+def free_bytes_of_each(devices: Sequence[jax.Device]) -> float:
+    """Return the bytes that new arrays can take on every one of these devices at once.
+
+    Devices of a CPU share the memory of the host.
+    """
+    free = min(map(free_bytes, devices))
+    return free / len(devices) if devices[0].platform == "cpu" else free
+
+
+def free_bytes(device: jax.Device) -> int:
+    """Return the bytes that new arrays can take on a device: in its own memory or, for a CPU, in the host's."""
+    statistics = device.memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    return _free_host_bytes()
+
+
+def _free_host_bytes() -> int:
+    with contextlib.suppress(OSError):  # Linux; includes pages of files, which it gives up when memory is asked for
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS tells what there is, not what is free
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return _UNKNOWN_HOST_BYTES  # Windows has no sysconf
