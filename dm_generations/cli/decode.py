@@ -146,7 +146,7 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_flags(args)
-    with Archive.open(args.db or shipped("archive/emoji.db")) as archive:
+    with Archive.open(shipped("archive/emoji.db") if args.db is None else args.db) as archive:
         return _decode(archive, args)
 
 

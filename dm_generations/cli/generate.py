@@ -185,8 +185,7 @@ def _generate(args: argparse.Namespace) -> int:
     exists = os.path.exists(args.db)  # unlike Path.exists, False for a name that cannot be
     if exists:  # found out before the models are loaded, which takes a moment
         with Archive.open(args.db, "r" if args.dry_run else "w") as archive:
-            if archive.is_2022:
-                raise UserError(f"{args.db}: the 2022 layout is only read; `merge` it into a new archive to add to it")
+            archive.check_appendable()
     overrides = dalle_pytorch_overrides(args)
     models = load_models(args.model, args.codec, args.clip, not args.no_score, args.tokenizer, overrides)
     config, codes = models.generator.config, models.codec.config.codebook_size

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with Archive.open(args.db or shipped("archive/emoji.db")) as archive:
+    with Archive.open(shipped("archive/emoji.db") if args.db is None else args.db) as archive:
         found = info(archive)
     if args.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))

@@ -59,9 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     problem_count = 0
-    with Archive.open(args.db or shipped("archive/emoji.db")) as archive:
+    with Archive.open(shipped("archive/emoji.db") if args.db is None else args.db) as archive:
         for problem in verify(archive):
-            problem_count += 1
+            problem_count += problem.count
             if args.json:
                 print(json.dumps(dataclasses.asdict(problem)))
             else:

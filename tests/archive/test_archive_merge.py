@@ -112,23 +112,14 @@ def test_columns_of_2022_that_share_a_name_with_later_ones_mean_something_else(t
     assert execute(tmp_path / "b.db", "SELECT dtype, init_count, init_md5 FROM images") == [(None, 0, "")]
 
 
-def test_claims_stay_behind(tmp_path):
-    source = make(tmp_path / "s.db", new_image(1))
-    with Archive.open(source, "w") as archive, archive.transaction():
-        archive.claim([b"digest"], "somebody", 4e9)
-    merge([source], tmp_path / "t.db")
-    assert execute(tmp_path / "t.db", "SELECT * FROM claims") == []
-    assert len(execute(source, "SELECT * FROM claims")) == 1
-
-
 def test_given_codes_that_do_not_match_stop_a_merge(tmp_path):
     source = make(tmp_path / "s.db", new_image(1, init_count=1, init_md5=init_md5(new_image(1).quantvec, 1)))
     for change, message in [
-        ("init_md5 = quantvec_md5", "init_md5 is '.*', not that of the first 1 codes"),
-        ("init_count = 3", "init_md5 is '.*', not that of the first 3 codes"),
+        ("init_md5 = quantvec_md5", "init_md5 is '.*', not that of the first 1 tokens"),
+        ("init_count = 3", "init_md5 is '.*', not that of the first 3 tokens"),
     ]:
         execute(source, f"UPDATE images SET {change}")
-        with pytest.raises(ArchiveError, match=f"picture 1: {message}; run `verify`"):
+        with pytest.raises(ArchiveError, match=f"image 1: {message}; run `verify`"):
             merge([source], tmp_path / "t.db")
     assert not (tmp_path / "t.db").exists()
 
@@ -174,7 +165,7 @@ def test_a_bad_row_stops_the_whole_merge(tmp_path, message):
     execute(bad, f"INSERT INTO images VALUES {BAD_ROWS[message]}")
     existing = make(tmp_path / "existing.db", new_image(2))
     for target in (tmp_path / "new.db", existing):
-        with pytest.raises(ArchiveError, match=f"bad.db: picture 5:? .*{message}"):
+        with pytest.raises(ArchiveError, match=f"bad.db: image 5:? .*{message}"):
             merge([good, bad], target)
     assert sorted(os.listdir(tmp_path)) == ["bad.db", "existing.db", "good.db"]
     assert [draw[3] for draw in draws(existing)] == [2]

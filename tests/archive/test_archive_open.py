@@ -14,7 +14,7 @@ import pytest
 from archive_kit import COLUMNS_2022, archive_2022, execute, fill, new_image
 from helpers import ROOT, golden
 
-from dm_generations.archive import Archive, ArchiveError, Settings, _store
+from dm_generations.archive import Archive, ArchiveError, Settings
 
 
 @pytest.fixture
@@ -133,38 +133,6 @@ def test_open_or_create_makes_an_archive_once(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.db", "text.db"]
 
 
-def test_a_second_connection_reads_and_writes(ours):
-    with Archive.open(ours, "w") as archive, archive.duplicate() as other:
-        assert fill(other, new_image(1000)) == 1
-        assert archive.count() == other.count() == 101
-
-
-def test_opening_a_second_connection_keeps_the_lock_of_the_first(ours):
-    """A file closed by hand would drop the locks of the whole process."""
-    with Archive.open(ours, "w") as archive, archive.transaction():
-        archive.prompt_id("new")
-        archive.duplicate().close()
-        program = f"import sqlite3; sqlite3.connect({str(ours)!r}, timeout=0.1).execute('BEGIN IMMEDIATE')"
-        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "database is locked" in result.stderr
-
-
-def test_a_second_connection_that_is_refused_is_closed(ours, monkeypatch):
-    original, opened = _store.connect, []
-
-    def connect(*arguments):
-        opened.append(original(*arguments))
-        return opened[-1]
-
-    with Archive.open(ours, "w") as archive:
-        execute(ours, "PRAGMA user_version = 99")  # by a newer program, meanwhile
-        monkeypatch.setattr(_store, "connect", connect)
-        with pytest.raises(ArchiveError, match="format 99"):
-            archive.duplicate()
-    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
-        opened[0].execute("SELECT 1")
-
-
 def test_reading_only_means_no_writing(ours):
     with Archive.open(ours) as archive, pytest.raises(ArchiveError, match="open for reading only"):
         fill(archive, new_image(1))
@@ -263,7 +231,7 @@ def test_the_2022_layout_is_read_and_never_touched(tmp_path):
     tmp_path.chmod(0o555)
     before = (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
     with Archive.open(path) as archive:
-        assert archive.is_2022 and archive.models() == {}
+        assert archive.version == 0 and archive.models() == {}
         groups = archive.groups()
         assert (len(groups), sum(group.count for group in groups), archive.count()) == (25, 101, 101)
         for group in groups:

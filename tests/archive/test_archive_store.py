@@ -11,8 +11,8 @@ import pytest
 from archive_kit import CLIP, CODEC, GENERATOR, execute, fill, new_image
 
 from dm_generations.archive import Archive, ArchiveError, ModelInfo, Settings, init_md5
-from dm_generations.archive._queries import HAS_DRAW
-from dm_generations.archive._tokens import codes_fit, grid_side
+from dm_generations.archive.queries import COUNT_GROUPS, IDS_BEST_FIRST
+from dm_generations.archive.records import grid_side, tokens_below
 
 GROUP = Settings(1, 1, 50, 0.9, 1.0, 3.0)
 
@@ -103,27 +103,6 @@ def test_a_key_that_goes_on_from_other_codes_is_another_draw(archive):
     assert archive.existing_keys(GROUP, 1, init_md5="0" * 32) == set()
 
 
-def test_has_draw_knows_every_part_of_a_draw(archive):
-    fill(archive, new_image(4), new_image(5, sc_prompt="blurry"), continued(6, 1))
-    draw = {"prompt": "a red cube", "sc_prompt": None, "top_k": 50, "top_p": 0.9, "temperature": 1.0, "cond_scale": 3.0}
-    draw |= {"key0": 1, "key1": 4, "generator_id": 1, "sampler_version": 1}
-    assert archive.has_draw(**draw)
-    assert archive.has_draw(**draw | {"sc_prompt": "blurry", "key1": 5})
-    assert archive.has_draw(**draw | {"key1": 6, "init_md5": init_md5(new_image(6).quantvec, 1)})
-    other_values = {
-        "prompt": "a",
-        "sc_prompt": "blurry",
-        "top_k": 0,
-        "top_p": 1.0,
-        "temperature": 0.5,
-        "cond_scale": 1.0,
-    }
-    other_values |= {"key0": 2, "key1": 5, "generator_id": 2, "sampler_version": 2, "init_md5": "0" * 32}
-    for name, value in other_values.items():
-        assert not archive.has_draw(**draw | {name: value}), name
-    assert not archive.has_draw(**draw | {"key1": 6})
-
-
 def test_without_a_known_generator_the_tokens_tell_draws_apart(archive):
     one, other = new_image(1), new_image(1, quantvec=bytes(8))
     with archive.transaction():
@@ -169,8 +148,8 @@ def test_a_failed_transaction_leaves_nothing(archive):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantvec": bytes(6)}, "has 6 bytes; codec tiny needs 8"),
-        ({"quantvec": b"\x2c\x01" + bytes(6)}, "a code that codec tiny .300 codes. lacks"),
+        ({"quantvec": bytes(6)}, "has 6 bytes; codec 'tiny' needs 8"),
+        ({"quantvec": b"\x2c\x01" + bytes(6)}, "a token that codec 'tiny' .300 tokens. lacks"),
         ({"temperature": -1.0}, "does not fit.*temperature"),
         ({"temperature": float("inf")}, "does not fit.*temperature"),
         ({"cond_scale": float("nan")}, "does not fit.*cond_scale"),
@@ -184,11 +163,11 @@ def test_a_failed_transaction_leaves_nothing(archive):
         ({"log_prob": float("-inf")}, "does not fit.*log_prob"),
         ({"log_prob": "likely"}, "does not fit.*log_prob"),
         ({"dtype": "float64"}, "does not fit.*dtype"),
-        ({"init_count": 5, "init_md5": "0" * 32}, "init_count is 5, not from 0 to the 4 codes of the picture"),
+        ({"init_count": 5, "init_md5": "0" * 32}, "init_count is 5, not from 0 to the 4 tokens of the image"),
         ({"init_count": -1}, "init_count is -1, not from 0"),
-        ({"init_count": 2, "init_md5": "0" * 32}, "init_md5 is '0+', not that of the first 2 codes"),
-        ({"init_count": 2}, "init_md5 is '', not that of the first 2 codes"),
-        ({"init_md5": "0" * 32}, "init_md5 is '0+', not that of the first 0 codes"),
+        ({"init_count": 2, "init_md5": "0" * 32}, "init_md5 is '0+', not that of the first 2 tokens"),
+        ({"init_count": 2}, "init_md5 is '', not that of the first 2 tokens"),
+        ({"init_md5": "0" * 32}, "init_md5 is '0+', not that of the first 0 tokens"),
     ],
 )
 def test_bad_values_are_refused(archive, changes, message):
@@ -229,23 +208,11 @@ def test_the_2022_script_can_read_it(archive):
 
 def test_groups_are_read_from_the_index_alone(archive):
     """What makes listing quick; a sort or the table itself would cost seconds at a million rows."""
-    group_plan = archive.query(
-        "EXPLAIN QUERY PLAN SELECT prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, count(*)"
-        " FROM images GROUP BY 1, 2, 3, 4, 5, 6 ORDER BY 1, 2, 3, 4, 5, 6"
-    )
-    row_plan = archive.query(
-        "EXPLAIN QUERY PLAN SELECT id FROM images WHERE prompt_id = 1 AND sc_prompt_id = 1 AND top_k = 1"
-        " AND top_p = 1 AND temperature = 1 AND cond_scale = 1 ORDER BY clip_score_input DESC, id LIMIT 1"
-    )
-    for plan in (group_plan, row_plan):
-        assert [("COVERING INDEX images_by_group" in row[3]) for row in plan] == [True], plan
-
-
-def test_a_draw_is_looked_up_in_its_index(archive):
-    """Asked for every picture of a sweep while others fill the archive."""
-    plan = archive.connection.execute(f"EXPLAIN QUERY PLAN {archive.sql(HAS_DRAW)}", [None] * 11).fetchall()
-    (images,) = (row[3] for row in plan if "SEARCH images" in row[3])
-    assert "INDEX images_draw" in images and "init_md5=?" in images, plan
+    nothing = {"prompt_ids": None, "sc_prompt_ids": None}
+    for query, parameters in ((COUNT_GROUPS, nothing), (IDS_BEST_FIRST, [1] * 7)):
+        plan = archive.connection.rows(f"EXPLAIN QUERY PLAN {query.format(table='images')}", parameters)
+        steps = [row[3] for row in plan if "images" in row[3]]
+        assert len(steps) == 1 and "COVERING INDEX images_by_group" in steps[0], steps
 
 
 def test_six_thousand_pictures_stay_small(archive):
@@ -257,11 +224,11 @@ def test_six_thousand_pictures_stay_small(archive):
 
 
 @pytest.mark.parametrize("codebook_size", [1, 255, 256, 257, 300, 512, 16384, 65535, 65536])
-def test_codes_fit_at_the_edge(codebook_size):
+def test_tokens_below_at_the_edge(codebook_size):
     largest = (codebook_size - 1).to_bytes(2, "little")
-    assert codes_fit(bytes(6) + largest, codebook_size)
+    assert tokens_below(bytes(6) + largest, codebook_size)
     if codebook_size < 65536:
-        assert not codes_fit(codebook_size.to_bytes(2, "little") + bytes(6), codebook_size)
+        assert not tokens_below(codebook_size.to_bytes(2, "little") + bytes(6), codebook_size)
 
 
 def test_grid_side_is_of_whole_squares_only():

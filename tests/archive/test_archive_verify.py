@@ -59,10 +59,10 @@ def test_sound_archives_have_no_problems(ours, tmp_path):
         ("log_prob = 'likely'", "images 4: log_prob is 'likely', not a number"),
         ("log_prob = -9e999", "images 4: log_prob is -inf, not a number"),
         ("dtype = 'int8'", "images 4: dtype is 'int8', not one of float32, bfloat16, float16"),
-        ("init_count = 5", "images 4: init_count is 5, not from 0 to the 4 codes of the picture"),
-        ("init_count = 'x'", "images 4: init_count is 'x', not from 0 to the 4 codes of the picture"),
-        ("init_count = 2", "images 4: init_md5 is '', the first 2 codes have '"),
-        ("init_md5 = 'abc'", "images 4: init_md5 is 'abc', the first 0 codes have ''"),
+        ("init_count = 5", "images 4: init_count is 5, not from 0 to the 4 tokens of the image"),
+        ("init_count = 'x'", "images 4: init_count is 'x', not from 0 to the 4 tokens of the image"),
+        ("init_count = 2", "images 4: init_md5 is '', the first 2 tokens have '"),
+        ("init_md5 = 'abc'", "images 4: init_md5 is 'abc', the first 0 tokens have ''"),
         ("sampler_version = 'x'", "images 4: sampler_version is 'x', not a whole number"),
         ("quantvec_md5 = 'abc'", "images 4: quantvec_md5 is 'abc', the tokens have"),
         ("quantvec = x'0000000000000001'", "images 4: quantvec_md5 is"),
@@ -80,7 +80,7 @@ def test_a_bad_value_is_reported_by_id(ours, change, expected):
     [
         (bytes(6), "images 2: quantvec has 6 bytes, not the 8 of 2x2 uint16"),
         (b"", "images 2: quantvec has 0 bytes, not the 8 of 2x2 uint16"),
-        (bytes(6) + b"\x2c\x01", "images 2: code 300 is not below the codebook size 300"),
+        (bytes(6) + b"\x2c\x01", "images 2: token 300 is not below the codebook size 300"),
     ],
 )
 def test_tokens_that_do_not_fit_their_codec(ours, quantvec, expected):

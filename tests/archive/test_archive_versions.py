@@ -13,7 +13,7 @@ from archive_kit import archive_v1, execute, fill, insert_v1, new_image
 from helpers import ROOT
 
 from dm_generations.archive import Archive, ArchiveError, Settings, info, verify
-from dm_generations.archive._layout import ADDED
+from dm_generations.archive.schema import ADDED
 
 GROUP = Settings(1, 1, 50, 0.9, 1.0, 3.0)
 SCHEMA = "SELECT type, name, sql FROM sqlite_master ORDER BY name"
@@ -28,15 +28,12 @@ def test_reading_version_1_changes_nothing(v1):
     v1.chmod(0o444)
     before = v1.read_bytes(), v1.stat().st_mtime_ns
     with Archive.open(v1) as archive:
-        assert (archive.version, archive.is_2022, info(archive).layout) == (1, False, "1")
+        assert (archive.version, info(archive).layout) == (1, "1")
         assert [str(problem) for problem in verify(archive)] == []
         rows = list(archive.rows(GROUP))
         assert [row.key1 for row in rows] == list(range(100))
         assert {(row.log_prob, row.dtype, row.init_count, row.init_md5) for row in rows} == {(None, None, 0, "")}
         assert len(archive.existing_keys(GROUP, 1)) == 100 and not archive.existing_keys(GROUP, 1, init_md5="0" * 32)
-        draw = ("a red cube", None, 50, 0.9, 1.0, 3.0, 1)
-        assert archive.has_draw(*draw, 99, 1, 1) and not archive.has_draw(*draw, 100, 1, 1)
-        assert archive.claims() == {}
     assert (v1.read_bytes(), v1.stat().st_mtime_ns) == before
     assert os.listdir(v1.parent) == ["v1.db"]
 
@@ -83,14 +80,14 @@ def test_the_checks_of_the_new_columns_hold_in_an_old_file(v1):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import dm_generations.archive._store as store
-upgrade = store.upgrade
+import dm_generations.archive.database as database
+upgrade = database.upgrade
 def killed(connection):
     connection.execute("PRAGMA cache_size = 10")  # pages, so that half of the step reaches the file
     upgrade(connection)
     os.kill(os.getpid(), signal.SIGKILL)
-store.upgrade = killed
-store.Archive.open(sys.argv[2], "w")
+database.upgrade = killed
+database.Archive.open(sys.argv[2], "w")
 """
 
 

@@ -2,26 +2,19 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
-from dm_generations.archive._layout import MODEL_KINDS, SETTINGS
-from dm_generations.archive._store import Archive
-from dm_generations.archive._tokens import grid_side
-
-COUNT_LENGTHS = """
-SELECT length(quantvec), count(*) FROM images WHERE typeof(quantvec) = 'blob' GROUP BY 1 ORDER BY 1
-"""
-RANGE = """
-SELECT count({column}), min({column}), avg({column}), max({column}) FROM images
-WHERE typeof({column}) IN ('real', 'integer')
-"""
-COUNT_DTYPES = "SELECT {dtype}, count(*) FROM images WHERE typeof({dtype}) = 'text' GROUP BY 1 ORDER BY 1"
-COUNT_CONTINUED = "SELECT count(*) FROM images WHERE {init_count} > 0"
+from dm_generations.archive import queries
+from dm_generations.archive.database import Archive
+from dm_generations.archive.records import MODEL_KINDS, SETTINGS, grid_side
 
 AXES = SETTINGS[2:]  # top_k, top_p, temperature, cond_scale
 
 
 @dataclass(frozen=True)
 class PromptInfo:
+    """A prompt and how many images it has."""
+
     id: int
     text: str | None  # None: the model's own empty unconditional prompt
     image_count: int
@@ -29,7 +22,7 @@ class PromptInfo:
 
 @dataclass(frozen=True)
 class ScoreInfo:
-    """Smallest, mean and largest score, None where no picture has one."""
+    """Smallest, mean and largest score, None where no image has one."""
 
     scored_count: int
     smallest: float | None
@@ -39,7 +32,7 @@ class ScoreInfo:
 
 @dataclass(frozen=True)
 class LogProbInfo:
-    """The same for the log-probabilities of the codes that were drawn."""
+    """The same for the log-probabilities of the sampled tokens."""
 
     image_count: int
     smallest: float | None
@@ -49,6 +42,8 @@ class LogProbInfo:
 
 @dataclass(frozen=True)
 class ModelUse:
+    """A model and how many images refer to it."""
+
     id: int
     kind: str
     name: str
@@ -61,7 +56,7 @@ class ModelUse:
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """Pictures with token vectors of one length; grid is None where they fill no square."""
+    """Images with token vectors of one length; grid is None where they fill no square."""
 
     byte_count: int
     grid: int | None
@@ -70,6 +65,8 @@ class TokenInfo:
 
 @dataclass(frozen=True)
 class ArchiveInfo:
+    """Sizes, prompts, settings, models and scores of an archive."""
+
     path: str
     layout: str  # "2" for instance, the version of our format, or "2022"
     file_bytes: int
@@ -83,15 +80,15 @@ class ArchiveInfo:
     models: list[ModelUse]
     scores: dict[str, ScoreInfo]  # by column
     log_prob: LogProbInfo
-    image_count_by_dtype: dict[str, int]  # of the pictures that tell what they were computed in
-    continued_count: int  # pictures that go on from given codes
+    image_count_by_dtype: dict[str, int]  # of the images that tell what they were computed in
+    continued_count: int  # images with initial tokens
     tokens: list[TokenInfo]
     first_time: float | None  # UTC Unix seconds: when the first batch started
     last_time: float | None  # and the last one ended
 
 
 def info(archive: Archive) -> ArchiveInfo:
-    """Everything that `info` prints; a few passes over the pictures, in constant memory."""
+    """Sums up an archive in a few passes over the images; memory does not grow with their number."""
     groups = archive.groups()
     sizes = [group.count for group in groups]
     image_count_by_prompt: Counter[int] = Counter()
@@ -99,11 +96,10 @@ def info(archive: Archive) -> ArchiveInfo:
     for group in groups:
         image_count_by_prompt[group.settings.prompt_id] += group.count
         image_count_by_sc_prompt[group.settings.sc_prompt_id] += group.count
-    first_time = archive.query("SELECT min({time_start}) FROM images WHERE typeof({time_start}) = 'real'")
-    last_time = archive.query("SELECT max({time_end}) FROM images WHERE typeof({time_end}) = 'real'")
+    connection = archive.connection
     return ArchiveInfo(
         path=str(archive.path),
-        layout="2022" if archive.is_2022 else str(archive.version),
+        layout=str(archive.version or "2022"),
         file_bytes=archive.path.stat().st_size,
         image_count=sum(sizes),
         group_count=len(groups),
@@ -112,32 +108,30 @@ def info(archive: Archive) -> ArchiveInfo:
         prompts=[PromptInfo(i, text or "", image_count_by_prompt[i]) for i, text in archive.prompts().items()],
         sc_prompts=[PromptInfo(i, text, image_count_by_sc_prompt[i]) for i, text in archive.sc_prompts().items()],
         axes={name: sorted({getattr(group.settings, name) for group in groups}) for name in AXES},
-        models=_models(archive),
+        models=_model_uses(archive),
         scores={name: ScoreInfo(*_range(archive, name)) for name in ("clip_score_input", "clip_score_tokenized")},
         log_prob=LogProbInfo(*_range(archive, "log_prob")),
-        image_count_by_dtype=dict(archive.query(COUNT_DTYPES)),
-        continued_count=archive.query(COUNT_CONTINUED)[0][0],
+        image_count_by_dtype=dict(connection.rows(queries.COUNT_DTYPES)),
+        continued_count=connection.value(queries.COUNT_CONTINUED),
         tokens=[
             TokenInfo(byte_count, grid_side(byte_count), image_count)
-            for byte_count, image_count in archive.query(COUNT_LENGTHS)
+            for byte_count, image_count in connection.rows(queries.COUNT_LENGTHS)
         ],
-        first_time=first_time[0][0],
-        last_time=last_time[0][0],
+        first_time=connection.value(queries.FIRST_TIME),
+        last_time=connection.value(queries.LAST_TIME),
     )
 
 
-def _range(archive: Archive, column: str) -> tuple:
+def _range(archive: Archive, column: str) -> tuple[Any, ...]:
     """Count, smallest, mean, largest."""
-    return archive.query(RANGE.replace("column", column))[0]
+    return next(archive.connection.rows(queries.RANGE.format(column=column)))
 
 
-def _models(archive: Archive) -> list[ModelUse]:
-    if archive.is_2022:
-        return []
+def _model_uses(archive: Archive) -> list[ModelUse]:
+    models = archive.models()
     image_count_by_model: Counter[int] = Counter()
-    for column in MODEL_KINDS:
-        counts = archive.query(f"SELECT {{{column}}}, count(*) FROM images GROUP BY 1")
-        image_count_by_model.update(dict(counts))
+    for column in MODEL_KINDS if models else ():
+        image_count_by_model.update(dict(archive.connection.rows(queries.COUNT_BY_MODEL.format(column=column))))
     return [
         ModelUse(
             i,
@@ -149,5 +143,5 @@ def _models(archive: Archive) -> list[ModelUse]:
             m.image_size,
             image_count=image_count_by_model[i],
         )
-        for i, m in archive.models().items()
+        for i, m in models.items()
     ]

@@ -3,42 +3,42 @@
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dm_generations.archive._files import new_file
-from dm_generations.archive._layout import INSERT_COLUMNS, MODEL_KINDS
-from dm_generations.archive._sqlite import ArchiveError, sqlite_errors
-from dm_generations.archive._store import Archive
-from dm_generations.archive._tokens import check_init, check_tokens, quantvec_md5
-
-# A draw that the target has already still gives its scores where the target has none of the same tokens: other
-# hardware, or another dtype, can turn one draw into two pictures.
-INSERT_OR_FILL = f"""
-INSERT INTO images ({", ".join(INSERT_COLUMNS)}) VALUES ({", ".join("?" * len(INSERT_COLUMNS))})
-ON CONFLICT DO UPDATE SET clip_score_input = excluded.clip_score_input,
-    clip_score_tokenized = excluded.clip_score_tokenized, clip_id = excluded.clip_id,
-    time_scored = excluded.time_scored
-WHERE clip_score_input IS NULL AND excluded.clip_score_input IS NOT NULL AND quantvec_md5 = excluded.quantvec_md5
-"""
+from dm_generations.archive.connection import ArchiveError, Row, new_file
+from dm_generations.archive.database import Archive
+from dm_generations.archive.queries import INSERT_OR_FILL_SCORES
+from dm_generations.archive.records import INSERT_COLUMNS, MODEL_KINDS, check_init, check_tokens, quantvec_md5
+from dm_generations.errors import one_line
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of the pictures of one source; those neither added nor scored were there already."""
+    """What became of the images of one source; those neither added nor scored were there already."""
 
     path: str
     image_count: int
     added_count: int
-    scored_count: int  # pictures of the target that were given this source's scores
+    scored_count: int  # images of the target that got this source's scores
 
 
-def merge(sources: Sequence[str | os.PathLike], target: str | os.PathLike) -> list[SourceReport]:
-    """Adds the pictures of all sources, ours or 2022, to `target`, which is made if it does not exist.
+def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str]) -> list[SourceReport]:
+    """Adds the images of all sources to `target`, all of them or none.
 
-    Prompts and models get the target's own ids; draws that are there already are not added again. All of it
-    happens, or nothing: ArchiveError for a source that cannot be opened, a row that `verify` would report.
+    Prompts and models get the target's own ids; an image that is there already is not added twice.
+
+    Args:
+        sources: archives of any version, or of 2022.
+        target: an archive, made if it does not exist.
+
+    Returns:
+        A report for each source.
+
+    Raises:
+        ArchiveError: a source that cannot be opened, a row that `verify` would report.
     """
     target = Path(target)
     with contextlib.ExitStack() as stack:
@@ -60,27 +60,26 @@ def _add_all(sources: Sequence[Archive], target: Archive) -> list[SourceReport]:
 
 def _add(source: Archive, target: Archive) -> SourceReport:
     rows = _Rows(source, target)  # adds prompts and models
-    count_before, changes_before = target.count(), target.connection.total_changes
+    count_before = target.count()
     try:
-        with sqlite_errors(target.path):
-            target.connection.executemany(INSERT_OR_FILL, rows)
+        changed_count = target.connection.write_many(INSERT_OR_FILL_SCORES, rows)
     except ArchiveError as error:
         if isinstance(error.__cause__, sqlite3.IntegrityError):
-            raise ArchiveError(f"{source.path}: picture {rows.current_id} does not fit: {error.__cause__}") from error
+            reason = one_line(error.__cause__)
+            raise ArchiveError(f"{source.path}: image {rows.current_id} does not fit: {reason}") from error
         raise
     added_count = target.count() - count_before
-    scored_count = target.connection.total_changes - changes_before - added_count
-    return SourceReport(str(source.path), rows.count, added_count, scored_count)
+    return SourceReport(str(source.path), rows.count, added_count, changed_count - added_count)
 
 
 class _Rows:
-    """The rows of a source with the target's ids, to be inserted; knows which one it gave last."""
+    """The rows of a source with the target's ids, to be inserted; knows which one came last."""
 
     def __init__(self, source: Archive, target: Archive):
         self.source = source
         self.current_id: int | None = None
         self.count = 0
-        # Kept as they are, with NUL bytes too: an archive can hold prompts that we would not draw.
+        # As they are, with NUL bytes too: an archive can hold prompts that `generate` refuses.
         self.prompt_ids = {i: target.text_id("prompts", text or "") for i, text in source.prompts().items()}
         self.sc_prompt_ids = {
             i: 1 if text is None else target.text_id("sc_prompts", text) for i, text in source.sc_prompts().items()
@@ -91,7 +90,7 @@ class _Rows:
         }
         self.model_ids[None] = None
 
-    def __iter__(self) -> Iterator[tuple]:
+    def __iter__(self) -> Iterator[Row]:
         columns = ("id", *INSERT_COLUMNS)
         for values in self.source.scan(columns):
             row = dict(zip(columns, values, strict=True))
@@ -105,12 +104,12 @@ class _Rows:
                 row[name] = self._new_id(self.model_ids, row, name)
             yield tuple(row.values())
 
-    def _new_id(self, new_ids: dict, row: dict, name: str) -> int | None:
+    def _new_id(self, new_ids: Mapping[Any, int | None], row: dict[str, Any], name: str) -> int | None:
         if row[name] not in new_ids:
             raise self._error(f"{name} {row[name]!r:.40} points nowhere")
         return new_ids[row[name]]
 
-    def _checked_md5(self, row: dict) -> str:
+    def _checked_md5(self, row: dict[str, Any]) -> str:
         quantvec = row["quantvec"]
         if not isinstance(quantvec, bytes):
             raise self._error("quantvec is not a blob")
@@ -125,7 +124,7 @@ class _Rows:
             raise self._error("quantvec_md5 is not the MD5 of the tokens")
         return md5
 
-    def _check_init(self, row: dict) -> None:
+    def _check_init(self, row: dict[str, Any]) -> None:
         if not isinstance(row["init_count"], int):
             raise self._error(f"init_count is {row['init_count']!r:.40}, not a whole number")
         try:
@@ -134,4 +133,4 @@ class _Rows:
             raise self._error(str(error)) from error
 
     def _error(self, what: str) -> ArchiveError:
-        return ArchiveError(f"{self.source.path}: picture {self.current_id}: {what}; run `verify` on it")
+        return ArchiveError(f"{self.source.path}: image {self.current_id}: {what}; run `verify` on it")

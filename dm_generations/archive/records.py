@@ -1,0 +1,257 @@
+"""What goes in and out of an archive: frozen values, and token vectors as bytes with their checks. No NumPy.
+
+Units: `top_k` 0 and `top_p` 1.0 mean no limit, `cond_scale` 1.0 no super conditioning; `key0` and `key1` are the
+uint32 words of the image's PRNG key; times are UTC Unix seconds; scores are CLIP logits. `quantvec` holds the tokens:
+little-endian uint16, row-major over the square token grid. `log_prob` is the natural logarithm of the probability of
+the sampled tokens, `dtype` what the model computed in, one of DTYPES. The first `init_count` tokens were copied from an
+initial image, not sampled, and `init_md5` is the hex MD5 of their bytes, "" where there are none.
+"""
+
+import array
+import hashlib
+import json
+import math
+import sys
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, cast
+
+from dm_generations.archive.connection import ArchiveError, Row
+
+DType = Literal["float32", "bfloat16", "float16"]
+ModelKind = Literal["generator", "codec", "clip"]
+
+DTYPES: Final[tuple[DType, ...]] = ("float32", "bfloat16", "float16")
+# What a column of images refers to.
+MODEL_KINDS: Final[dict[str, ModelKind]] = {"generator_id": "generator", "codec_id": "codec", "clip_id": "clip"}
+BYTES_PER_TOKEN: Final = 2
+_ALL_BYTES: Final = bytes(range(256))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Settings:
+    """What all images of a group share."""
+
+    prompt_id: int
+    sc_prompt_id: int
+    top_k: int
+    top_p: float
+    temperature: float
+    cond_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The images of one prompt and one setting."""
+
+    settings: Settings
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRow:
+    """One image as stored. `quantvec` is always bytes; in a damaged or foreign file the rest can be of any type."""
+
+    id: int
+    prompt_id: int
+    sc_prompt_id: int
+    top_k: int
+    top_p: float
+    temperature: float
+    cond_scale: float
+    key0: int
+    key1: int
+    quantvec: bytes
+    quantvec_md5: str | None
+    clip_score_input: float | None
+    clip_score_tokenized: float | None
+    generator_id: int | None
+    codec_id: int | None
+    sampler_version: int | None = None
+    log_prob: float | None = None
+    dtype: str | None = None
+    init_count: int = 0
+    init_md5: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NewImage:
+    """One image to store; prompts are texts here, and their ids are found or made."""
+
+    prompt: str
+    sc_prompt: str | None  # None: the model's own empty unconditional prompt
+    top_k: int
+    top_p: float
+    temperature: float
+    cond_scale: float
+    key0: int
+    key1: int
+    quantvec: bytes
+    time_start: float | None
+    time_end: float | None
+    clip_score_input: float | None = None
+    clip_score_tokenized: float | None = None
+    time_scored: float | None = None
+    log_prob: float | None = None
+    dtype: str | None = None
+    init_count: int = 0
+    init_md5: str = ""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Which weights made or judged an image. Two are the same when kind, sha256 and config are."""
+
+    kind: str  # a ModelKind
+    name: str
+    sha256: str  # of the weight file, 64 lower-case hex digits
+    config: dict[str, Any] = field(hash=False)
+    grid: int | None = None  # codecs only: side of the token grid,
+    codebook_size: int | None = None  # number of tokens,
+    image_size: int | None = None  # side of the image in pixels
+
+
+SETTINGS: Final = tuple(Settings.__dataclass_fields__)
+IMAGE_COLUMNS: Final = tuple(ImageRow.__dataclass_fields__)
+INSERT_COLUMNS: Final = (
+    *SETTINGS,
+    *("key0", "key1", "quantvec", "quantvec_md5", "clip_score_input", "clip_score_tokenized"),
+    *("time_start", "time_end", "time_scored"),
+    *MODEL_KINDS,
+    *("sampler_version", "log_prob", "dtype", "init_count", "init_md5"),
+)
+_SETTINGS_TYPES: Final = (int, int, int, float, float, float)
+_REAL_SETTINGS: Final = ("top_p", "temperature", "cond_scale")
+
+
+def parse_settings(values: Row) -> Settings:
+    """Reads the six columns of a group.
+
+    Args:
+        values: in the order of `Settings`; whole numbers may be stored as reals and the other way round.
+
+    Raises:
+        ArchiveError: a value is not a number.
+    """
+    if tuple(map(type, values)) == _SETTINGS_TYPES:
+        return Settings(*values)
+    for name, value in zip(SETTINGS, values, strict=True):
+        is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if not is_whole and not (isinstance(value, float) and name in _REAL_SETTINGS):
+            raise ArchiveError(f"some images have {name} {value!r:.40}; `verify` lists them")
+    try:
+        return Settings(*(convert(value) for convert, value in zip(_SETTINGS_TYPES, values, strict=True)))
+    except OverflowError as error:
+        raise ArchiveError("some images have a setting that is too large; `verify` lists them") from error
+
+
+def parse_image(values: Row) -> ImageRow:
+    """Reads an image from its columns, in the order of `ImageRow`; tokens that are not a blob become b""."""
+    row = ImageRow(*values)
+    # No bytes at all fail every length check of the callers.
+    return row if isinstance(row.quantvec, bytes) else replace(row, quantvec=b"")
+
+
+def parse_model(values: Row) -> ModelInfo:
+    """Reads a model from its columns, in the order of `ModelInfo`.
+
+    Raises:
+        ArchiveError: the config is not a JSON object, or another value has the wrong type.
+    """
+    kind, name, sha256, config, *sizes = values
+    if not (isinstance(kind, str) and isinstance(name, str) and isinstance(sha256, str)):
+        raise ArchiveError("its kind, name or sha256 is not a text")
+    if not all(size is None or isinstance(size, int) for size in sizes):
+        raise ArchiveError(f"its sizes {sizes!r:.100} are not whole numbers")
+    return ModelInfo(kind, name, sha256, parse_config(config), *sizes)
+
+
+def parse_config(text: object) -> dict[str, Any]:
+    """Reads a model's configuration.
+
+    Raises:
+        ArchiveError: not a JSON object.
+    """
+    try:
+        config = json.loads(cast(str, text))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArchiveError("config is not JSON") from error
+    if not isinstance(config, dict):
+        raise ArchiveError("config is not a JSON object")
+    return config
+
+
+def parse_text(value: object) -> str | None:
+    """Reads a prompt: bytes that are not UTF-8 become U+FFFD; NULL is None."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return None if value is None else str(value)
+
+
+def quantvec_md5(quantvec: bytes) -> str:
+    """Returns the hex MD5 of a token vector; a checksum, not a signature."""
+    return hashlib.md5(quantvec, usedforsecurity=False).hexdigest()
+
+
+def init_md5(quantvec: bytes, init_count: int) -> str:
+    """Returns the hex MD5 of the first `init_count` tokens, "" if there are none."""
+    return quantvec_md5(quantvec[: BYTES_PER_TOKEN * init_count]) if init_count else ""
+
+
+def grid_side(byte_count: int) -> int | None:
+    """Returns the side of the square grid that a token vector of this many bytes fills, None if there is none."""
+    token_count, odd = divmod(byte_count, BYTES_PER_TOKEN)
+    side = math.isqrt(token_count)
+    return side if side and not odd and side * side == token_count else None
+
+
+def max_token(quantvec: bytes) -> int:
+    """Returns the largest token of a non-empty vector."""
+    tokens = array.array("H", quantvec)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return max(tokens)
+
+
+def tokens_below(quantvec: bytes, codebook_size: int) -> bool:
+    """Tells whether every token is below `codebook_size`.
+
+    The high bytes settle nearly every case, and `bytes.translate` looks at them at the speed of C:
+    this runs for each row that is written or verified.
+    """
+    high_limit = codebook_size >> 8
+    if not quantvec[1::2].translate(None, delete=_ALL_BYTES[:high_limit]):
+        return True
+    return max_token(quantvec) < codebook_size
+
+
+def check_init(quantvec: bytes, init_count: int, md5: str) -> None:
+    """Checks that a vector has `init_count` initial tokens with this MD5.
+
+    Raises:
+        ArchiveError: it has not.
+    """
+    token_count = len(quantvec) // BYTES_PER_TOKEN
+    if not 0 <= init_count <= token_count:
+        raise ArchiveError(f"init_count is {init_count}, not from 0 to the {token_count} tokens of the image")
+    if init_md5(quantvec, init_count) != md5:
+        raise ArchiveError(f"init_md5 is {md5!r:.40}, not that of the first {init_count} tokens")
+
+
+def check_tokens(quantvec: bytes, codec: ModelInfo) -> None:
+    """Checks that a vector fills the codec's grid with tokens of its codebook.
+
+    Raises:
+        ArchiveError: it does not, or the codec has no sizes.
+    """
+    if codec.grid is None or codec.codebook_size is None:
+        raise ArchiveError(f"codec {codec.name!r:.100} has no grid and codebook size")
+    expected = codec.grid * codec.grid * BYTES_PER_TOKEN
+    if len(quantvec) != expected:
+        raise ArchiveError(
+            f"a token vector has {len(quantvec)} bytes; codec {codec.name!r:.100} needs {expected}"
+            f" ({codec.grid}x{codec.grid} uint16)"
+        )
+    if not tokens_below(quantvec, codec.codebook_size):
+        raise ArchiveError(
+            f"a token vector holds a token that codec {codec.name!r:.100} ({codec.codebook_size} tokens) lacks"
+        )

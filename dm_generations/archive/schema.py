@@ -1,0 +1,136 @@
+"""The format's versions as SQL: `schema/0001.sql` makes version 1 of an empty file, each later file the next."""
+
+import sqlite3
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from dm_generations.archive.connection import APPLICATION_ID, ArchiveError, Connection
+from dm_generations.archive.records import IMAGE_COLUMNS, INSERT_COLUMNS, ModelInfo
+from dm_generations.resources import shipped
+
+SCHEMA_VERSION: Final = 2
+INDEXES: Final = frozenset({"images_by_group", "images_draw"})
+TABLES: Final = ("prompts", "sc_prompts", "models", "images")
+ALL_COLUMNS: Final = tuple(dict.fromkeys((*IMAGE_COLUMNS, *INSERT_COLUMNS)))  # of images
+# Columns of version 2, and their values in an older archive, where such a name would mean something else.
+ADDED: Final[Mapping[str, str]] = {"log_prob": "NULL", "dtype": "NULL", "init_count": "0", "init_md5": "''"}
+
+_READS: Final = frozenset({sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_FUNCTION})
+_WRITES: Final = frozenset({sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE})
+# Between them they set off every trigger that our statements can set off.
+_TRIGGERING: Final = (
+    *(f"INSERT INTO {table} DEFAULT VALUES" for table in TABLES),
+    "UPDATE images SET clip_score_input = 0, clip_score_tokenized = 0, clip_id = 0, time_scored = 0",
+)
+
+
+def read_version(connection: Connection) -> int:
+    """Returns the format's version of a file, 0 for one that does not say that it is an archive.
+
+    Raises:
+        ArchiveError: a version newer than this program's.
+    """
+    if connection.value("PRAGMA application_id") != APPLICATION_ID:
+        return 0
+    version = max(connection.value("PRAGMA user_version"), 1)
+    if version > SCHEMA_VERSION:
+        raise ArchiveError(
+            f"{connection.path}: this archive has format {version}, this program reads up to {SCHEMA_VERSION};"
+            " install a newer dm_generations"
+        )
+    return version
+
+
+def needed_columns(version: int) -> dict[str, frozenset[str]]:
+    """Returns the columns by table that a file of this version has at least."""
+    images = frozenset({"id", *INSERT_COLUMNS})
+    return {
+        "prompts": frozenset({"id", "desc"}),
+        "sc_prompts": frozenset({"id", "desc"}),
+        "models": frozenset({"id", *ModelInfo.__dataclass_fields__}),
+        "images": images if version >= 2 else images - ADDED.keys(),
+    }
+
+
+def check_tables(connection: Connection, needed: Mapping[str, frozenset[str]]) -> None:
+    """Checks that a file has these columns by table.
+
+    Raises:
+        ArchiveError: it has not, so it is another program's database.
+    """
+    for table, names in needed.items():
+        missing = names - read_columns(connection, table)
+        if missing == names:
+            raise ArchiveError(f"{connection.path}: this database is not an archive: it has no table {table}")
+        if missing:
+            listed = ", ".join(sorted(missing))
+            raise ArchiveError(f"{connection.path}: this database is not an archive: table {table} lacks {listed}")
+
+
+def read_columns(connection: Connection, table: str) -> frozenset[str]:
+    """Returns the lower-case column names of a table, none if there is none; views and virtual tables do not count."""
+    sql = "SELECT 1 FROM main.sqlite_master WHERE type = 'table' AND lower(name) = ? AND rootpage > 0"
+    if connection.value(sql, (table,)) is None:
+        return frozenset()
+    return frozenset(row[1].lower() for row in connection.rows(f"PRAGMA main.table_info({table})"))
+
+
+def create_images_view(connection: Connection, expressions: Mapping[str, str]) -> None:
+    """Shows `images` of an older file with the columns of the newest version: a temporary view of that name.
+
+    Temporary names hide those of the file, so every query reads the view. It lies outside the archive.
+
+    Args:
+        connection: open for reading.
+        expressions: SQL by column, in terms of the file's own table; a column that is left out is NULL.
+    """
+    columns = ", ".join(f"{expressions.get(name, ADDED.get(name, 'NULL'))} AS {name}" for name in ALL_COLUMNS)
+    connection.execute(f"CREATE TEMP VIEW images AS SELECT {columns} FROM main.images")
+
+
+def upgrade(connection: Connection) -> None:
+    """Takes a database from its version, 0 for an empty file, to the newest. Inside a transaction."""
+    assert connection.in_transaction, "upgraded outside a transaction"
+    for version in range(connection.value("PRAGMA user_version") + 1, SCHEMA_VERSION + 1):
+        for statement in _statements(shipped(f"schema/{version:04d}.sql").read_text(encoding="utf-8")):
+            connection.execute(statement)
+
+
+def _statements(script: str) -> Iterator[str]:
+    """One by one, since `executescript` would commit the transaction first."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def guard_triggers(connection: Connection) -> None:
+    """Makes sure that triggers in the file change nothing of the archive. Reading sets off no trigger.
+
+    A trigger may read, and write to tables that are not the archive's, as those do that count rows or keep a full-text
+    index. The guard stays on while the connection is open; what is in the file now is compiled at once.
+
+    Raises:
+        ArchiveError: a trigger does more, before any of it has run.
+    """
+    denied: list[str] = []
+
+    def authorize(action: int, first: str | None, second: str | None, database: str | None, trigger: str | None) -> int:
+        is_own = (first or "").lower() in (*TABLES, "claims")
+        if trigger is None or action in _READS or (action in _WRITES and not is_own):
+            return sqlite3.SQLITE_OK
+        denied.append(trigger)
+        return sqlite3.SQLITE_DENY
+
+    connection.set_authorizer(authorize)
+    for statement in _TRIGGERING:
+        try:
+            connection.execute(f"EXPLAIN {statement}").close()
+        except ArchiveError as error:
+            which = f"trigger {denied[0]!r:.100}" if denied else "a trigger"
+            raise ArchiveError(
+                f"{connection.path}: {which} in this file can change the archive or cannot run; drop it, or `merge` "
+                "the archive into a new one"
+            ) from error
