@@ -215,13 +215,14 @@ DRAW = """
 import hashlib
 import sys
 import numpy as np
-from dm_generations import Generator, RowSettings
+from dm_generations import Generator, SamplingParams
 from dm_generations.threefry import row_key
 keys = np.array([row_key(0, i) for i in range(3)])
+settings = [SamplingParams(256, cond_scale=scale) for scale in (1, 3, 10)]
 generator = Generator.load(sys.argv[1], batch_size=2)
-drawn = generator.draw(["a rocket"] * 3, RowSettings(cond_scale=[1, 3, 10]), keys)
+drawn = generator.draw(["a rocket"] * 3, settings, keys)
 print(hashlib.md5(drawn.tokens.tobytes()).hexdigest(), drawn.log_probs.tobytes().hex())
-print(generator.replay(["a rocket"] * 3, RowSettings(cond_scale=[1, 3, 10]), keys, drawn.tokens).max())
+print(generator.replay(["a rocket"] * 3, settings, keys, drawn.tokens).max())
 """
 
 

@@ -21,7 +21,7 @@ from dm_generations.archive import DTYPES
 from dm_generations.beside import Beside, count_at_once
 from dm_generations.decode.memory import free_bytes_of_each, is_out_of_memory
 from dm_generations.errors import UserError
-from dm_generations.generate import loop, sweep
+from dm_generations.generate import loop
 from dm_generations.generate.dalle_mini import DalleMiniDrawing
 from dm_generations.generate.row_inputs import Row, RowInputs, laid_out, sequence_count, take_fitting
 from dm_generations.models import checkpoints
@@ -30,22 +30,13 @@ from dm_generations.models.dalle_bart_config import unscanned
 from dm_generations.models.networks import network_class
 from dm_generations.models.placement import placed
 from dm_generations.programs import Kept, remembered
+from dm_generations.sampling_params import SamplingParams
 from dm_generations.text import TextTokenizer, load_tokenizer
 from dm_generations.threefry import WORD
 
 _T = TypeVar("_T")
 _TIMED_STEPS = 4
 _LOGITS_COPIES = 8  # halves, guided, filtered, noise and what a compiler keeps of them
-
-
-@dataclasses.dataclass(frozen=True)
-class RowSettings:
-    """Sampling settings of n rows: (n,) each, or one number for all. Named as the archive's columns."""
-
-    top_k: np.ndarray | int = sweep.DEFAULT_TOP_K  # 0: all codes
-    top_p: np.ndarray | float = sweep.DEFAULT_TOP_P  # 1: all codes
-    temperature: np.ndarray | float = sweep.DEFAULT_TEMPERATURE  # 0: always the best code
-    cond_scale: np.ndarray | float = sweep.DEFAULT_COND_SCALE  # 1: no super conditioning
 
 
 class Drawn(NamedTuple):
@@ -113,9 +104,7 @@ class Generator:
         self.set_batch_size(batch_size)
 
     @classmethod
-    def load(
-        cls, model: str | None = None, batch_size: int = sweep.DEFAULT_BATCH_SIZE, dtype: str = "float32"
-    ) -> "Generator":
+    def load(cls, model: str | None = None, batch_size: int = 32, dtype: str = "float32") -> "Generator":
         """The generator of a folder, a file or a hub name; None is the model that ships. Raises UserError."""
         compile_cache.enable()
         checkpoint = checkpoints.load(model, "generator")
@@ -146,7 +135,7 @@ class Generator:
     def generate(
         self,
         prompts: Sequence[str],
-        settings: RowSettings,
+        settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
         init_tokens: np.ndarray | None = None,
@@ -158,7 +147,7 @@ class Generator:
     def draw(
         self,
         prompts: Sequence[str],
-        settings: RowSettings,
+        settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
         init_tokens: np.ndarray | None = None,
@@ -168,12 +157,12 @@ class Generator:
     ) -> Drawn:
         """Tokens of n rows and their log-probabilities.
 
-        prompts: n texts   keys: (n, 2) uint32, `threefry.row_key` makes them   sc_prompts: n texts or None, which is
-        the model's own empty prompt; None for all   init_tokens: (n, L), of which each row keeps the first
-        `init_count` (n,) and draws the rest   every: steps after which `on_codes` hears of the codes so far, as the
-        number of the first row and (m, count) of the rows that are drawn together; None for never
-        Raises UserError if the model gives no logits to draw from, or memory does not hold one picture; ValueError for
-        arguments that do not match each other, or are out of range.
+        prompts: n texts   settings: n of them, or one for all   keys: (n, 2) uint32, `threefry.row_key` makes them
+        sc_prompts: n texts or None, which is the model's own empty prompt; None for all   init_tokens: (n, L), of which
+        each row keeps the first `init_count` (n,) and draws the rest   every: steps after which `on_codes` hears of the
+        codes so far, as the number of the first row and (m, count) of the rows that are drawn together; None for never
+        Raises UserError for settings out of range, if the model gives no logits to draw from, or memory does not hold
+        one picture; ValueError for other arguments that do not match each other, or are out of range.
         """
         if every is not None:
             _check_every(every)
@@ -192,7 +181,7 @@ class Generator:
     def stream(
         self,
         prompts: Sequence[str],
-        settings: RowSettings,
+        settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         every: int,
         sc_prompts: Sequence[str | None] | None = None,
@@ -213,7 +202,7 @@ class Generator:
     def replay(
         self,
         prompts: Sequence[str],
-        settings: RowSettings,
+        settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         tokens: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
@@ -238,7 +227,7 @@ class Generator:
     def seconds_together(self) -> float:
         """How long batches of these `capacities` take, from a few steps of them; compiles what that needs."""
         count = self.batch_size * len(self._devices)
-        rows = self._rows([""] * count, RowSettings(), np.zeros((count, 2), np.uint32), None, None, 0)
+        rows = self._rows([""] * count, SamplingParams(cond_scale=3.0), np.zeros((count, 2), np.uint32), None, None, 0)
         inputs = self._inputs(self._next_batch(rows))
 
         def seconds() -> float:
@@ -269,7 +258,12 @@ class Generator:
 
     def _rows(self, prompts, settings, keys, sc_prompts, init_tokens, init_count) -> list[Row]:
         count = len(prompts)
-        columns = _checked_settings(settings, count)
+        if isinstance(settings, SamplingParams):
+            settings = [settings] * count
+        if len(settings) != count:
+            raise ValueError(f"{len(settings)} settings do not match {count} prompts")
+        for params in set(settings):
+            params.validate()
         keys = _checked_whole("keys", keys, 0, WORD).astype(np.uint32).reshape(-1, 2)
         if len(keys) != count:
             raise ValueError(f"{len(keys)} keys do not match {count} prompts")
@@ -285,11 +279,11 @@ class Generator:
             if init_tokens.shape != (count, self.token_count):
                 raise ValueError(f"init_tokens are {init_tokens.shape}, not {(count, self.token_count)}")
         return [
-            Row(*values)
-            for values in zip(
+            Row(prompt, sc_prompt, *dataclasses.astuple(params), *rest)
+            for prompt, sc_prompt, params, *rest in zip(
                 prompts,
                 [None] * count if sc_prompts is None else sc_prompts,
-                *columns,
+                settings,
                 keys,
                 init_tokens,
                 init_count,
@@ -388,23 +382,6 @@ class Generator:
 def _check_every(every: int) -> None:
     if every < 1:
         raise ValueError(f"every (={every}) must be at least 1")
-
-
-def _checked_settings(settings: RowSettings, count: int) -> list[np.ndarray]:
-    """The columns of `settings`, (count,) each. Raises ValueError for one that no picture can be drawn with."""
-    columns = {}
-    for field in dataclasses.fields(settings):
-        columns[field.name] = np.broadcast_to(getattr(settings, field.name), count)
-    allowed = {
-        "top_k": (columns["top_k"] >= 0, "0 or more"),
-        "top_p": (columns["top_p"] >= 0, "0 or more"),
-        "temperature": ((columns["temperature"] >= 0) & (columns["temperature"] < np.inf), "0 or more, and finite"),
-        "cond_scale": (np.isfinite(columns["cond_scale"]), "finite"),
-    }
-    for name, (is_allowed, what) in allowed.items():
-        if not is_allowed.all():  # NaN is never
-            raise ValueError(f"{name} must be {what}, not {columns[name][~is_allowed][0]}")
-    return list(columns.values())
 
 
 def _checked_whole(name: str, values: np.ndarray, lowest: int, highest: int) -> np.ndarray:
