@@ -26,17 +26,18 @@ import numpy as np
 from timing import matrix_peak, seconds_of
 
 from dm_generations.archive import DTYPES
-from dm_generations.inference.generator import Generator, RowSettings, tokenizer_of
+from dm_generations.inference.generator import Generator, tokenizer_of
 from dm_generations.models.checkpoints import Checkpoint, load, unflatten
 from dm_generations.models.dalle_bart import DalleBart
 from dm_generations.models.dalle_bart_config import DalleBartConfig
 from dm_generations.models.networks import parameter_shapes
 from dm_generations.runtime.device import free_bytes
 from dm_generations.runtime.params import put_params
+from dm_generations.sampling_params import SamplingParams
 from dm_generations.text import TextTokenizer
 from dm_generations.threefry import row_key
 
-SWEEP = tuple(itertools.product((256,), (0.95, 1.0), (0.7, 1.0), (3.0, 10.0)))  # as RowSettings
+SWEEP = tuple(itertools.product((256,), (0.95, 1.0), (0.7, 1.0), (3.0, 10.0)))  # as SamplingParams
 PROMPTS = ("a rocket", "a 3d strawberry", "a green dragon", "a house with a garden")
 # https://huggingface.co/dalle-mini/dalle-mini and dalle-mega, config.json
 _MINI = DalleBartConfig(encoder_ffn_dim=2730, decoder_ffn_dim=2730, use_scan=False)
@@ -105,8 +106,8 @@ def our_sweep(prompts: list[str], keys: np.ndarray) -> None:
     """All settings as rows, through one program: a batch can hold pictures of several settings, here of two."""
     checkpoint = load(None, "generator")
     generator = Generator(checkpoint, tokenizer_of(checkpoint), batch_size=2 * len(prompts))
-    columns = (np.repeat(column, len(prompts)) for column in zip(*SWEEP, strict=True))
-    generator.generate(prompts * len(SWEEP), RowSettings(*columns), np.tile(keys, (len(SWEEP), 1)))
+    settings = [SamplingParams(*values) for values in SWEEP for _ in prompts]
+    generator.generate(prompts * len(SWEEP), settings, np.tile(keys, (len(SWEEP), 1)))
 
 
 def dalle_mini_sweep(prompts: list[str], keys: np.ndarray) -> None:
@@ -193,7 +194,7 @@ def speed(args: argparse.Namespace) -> None:
         )
         if generator.concurrency > 1:
             count, seconds = generator.concurrency * batch_size, generator.measure_seconds()
-            print(f"    {generator.concurrency} concurrent batches: {count / seconds:.3f} pictures/s", flush=True)
+            print(f"    {generator.concurrency} concurrent batches: {count / seconds:.3f} images/s", flush=True)
         del generator
         if torch is not None:
             theirs = torch.seconds_of_step(batch_size, args.steps)
@@ -218,7 +219,8 @@ def seconds_of_step(generator: Generator, steps: int) -> tuple[float, float]:
     steps = min(steps, generator.token_count)
     keys = np.array([row_key(0, index) for index in range(count)], np.uint32)
     prompts = list(itertools.islice(itertools.cycle(PROMPTS), count))
-    rows = generator._rows(prompts, RowSettings(), keys, None, None, 0)
+    settings = SamplingParams(cond_scale=3.0)
+    rows = generator._rows(prompts, settings, keys, None, None, 0)
     inputs = generator._inputs(generator._next_batch(rows, count))
     for repeat in range(4):  # the first of them compiles
         started = time.perf_counter()

@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from dm_generations.models.checkpoints.convert import convert
+from dm_generations.pipelines.convert import convert
 
 REPEATS = 3
 _OF_LAYER = {

@@ -1,23 +1,24 @@
 """An archive of text-to-image generations, and the pipeline around it.
 
-In Python: `MinDalle`, the methods of the package min-dalle, and `Generator` with `RowSettings`, the sampling loop. They
-are imported when they are asked for, and JAX with them.
+In Python: `MinDalle`, the methods of the package min-dalle, and `Generator` with `SamplingParams`, the sampling loop.
+They are imported on first use, and JAX with them.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dm_generations.inference.generator import Generator, RowSettings
+    from dm_generations.inference.generator import Generator
     from dm_generations.min_dalle import MinDalle
+    from dm_generations.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["Generator", "MinDalle", "RowSettings"]
+__all__ = ["Generator", "MinDalle", "SamplingParams"]
 
 _MODULES = {
     "Generator": "dm_generations.inference.generator",
     "MinDalle": "dm_generations.min_dalle",
-    "RowSettings": "dm_generations.inference.generator",
+    "SamplingParams": "dm_generations.sampling_params",
 }
 
 

@@ -26,12 +26,13 @@ from PIL import Image
 from dm_generations.archive import DTYPES
 from dm_generations.errors import UserError
 from dm_generations.generate.models import load_models
-from dm_generations.generate.progressive import filled
-from dm_generations.generate.sweep import MAX_SEED
 from dm_generations.inference.decoder import Decoder
-from dm_generations.inference.generator import Generator, RowSettings, tokenizer_of
+from dm_generations.inference.generator import Generator, tokenizer_of
+from dm_generations.pipelines.generate import pad_tokens
+from dm_generations.pipelines.sweep import MAX_SEED
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors
+from dm_generations.sampling_params import SamplingParams
 from dm_generations.threefry import row_key
 
 _STEPS = 8  # pictures of a progressive stream: for 256 codes one every 32, as min-dalle has it
@@ -118,7 +119,7 @@ class MinDalle:
 
         seed: 0 or more; the same gives the same pictures again. A negative one stands for a fresh one.
         progressive_outputs: the finished grid comes last of 8 that show how far it is, and not alone. What is not drawn
-        yet is made of each picture's own first code; see `progressive.filled`.
+        yet is made of each picture's own first code; see `pipelines.generate.pad_tokens`.
         is_seamless: the pictures are decoded as one, and run into each other
         temperature, top_k: --temperature and --top-k of `generate`   supercondition_factor: its --cond-scale
         Raises UserError for values out of range, and where memory does not hold as many pictures.
@@ -146,7 +147,7 @@ class MinDalle:
             if is_seamless:
                 codec = codec.tiled(grid_size, grid_size)  # here, so that all steps share its compiled program
             for tokens in steps:
-                pixels = _sheet(codec, filled(tokens, generator.token_count), grid_size, is_seamless)
+                pixels = _sheet(codec, pad_tokens(tokens, generator.token_count), grid_size, is_seamless)
                 yield pixels.astype(np.float32).view(Images)
 
     def generate_image_stream(self, *args: Any, **kwargs: Any) -> Iterator[Image.Image]:
@@ -203,14 +204,14 @@ def _sheet(codec: Decoder, tokens: np.ndarray, grid_size: int, is_seamless: bool
     return pictures.reshape(grid_size, grid_size, size, size, 3).swapaxes(1, 2).reshape(grid_size * size, -1, 3)
 
 
-def _settings(temperature: float, top_k: int, supercondition_factor: float) -> RowSettings:
-    """Raises UserError for values that no picture can be drawn with."""
-    for name, value in (("temperature", temperature), ("supercondition_factor", supercondition_factor)):
-        if not 0 <= value < np.inf:
-            raise UserError(f"{name} must be 0 or more, not {value}")
-    if top_k < 0:
-        raise UserError(f"top_k must be 0 (no limit) or more, not {top_k}")
-    return RowSettings(int(top_k), 1.0, float(temperature), float(supercondition_factor))
+def _settings(temperature: float, top_k: int, supercondition_factor: float) -> SamplingParams:
+    """Return these values as settings. Raises UserError, with min-dalle's names, for one out of range."""
+    settings = SamplingParams(int(top_k), 1.0, float(temperature), float(supercondition_factor))
+    try:
+        settings.validate()
+    except UserError as error:
+        raise UserError(str(error).replace("cond_scale", "supercondition_factor")) from error
+    return settings
 
 
 def _downloaded(root: Path, is_mega: bool) -> tuple[Path, Path]:

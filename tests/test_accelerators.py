@@ -10,9 +10,10 @@ from tiny import GRID, IMAGE_SIZE, tiny_models
 
 from dm_generations.generate import loop
 from dm_generations.inference.decoder import Decoder
-from dm_generations.inference.generator import Generator, RowSettings
+from dm_generations.inference.generator import Generator
 from dm_generations.inference.scorer import Scorer
 from dm_generations.models import checkpoints
+from dm_generations.sampling_params import SamplingParams
 from dm_generations.text import PromptTokenizer
 
 PRODUCT = re.compile(r"stablehlo\.(?:dot_general|convolution)\b.*")
@@ -39,7 +40,9 @@ def rounded(lines: list[str]) -> list[str]:
 def test_drawing(models, dtype):
     checkpoint = checkpoints.load(models.dalle_bart, "generator")
     generator = Generator(checkpoint, PromptTokenizer(checkpoint.folder), batch_size=2, dtype=dtype)
-    rows = generator._rows(["a cat"] * 2, RowSettings(), np.zeros((2, 2), np.uint32), None, None, 0)
+    rows = generator._rows(
+        ["a cat"] * 2, SamplingParams(256, cond_scale=3.0), np.zeros((2, 2), np.uint32), None, None, 0
+    )
     inputs = generator._inputs(generator._next_batch(rows))
     static, params = (generator._model, generator._drawing, None), generator._params
     state = jax.eval_shape(lambda params, inputs: loop.begin(*static, params, inputs), params, inputs)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from dm_generations.decode import memory
+from dm_generations.runtime import device as memory
 
 
 def no_proc(self, *arguments, **options):

@@ -12,8 +12,9 @@ import dm_generations
 from dm_generations import MinDalle
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
-from dm_generations.inference.generator import Generator, RowSettings
+from dm_generations.inference.generator import Generator
 from dm_generations.models import checkpoints
+from dm_generations.sampling_params import SamplingParams
 from dm_generations.threefry import row_key
 
 SIZE = 2 * IMAGE_SIZE  # of a grid of 2 x 2
@@ -46,7 +47,7 @@ def tokens(folders):
     """What the sampling loop draws for "a boat", seed 7 and the default settings, (4, L)."""
     keys = np.array([row_key(7, i) for i in range(4)], np.uint32)
     generator = Generator.load(str(folders.dalle_bart), batch_size=4)
-    return generator.generate(["a boat"] * 4, RowSettings(256, 1.0, 1.0, 16.0), keys)
+    return generator.generate(["a boat"] * 4, SamplingParams(256, 1.0, 1.0, 16.0), keys)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_settings_reach_the_sampling_loop(model, folders, codec):
     image = model.generate_image("a cat", 2**64 - 1, temperature=0.5, top_k=0, supercondition_factor=3)
     keys = np.array([row_key(2**64 - 1, 0)], np.uint32)
     generator = Generator.load(str(folders.dalle_bart), batch_size=1)
-    (expected,) = codec.decode(generator.generate(["a cat"], RowSettings(0, 1.0, 0.5, 3.0), keys))
+    (expected,) = codec.decode(generator.generate(["a cat"], SamplingParams(0, 1.0, 0.5, 3.0), keys))
     np.testing.assert_array_equal(np.asarray(image), expected)
 
 
@@ -150,10 +151,10 @@ def test_seed_minus_one_is_another_one_each_time(model, capsys):
     ("arguments", "message"),
     [
         ({"grid_size": 0}, "grid_size must be at least 1"),
-        ({"temperature": -0.1}, "temperature must be 0 or more"),
-        ({"temperature": float("nan")}, "temperature must be 0 or more"),
-        ({"supercondition_factor": float("inf")}, "supercondition_factor must be 0 or more"),
-        ({"top_k": -1}, "top_k must be 0"),
+        ({"temperature": -0.1}, "temperature must be"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"supercondition_factor": float("inf")}, "supercondition_factor must be"),
+        ({"top_k": -1}, "top_k must be"),
         ({"seed": 2**64}, "seed must be below"),
     ],
 )
@@ -222,10 +223,10 @@ def test_models_are_loaded_for_each_call_if_not_reusable(folders, tmp_path, imag
 
 LAZY = """
 import sys, dm_generations
-assert {"Generator", "MinDalle", "RowSettings"} <= set(dir(dm_generations))
+assert {"Generator", "MinDalle", "SamplingParams"} <= set(dir(dm_generations))
 assert "jax" not in sys.modules and "numpy" not in sys.modules
-from dm_generations import Generator, MinDalle, RowSettings
-assert RowSettings().cond_scale == 3.0
+from dm_generations import Generator, MinDalle, SamplingParams
+assert SamplingParams().cond_scale == 1.0
 assert "jax" in sys.modules and "torch" not in sys.modules
 """
 

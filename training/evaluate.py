@@ -16,10 +16,11 @@ from PIL import Image, ImageDraw
 
 from dm_generations.decode.captions import without_accents
 from dm_generations.inference.decoder import Decoder
-from dm_generations.inference.generator import Generator, RowSettings
+from dm_generations.inference.generator import Generator
 from dm_generations.inference.scorer import Scorer
 from dm_generations.models import checkpoints
 from dm_generations.models.vqgan import VQGAN
+from dm_generations.sampling_params import SamplingParams
 from dm_generations.text import PromptTokenizer
 from dm_generations.threefry import row_key
 from training import data
@@ -68,7 +69,7 @@ class Pipeline:
     def draw(self, prompts: list[str], count: int, cond_scale: float, temperature=1.0, top_k=256, seed=0):
         """Pictures uint8 (len(prompts), count, S, S, 3) and their scores (len(prompts), count)."""
         rows = [(prompt, i) for prompt in prompts for i in range(count)]
-        settings = RowSettings(top_k, 1.0, temperature, cond_scale)
+        settings = SamplingParams(top_k, 1.0, temperature, cond_scale)
         keys = np.array([row_key(seed, i) for _, i in rows], np.uint32)
         texts = [prompt for prompt, _ in rows]
         tokens = self.generator.generate(texts, settings, keys)

@@ -1,8 +1,11 @@
 """The command line: `python -m dm_generations COMMAND`. Importing it imports neither JAX nor NumPy."""
 
 import argparse
+import contextlib
+import logging
 import signal
 import sys
+from collections.abc import Iterator
 from typing import NoReturn
 
 from dm_generations import __version__
@@ -38,6 +41,28 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see --help\n")
 
 
+class _LogFormatter(logging.Formatter):
+    """Messages as they are, warnings and errors with their level in front."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return message if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {message}"
+
+
+@contextlib.contextmanager
+def _log_to_stderr() -> Iterator[None]:
+    """Print the package's log messages on stderr."""
+    logger = logging.getLogger("dm_generations")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LogFormatter())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 def build_parser() -> argparse.ArgumentParser:
     # No abbreviations: a later flag could change what they mean.
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
@@ -71,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     try:
-        status = args.run(args)
+        with _log_to_stderr():
+            status = args.run(args)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader of our output has gone, as `head` does

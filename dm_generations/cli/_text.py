@@ -30,6 +30,6 @@ def utc_time(seconds: float) -> str:
         return str(seconds)
 
 
-def counted(count: int, noun: str) -> str:
-    """1, "picture" -> "1 picture"; 2,000 -> "2,000 pictures"."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """1, "image" -> "1 image"; 2,000 -> "2,000 images"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {plural or noun + 's'}"

@@ -1,13 +1,14 @@
-"""What commands share that compute: options of models and batches, and the device."""
+"""What commands that compute share: options of models and batches, the device, and progress."""
 
 import argparse
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dm_generations.archive import DTYPES
 from dm_generations.cli._types import at_least_one
-from dm_generations.generate import sweep as sweeps
+from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
 
 STOPPED = 130  # the exit status of a program that Ctrl-C ended
 
@@ -19,65 +20,90 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
     )
     add = group.add_argument
     if generates:
-        add("--model", metavar="PATH", help="text model that draws the codes")
+        add("--model", metavar="PATH", help="text model that samples the tokens")
         add(
             "--tokenizer",
             metavar="PATH",
             type=Path,
-            help="file or folder that makes ids of prompts, if not beside the model",
+            help="tokenizer of the prompts, a file or folder, if it is not in the model's folder",
         )
         add_dalle_pytorch_options(add)
     codec_default = " (default: the one that lies with the model, else the one that ships)" if generates else ""
-    add("--codec", metavar="PATH", help=f"codec that turns codes into pixels{codec_default}")
-    add("--clip", metavar="PATH", help="CLIP that scores the pictures")
+    add("--codec", metavar="PATH", help=f"codec that decodes tokens to pixels{codec_default}")
+    add("--clip", metavar="PATH", help="CLIP that scores the images")
     if generates:
-        add("--no-score", action="store_true", help="leave the scores out; `score` adds them later")
+        add("--no-score", action="store_true", help="do not score; `score` can do so later")
     add(
         "--batch-size",
         type=at_least_one,
-        default=sweeps.DEFAULT_BATCH_SIZE,
+        default=DEFAULT_BATCH_SIZE,
         metavar="N",
-        help=f"pictures at a time; halved where memory does not hold them (default: {sweeps.DEFAULT_BATCH_SIZE})",
+        help=f"images at a time; halved if memory does not hold them (default: {DEFAULT_BATCH_SIZE})",
     )
     if generates:
         add(
             "--dtype",
             choices=DTYPES,
             default="float32",
-            help="of activations and caches; rows remember it, and are not drawn again in another (default: float32)",
+            help="of activations and caches; stored with each row; images of another dtype are not generated again "
+            "(default: float32)",
         )
-    add("--cpu-only", action="store_true", help="leave accelerators alone")
+    add("--cpu-only", action="store_true", help="do not use accelerators")
 
 
 def add_dalle_pytorch_options(add: Callable[..., argparse.Action]) -> None:
-    """What a `dalle.pt` does not tell of itself, or tells wrongly; `add`: of a parser or a group."""
+    """Add options for what a `dalle.pt` lacks or has wrong; `add` is the method of a parser or a group."""
     add(
         "--conv-like",
         choices=["causal", "centred"],
-        help="of a dalle.pt, the window of its convolutional attention: above and left of a code, as since March "
-        "2022, or around it (default: what the file tells)",
+        help="of a dalle.pt, the window of its convolutional attention: above and left of a token, as since March "
+        "2022, or around it (default: as in the file)",
     )
     add(
         "--cond-scale-of",
         choices=["all", "first"],
-        help="of a dalle.pt, which codes a condition scale guides: all, or the first alone, the rest being drawn "
+        help="of a dalle.pt, which tokens --cond-scale guides: all, or only the first, and the rest are sampled "
         "without the prompt, as DALLE-pytorch's own program does by mistake (default: all)",
     )
 
 
 def dalle_pytorch_overrides(args: argparse.Namespace) -> dict[str, str | bool]:
-    """Of these options, those that are given, as entries of the model's config."""
-    overrides = {} if args.conv_like is None else {"conv_like": args.conv_like}
+    """Return the given ones of these options as entries of the model's config."""
+    overrides: dict[str, str | bool] = {} if args.conv_like is None else {"conv_like": args.conv_like}
     if args.cond_scale_of is not None:
         overrides["guides_first_code_alone"] = args.cond_scale_of == "first"
     return overrides
 
 
 def prepare_device(cpu_only: bool) -> None:
-    """Settings of JAX, before its first use."""
+    """Configure JAX, before its first use."""
     # JAX takes most of a GPU's memory at its first use unless told otherwise; others may be using that GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if cpu_only:
         import jax
 
         jax.config.update("jax_platforms", "cpu")
+
+
+@contextlib.contextmanager
+def show_progress() -> Iterator[Callable[[int, int], None]]:
+    """Show progress on stderr.
+
+    Yields:
+        A callback for (done, total) images; the bar appears at its first call.
+    """
+    from dm_generations.progress import Progress
+
+    with contextlib.ExitStack() as stack:
+        bar: Progress | None = None
+        shown = 0
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal bar, shown
+            if bar is None and total:
+                bar = stack.enter_context(Progress(total))
+            if bar is not None and done > shown:
+                bar.advance(done - shown)
+                shown = done
+
+        yield on_progress

@@ -1,4 +1,4 @@
-"""The models of a run: loaded to fit each other, and how an archive knows them."""
+"""The models of a run: loaded, checked to be compatible, and found or added in an archive."""
 
 import dataclasses
 import json
@@ -15,26 +15,26 @@ from dm_generations.models.checkpoints import Checkpoint
 from dm_generations.models.networks import ROLES
 
 ROLE_OF_KIND = {kind: role for role, kinds in ROLES.items() for kind in kinds}
-MAX_CODES = 65536  # tokens are uint16
+MAX_CODEBOOK_SIZE = 65536  # tokens are uint16
 
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """The checkpoints of a run, known to fit each other."""
+    """The checkpoints of a run, which are compatible."""
 
     generator: Checkpoint
     codec: Checkpoint
-    clip: Checkpoint | None  # None: pictures are not scored
+    clip: Checkpoint | None  # None: images are not scored
     codec_from: str | None = None  # folder, file or hub name that has the codec; None: it is the embedded one
 
     @property
     def grid(self) -> int:
-        """Codes a side of the generator's pictures; the codec can be made for pictures of another size."""
+        """Tokens a side of the generator's images; the codec can be trained for images of another size."""
         return math.isqrt(self.generator.config.image_length)
 
 
 def load_generator(model: str | None, tokenizer: Path | None, overrides: Mapping[str, Any]) -> Checkpoint:
-    """The text model; the arguments are those of `load_models`, and so are the errors."""
+    """Load the text model; arguments and errors are those of `load_models`."""
     checkpoint = checkpoints.load(model, "generator")
     if tokenizer is not None:
         checkpoint = dataclasses.replace(checkpoint, tokenizer=tokenizer)
@@ -42,7 +42,7 @@ def load_generator(model: str | None, tokenizer: Path | None, overrides: Mapping
         return checkpoint
     if checkpoint.kind != "dalle_pytorch":
         raise UserError(
-            f"--conv-like and --cond-scale-of are about DALLE-pytorch's models; {checkpoint.name!r} is none"
+            f"--conv-like and --cond-scale-of are for DALLE-pytorch's models; {checkpoint.name!r} is another kind"
         )
     return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, **overrides))
 
@@ -55,42 +55,55 @@ def load_models(
     tokenizer: Path | None = None,
     overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> Models:
-    """Checkpoints from folders, files or the hub, which fit each other.
+    """Load the models of a run and check that they are compatible.
 
-    None is the embedded one, and for the codec the model's own if it lies with the model. `tokenizer` takes the place
-    of the generator's, `overrides` of what the config of a DALLE-pytorch file tells. Raises UserError: missing, broken,
-    not fitting.
+    Args:
+        model: Folder, file or name on the hub; None is the embedded model.
+        codec: The same; None is the model's own codec if it lies with the model, else the embedded one.
+        clip: The same; None is the embedded one.
+        is_scored: Whether CLIP is loaded.
+        tokenizer: File or folder that replaces the text model's tokenizer.
+        overrides: Entries that replace those in the config of a DALLE-pytorch file.
+
+    Raises:
+        UserError: A model is missing, broken or incompatible with another.
     """
     generator_checkpoint = load_generator(model, tokenizer, overrides)
     codec_checkpoint = checkpoints.find(model, "codec") if codec is None and model is not None else None
     codec_from = codec if codec_checkpoint is None else model
     codec_checkpoint = codec_checkpoint or checkpoints.load(codec, "codec")
-    _check_fit(generator_checkpoint, codec_checkpoint)
+    _check_compatible(generator_checkpoint, codec_checkpoint)
     clip_checkpoint = checkpoints.load(clip, "clip") if is_scored else None
     return Models(generator_checkpoint, codec_checkpoint, clip_checkpoint, codec_from)
 
 
-def _check_fit(generator: Checkpoint, codec: Checkpoint) -> None:
+def _check_compatible(generator: Checkpoint, codec: Checkpoint) -> None:
     token_count, codebook_size = generator.config.image_length, generator.config.codebook_size
     grid = codec.config.grid
-    if generator.kind == "dalle_pytorch":  # the DALL-3 fork draws 16 x 16 codes, whatever its codec was trained at
+    if generator.kind == "dalle_pytorch":  # the DALL-3 fork samples 16 x 16 tokens, whatever its codec was trained at
         grid = math.isqrt(token_count)
     if grid**2 != token_count:
         raise UserError(
-            f"model {generator.name!r} draws {token_count} codes a picture, codec {codec.name!r} takes "
+            f"model {generator.name!r} samples {token_count} tokens an image, codec {codec.name!r} takes "
             f"{grid}x{grid}: give the model's own codec with --codec"
         )
     if codec.config.codebook_size < codebook_size:
         raise UserError(
-            f"model {generator.name!r} draws codes below {codebook_size:,}, codec {codec.name!r} has "
+            f"model {generator.name!r} samples tokens below {codebook_size:,}, codec {codec.name!r} has "
             f"{codec.config.codebook_size:,}: give the model's own codec with --codec"
         )
-    if codebook_size > MAX_CODES:
-        raise UserError(f"model {generator.name!r} has {codebook_size:,} codes, archives hold {MAX_CODES:,}")
+    if codebook_size > MAX_CODEBOOK_SIZE:
+        raise UserError(
+            f"model {generator.name!r} has a codebook of {codebook_size:,} tokens, archives hold {MAX_CODEBOOK_SIZE:,}"
+        )
 
 
 def model_info(checkpoint: Checkpoint, grid: int | None = None) -> ModelInfo:
-    """What the archive keeps about a model; `grid`: codes a side, of a codec that decodes other than its own."""
+    """Describe a model as the archive stores it.
+
+    Args:
+        grid: Tokens a side, for a codec that decodes another grid than its own.
+    """
     config = json.loads(json.dumps(dataclasses.asdict(checkpoint.config)))  # tuples come back as lists
     role = ROLE_OF_KIND[checkpoint.kind]
     if role != "codec":
@@ -102,10 +115,10 @@ def model_info(checkpoint: Checkpoint, grid: int | None = None) -> ModelInfo:
     return ModelInfo(role, checkpoint.name, checkpoint.sha256, config, *sizes)
 
 
-def known_model(archive: Archive, model: ModelInfo) -> int | None:
-    """The archive's id of this model, None if it is new there; a codec without a grid is known with any.
+def find_model_id(archive: Archive, model: ModelInfo) -> int | None:
+    """Return the archive's id of a model, or None; a codec without a grid is found with any.
 
-    The same weights are the same model if no option has another value; options that only one of both lists do
+    The same weights are the same model if no option has another value. Options that only one of the two configs has do
     not count, so that an archive of an older version of this program can be filled further.
     """
     for row_id, stored in archive.models().items():
@@ -119,7 +132,7 @@ def known_model(archive: Archive, model: ModelInfo) -> int | None:
     return None
 
 
-def record_model(archive: Archive, model: ModelInfo) -> int:
-    """The archive's id of this model, added if it is new there. Inside a transaction."""
-    row_id = known_model(archive, model)
+def add_model(archive: Archive, model: ModelInfo) -> int:
+    """Return the archive's id of a model, which is added if it is new. Inside a transaction."""
+    row_id = find_model_id(archive, model)
     return archive.model_id(model) if row_id is None else row_id

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from dm_generations.sampling_params import SamplingParams
 from dm_generations.text import TextTokenizer
 
 TEXT_BATCH = 8  # texts encoded at a time: a batch has few distinct ones
@@ -49,10 +50,7 @@ class Row(NamedTuple):
 
     prompt: str | None
     sc_prompt: str | None
-    top_k: int
-    top_p: float
-    temperature: float
-    cond_scale: float
+    params: SamplingParams
     key: tuple[int, int]
     init_tokens: np.ndarray | None  # (L,)
     init_count: int
@@ -99,7 +97,7 @@ def pack_batch(
     for number, row in enumerate(rows):
         cond.append(len(sequences))
         sequences.append((texts.setdefault(row.prompt, len(texts)), number))
-        if sequence_count(row.cond_scale) == 2:
+        if sequence_count(row.params.cond_scale) == 2:
             sequences.append((texts.setdefault(row.sc_prompt or None, len(texts)), number))
         uncond.append(len(sequences) - 1)
     padding = [None] * (-(-capacity // TEXT_BATCH) * TEXT_BATCH - len(texts))
@@ -121,10 +119,10 @@ def pack_batch(
         column(cond, np.int32),
         column(uncond, np.int32),
         column(np.array([row.key for row in rows], np.uint32).reshape(-1, 2), np.uint32),
-        column([min(int(row.top_k), _INT32_MAX) for row in rows], np.int32),
-        column([row.top_p for row in rows], np.float32),
-        column([row.temperature for row in rows], np.float32),
-        column([row.cond_scale for row in rows], np.float32),
+        column([min(int(row.params.top_k), _INT32_MAX) for row in rows], np.int32),
+        column([row.params.top_p for row in rows], np.float32),
+        column([row.params.temperature for row in rows], np.float32),
+        column([row.params.cond_scale for row in rows], np.float32),
         init_tokens,
         column([row.init_count for row in rows], np.int32),
     )

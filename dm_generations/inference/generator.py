@@ -3,7 +3,6 @@
 n: rows asked for   L: tokens of an image, row-major over its grid
 """
 
-import dataclasses
 import functools
 import math
 import time
@@ -18,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dm_generations.archive import DTYPES
 from dm_generations.errors import UserError
-from dm_generations.generate import loop, sweep
+from dm_generations.generate import loop
 from dm_generations.generate.dalle_mini import DalleMiniSampler
 from dm_generations.generate.row_inputs import Row, RowInputs, pack_batch, sequence_count, take_until_full
 from dm_generations.models import checkpoints
@@ -28,22 +27,13 @@ from dm_generations.models.networks import network_class
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import BatchRunner, Work, batch_concurrency, free_bytes_of_each
 from dm_generations.runtime.params import put_params
+from dm_generations.sampling_params import SamplingParams
 from dm_generations.text import TextTokenizer, load_tokenizer
 from dm_generations.threefry import WORD
 
 _T = TypeVar("_T")
 _TIMED_STEPS = 4
 _LOGITS_COPIES = 8  # halves, guided, filtered, noise and what a compiler keeps of them
-
-
-@dataclasses.dataclass(frozen=True)
-class RowSettings:
-    """Sampling settings of n rows: (n,) each, or one number for all. Named as the archive's columns."""
-
-    top_k: np.ndarray | int = sweep.DEFAULT_TOP_K  # 0: all tokens
-    top_p: np.ndarray | float = sweep.DEFAULT_TOP_P  # 1: all tokens
-    temperature: np.ndarray | float = sweep.DEFAULT_TEMPERATURE  # 0: always the best token
-    cond_scale: np.ndarray | float = sweep.DEFAULT_COND_SCALE  # 1: no super conditioning
 
 
 class Samples(NamedTuple):
@@ -128,9 +118,7 @@ class Generator:
         self.set_batch_size(batch_size)
 
     @classmethod
-    def load(
-        cls, model: str | None = None, batch_size: int = sweep.DEFAULT_BATCH_SIZE, dtype: str = "float32"
-    ) -> "Generator":
+    def load(cls, model: str | None = None, batch_size: int = 32, dtype: str = "float32") -> "Generator":
         """Load a generator from a folder, a file or the Hugging Face hub; None is the model that ships.
 
         Raises:
@@ -178,7 +166,7 @@ class Generator:
     def generate(
         self,
         prompts: Sequence[str],
-        settings: RowSettings,
+        settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
         init_tokens: np.ndarray | None = None,
@@ -190,7 +178,7 @@ class Generator:
     def draw(
         self,
         prompts: Sequence[str],
-        settings: RowSettings,
+        settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
         init_tokens: np.ndarray | None = None,
@@ -202,7 +190,7 @@ class Generator:
 
         Args:
             prompts: n texts.
-            settings: Of the rows.
+            settings: Of each row, or one for all.
             keys: (n, 2) uint32, of `threefry.row_key`.
             sc_prompts: n texts, or None for the model's own empty prompt; None for all.
             init_tokens: (n, L), of which each row keeps the first `init_count`; the rest is sampled.
@@ -212,7 +200,7 @@ class Generator:
                 are sampled together.
 
         Raises:
-            UserError: The model gives no logits to sample from, or memory does not hold one image.
+            UserError: Settings are out of range, the model gives no logits to sample from, or memory does not hold one image.
             ValueError: Arguments do not match each other, or are out of range.
         """
         if every is not None:
@@ -232,7 +220,7 @@ class Generator:
     def stream(
         self,
         prompts: Sequence[str],
-        settings: RowSettings,
+        settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         every: int,
         sc_prompts: Sequence[str | None] | None = None,
@@ -257,7 +245,7 @@ class Generator:
     def teacher_forced_margins(
         self,
         prompts: Sequence[str],
-        settings: RowSettings,
+        settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         tokens: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
@@ -282,7 +270,7 @@ class Generator:
     def measure_seconds(self) -> float:
         """Return how long batches of these `capacities` take, from a few steps of them. Compiles what that needs."""
         count = self.batch_size * len(self._devices)
-        rows = self._rows([""] * count, RowSettings(), np.zeros((count, 2), np.uint32), None, None, 0)
+        rows = self._rows([""] * count, SamplingParams(cond_scale=3.0), np.zeros((count, 2), np.uint32), None, None, 0)
         inputs = self._inputs(self._next_batch(rows, self.batch_size))
 
         def seconds(_: int = 0) -> float:
@@ -313,7 +301,12 @@ class Generator:
 
     def _rows(self, prompts, settings, keys, sc_prompts, init_tokens, init_count) -> list[Row]:
         count = len(prompts)
-        columns = _checked_settings(settings, count)
+        if isinstance(settings, SamplingParams):
+            settings = [settings] * count
+        if len(settings) != count:
+            raise ValueError(f"{len(settings)} settings do not match {count} prompts")
+        for params in set(settings):
+            params.validate()
         keys = _checked_whole("keys", keys, 0, WORD).astype(np.uint32).reshape(-1, 2)
         if len(keys) != count:
             raise ValueError(f"{len(keys)} keys do not match {count} prompts")
@@ -329,7 +322,7 @@ class Generator:
             if init_tokens.shape != (count, self.token_count):
                 raise ValueError(f"init_tokens are {init_tokens.shape}, not {(count, self.token_count)}")
         sc_prompts = [None] * count if sc_prompts is None else sc_prompts
-        values = zip(prompts, sc_prompts, *columns, keys, init_tokens, init_count, strict=True)
+        values = zip(prompts, sc_prompts, settings, keys, init_tokens, init_count, strict=True)
         return [Row(*row) for row in values]
 
     def _in_batches(
@@ -349,7 +342,7 @@ class Generator:
         taken = 0
         for _ in self._devices:
             ahead = rows[taken : taken + 2 * size]
-            batch.append(take_until_full(ahead, [sequence_count(row.cond_scale) for row in ahead], 2 * size))
+            batch.append(take_until_full(ahead, [sequence_count(row.params.cond_scale) for row in ahead], 2 * size))
             taken += len(batch[-1])
         return batch
 
@@ -390,23 +383,6 @@ class Generator:
 def _check_every(every: int) -> None:
     if every < 1:
         raise ValueError(f"every (={every}) must be at least 1")
-
-
-def _checked_settings(settings: RowSettings, count: int) -> list[np.ndarray]:
-    """Return the columns of `settings`, (count,) each. Raises ValueError for a value out of range."""
-    columns = {}
-    for field in dataclasses.fields(settings):
-        columns[field.name] = np.broadcast_to(getattr(settings, field.name), count)
-    allowed = {
-        "top_k": (columns["top_k"] >= 0, "0 or more"),
-        "top_p": (columns["top_p"] >= 0, "0 or more"),
-        "temperature": ((columns["temperature"] >= 0) & (columns["temperature"] < np.inf), "0 or more, and finite"),
-        "cond_scale": (np.isfinite(columns["cond_scale"]), "finite"),
-    }
-    for name, (is_allowed, what) in allowed.items():
-        if not is_allowed.all():  # NaN is never
-            raise ValueError(f"{name} must be {what}, not {columns[name][~is_allowed][0]}")
-    return list(columns.values())
 
 
 def _checked_whole(name: str, values: np.ndarray, lowest: int, highest: int) -> np.ndarray:

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import re
 import shutil
 import signal
 import sqlite3
@@ -22,10 +21,10 @@ from PIL import Image
 from tiny import CODEBOOK_SIZE, GRID, tiny_clip, tiny_dalle_bart, tiny_models, tiny_vqgan
 
 from dm_generations.archive import Archive, verify
-from dm_generations.cli import build_parser, generate
+from dm_generations.cli import build_parser
 from dm_generations.errors import UserError
-from dm_generations.generate import run as runs
 from dm_generations.models import checkpoints
+from dm_generations.pipelines import generate
 from dm_generations.progress import Progress
 from dm_generations.threefry import row_key
 
@@ -56,7 +55,7 @@ def test_a_sweep_lands_whole_and_a_second_run_adds_nothing(models, tmp_path, cap
     words = ["--prompts", "a boat", "a cat", "a boat", "--sc-prompts", "", "blurry", "--n", 3, "--seed", 7]
     words += ["--top-k", 0, 5, "--cond-scale", 1, 3]
     assert draw(models, db, *words) == 0
-    assert "48 pictures added" in (told := capsys.readouterr().out)
+    assert "Added 48 images" in (told := capsys.readouterr().out)
     assert f"dm_generations decode --db {db}" in told
     with Archive.open(db) as archive:
         assert list(verify(archive)) == []
@@ -74,7 +73,7 @@ def test_a_sweep_lands_whole_and_a_second_run_adds_nothing(models, tmp_path, cap
     assert all(start < end <= scored and version == 1 for start, end, scored, version in times)
     content = hashlib.md5(db.read_bytes()).hexdigest()
     assert draw(models, db, *words) == 0
-    assert "0 pictures added" in capsys.readouterr().out
+    assert "Added 0 images" in capsys.readouterr().out
     assert hashlib.md5(db.read_bytes()).hexdigest() == content
 
 
@@ -94,9 +93,9 @@ def test_one_more_value_draws_exactly_what_is_missing(models, tmp_path, capsys):
     assert draw(models, extended, *words, "--n", 3, "--top-k", 4) == 0
     capsys.readouterr()
     assert draw(models, extended, *words, "--n", 5, "--top-k", 4, 9, "--dry-run") == 0
-    assert "3 there already, 7 to draw" in capsys.readouterr().out
+    assert "7 to generate (3 already present)" in capsys.readouterr().out
     assert draw(models, extended, *words, "--n", 5, "--top-k", 4, 9) == 0
-    assert "7 pictures added" in capsys.readouterr().out
+    assert "Added 7 images" in capsys.readouterr().out
     assert draw(models, whole, *words, "--n", 5, "--top-k", 4, 9) == 0
     columns = "top_k, key0, key1, quantvec"  # the same tokens, although each was drawn in another company
     assert rows_of(extended, columns, columns) == rows_of(whole, columns, columns)
@@ -112,12 +111,12 @@ def test_another_model_draws_its_own_pictures(models, tmp_path, capsys):
 
 def test_dry_run_leaves_nothing_behind(models, tmp_path, capsys):
     assert draw(models, tmp_path / "a.db", "--prompts", "a boat", "a cat", "--n", 3, "--dry-run") == 0
-    assert "0 there already, 6 to draw" in (told := capsys.readouterr().out)
-    assert f"they take about 1.6 kB in the archive, of which {6 * GRID**2 * 2} bytes are codes" in told
-    assert "\n2 batches of 4 beside each other take " in told and "MB of memory besides the weights" in told
-    assert "drawing and scoring takes about 00:" in told
+    assert "6 to generate (0 already present)" in (told := capsys.readouterr().out)
+    assert f"about 1.6 kB more, of which {6 * GRID**2 * 2} bytes are tokens" in told
+    assert "\npeak memory of 2 concurrent batches of 4: " in told
+    assert "generating and scoring: about 00:" in told
     assert draw(models, tmp_path / "a.db", "--prompts", "a boat", "--dry-run", "--no-score") == 0
-    assert "\ndrawing takes about 00:" in capsys.readouterr().out
+    assert "\ngenerating: about 00:" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -172,16 +171,16 @@ def test_no_same_seeds_gives_every_combination_its_own_keys(models, tmp_path):
     assert len(set(rows_of(db, "key0, key1"))) == 10
 
 
-def test_pictures_go_on_from_given_codes_and_can_be_checked(models, tmp_path, capsys):
-    db, given = tmp_path / "a.db", tmp_path / "given.npy"
-    np.save(given, np.arange(GRID**2, dtype=np.int64).reshape(GRID, GRID))
+def test_images_continue_initial_tokens_and_can_be_checked(models, tmp_path, capsys):
+    db, init = tmp_path / "a.db", tmp_path / "init.npy"
+    np.save(init, np.arange(GRID**2, dtype=np.int64).reshape(GRID, GRID))
     words = ["--prompts", "a boat", "--n", 3, "--no-score"]
     assert draw(models, db, *words) == 0
-    assert draw(models, db, *words, "--init-tokens", given, "--init-count", 6) == 0
-    assert "3 pictures added" in capsys.readouterr().out
-    assert draw(models, db, *words, "--init-tokens", given, "--init-count", 6) == 0
-    assert "0 pictures added" in capsys.readouterr().out
-    assert draw(models, db, *words, "--init-tokens", given) == 0  # 7 of 16 are kept
+    assert draw(models, db, *words, "--init-tokens", init, "--init-count", 6) == 0
+    assert "Added 3 images" in capsys.readouterr().out
+    assert draw(models, db, *words, "--init-tokens", init, "--init-count", 6) == 0
+    assert "Added 0 images" in capsys.readouterr().out
+    assert draw(models, db, *words, "--init-tokens", init) == 0  # 7 of 16 are kept
     tokens = [np.frombuffer(blob, "<u2") for (blob,) in rows_of(db, "quantvec")]
     for count, rows in ((6, tokens[3:6]), (7, tokens[6:9])):
         assert all((row[:count] == np.arange(count)).all() for row in rows)
@@ -191,7 +190,7 @@ def test_pictures_go_on_from_given_codes_and_can_be_checked(models, tmp_path, ca
         assert command("verify", "--db", db, "--model", models.dalle_bart, "--batch-size", 4, flag) == 0
 
 
-def test_a_picture_gives_its_codes(models, tmp_path):
+def test_an_image_gives_its_tokens(models, tmp_path):
     colours = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
     Image.fromarray(colours).save(tmp_path / "picture.png")
     words = ["--prompts", "a boat", "--n", 2, "--no-score", "--init-image", tmp_path / "picture.png"]
@@ -213,37 +212,14 @@ def test_progressive_writes_every_picture_as_it_grows(models, tmp_path):
         draw(models, plain, "--prompts", "a boat", "--progressive", 0)
 
 
-def test_two_processes_share_the_work(models, tmp_path):
-    db = tmp_path / "a.db"
-    words = ["--db", db, "--model", models.dalle_bart, "--codec", models.vqgan, "--batch-size", 2]
-    words += ["--prompts", "a boat", "a cat", "--cond-scale", 1, 3, "--n", 10, "--no-score", "--cpu-only"]
-    command_line = [sys.executable, "-m", "dm_generations", "generate", *map(str, words)]
-    environment = {
-        **os.environ,
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    Archive.create(db).close()
-    options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command_line, **options) for _ in range(2)]
-    told = [process.communicate(timeout=200) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
-    added = [int(re.search(r"(\d+) pictures? added", out).group(1)) for out, _ in told]
-    assert sum(added) == 40 and len(rows_of(db)) == 40
-    with Archive.open(db) as archive:
-        assert list(verify(archive)) == []
-    with contextlib.closing(sqlite3.connect(db)) as connection, connection:
-        assert connection.execute("SELECT count(*) FROM claims").fetchone() == (0,)
-
-
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--init-count", "3"], "--init-count says how many codes"),
+        (["--init-count", "3"], "--init-count needs --init-image"),
         (["--init-tokens", "/nowhere.npy"], "/nowhere.npy"),
         (["--init-tokens", "/nowhere.npy", "--init-image", "/nowhere.png"], "use just one of --init-image"),
         (["--n", "0"], "n must be from 1 to 10,000,000, not 0"),
-        (["--n", "5000000", "--top-k", "1", "2", "3"], "15,000,000 pictures, more than 10,000,000"),
+        (["--n", "5000000", "--top-k", "1", "2", "3"], "15,000,000 images, more than 10,000,000"),
         (["--seed", "-1"], "seed must be from 0"),
         (["--seed", str(2**64)], "seed must be from 0"),
         (["--top-k", "5", "-1"], "top_k must be from 0 to 2,147,483,647, not -1"),
@@ -284,10 +260,10 @@ def test_a_prompt_is_needed(models, tmp_path):
 
 def test_a_codec_that_does_not_fit_is_refused(models, tmp_path):
     coarse = tiny_vqgan(tmp_path / "coarse", ch_mult=[1, 1, 1])
-    with pytest.raises(UserError, match="'dalle_bart' draws 16 codes a picture, codec 'coarse' takes 2x2"):
+    with pytest.raises(UserError, match="'dalle_bart' samples 16 tokens an image, codec 'coarse' takes 2x2"):
         draw(dataclasses.replace(models, vqgan=coarse), tmp_path / "a.db", "--prompts", "a boat")
     small = tiny_vqgan(tmp_path / "small", n_embed=CODEBOOK_SIZE - 1)
-    with pytest.raises(UserError, match="draws codes below 32, codec 'small' has 31"):
+    with pytest.raises(UserError, match="samples tokens below 32, codec 'small' has 31"):
         draw(dataclasses.replace(models, vqgan=small), tmp_path / "a.db", "--prompts", "a boat")
     assert not (tmp_path / "a.db").exists()
 
@@ -322,7 +298,7 @@ def test_a_model_that_gives_only_nan_writes_no_row(models, tmp_path):
 
 def test_a_stop_keeps_finished_batches_and_a_rerun_adds_the_rest(models, tmp_path, capsys, monkeypatch):
     db, words = tmp_path / "a.db", ["--prompts", "a boat", "--n", 18, "--no-score"]
-    draw_batch, batches = runs.Pipeline.draw, []
+    draw_batch, batches = generate.Pipeline.sample, []
 
     def stops_in_the_third_batch(pipeline, draws):
         batches.append(len(draws))
@@ -330,14 +306,14 @@ def test_a_stop_keeps_finished_batches_and_a_rerun_adds_the_rest(models, tmp_pat
             raise KeyboardInterrupt
         return draw_batch(pipeline, draws)
 
-    monkeypatch.setattr(runs.Pipeline, "draw", stops_in_the_third_batch)
+    monkeypatch.setattr(generate.Pipeline, "sample", stops_in_the_third_batch)
     assert draw(models, db, *words) == 130
     told = capsys.readouterr().err.splitlines()
     assert told[-1].startswith("stopped;")
     assert batches == [8, 8, 2] and len(rows_of(db)) == 16  # two at a time, of --batch-size 4
     monkeypatch.undo()
     assert draw(models, db, *words) == 0
-    assert "2 pictures added" in capsys.readouterr().out
+    assert "Added 2 images" in capsys.readouterr().out
     with Archive.open(db) as archive:
         assert list(verify(archive)) == [] and archive.count() == 18
 
@@ -364,7 +340,7 @@ def test_too_little_memory_is_one_line_that_says_what_to_do(models, tmp_path, mo
     def exhausts(pipeline, draws):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore\nlines")
 
-    monkeypatch.setattr(runs.Pipeline, "draw", exhausts)
+    monkeypatch.setattr(generate.Pipeline, "sample", exhausts)
     with pytest.raises(UserError, match="not enough memory on the device; use a smaller --batch-size"):
         draw(models, tmp_path / "a.db", "--prompts", "a boat", "--no-score")
 
@@ -408,7 +384,7 @@ def test_score_fills_in_what_no_score_left_out(models, tmp_path, capsys, monkeyp
     options = ["--codec", models.vqgan, "--clip", models.clip, "--batch-size", 4]
     capsys.readouterr()
     assert command("score", "--db", unscored, *options) == 0
-    assert "6 pictures scored" in capsys.readouterr().out
+    assert "Scored 6 images" in capsys.readouterr().out
     columns = "quantvec, clip_score_input, clip_score_tokenized, clip_id"
     expected, found = (rows_of(db, columns, "prompt_id, key0") for db in (scored, unscored))
     assert [row[0] for row in found] == [row[0] for row in expected]
@@ -427,9 +403,9 @@ def test_score_fills_in_what_no_score_left_out(models, tmp_path, capsys, monkeyp
         assert command("score", "--db", unscored, *options) == 130
     assert capsys.readouterr().err.startswith("stopped;")
     assert command("score", "--db", unscored, *options) == 0
-    assert "4 pictures scored" in capsys.readouterr().out  # two were, at a time, before the stop
+    assert "Scored 4 images" in capsys.readouterr().out  # two were, at a time, before the stop
     assert command("score", "--db", unscored, *options) == 0
-    assert "by this CLIP; nothing to do" in capsys.readouterr().out
+    assert "of this CLIP; nothing to do" in capsys.readouterr().out
     renewed = rows_of(unscored, columns, "prompt_id, key0")
     assert all(new[1] != old[1] and new[3] != old[3] for new, old in zip(renewed, found, strict=True))
     with Archive.open(unscored) as archive:
@@ -447,12 +423,12 @@ def test_score_leaves_rows_of_another_codec_and_bad_rows_and_says_so(models, tmp
     options = ["--clip", models.clip, "--batch-size", 4]
     assert command("score", "--db", db, "--codec", models.vqgan, *options) == 1
     told = capsys.readouterr()
-    assert "2 pictures scored" in told.out
-    assert "picture 2 was not scored: its token blob is 30 bytes" in told.err
-    assert "2 not scored: made with codec 'other_codec', not 'vqgan'" in told.err
+    assert "Scored 2 images" in told.out
+    assert "image 2 was not scored: its token blob is 30 bytes" in told.err
+    assert "2 images not scored: made with codec 'other_codec', not 'vqgan'" in told.err
     assert [score is None for (score,) in rows_of(db, "clip_score_input")] == [False, True, False, True, True]
     assert command("score", "--db", db, "--codec", other.vqgan, *options) == 1  # the bad row is still there
-    assert "2 pictures scored" in capsys.readouterr().out
+    assert "Scored 2 images" in capsys.readouterr().out
 
 
 def test_score_of_a_missing_archive_is_refused_and_makes_none(models, tmp_path):

@@ -11,10 +11,10 @@ import pytest
 from decode_kit import GOLDEN_CODEC, random_tokens
 from helpers import ROOT
 
-from dm_generations.decode import memory
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models import checkpoints
+from dm_generations.runtime import device as memory
 
 
 @pytest.fixture(scope="module")

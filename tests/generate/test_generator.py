@@ -1,6 +1,5 @@
 """The compiled loop: against the same model run without a cache, and a row in any company."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -15,21 +14,24 @@ from tiny import CODEBOOK_SIZE, tiny_dalle_bart
 
 from dm_generations import sampling
 from dm_generations.errors import UserError
-from dm_generations.inference.generator import Generator, RowSettings
+from dm_generations.inference.generator import Generator
 from dm_generations.models import checkpoints
 from dm_generations.models.dalle_bart import DalleBart
+from dm_generations.sampling_params import SamplingParams
 from dm_generations.text import PromptTokenizer
 from dm_generations.threefry import row_key
 
 BATCH_SIZE = 6
 PROMPTS = ["a boat", "a cat", "", "a prompt that is cut, being longer than the model reads", "boat", "a boat"]
 SC_PROMPTS = [None, "blurry", None, "a cat", "", "blurry"]
-SETTINGS = RowSettings(
-    top_k=np.array([0, 5, 2**40, 1, 3, 8]),
-    top_p=np.array([1.0, 0.9, 0.5, 1.0, 0.2, 1.0]),
-    temperature=np.array([1.0, 0.7, 3.0, 1.0, 0.0, 1.5]),
-    cond_scale=np.array([1.0, 3.0, 10.0, 2.0, 0.0, 1.0]),
-)
+SETTINGS = [
+    SamplingParams(0, 1.0, 1.0, 1.0),
+    SamplingParams(5, 0.9, 0.7, 3.0),
+    SamplingParams(2**31 - 1, 0.5, 3.0, 10.0),
+    SamplingParams(1, 1.0, 1.0, 2.0),
+    SamplingParams(3, 0.2, 0.0, 0.0),
+    SamplingParams(8, 1.0, 1.5, 1.0),
+]
 KEYS = np.array([row_key(3, index) for index in range(6)], np.uint32)
 
 
@@ -52,8 +54,12 @@ def tokens(generator):
 
 def rows(indices) -> tuple:
     """Arguments of `generate` for these of the rows above."""
-    settings = RowSettings(*(getattr(SETTINGS, f.name)[indices] for f in dataclasses.fields(SETTINGS)))
-    return [PROMPTS[i] for i in indices], settings, KEYS[indices], [SC_PROMPTS[i] for i in indices]
+    return (
+        [PROMPTS[i] for i in indices],
+        [SETTINGS[i] for i in indices],
+        KEYS[indices],
+        [SC_PROMPTS[i] for i in indices],
+    )
 
 
 def test_tokens_are_codes(tokens, checkpoint):
@@ -174,10 +180,9 @@ def test_a_stream_ends_with_what_a_batch_gives(generator, tokens):
         next(generator.stream(*rows([0] * 13)[:3], 5))
 
 
-def test_settings_can_be_one_number_for_all(generator):
-    settings = RowSettings(top_k=5, top_p=0.9, temperature=0.7, cond_scale=3.0)
-    columns = RowSettings(*(np.full(2, getattr(settings, f.name)) for f in dataclasses.fields(settings)))
-    expected = generator.generate(["a boat", "a cat"], columns, KEYS[:2])
+def test_settings_can_be_the_same_for_all_rows(generator):
+    settings = SamplingParams(top_k=5, top_p=0.9, temperature=0.7, cond_scale=3.0)
+    expected = generator.generate(["a boat", "a cat"], [settings, settings], KEYS[:2])
     np.testing.assert_array_equal(generator.generate(["a boat", "a cat"], settings, KEYS[:2]), expected)
 
 
@@ -206,11 +211,11 @@ def _exhausted(*arguments):
 def test_batches_are_as_large_as_memory_allows(checkpoint, monkeypatch):
     tokenizer = PromptTokenizer(checkpoint.folder)
     generator = Generator(checkpoint, tokenizer, 4)
-    assert generator.at_once == 2 and generator.capacities == [8, 8]
+    assert generator.concurrency == 2 and generator.capacities == [8, 8]
     needed = generator.batch_bytes(4)
     monkeypatch.setattr("dm_generations.runtime.device.free_bytes", lambda device: needed)
     generator = Generator(checkpoint, tokenizer, 16)
-    assert generator.batch_size == 4 and generator.at_once == 1 and generator.capacities == [8]
+    assert generator.batch_size == 4 and generator.concurrency == 1 and generator.capacities == [8]
 
 
 @pytest.fixture
@@ -245,7 +250,7 @@ def test_two_batches_that_memory_does_not_hold_are_drawn_in_turn(small_generator
 
     monkeypatch.setattr(small_generator, "_advance_program", small)
     np.testing.assert_array_equal(small_generator.generate(*rows(list(range(6)))), tokens)
-    assert small_generator.at_once == 1 and small_generator.batch_size == 2
+    assert small_generator.concurrency == 1 and small_generator.batch_size == 2
 
 
 def test_what_goes_wrong_beside_another_batch_is_raised(small_generator, monkeypatch):
@@ -260,8 +265,10 @@ def test_what_goes_wrong_beside_another_batch_is_raised(small_generator, monkeyp
 def test_replay_of_two_batches_at_a_time_finds_what_one_finds(generator, small_generator, tokens):
     arguments = rows(list(range(6)))
     for _ in range(2):  # the program is compiled by the first
-        margins = small_generator.replay(*arguments[:3], tokens, arguments[3])
-        np.testing.assert_allclose(margins, generator.replay(*arguments[:3], tokens, arguments[3]), atol=1e-5)
+        margins = small_generator.teacher_forced_margins(*arguments[:3], tokens, arguments[3])
+        np.testing.assert_allclose(
+            margins, generator.teacher_forced_margins(*arguments[:3], tokens, arguments[3]), atol=1e-5
+        )
 
 
 def test_devices_draw_what_one_draws(checkpoint, tokens, tmp_path):
@@ -276,13 +283,7 @@ def test_devices_draw_what_one_draws(checkpoint, tokens, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"top_k": -1}, "top_k must be 0 or more, not -1"),
-        ({"top_p": [1.0, -0.5]}, "top_p must be 0 or more, not -0.5"),
-        ({"top_p": float("nan")}, "top_p must be 0 or more, not nan"),
-        ({"temperature": -1.0}, "temperature must be 0 or more, and finite, not -1.0"),
-        ({"temperature": [1.0, float("nan")]}, "temperature must be 0 or more, and finite, not nan"),
-        ({"temperature": np.inf}, "temperature must be"),
-        ({"cond_scale": float("nan")}, "cond_scale must be finite, not nan"),
+        ({"settings": [SamplingParams()]}, "1 settings do not match 2 prompts"),
         ({"keys": KEYS[:1]}, "1 keys do not match 2 prompts"),
         ({"keys": [[-1, 0], [1, 2]]}, "keys must be whole numbers from 0 to 4,294,967,295"),
         ({"keys": np.array([[2**32, 0], [1, 2]])}, "keys must be whole numbers"),
@@ -298,15 +299,18 @@ def test_devices_draw_what_one_draws(checkpoint, tokens, tmp_path):
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_by_name(generator, changes, message):
-    names = {field.name for field in dataclasses.fields(RowSettings)}
-    settings = RowSettings(**{name: np.asarray(value) for name, value in changes.items() if name in names})
-    rest = {name: value for name, value in changes.items() if name not in names}
+    arguments = {"prompts": ["a boat", "a cat"], "settings": SamplingParams(), "keys": KEYS[:2]}
     with pytest.raises(ValueError, match=message):
-        generator.draw(**{"prompts": ["a boat", "a cat"], "settings": settings, "keys": KEYS[:2]} | rest)
+        generator.draw(**arguments | changes)
 
 
-def test_whatever_an_archive_may_hold_can_be_drawn(generator):
-    settings = RowSettings(np.array([2**40, 0]), np.array([0.0, 1.0]), np.array([3e38, 0]), np.array([-2.0, 3e38]))
+def test_settings_out_of_range_are_refused(generator):
+    with pytest.raises(UserError, match="temperature .*nan"):
+        generator.draw(["a boat", "a cat"], [SamplingParams(), SamplingParams(temperature=float("nan"))], KEYS[:2])
+
+
+def test_settings_at_the_ends_of_their_ranges_can_be_sampled(generator):
+    settings = [SamplingParams(2**31 - 1, 1e-30, 3e38, 0.0), SamplingParams(0, 1.0, 0.0, 3e38)]
     assert generator.generate(["a boat", "a cat"], settings, KEYS[:2].astype(np.int64)).max() < CODEBOOK_SIZE
 
 
@@ -337,7 +341,7 @@ def _on_four_devices(folder: str, expected: str) -> None:
     np.testing.assert_array_equal(
         list(generator.stream(*rows([2, 5, 1])[:3], 9, rows([2, 5, 1])[3]))[-1], tokens[[2, 5, 1]]
     )
-    assert (generator.replay(*rows(indices)[:3], tokens[indices], rows(indices)[3]) < 1e-4).all()
+    assert (generator.teacher_forced_margins(*rows(indices)[:3], tokens[indices], rows(indices)[3]) < 1e-4).all()
 
 
 if __name__ == "__main__":

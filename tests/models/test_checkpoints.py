@@ -14,8 +14,8 @@ from tiny import tiny_clip, tiny_dalle_bart, tiny_vqgan
 
 from dm_generations.errors import UserError
 from dm_generations.models import checkpoints
-from dm_generations.models.checkpoints.convert import convert
 from dm_generations.models.checkpoints.source import Source
+from dm_generations.pipelines.convert import convert
 from dm_generations.runtime.params import put_params
 
 

@@ -1,10 +1,10 @@
-"""Sweeps from a TOML file: what they draw, how flags go before them, and what is refused."""
+"""Sweeps from a TOML file: what they generate, that flags take precedence, and what is refused."""
 
 import pytest
 
 from dm_generations import cli
 from dm_generations.errors import UserError
-from dm_generations.generate.sweep_file import KEYS, read_sweep
+from dm_generations.pipelines.sweep import SWEEP_KEYS, read_sweep_file
 
 SWEEP = """
 prompts = ["a cat", "a dog"]
@@ -34,27 +34,27 @@ def planned(tmp_path, capsys, *words) -> str:
     return capsys.readouterr().out.splitlines()[0]
 
 
-def test_a_file_describes_a_sweep_and_flags_go_before_it(tmp_path, capsys, sweep_file):
+def test_a_file_describes_a_sweep_and_flags_take_precedence(tmp_path, capsys, sweep_file):
     path = sweep_file(SWEEP)
-    assert planned(tmp_path, capsys, "--sweep", path).startswith("12 combinations x 4 = 48 pictures")
+    assert planned(tmp_path, capsys, "--sweep", path).startswith("12 combinations x 4 = 48 images")
     found = planned(tmp_path, capsys, "--sweep", path, "--temperature", 1, "--n", 3, "--prompts", "a bee")
-    assert found.startswith("2 combinations x 3 = 6 pictures")
+    assert found.startswith("2 combinations x 3 = 6 images")
 
 
 def test_single_values_and_lists_are_read_alike(sweep_file):
-    values = read_sweep(sweep_file(SWEEP))
+    values = read_sweep_file(sweep_file(SWEEP))
     assert values["top_p"] == [0.9] and values["temperature"] == [0.7, 1, 2.0] and values["n"] == 4
 
 
 def test_every_key_is_a_flag():
     flags = vars(cli.build_parser().parse_args(["generate", "--db", "x.db"]))
-    assert KEYS.keys() <= flags.keys() and all(flags[key] is None for key in KEYS)
+    assert SWEEP_KEYS.keys() <= flags.keys() and all(flags[key] is None for key in SWEEP_KEYS)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("prompt = 'a cat'", "unknown key 'prompt'; known are prompts"),
+        ("prompt = 'a cat'", "unknown key 'prompt'"),
         ("n = [1, 2]", "n takes one value"),
         ("top_k = [1.5]", "top_k must be a whole number, not 1.5"),
         ("top_p = true", "top_p must be a whole number or a number, not True"),
@@ -66,7 +66,7 @@ def test_every_key_is_a_flag():
 )
 def test_what_is_wrong_is_named(sweep_file, text, expected):
     with pytest.raises(UserError, match="--sweep") as caught:
-        read_sweep(sweep_file(text))
+        read_sweep_file(sweep_file(text))
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -82,7 +82,7 @@ def test_what_is_wrong_is_named(sweep_file, text, expected):
         ("keys = ['0x1:2']", "'0x1:2' is not two whole numbers"),
     ],
 )
-def test_values_that_cannot_be_drawn_are_one_line_too(tmp_path, capsys, sweep_file, text, expected):
+def test_values_that_cannot_be_sampled_are_one_line_too(tmp_path, capsys, sweep_file, text, expected):
     path = sweep_file("prompts = 'a cat'\n" + text)
     assert cli.main(["generate", "--db", str(tmp_path / "x.db"), "--sweep", str(path), "--dry-run"]) == 1
     told = capsys.readouterr().err
@@ -91,4 +91,4 @@ def test_values_that_cannot_be_drawn_are_one_line_too(tmp_path, capsys, sweep_fi
 
 def test_no_such_file(tmp_path):
     with pytest.raises(UserError, match="No such file"):
-        read_sweep(tmp_path / "none.toml")
+        read_sweep_file(tmp_path / "none.toml")
