@@ -33,7 +33,7 @@ from dm_generations.models.dalle_bart import DalleBart
 from dm_generations.models.dalle_bart_config import DalleBartConfig
 from dm_generations.models.networks import parameter_shapes
 from dm_generations.models.placement import placed
-from dm_generations.text import TextTokenizer
+from dm_generations.text import Tokenizer
 from dm_generations.threefry import row_key
 
 SWEEP = tuple(itertools.product((256,), (0.95, 1.0), (0.7, 1.0), (3.0, 10.0)))  # as RowSettings
@@ -257,7 +257,7 @@ class Machine:
         return cls(bandwidth, matrix_peak(dtype))
 
 
-def model_of(shape: str) -> tuple[Checkpoint, TextTokenizer]:
+def model_of(shape: str) -> tuple[Checkpoint, Tokenizer]:
     """The shipped model, or random weights of another shape, which read the same ids of texts."""
     embedded = load(None, "generator")
     tokenizer = tokenizer_of(embedded)

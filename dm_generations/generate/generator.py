@@ -30,7 +30,7 @@ from dm_generations.models.dalle_bart_config import unscanned
 from dm_generations.models.networks import network_class
 from dm_generations.models.placement import placed
 from dm_generations.programs import Kept, remembered
-from dm_generations.text import TextTokenizer, load_tokenizer
+from dm_generations.text import Tokenizer, load_tokenizer
 from dm_generations.threefry import WORD
 
 _T = TypeVar("_T")
@@ -71,7 +71,7 @@ class Generator:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        tokenizer: TextTokenizer,
+        tokenizer: Tokenizer,
         batch_size: int,
         dtype: str = "float32",
         rng: str = "rows",
@@ -415,7 +415,7 @@ def _checked_whole(name: str, values: np.ndarray, lowest: int, highest: int) -> 
     return values
 
 
-def tokenizer_of(generator: Checkpoint) -> TextTokenizer:
+def tokenizer_of(generator: Checkpoint) -> Tokenizer:
     """What makes ids of the prompts of a loaded generator. Raises UserError if its files are missing or broken."""
     if generator.tokenizer is None:
         raise UserError(

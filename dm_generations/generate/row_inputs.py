@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from dm_generations.text import TextTokenizer
+from dm_generations.text import Tokenizer
 
 TEXT_BATCH = 8  # texts read at a time: a batch has few distinct ones
 _INT32_MAX = 2**31 - 1
@@ -69,7 +69,7 @@ def take_fitting(rows: Sequence[_T], sequences: Sequence[int], capacity: int) ->
     return rows[: max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= capacity, used)))]
 
 
-def laid_out(rows: Sequence[Row], capacity: int, tokenizer: TextTokenizer, text_length: int, length: int) -> RowInputs:
+def laid_out(rows: Sequence[Row], capacity: int, tokenizer: Tokenizer, text_length: int, length: int) -> RowInputs:
     """`rows`, which fit into S = `capacity` sequences, for one device: NumPy arrays. text_length: T   length: L"""
     texts: dict[str | None, int] = {}
     sequences: list[tuple[int, int]] = []  # text, row
