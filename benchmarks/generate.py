@@ -34,7 +34,7 @@ from dm_generations.models.networks import parameter_shapes
 from dm_generations.runtime.device import free_bytes
 from dm_generations.runtime.params import put_params
 from dm_generations.sampling_params import SamplingParams
-from dm_generations.text import TextTokenizer
+from dm_generations.text import Tokenizer
 from dm_generations.threefry import row_key
 
 SWEEP = tuple(itertools.product((256,), (0.95, 1.0), (0.7, 1.0), (3.0, 10.0)))  # as SamplingParams
@@ -260,7 +260,7 @@ class Machine:
         return cls(bandwidth, matrix_peak(dtype))
 
 
-def model_of(shape: str) -> tuple[Checkpoint, TextTokenizer]:
+def model_of(shape: str) -> tuple[Checkpoint, Tokenizer]:
     """The shipped model, or random weights of another shape, which read the same ids of texts."""
     embedded = load(None, "generator")
     tokenizer = tokenizer_of(embedded)

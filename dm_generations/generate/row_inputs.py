@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from dm_generations.sampling_params import SamplingParams
-from dm_generations.text import TextTokenizer
+from dm_generations.text import Tokenizer
 
 TEXT_BATCH = 8  # texts encoded at a time: a batch has few distinct ones
 _INT32_MAX = 2**31 - 1
@@ -76,9 +76,7 @@ def take_until_full(rows: Sequence[_T], sequences: Sequence[int], capacity: int)
     return rows[: max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= capacity, used)))]
 
 
-def pack_batch(
-    rows: Sequence[Row], capacity: int, tokenizer: TextTokenizer, text_length: int, length: int
-) -> RowInputs:
+def pack_batch(rows: Sequence[Row], capacity: int, tokenizer: Tokenizer, text_length: int, length: int) -> RowInputs:
     """Pack rows into the arrays of one device's batch.
 
     Args:

@@ -28,7 +28,7 @@ from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import BatchRunner, Work, batch_concurrency, free_bytes_of_each
 from dm_generations.runtime.params import put_params
 from dm_generations.sampling_params import SamplingParams
-from dm_generations.text import TextTokenizer, load_tokenizer
+from dm_generations.text import Tokenizer, load_tokenizer
 from dm_generations.threefry import WORD
 
 _T = TypeVar("_T")
@@ -61,7 +61,7 @@ class Generator:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        tokenizer: TextTokenizer,
+        tokenizer: Tokenizer,
         batch_size: int,
         dtype: str = "float32",
         rng: str = "rows",
@@ -200,7 +200,8 @@ class Generator:
                 are sampled together.
 
         Raises:
-            UserError: Settings are out of range, the model gives no logits to sample from, or memory does not hold one image.
+            UserError: Settings are out of range, the model gives no logits to sample from, or memory does not hold
+                one image.
             ValueError: Arguments do not match each other, or are out of range.
         """
         if every is not None:
@@ -359,7 +360,7 @@ class Generator:
         return self._decode_steps(self._params, inputs, state, *steps)
 
     def _stream(self, batch: list[Sequence[Row]], every: int) -> Iterator[Samples]:
-        """Return tokens (m, count) and log-probabilities of a batch's m rows after every `every` steps, and at the end."""
+        """Return tokens (m, count) and log-probabilities of m rows after every `every` steps, and at the end."""
         inputs = self._inputs(batch)
         state = self._init_cache(self._params, inputs)
         for first in range(0, self.token_count, every):
@@ -393,7 +394,7 @@ def _checked_whole(name: str, values: np.ndarray, lowest: int, highest: int) -> 
     return values
 
 
-def tokenizer_of(generator: Checkpoint) -> TextTokenizer:
+def tokenizer_of(generator: Checkpoint) -> Tokenizer:
     """Load the tokenizer of a generator. Raises UserError if its files are missing or broken."""
     if generator.tokenizer is None:
         raise UserError(

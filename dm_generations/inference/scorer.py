@@ -139,10 +139,10 @@ class Scorer:
         """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images do not match {len(prompts)} prompts")
-        readbacks = {prompt: self._tokenizer.readback(prompt, self._text_length) for prompt in set(prompts)}
+        read_back = {prompt: self._tokenizer.round_trip(prompt, self._text_length) for prompt in set(prompts)}
         features = self.image_features(images)
         typed = self.text_features(prompts)
-        read = self.text_features([readbacks[prompt] for prompt in prompts])
+        read = self.text_features([read_back[prompt] for prompt in prompts])
         return tuple(np.float32(self._scale) * np.sum(features * text, axis=-1) for text in (typed, read))
 
     def image_features(self, images: np.ndarray | Decoding) -> np.ndarray:

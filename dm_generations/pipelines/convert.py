@@ -13,8 +13,8 @@ from dm_generations.models import checkpoints
 from dm_generations.models.checkpoints import mindalle, own
 from dm_generations.models.checkpoints.unpacked import is_archive
 from dm_generations.models.networks import ROLES
-from dm_generations.text.byte_level import PAIR_NAMES
-from dm_generations.text.normalizer import WORDS_FILE
+from dm_generations.text.dalle_mini import WORDS_FILE
+from dm_generations.text.tokenizer_files import VOCAB_OR_MERGES_NAME
 
 # What tokenizers are made of, in any of the public models; and how CLIP's pictures are made ready.
 TOKENIZER_FILES = (
@@ -82,7 +82,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
     if source.is_dir():
         copies = {source / name: name for name in TOKENIZER_FILES}
         copies |= {extra: extra.name for extra in source.glob("*.model")}  # YouTokenToMe's
-    elif match := PAIR_NAMES.fullmatch(source.name):
+    elif match := VOCAB_OR_MERGES_NAME.fullmatch(source.name):
         ending = match[1] or match[2] or ""  # min-dalle's two sizes in one folder
         copies = {source.with_name(f"vocab{ending}.json"): "vocab.json"}
         copies |= {source.with_name(f"merges{ending}.txt"): "merges.txt"}

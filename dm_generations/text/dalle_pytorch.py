@@ -1,4 +1,4 @@
-"""DALLE-pytorch's tokenizers: which one a model was trained with is not in its file, only what it reads.
+r"""DALLE-pytorch's tokenizers: which one a model was trained with is not in its file, only what it reads.
 
     simple          OpenAI's byte pairs: bpe_simple_vocab_16e6.txt, or the .txt.gz of CLIP (the default there)
     Hugging Face    a tokenizer.json, whatever its name
@@ -6,150 +6,232 @@
     Chinese         the vocab.txt of bert-base-chinese
 
 Rules after `tokenizer.py` of DALLE-pytorch (https://github.com/lucidrains/DALLE-pytorch). All pad with 0, which
-the model reads as "nothing here" wherever it occurs, and put no tokens around a text. A text that is too long is
-cut (`truncate_text=True` there).
+the model reads as padding wherever it occurs, and put no tokens around a text. A text that is too long is cut
+(`truncate_text=True` there).
 """
 
+import functools
 import html
 import re
-import unicodedata
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+import tokenizers
+from tokenizers import Regex, models, normalizers, pre_tokenizers
 
-from dm_generations.errors import UserError, one_line
-from dm_generations.text.bpe import byte_alphabet, merge, rules_of
-from dm_generations.text.files import (
+from dm_generations.errors import UserError
+from dm_generations.text.prompt_tokenizer import encode_texts, pad_ids, replace_surrogates
+from dm_generations.text.tokenizer_files import (
     MAX_BYTES,
-    decode,
-    optional_module,
+    MAX_ID,
+    build_bpe,
+    decode_utf8,
+    find_token_id,
+    import_optional,
     parse_json,
     parse_merges,
     read_bytes,
-    special_id,
+    read_maybe_gzipped,
+    read_tokenizer_json,
 )
-from dm_generations.text.rows import padded_rows
-from dm_generations.text.tokenizer import plain_ids, read_pipeline, well_formed
-from dm_generations.text.youtokentome import YouTokenToMe
 
 PAD_ID = 0
+ENDINGS = (".json", ".model", ".bpe", ".yttm", ".txt", ".txt.gz")  # of files that may be tokenizers
+MERGES_NAME = "merges.txt"  # headed like OpenAI's file, but of no use without its vocab.json
+
 SIMPLE_MERGES = 49_152 - 256 - 2  # OpenAI's file lists far more than its vocabulary takes
 SIMPLE_ENDS = ("<|startoftext|>", "<|endoftext|>")
-ENDINGS = (".json", ".model", ".bpe", ".yttm", ".txt", ".txt.gz")  # of files that may be tokenizers
-MERGES_OF_A_PAIR = "merges.txt"  # headed like OpenAI's file, but nothing without its vocab.json
+# U+0345 is a mark whose upper case is a letter: `regex`, told to ignore case, takes it for neither and drops it.
+SIMPLE_WORDS = r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{0345}]+"
 
+YTTM_SPACE = "▁"
+YTTM_SPACES = f"[ \\t\\n\\v\\f\\r{YTTM_SPACE}]+"
+YTTM_UNKNOWN = ""  # no character and no merge spells it
+YTTM_NUMBER = re.compile(rb"-?[0-9]{1,10}")
 
-class TextToIds(Protocol):
-    def ids(self, text: str, limit: int) -> list[int]:
-        """The ids of a well-formed text; those after the first `limit` may be missing."""
+Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
 class DallePytorchTokenizer:
-    """path: a tokenizer's file, or the one folder it is in; its kind is seen from what is in it.
+    """A tokenizer of any kind that DALLE-pytorch knows, found by what is in its file."""
 
-    vocab_size: the model's `num_text_tokens`. lower: put texts in lower case first, as the DALL-3 fork's
-    program does. Raises UserError for files that are missing, broken or of no known kind.
-    """
+    def __init__(self, path: Path, vocab_size: int, *, lower: bool = False) -> None:
+        """Load the tokenizer.
 
-    def __init__(self, path: Path, vocab_size: int, *, lower: bool = False):
-        self.path = _find(path) if path.is_dir() else path
-        kind = _kind(self.path)
-        if kind is None:
+        Args:
+            path: Its file, or the folder with its file.
+            vocab_size: The model's `num_text_tokens`.
+            lower: Put texts in lower case first, as the DALL-3 fork does.
+
+        Raises:
+            UserError: The file is missing, broken or of no known kind.
+        """
+        self.path = _find_file(path) if path.is_dir() else path
+        read = _find_reader(self.path)
+        if read is None:
             raise UserError(
                 f"{self.path}: not a tokenizer that DALLE-pytorch knows (OpenAI's BPE text, a Hugging Face JSON, "
                 "a YouTokenToMe model or a BERT vocab.txt)"
             )
-        self._kind: TextToIds = kind(self.path)
+        self._encode = read(self.path)
         self._lower = lower
         self.vocab_size = vocab_size
 
     def encode(self, texts: Sequence[str | None], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """input_ids, attention_mask (1 where the id is not 0), both int32 (B, L) with L = length.
+        """Encode prompts.
 
-        None, like the empty text, is zeros alone.
+        Args:
+            texts: B prompts. None, like the empty text, is padding alone.
+            length: L, the number of tokens per prompt.
+
+        Returns:
+            input_ids and attention_mask (1 where the id is not 0), both int32 (B, L).
+
+        Raises:
+            UserError: A text has a token that the model lacks.
         """
-        texts = [well_formed(text or "") for text in texts]
-        ids = [self._kind.ids(text.lower() if self._lower else text, length) for text in texts]
-        input_ids, _ = padded_rows(ids, length, PAD_ID, self.vocab_size, self.path)
+        clean = [replace_surrogates(text or "") for text in texts]
+        ids = self._encode([text.lower() for text in clean] if self._lower else clean)
+        input_ids, _ = pad_ids(ids, length, PAD_ID, self.vocab_size, self.path)
         return input_ids, (input_ids != PAD_ID).astype(np.int32)
 
 
-class SimpleTokenizer:
-    """CLIP's first tokenizer: repaired text in lower case, cut into words, bytes merged within each.
+def _read_simple(path: Path) -> Encode:
+    """Read CLIP's first tokenizer: repaired text in lower case, split into words, bytes merged within each."""
+    fix_text: Callable[[str], str] = import_optional("ftfy").fix_text
+    lines = decode_utf8(read_maybe_gzipped(path), path).rstrip("\n").split("\n")[: 1 + SIMPLE_MERGES]
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens += [token + "</w>" for token in tokens]
+    tokens += [line.replace(" ", "") for line in lines[1:]] + list(SIMPLE_ENDS)
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = parse_merges("\n".join(lines), path, vocab)
+    pipeline = tokenizers.Tokenizer(build_bpe(path, vocab, merges, end_of_word_suffix="</w>"))
+    pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pipeline.add_special_tokens(list(SIMPLE_ENDS))
+    # Not a part of the pipeline: there, special tokens would be found before a text is split into words.
+    splitter = pre_tokenizers.Split(Regex(SIMPLE_WORDS), "removed", invert=True)
 
-    Letters and digits are what Python's Unicode tables say; DALLE-pytorch asks those of the `regex` library.
+    def split(text: str) -> list[str]:
+        text = html.unescape(html.unescape(fix_text(text))).lower()
+        return [word for word, _ in splitter.pre_tokenize_str(text)]
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        return encode_texts(pipeline, [split(text) for text in texts], path, is_split=True)
+
+    return encode
+
+
+def _read_hugging_face(path: Path) -> Encode:
+    """Read a tokenizer.json, without what it puts around a text, its padding and its truncation."""
+    pipeline = read_tokenizer_json(path)
+    pipeline.no_padding()
+    pipeline.no_truncation()
+    return functools.partial(_encode_with, pipeline, path)
+
+
+def _read_chinese(path: Path) -> Encode:
+    """Read BERT's word pieces, with upper case kept, as for bert-base-chinese; a token's id is its line, from 0."""
+    tokens = decode_utf8(read_bytes(path), path).removesuffix("\n").split("\n")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    find_token_id(vocab, "[UNK]", path)
+    pipeline = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    pipeline.normalizer = normalizers.BertNormalizer(lowercase=False)
+    pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    specials = ["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"]
+    pipeline.add_special_tokens([token for token in specials if token in vocab])
+    return functools.partial(_encode_with, pipeline, path)
+
+
+def _read_youtokentome(path: Path) -> Encode:
+    """Read a model of YouTokenToMe: byte pairs of characters with "▁" before every word.
+
+    File and rules after YouTokenToMe (https://github.com/VKCOM/YouTokenToMe). The file, all decimal numbers:
+
+        <characters> <merges>
+        <code point> <id>               a line a character
+        <left id> <right id> <id>       a line a merge, the first to be applied first
+        <unknown> <pad> <bos> <eos>     -1 for one that there is not
     """
+    characters, merge_ids, unknown_id = _parse_youtokentome(path)
+    token_from_id: dict[int, str] = {}
+    vocab: dict[str, int] = {}
+    size = 0
+    merges = []
 
-    def __init__(self, path: Path):
-        self._fix_text = optional_module("ftfy").fix_text
-        lines = decode(_gunzipped(path), path).rstrip("\n").split("\n")[: 1 + SIMPLE_MERGES]
-        self._byte_pieces = byte_alphabet()
-        pieces = sorted(self._byte_pieces)
-        pieces += [piece + "</w>" for piece in pieces]
-        pieces += [line.replace(" ", "") for line in lines[1:]] + list(SIMPLE_ENDS)
-        self._id = {piece: index for index, piece in enumerate(pieces)}
-        self._rules = rules_of(parse_merges("\n".join(lines).encode(), path, self._id))
+    def add(token: str, index: int) -> None:
+        nonlocal size
+        size += len(token)
+        if not 0 <= index <= MAX_ID or index in token_from_id or token in vocab:
+            raise UserError(f"{path}: gives {ascii(token)[:40]} the id {index}, out of range or given twice")
+        if size > MAX_BYTES:  # a few lines can spell a token of any length
+            raise UserError(f"{path}: its tokens have more than {MAX_BYTES >> 20} million characters")
+        token_from_id[index] = token
+        vocab[token] = index
 
-    def ids(self, text: str, limit: int) -> list[int]:
-        text = html.unescape(html.unescape(self._fix_text(text)))
-        ids: list[int] = []
-        for word in _words(text.lower()):
-            if len(ids) >= limit:
-                break
-            ids += [self._id[piece] for piece in self._pieces(word)]
-        return ids
+    for point, index in characters:
+        if not 0 <= point <= 0x10FFFF:
+            raise UserError(f"{path}: lists the character {point}, not a Unicode code point")
+        add(chr(point), index)
+    if YTTM_SPACE not in vocab:
+        raise UserError(f"{path}: has no {YTTM_SPACE!r}, which begins every word of a YouTokenToMe model")
+    for number, (left, right, joined) in enumerate(merge_ids, start=1):
+        if left not in token_from_id or right not in token_from_id:
+            raise UserError(f"{path}: merge {number} joins {left} and {right} to {joined}, ids it does not know")
+        merges.append((token_from_id[left], token_from_id[right]))
+        add("".join(merges[-1]), joined)
+    if unknown_id == -1:
+        raise UserError(f"{path}: has no id for unknown characters")
+    add(YTTM_UNKNOWN, unknown_id)
 
-    def _pieces(self, word: str) -> list[str]:
-        if word in SIMPLE_ENDS:
-            return [word]
-        pieces = [self._byte_pieces[byte] for byte in word.encode()]
-        return merge([*pieces[:-1], pieces[-1] + "</w>"], self._rules, whole_passes=True)
-
-
-class HuggingFaceTokenizer:
-    """The file's pipeline without what it puts around a text, its padding and its truncation."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._tokenizer = read_pipeline(path)
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-
-    def ids(self, text: str, limit: int) -> list[int]:
-        return plain_ids(self._tokenizer, [text], self._path)[0]
-
-
-class ChineseTokenizer:
-    """BERT's word pieces with upper case kept, as for bert-base-chinese; a piece's id is its line, from 0."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        pieces = decode(read_bytes(path), path).removesuffix("\n").split("\n")
-        vocab = {piece: index for index, piece in enumerate(pieces)}
-        special_id(vocab, "[UNK]", path)
-        self._tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
-        self._tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
-        self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        specials = ["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"]
-        self._tokenizer.add_special_tokens([piece for piece in specials if piece in vocab])
-
-    def ids(self, text: str, limit: int) -> list[int]:
-        return plain_ids(self._tokenizer, [text], self._path)[0]
+    # A run of unknown characters is one token (fuse_unk).
+    pipeline = tokenizers.Tokenizer(build_bpe(path, vocab, merges, unk_token=YTTM_UNKNOWN, fuse_unk=True))
+    pipeline.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(YTTM_SPACES), "removed"),
+            pre_tokenizers.Metaspace(replacement=YTTM_SPACE, prepend_scheme="always", split=False),
+        ]
+    )
+    return functools.partial(_encode_with, pipeline, path)
 
 
-def _find(folder: Path) -> Path:
-    """The one file of a folder that is a tokenizer. UserError if there is none, or if there are several."""
+def _parse_youtokentome(path: Path) -> tuple[list[list[int]], list[list[int]], int]:
+    """Parse a model of YouTokenToMe: its characters, its merges, and the id for unknown characters."""
+    head, _, body = read_bytes(path).partition(b"\n")
+    counts = head.split()
+    if len(counts) != 2 or not all(count.isdigit() and len(count) <= 8 for count in counts):
+        raise UserError(f"{path}: not a YouTokenToMe model, its first line must be two counts")
+    character_count, merge_count = map(int, counts)
+    expected = 2 * character_count + 3 * merge_count + 4
+    if len(body) < 2 * expected - 1:  # before the body is split
+        raise UserError(f"{path}: cut off, it promises {character_count:,} characters and {merge_count:,} merges")
+    words = body.split(None, expected)
+    if len(words) != expected or not all(YTTM_NUMBER.fullmatch(word) for word in words):
+        raise UserError(
+            f"{path}: damaged, its first line promises {character_count:,} characters and {merge_count:,} merges"
+        )
+    numbers = np.array(words, np.int64)
+    characters, merges, specials = np.split(numbers, [2 * character_count, 2 * character_count + 3 * merge_count])
+    return characters.reshape(-1, 2).tolist(), merges.reshape(-1, 3).tolist(), int(specials[0])
+
+
+def _encode_with(pipeline: tokenizers.Tokenizer, path: Path, texts: Sequence[str]) -> list[list[int]]:
+    return encode_texts(pipeline, texts, path)
+
+
+def _find_file(folder: Path) -> Path:
+    """Find the one file of a folder that is a tokenizer.
+
+    Raises:
+        UserError: There is none, or there are several.
+    """
     try:
         files = sorted(path for path in folder.iterdir() if path.name.endswith(ENDINGS) and path.is_file())
-        files = [path for path in files if path.stat().st_size <= MAX_BYTES and path.name != MERGES_OF_A_PAIR]
+        files = [path for path in files if path.stat().st_size <= MAX_BYTES and path.name != MERGES_NAME]
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
-    found = {path: kind for path in files if (kind := _kind(path)) is not None}
-    chinese = [path for path, kind in found.items() if kind is ChineseTokenizer]
+    found = {path: read for path in files if (read := _find_reader(path)) is not None}
+    chinese = [path for path, read in found.items() if read is _read_chinese]
     paths = chinese or list(found)  # a BERT folder has its tokenizer.json too, which puts tokens around a text
     if len(paths) != 1:
         names = ", ".join(path.name for path in paths) or "none"
@@ -157,63 +239,19 @@ def _find(folder: Path) -> Path:
     return paths[0]
 
 
-def _kind(path: Path) -> type[TextToIds] | None:
-    """What reads this file, None if nothing here does."""
-    data = _gunzipped(path)
+def _find_reader(path: Path) -> Callable[[Path], Encode] | None:
+    """Find the function that reads this file, None if it is of no known kind."""
+    data = read_maybe_gzipped(path)
     head = data[:4096]
     first_line, _, rest = head.partition(b"\n")
     if b"#version" in first_line:
-        return SimpleTokenizer
+        return _read_simple
     if data.lstrip()[:1] == b"{":
         document = parse_json(data, path)
         has_model = isinstance(document, dict) and isinstance(document.get("model"), dict)
-        return HuggingFaceTokenizer if has_model and "vocab" in document["model"] else None
+        return _read_hugging_face if has_model and "vocab" in document["model"] else None
     if re.fullmatch(rb"\d+ \d+\s*", first_line) and re.match(rb"\d+ \d+\s", rest):
-        return YouTokenToMe
+        return _read_youtokentome
     if b"\n[UNK]" in b"\n" + head.replace(b"\r", b""):
-        return ChineseTokenizer
+        return _read_chinese
     return None
-
-
-def _gunzipped(path: Path) -> bytes:
-    """A file's bytes, unpacked if it is a .gz. UserError if that is broken, or far too large for a tokenizer."""
-    data = read_bytes(path)
-    if data[:2] != b"\x1f\x8b":
-        return data
-    unpacker = zlib.decompressobj(wbits=31)
-    try:
-        data = unpacker.decompress(data, MAX_BYTES)
-    except zlib.error as error:
-        raise UserError(f"{path}: broken .gz ({one_line(error)})") from error
-    if unpacker.unconsumed_tail:
-        raise UserError(f"{path}: unpacks to more than {MAX_BYTES >> 20} MiB, not a tokenizer's file")
-    if not unpacker.eof:
-        raise UserError(f"{path}: the .gz is cut off")
-    return data
-
-
-# A mark, whose upper case is a letter: `regex`, told to ignore case, takes it for neither, and so drops it.
-IOTA_BELOW = "\N{COMBINING GREEK YPOGEGRAMMENI}"
-SPECIAL_WORDS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)", re.IGNORECASE)
-
-
-def _words(text: str) -> Iterator[str]:
-    """CLIP's words: contractions' ends, runs of letters, single digits, runs of other marks; spaces are dropped."""
-    start = 0
-    while start < len(text):
-        kind = _character_kind(text[start])
-        if special := SPECIAL_WORDS.match(text, start):
-            end = special.end()
-        else:
-            end = start + 1
-            while kind != "number" and end < len(text) and _character_kind(text[end]) == kind:
-                end += 1
-        if kind != "space":
-            yield text[start:end]
-        start = end
-
-
-def _character_kind(character: str) -> str:
-    if character.isspace() or character == IOTA_BELOW:
-        return "space"
-    return {"L": "letter", "N": "number"}.get(unicodedata.category(character)[0], "mark")
