@@ -1,4 +1,4 @@
-"""A run that is stopped and resumed gives what an undisturbed one gives, and what it writes loads."""
+"""A run that is stopped and resumed equals one that is not, and what it writes loads."""
 
 import argparse
 import dataclasses
@@ -11,10 +11,10 @@ import pytest
 
 from dm_generations.models import checkpoints
 from dm_generations.models.vqgan import VQGANConfig
-from training import data, vqgan
-from training.__main__ import STEPS
-from training.common import Run
-from training.vqgan import Trainer, encode, encode_frugally, reconstruct
+from recipes.emoji import vqgan
+from recipes.emoji.__main__ import STEPS
+from recipes.emoji.common import Run
+from recipes.emoji.vqgan import Trainer, encode_entropy_constrained, encode_images, reconstruct
 
 CONFIG = VQGANConfig(
     ch=4,
@@ -43,11 +43,11 @@ def initial(trainer):
 
 def train(trainer, initial, folder, count):
     run = Run(folder, initial, save_every=4, args=trainer.args)
-    run.loop(count, trainer.step, log_every=2)
+    run.train(count, trainer.step, log_every=2)
     return run
 
 
-def test_resumed_run_equals_an_undisturbed_one(trainer, initial, tmp_path):
+def test_a_resumed_run_equals_an_undisturbed_one(trainer, initial, tmp_path):
     whole = train(trainer, initial, tmp_path / "whole", 6)
     train(trainer, initial, tmp_path / "parts", 4)
     resumed = train(trainer, initial, tmp_path / "parts", 6)
@@ -57,64 +57,66 @@ def test_resumed_run_equals_an_undisturbed_one(trainer, initial, tmp_path):
     assert logged == ['{"step": 2', '{"step": 4', '{"step": 6']
 
 
-def test_run_is_not_resumed_with_other_numbers(trainer, initial, tmp_path):
+def test_a_run_is_not_resumed_with_other_numbers(trainer, initial, tmp_path):
     train(trainer, initial, tmp_path, 2)
     others = argparse.Namespace(**vars(trainer.args) | {"batch_size": 8, "out": tmp_path})
-    with pytest.raises(SystemExit, match="was begun with --batch-size 4: do so again, or give another --run"):
+    with pytest.raises(SystemExit, match="--batch-size 4"):
         Run(tmp_path, initial, save_every=4, args=others)
 
 
 @pytest.mark.parametrize(("begun", "flag"), [(True, "--bfloat16"), (False, "--no-bfloat16")])
-def test_run_is_not_resumed_in_another_precision(begun, flag, trainer, initial, tmp_path):
+def test_a_run_is_not_resumed_in_another_precision(begun, flag, trainer, initial, tmp_path):
     Run(tmp_path, initial, save_every=4, args=argparse.Namespace(bfloat16=begun)).save()
-    with pytest.raises(SystemExit, match=f"was begun with {flag}: do so again"):
+    with pytest.raises(SystemExit, match=f" {flag}:"):
         Run(tmp_path, initial, save_every=4, args=argparse.Namespace(bfloat16=not begun))
 
 
-def test_trained_model_loads_and_rebuilds_pictures(trainer, initial, tmp_path):
+def test_a_trained_model_loads_and_reconstructs_images(trainer, initial, tmp_path):
     run = train(trainer, initial, tmp_path / "run", 4)
     params = jax.device_get(run.state["params"])
     checkpoints.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), params, np.float16)
     loaded = checkpoints.load(tmp_path / "model", "codec")
     assert loaded.config == CONFIG
-    pictures, tokens = reconstruct(trainer.model, loaded.params, np.asarray(trainer.pixels))
-    assert pictures.shape == (40, 8, 8, 3) and pictures.dtype == np.uint8
-    assert tokens.shape == (40, 16) and tokens.max() < 8
-    one_batch = trainer.apply(loaded.params, np.asarray(trainer.pixels) / np.float32(255), method="encode")[1]
-    np.testing.assert_array_equal(tokens, one_batch)  # in order, and none of the rows that fill the last batch up
+    images, codes = reconstruct(trainer.model, loaded.params, np.asarray(trainer.pixels))
+    assert images.shape == (40, 8, 8, 3) and images.dtype == np.uint8
+    assert codes.shape == (40, 16) and codes.max() < 8
+    one_batch = vqgan.apply_model(
+        trainer.model, loaded.params, np.asarray(trainer.pixels) / np.float32(255), method="encode"
+    )[1]
+    np.testing.assert_array_equal(codes, one_batch)  # in order, without the padding of the last batch
 
 
-def test_thrift_makes_codes_common_at_little_cost(trainer, initial, tmp_path):
+def test_an_entropy_weight_lowers_entropy_at_little_cost(trainer, initial, tmp_path):
     params = jax.device_get(train(trainer, initial, tmp_path, 6).state["params"])
 
-    def entropy_and_error(tokens):
-        shares = np.bincount(tokens.ravel(), minlength=CONFIG.n_embed) / tokens.size
+    def entropy_and_error(codes):
+        shares = np.bincount(codes.ravel(), minlength=CONFIG.n_embed) / codes.size
         outputs = trainer.model.apply({"params": params}, trainer.pixels / 255.0, method="encode_continuous")
-        codes = params["quantize"]["embedding"]["embedding"][tokens]
-        error = np.square(np.asarray(outputs).reshape(codes.shape) - codes).sum(-1).mean()
+        vectors = params["quantize"]["embedding"]["embedding"][codes]
+        error = np.square(np.asarray(outputs).reshape(vectors.shape) - vectors).sum(-1).mean()
         return -(shares[shares > 0] * np.log(shares[shares > 0])).sum(), error
 
     pixels = np.asarray(trainer.pixels)
-    nearest = encode(trainer.model, params, pixels)
-    np.testing.assert_array_equal(encode_frugally(trainer.model, params, pixels, 0.0), nearest)
+    nearest = encode_images(trainer.model, params, pixels)
+    np.testing.assert_array_equal(encode_entropy_constrained(trainer.model, params, pixels, 0.0), nearest)
     entropy, error = entropy_and_error(nearest)
     costs = []
-    for thrift in (0.3, 1.0):
-        frugal_entropy, frugal_error = entropy_and_error(encode_frugally(trainer.model, params, pixels, thrift))
-        assert frugal_entropy < entropy
-        # No choice of codes costs less: the nearest do not either.
-        assert frugal_error + thrift * error * frugal_entropy <= error + thrift * error * entropy
-        costs.append(frugal_error)
+    for weight in (0.3, 1.0):
+        low_entropy, high_error = entropy_and_error(encode_entropy_constrained(trainer.model, params, pixels, weight))
+        assert low_entropy < entropy
+        # No codes cost less, not even the nearest.
+        assert high_error + weight * error * low_entropy <= error + weight * error * entropy
+        costs.append(high_error)
     assert error < costs[0] <= costs[1]
 
 
-def test_fine_tuning_goes_on_from_the_codebook(trainer, initial, tmp_path, monkeypatch):
+def test_fine_tuning_does_not_restart_the_codebook(trainer, initial, tmp_path, monkeypatch):
     checkpoints.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), initial["params"], np.float32)
     pixels = np.asarray(trainer.pixels)
-    rows = [{"held_out": i % 4 == 0, "tone": False} for i in range(len(pixels))]
-    monkeypatch.setattr(data, "load", lambda path: (pixels, rows))
+    emoji = [{"held_out": i % 4 == 0, "tone": ""} for i in range(len(pixels))]
+    monkeypatch.setattr(vqgan, "load_dataset", lambda path: (pixels, emoji))
     monkeypatch.setattr(Trainer, "start_codebook", None)
-    monkeypatch.setattr(jax.config, "update", lambda name, value: None)  # of devices, which are there already
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)  # the devices are set up already
     words = f"vqgan --init {tmp_path / 'model'} --run {tmp_path / 'run'} --out {tmp_path / 'out'} --steps 1"
     monkeypatch.setattr(sys, "argv", [*words.split(), "--batch-size", "4"])
     vqgan.main()
