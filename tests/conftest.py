@@ -9,7 +9,7 @@ from helpers import golden, golden_dirs
 __all__ = ["golden", "golden_dirs"]
 
 # Files of minutes. A process takes a whole file, so that one of them at the end would leave the other processes idle.
-LONG = ("test_readme.py", "test_training_runs.py", "test_public_models.py", "test_generate.py", "test_notebook.py")
+LONG = ("test_readme.py", "test_emoji_runs.py", "test_public_models.py", "test_generate.py", "test_notebook.py")
 
 
 def pytest_configure(config):
