@@ -69,7 +69,14 @@ def _write(
     )
     if dtype == "float16":
         _check_range(checkpoint)
-    own.save(folder, checkpoint.kind, config, checkpoint.params, _DTYPES.get(dtype), checkpoint.text_style or "")
+    own.save(
+        folder,
+        checkpoint.kind,
+        config,
+        checkpoint.params,
+        None if dtype is None else _DTYPES[dtype],
+        checkpoint.text_style or "",
+    )
     source = tokenizer or checkpoint.tokenizer
     if source is not None:
         _copy_tokenizer(source, folder)
