@@ -1,4 +1,4 @@
-"""How far a long command is: a bar on a terminal, now and then a plain line elsewhere. On stderr."""
+"""Progress of a long command on stderr: a bar on a terminal, otherwise a plain line every 10 seconds."""
 
 import contextlib
 import sys
@@ -10,22 +10,22 @@ _LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """Counts pictures up to `total`; a context manager."""
+    """Counts images up to `total`; a context manager."""
 
     def __init__(self, total: int):
         self._total, self._done = total, 0
         self._last_line = 0.0
-        self._first: tuple[float, int] | None = None  # when pictures first came, and how many
-        self._bar = tqdm(total=total, unit="pictures", smoothing=0.05) if sys.stderr and sys.stderr.isatty() else None
+        self._first: tuple[float, int] | None = None  # when the first images were done, and how many
+        self._bar = tqdm(total=total, unit=" images", smoothing=0.05) if sys.stderr and sys.stderr.isatty() else None
 
-    def advance(self, pictures: int) -> None:
-        """So many more are done, whether well or not."""
-        if not pictures:
+    def advance(self, images: int) -> None:
+        """Count so many more as done, also if they failed."""
+        if not images:
             return
-        self._done += pictures
+        self._done += images
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(pictures)
+            self._bar.update(images)
         elif self._first is None:  # most of the time until now went into loading and compiling
             self._first, self._last_line = (now, self._done), now
         elif self._done < self._total and now - self._last_line >= _LINE_EVERY_S:
@@ -33,7 +33,7 @@ class Progress:
             rate = (self._done - count) / (now - since)
             left = (self._total - self._done) / rate
             self._last_line = now
-            self.say(f"{self._done:,} of {self._total:,} pictures, {rate:.1f} a second, {left:,.0f} s left")
+            self.say(f"{self._done:,} of {self._total:,} images, {rate:.1f} images/s, {left:,.0f} s left")
 
     def say(self, line: str) -> None:
         """Print a line on stderr, above the bar. Where it goes to a full disk, say, the work goes on without it."""

@@ -1,4 +1,4 @@
-"""The lines that say how far a decode is."""
+"""Progress lines."""
 
 from types import SimpleNamespace
 
@@ -7,11 +7,11 @@ from dm_generations.progress import Progress
 
 
 def test_the_time_left_does_not_count_the_start(monkeypatch, capsys):
-    """Which may take a minute, to load and compile, before the first picture comes."""
+    """Which may take a minute, to load and compile, before the first image."""
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(progress_module, "time", clock)
     with Progress(100) as progress:
-        for clock.now, pictures in ((1.0, 0), (60.0, 10), (65.0, 10), (75.0, 10), (80.0, 70)):
-            progress.advance(pictures)
-    # 20 pictures in the 15 seconds since the first ones; then nothing for 10 seconds, and nothing at the end.
-    assert capsys.readouterr().err == "30 of 100 pictures, 1.3 a second, 52 s left\n"
+        for clock.now, images in ((1.0, 0), (60.0, 10), (65.0, 10), (75.0, 10), (80.0, 70)):
+            progress.advance(images)
+    # 20 images in the 15 seconds since the first ones; then nothing for 10 seconds, and nothing at the end.
+    assert capsys.readouterr().err == "30 of 100 images, 1.3 images/s, 52 s left\n"

@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dm_generations import __version__
 from dm_generations.cli import convert, decode, generate, info, merge, score, verify
@@ -65,12 +65,12 @@ def _log_to_stderr() -> Iterator[None]:
 
 def build_parser() -> argparse.ArgumentParser:
     # No abbreviations: a later flag could change what they mean.
-    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = _Parser(prog="dm_generations", description=DESCRIPTION, epilog=EPILOG, **style)
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        texts = {"help": command.HELP, "description": command.DESCRIPTION, "epilog": command.EPILOG}
+        texts: dict[str, Any] = {"help": command.HELP, "description": command.DESCRIPTION, "epilog": command.EPILOG}
         subparser = subparsers.add_parser(name, **texts, **style)
         command.add_arguments(subparser)
         subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -1,4 +1,4 @@
-"""A model of any format as our own folder, tensor by tensor."""
+"""Write a model of any format as a folder of this program's own format, tensor by tensor."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ from dm_generations.models.networks import ROLES
 from dm_generations.text.dalle_mini import WORDS_FILE
 from dm_generations.text.tokenizer_files import VOCAB_OR_MERGES_NAME
 
-# What tokenizers are made of, in any of the public models; and how CLIP's pictures are made ready.
+# Files of the tokenizers of all public models, and of CLIP's image preprocessing.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.json",
@@ -34,10 +34,18 @@ _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.b
 
 
 def convert(spec: str, out: Path, tokenizer: Path | None = None, dtype: str | None = None) -> list[str]:
-    """Write every model at `spec` below `out`; a line about each. `dtype` None leaves weights as they are.
+    """Write every model at `spec` into the new folder `out`, which appears whole or not at all.
 
-    Raises UserError when nothing at `spec` loads, when a value does not fit `dtype`, and when `out` exists: it appears
-    as a whole or not at all.
+    Args:
+        spec: Folder, file or name on the Hugging Face hub.
+        tokenizer: Replaces the model's own tokenizer.
+        dtype: A key of `_DTYPES` to store the weights in; None leaves them as they are.
+
+    Returns:
+        A line about each model.
+
+    Raises:
+        UserError: Nothing at `spec` loads, a value is out of the range of `dtype`, or `out` exists.
     """
     if os.path.lexists(out):
         raise UserError(f"{out} exists already; choose another --out")
@@ -69,7 +77,14 @@ def _write(
     )
     if dtype == "float16":
         _check_range(checkpoint)
-    own.save(folder, checkpoint.kind, config, checkpoint.params, _DTYPES.get(dtype), checkpoint.text_style or "")
+    own.save(
+        folder,
+        checkpoint.kind,
+        config,
+        checkpoint.params,
+        None if dtype is None else _DTYPES[dtype],
+        checkpoint.text_style or "",
+    )
     source = tokenizer or checkpoint.tokenizer
     if source is not None:
         _copy_tokenizer(source, folder)
@@ -78,7 +93,7 @@ def _write(
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
-    """The files of a tokenizer, those that belong to a file that was named too, as a folder of ours is searched."""
+    """Copy the files of a tokenizer under the names that loading looks for, with those that belong to a named file."""
     if source.is_dir():
         copies = {source / name: name for name in TOKENIZER_FILES}
         copies |= {extra: extra.name for extra in source.glob("*.model")}  # YouTokenToMe's
@@ -92,7 +107,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         copies = {source: mindalle.TOKENIZER_ARCHIVES[0]}
     else:
         copies = {source: "tokenizer.json" if source.suffix == ".json" else source.name}
-    if not source.is_dir():  # what the normaliser of a model searches beside the file
+    if not source.is_dir():  # which the text normalizer looks for in the file's folder
         copies[source.with_name(WORDS_FILE)] = WORDS_FILE
     for original, name in copies.items():
         if original.is_file():

@@ -317,14 +317,11 @@ class Pipeline:
     def _store(self, archive: Archive, images: Sequence[NewImage]) -> int:
         """Add images in one transaction; returns how many were new."""
         models = self.models
-        infos = [
-            model_info(models.generator),
-            model_info(models.codec, models.grid),
-            None if models.clip is None else model_info(models.clip),
-        ]
         with archive.transaction():
-            ids = [None if info is None else add_model(archive, info) for info in infos]
-            return archive.add_images(images, *ids, self.sampler_version)
+            generator_id = add_model(archive, model_info(models.generator))
+            codec_id = add_model(archive, model_info(models.codec, models.grid))
+            clip_id = None if models.clip is None else add_model(archive, model_info(models.clip))
+            return archive.add_images(images, generator_id, codec_id, clip_id, self.sampler_version)
 
     def _add_scores(self, images: list[NewImage], tokens: np.ndarray) -> list[NewImage]:
         """Return images with the CLIP scores of their tokens (n, L)."""
@@ -344,7 +341,7 @@ class Pipeline:
         ]
 
     def _write_partial(self, samples: Sequence[Sample], tokens: np.ndarray) -> None:
-        if self._options.progressive_every is not None:
+        if self._codec is not None:
             # dalle-mini also samples tokens outside the codebook
             tokens = np.minimum(tokens, self.generator.codebook_size - 1).astype(np.uint16)
             write_partial_images(self._options.progressive_dir, samples, tokens, self._codec)

@@ -7,8 +7,8 @@ L: tokens of an image, row-major over its grid   S: pixels a side of the codec's
 
 import math
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,17 @@ DEFAULT_SHARE = 14 / 32
 _BACKGROUND = (255, 255, 255)  # behind transparent pixels
 
 
-class InitTokens(NamedTuple):
-    """The tokens of one image, of which the first `count` are kept and the rest sampled."""
+@dataclass(frozen=True)
+class InitTokens:
+    """The tokens of one image, of which the first `count` are kept and the rest sampled.
 
-    tokens: np.ndarray  # (L,) uint16
-    count: int  # 1 to L - 1
+    Attributes:
+        tokens: (L,) uint16.
+        count: 1 to L - 1.
+    """
+
+    tokens: np.ndarray
+    count: int
 
     @property
     def md5(self) -> str:

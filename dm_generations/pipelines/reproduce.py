@@ -152,7 +152,7 @@ def find_mismatches(
             tokens.append(row_tokens)
         if usable:
             stored = np.stack(tokens)
-            texts = [prompts[row.prompt_id] for row in usable]
+            texts = [prompts[row.prompt_id] or "" for row in usable]
             keys = np.array([(row.key0, row.key1) for row in usable], np.uint32)
             sc_texts = [sc_prompts[row.sc_prompt_id] for row in usable]
             init_counts = np.array([row.init_count for row in usable])

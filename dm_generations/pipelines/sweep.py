@@ -182,8 +182,8 @@ class Sweep:
 
     def with_defaults(self, defaults: SamplingParams) -> "Sweep":
         """Return this sweep with other values for the settings that the user left open."""
-        values = dataclasses.asdict(defaults)
-        return dataclasses.replace(self, **{name: (values[name],) for name in self.unset})
+        changes: dict[str, Any] = {name: (getattr(defaults, name),) for name in self.unset}
+        return dataclasses.replace(self, **changes)
 
     def _axes(self) -> tuple[Sequence[Any], ...]:
         return self.prompts, self.sc_prompts, self.top_k, self.top_p, self.temperature, self.cond_scale

@@ -10,7 +10,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -318,24 +317,6 @@ def test_a_stop_keeps_finished_batches_and_a_rerun_adds_the_rest(models, tmp_pat
         assert list(verify(archive)) == [] and archive.count() == 18
 
 
-KILLED = """
-import os, signal, sys
-from dm_generations.archive import Archive
-from dm_generations.cli import build_parser
-add_images = Archive.add_images
-
-def dies_in_the_second(archive, images, *rest):
-    added = add_images(archive, images, *rest)
-    if archive.count() > 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return added
-
-Archive.add_images = dies_in_the_second
-args = build_parser().parse_args(["generate", *sys.argv[1:]])
-args.run(args)
-"""
-
-
 def test_too_little_memory_is_one_line_that_says_what_to_do(models, tmp_path, monkeypatch):
     def exhausts(pipeline, draws):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore\nlines")
@@ -365,9 +346,9 @@ def test_a_kill_in_the_middle_of_a_transaction_loses_that_batch_alone(models, tm
     db = tmp_path / "a.db"
     words = ["--db", db, "--model", models.dalle_bart, "--codec", models.vqgan, "--batch-size", 4]
     words += ["--prompts", "a boat", "--n", 12, "--no-score"]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
-    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, words)], cwd=root, env=environment)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    program = ROOT / "tests" / "generate_until_killed.py"
+    killed = subprocess.run([sys.executable, str(program), "8", *map(str, words)], env=environment)
     assert killed.returncode == -signal.SIGKILL
     with Archive.open(db) as archive:
         assert archive.count() == 8 and list(verify(archive)) == []  # two batches at a time

@@ -80,16 +80,16 @@ def guided(tokens, checkpoint):
         teacher_forced({"params": params}, *tokenizer.encode(texts, text_length), decoder_input_ids)
         for texts in (PROMPTS, [text or "" for text in SC_PROMPTS])
     ]
-    cond_scale = jnp.asarray(SETTINGS.cond_scale, jnp.float32)
+    cond_scale = jnp.asarray([params.cond_scale for params in SETTINGS], jnp.float32)
     steps = [sampling.guide(halves[0][:, i], halves[1][:, i], cond_scale) for i in range(config.image_length)]
     return np.stack(steps, axis=1)
 
 
 def test_each_code_is_the_winner_under_the_model_run_without_a_cache(tokens, guided):
     arrays = {
-        "top_k": jnp.asarray(np.minimum(SETTINGS.top_k, 1000), jnp.int32),
-        "top_p": jnp.asarray(SETTINGS.top_p, jnp.float32),
-        "temperature": jnp.asarray(SETTINGS.temperature, jnp.float32),
+        "top_k": jnp.asarray([params.top_k for params in SETTINGS], jnp.int32),
+        "top_p": jnp.asarray([params.top_p for params in SETTINGS], jnp.float32),
+        "temperature": jnp.asarray([params.temperature for params in SETTINGS], jnp.float32),
     }
     sample = jax.jit(sampling.sample, static_argnames="codebook_size")
     for step in range(tokens.shape[1]):
