@@ -55,7 +55,7 @@ def images():
 
 def test_score_is_the_logit_of_picture_and_prompt(scorer, checkpoint, tokenizer, images):
     score_input, score_tokenized = scorer.score(images, PROMPTS)
-    texts = [*PROMPTS, *(tokenizer.readback(prompt, 14) for prompt in PROMPTS)]
+    texts = [*PROMPTS, *(tokenizer.round_trip(prompt, 14) for prompt in PROMPTS)]
     logits = CLIP(checkpoint.config).apply(
         {"params": checkpoint.params}, preprocess(images, 32), *tokenizer.encode(texts, 14)
     )

@@ -21,7 +21,7 @@ from dm_generations.errors import UserError, one_line
 
 MAX_BYTES = 64 << 20  # the largest tokenizers in use have 20 MB
 MAX_ID = int(np.iinfo(np.int32).max)
-MAX_GROWTH = 1000  # how many times longer a tokenizer's normalizer may make a text
+MAX_GROWTH = 1000  # how many times longer the replacements of a tokenizer.json may make a text
 
 # vocab.json and merges.txt, which may share an ending, as min-dalle's vocab_mini.json and merges_mini.txt do.
 VOCAB_OR_MERGES_NAME = re.compile(r"vocab(.*)\.json|merges(.*)\.txt")
@@ -59,9 +59,7 @@ def read_maybe_gzipped(path: Path) -> bytes:
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
             data = file.read(MAX_BYTES + 1)
-    except EOFError as error:
-        raise UserError(f"{path}: the .gz is cut off") from error
-    except (OSError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: broken .gz ({one_line(error)})") from error
     if len(data) > MAX_BYTES:
         raise UserError(f"{path}: unpacks to more than {MAX_BYTES >> 20} MiB, not a tokenizer's file")
@@ -184,7 +182,7 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise UserError(f"{path}: no such file; a model folder needs its tokenizer.json")
     document = parse_json(read_bytes(path), path)
-    _check_normalizer(document, path)
+    _check_memory(document, path)
     with wrap_library_errors(path, "not a tokenizer file"):
         pipeline = tokenizers.Tokenizer.from_str(json.dumps(document))  # what was checked, without keys that come twice
     if isinstance(pipeline.model, models.BPE):
@@ -238,34 +236,34 @@ def wrap_library_errors(path: Path, problem: str) -> Iterator[None]:
         raise UserError(f"{path}: {problem} ({one_line(error)})") from error
 
 
-def _check_normalizer(document: Any, path: Path) -> None:
-    """Refuse a normalizer that would end the process: the library takes any memory that a file asks for.
+def _check_memory(document: Any, path: Path) -> None:
+    """Refuse a tokenizer.json that would end the process: the library takes any memory that a file asks for.
 
     Raises:
-        UserError: A character map is said to be larger than it is, or a text may grow MAX_GROWTH times.
+        UserError: A character map is said to be larger than it is, or a text may grow more than MAX_GROWTH times.
     """
     growth = 1
-    pending = [document.get("normalizer") if isinstance(document, dict) else None]
+    pending = [document.get("normalizer"), document.get("decoder")] if isinstance(document, dict) else []
     while pending:
-        normalizer = pending.pop()
-        if not isinstance(normalizer, dict):
+        step = pending.pop()
+        if not isinstance(step, dict):
             continue
-        if isinstance(nested := normalizer.get("normalizers"), list):
-            pending += nested
-        if isinstance(content := normalizer.get("content"), str):
-            pattern = normalizer.get("pattern")
-            text = pattern.get("String") if isinstance(pattern, dict) else None
+        for nested in (step.get("normalizers"), step.get("decoders")):
+            pending += nested if isinstance(nested, list) else []
+        pattern, content = step.get("pattern"), step.get("content")
+        if isinstance(pattern, dict) and isinstance(content, str):
+            text = pattern.get("String")
             if isinstance(text, str) and text:
                 growth *= max(1, -(-_byte_count(content) // _byte_count(text)))
             else:  # a regular expression may match between any two characters
                 growth *= 1 + _byte_count(content)
-        if isinstance(encoded := normalizer.get("precompiled_charsmap"), str):
+        if isinstance(encoded := step.get("precompiled_charsmap"), str):
             with contextlib.suppress(ValueError):  # the library says what is wrong
                 charsmap = base64.b64decode(encoded)
                 if int.from_bytes(charsmap[:4], "little") > len(charsmap):
                     raise UserError(f"{path}: damaged, its precompiled_charsmap is cut off")
     if growth > MAX_GROWTH:
-        raise UserError(f"{path}: its normalizer can make a text {growth:,} times longer, not a tokenizer's file")
+        raise UserError(f"{path}: can make a text more than {MAX_GROWTH:,} times longer, not a tokenizer's file")
 
 
 def _byte_count(text: str) -> int:

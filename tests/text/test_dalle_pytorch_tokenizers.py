@@ -6,7 +6,13 @@ import pytest
 from text_kit import CHINESE, HUGGING_FACE, SIMPLE, YOUTOKENTOME, write_tokenizer
 
 from dm_generations.errors import UserError
-from dm_generations.text import dalle_pytorch, load_tokenizer
+from dm_generations.text import load_tokenizer, tokenizer_files
+
+
+def doubling_youtokentome(count: int) -> bytes:
+    """A model whose merges each join the token before to itself."""
+    merges = "".join(f"{index} {index} {index + 1}\n" for index in range(5, 5 + count))
+    return f"2 {count}\n9601 4\n97 5\n{merges}1 0 2 3\n".encode()
 
 
 @pytest.mark.parametrize(
@@ -23,6 +29,7 @@ from dm_generations.text import dalle_pytorch, load_tokenizer
         ("youtokentome", "cab", [4, 7, 9]),
         ("youtokentome", " xxa\ty  a▁c ", [4, 1, 5, 4, 1, 8, 4, 7]),  # unknown characters in a row are one
         ("youtokentome", "A", [4, 1]),
+        ("simple", "!<|endoftext|>", [0, 27, 91 + 256, 68, 77, 67, 78, 69, 83, 68]),  # no special token
         ("chinese", "中国cats The the", [5, 1, 6, 7, 8, 1]),
         ("chinese", "[MASK]中[SEP]", [4, 5, 3]),
         ("hugging_face", "a cat, a cat", [2, 3, 1, 2, 3]),
@@ -83,7 +90,7 @@ def test_a_folder_with_two_tokenizers_is_ambiguous(tmp_path):
 
 
 def test_archives_that_swell_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(dalle_pytorch, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(tokenizer_files, "MAX_BYTES", 1 << 20)
     (tmp_path / "tokens").write_bytes(gzip.compress(SIMPLE.encode() + bytes(2 << 20)))
     with pytest.raises(UserError, match="tokens: unpacks to more than 1 MiB"):
         load_tokenizer(tmp_path / "tokens", "dalle_pytorch", 600)
@@ -97,21 +104,25 @@ def test_archives_that_swell_are_refused(tmp_path, monkeypatch):
         (b'{"a": 1}', "not a tokenizer that DALLE-pytorch knows"),
         (HUGGING_FACE[:-9].encode(), "broken JSON"),
         (HUGGING_FACE.replace('"cat": 3', '"cat": "3"').encode(), "not a tokenizer file"),
-        (gzip.compress(SIMPLE.encode(), mtime=0)[:-9], "the .gz is cut off"),
+        (gzip.compress(SIMPLE.encode(), mtime=0)[:-9], "broken .gz"),
         (b"\x1f\x8b\x00junk", "broken .gz"),
-        (SIMPLE.encode() + b"q zzz\n", "line 4 names the piece 'zzz', which the vocabulary lacks"),
-        (SIMPLE.encode() + b"a b c\n", "line 4 is 'a b c', expected two pieces"),
+        (SIMPLE.encode() + b"q zzz\n", "line 4 names the token 'zzz', which the vocabulary lacks"),
+        (SIMPLE.encode() + b"a b c\n", "line 4 is 'a b c', expected two tokens"),
         (SIMPLE.encode() + b"\xff\xff\n", "not UTF-8"),
         (YOUTOKENTOME.replace("4 3", "4 4", 1).encode(), "damaged"),
         (YOUTOKENTOME.replace("4 3", "4 2", 1).encode(), "damaged"),
         (YOUTOKENTOME.replace("4 3", "99999999 99999999", 1).encode(), "cut off"),
         (YOUTOKENTOME.replace("4 3", "4 999999999", 1).encode(), "its first line must be two counts"),
         (YOUTOKENTOME.replace("8 6 10", "8 6 x").encode(), "damaged"),
-        (YOUTOKENTOME.replace("8 6 10", "8 66 10").encode(), "rule 3 joins 8 and 66 to 10, ids it does not know"),
-        (YOUTOKENTOME.replace("8 6 10", "8 6 -1").encode(), "rule 3 joins 8 and 6 to -1"),
+        (YOUTOKENTOME.replace("8 6 10", "8 66 10").encode(), "merge 3 joins 8 and 66 to 10, ids it does not know"),
+        (YOUTOKENTOME.replace("8 6 10", "8 6 -1").encode(), "the id -1, out of range"),
         (YOUTOKENTOME.replace("9601 4", "9602 4").encode(), "has no '▁'"),
-        (YOUTOKENTOME.replace("97 5", "1114112 5").encode(), "no Unicode code point"),
+        (YOUTOKENTOME.replace("97 5", "1114112 5").encode(), "not a Unicode code point"),
         (YOUTOKENTOME.replace("1 0 2 3", "-1 0 2 3").encode(), "no id for unknown characters"),
+        (YOUTOKENTOME.replace("98 6", "98 5").encode(), "the id 5, out of range or given twice"),
+        (YOUTOKENTOME.replace("8 6 10", "5 6 10").encode(), "given twice"),
+        (YOUTOKENTOME.replace("97 5", "55296 5").encode(), "not a vocabulary"),  # a surrogate
+        (doubling_youtokentome(60), "its tokens have more than 64 million characters"),
         (CHINESE.encode() + b"\xff", "not UTF-8"),
     ],
 )

@@ -47,7 +47,7 @@ def test_hostile_prompts_give_whole_rows(any_tokenizer, text):
     assert ids.min() >= 0 and ids.max() < any_tokenizer.vocab_size and set(np.unique(mask)) <= {0, 1}
 
 
-def test_rows_do_not_depend_on_company(any_tokenizer):
+def test_rows_do_not_depend_on_the_batch(any_tokenizer):
     texts = ["a cat", None, "two cats, 中 déjà", "", "cat " * 20]
     together = np.stack(any_tokenizer.encode(texts, 8))
     alone = [np.stack(any_tokenizer.encode([text], 8)) for text in texts]
@@ -100,10 +100,10 @@ DAMAGE = [
     ("vocab.json", _json(lambda vocab: vocab.update(a=2**40)), "expected a whole number"),
     ("vocab.json", _json(lambda vocab: vocab.update(a=True)), "expected a whole number"),
     ("vocab.json", _json(lambda vocab: vocab.update({"\ud800": 7})), "not valid Unicode"),
-    ("vocab.json", _json(lambda vocab: vocab.pop("</s>")), "has no piece '</s>'"),
-    ("vocab.json", _json(lambda vocab: vocab.pop("he")), "names the piece 'he', which the vocabulary lacks"),
-    ("merges.txt", lambda data: data + b"q zzz\n", "names the piece 'zzz', which the vocabulary lacks"),
-    ("merges.txt", lambda data: data + b"one\n", "line 161 is 'one', expected two pieces"),
+    ("vocab.json", _json(lambda vocab: vocab.pop("</s>")), "has no token '</s>'"),
+    ("vocab.json", _json(lambda vocab: vocab.pop("he")), "names the token 'he', which the vocabulary lacks"),
+    ("merges.txt", lambda data: data + b"q zzz\n", "names the token 'zzz', which the vocabulary lacks"),
+    ("merges.txt", lambda data: data + b"one\n", "line 161 is 'one', expected two tokens"),
     ("merges.txt", None, "no such file"),
 ]
 
@@ -156,6 +156,34 @@ def test_merges_skipped_at_random_in_training_are_not_skipped_here(tmp_path):
     for style in ("dalle_bart", "dalle_pytorch"):
         expected, _ = load_tokenizer(BART / "tokenizer.json", style, 420).encode(texts, 16)
         np.testing.assert_array_equal(load_tokenizer(tmp_path, style, 420).encode(texts, 16)[0], expected)
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "/////w=="}),  # a map of 4 GiB
+        ("normalizer", {"type": "Sequence", "normalizers": [REPLACE] * 30}),
+        ("normalizer", {**REPLACE, "pattern": {"Regex": ""}, "content": "a" * 100_000}),
+        ("decoder", {"type": "Sequence", "decoders": [REPLACE] * 30}),
+    ],
+)
+@pytest.mark.parametrize("style", ["dalle_bart", "clip", "dalle_pytorch"])
+def test_pipelines_that_would_end_the_process_are_refused(style, part, value, tmp_path):
+    document = json.loads((BART / "tokenizer.json").read_text("utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**document, part: value}))
+    with pytest.raises(UserError, match=r"tokenizer\.json: ") as caught:
+        load_tokenizer(tmp_path, style, 420)
+    assert "\n" not in str(caught.value)
+
+
+def test_of_a_key_that_comes_twice_the_last_counts(tmp_path):
+    text = (BART / "tokenizer.json").read_text("utf-8").strip()
+    charsmap = '"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}'
+    (tmp_path / "tokenizer.json").write_text("{" + charsmap + ", " + text[1:])
+    assert load_tokenizer(tmp_path, "dalle_bart", 420).encode(["a"], 16)[0].shape == (1, 16)
 
 
 def test_files_far_too_large_are_not_read(tmp_path):

@@ -1,4 +1,4 @@
-"""DALL-E mini's normaliser against what dalle-mini recorded, and its rules one by one."""
+"""DALL-E mini's normalizer against what dalle-mini recorded, and its rules one by one."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from helpers import golden
 
 from dm_generations.text import load_tokenizer
-from dm_generations.text.normalizer import TextNormalizer, WordSplitter
+from dm_generations.text.dalle_mini import TextNormalizer, WordSplitter
 
 CASES = sorted(golden("dalle_bart").rglob("text_golden.json"))
 
@@ -17,9 +17,9 @@ def case(request):
     return request.param.parent, json.loads(request.param.read_text("utf-8"))
 
 
-def test_normalised_texts_are_those_of_dalle_mini(case):
+def test_normalized_texts_are_those_of_dalle_mini(case):
     folder, recorded = case
-    normalize = TextNormalizer.of_folder(folder)
+    normalize = TextNormalizer.from_folder(folder)
     assert [normalize(row["text"]) for row in recorded["rows"]] == [row["normalized"] for row in recorded["rows"]]
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from text_kit import BART, clip_vocab
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from dm_generations.errors import UserError
 from dm_generations.text import PromptTokenizer
-from dm_generations.text.tokenizer import well_formed
+from dm_generations.text.prompt_tokenizer import replace_surrogates
 
-BART = Path(__file__).parents[1] / "golden" / "dalle_bart" / "text"
 ROWS = json.loads((BART / "text_golden.json").read_text("utf-8"))
 
 
@@ -25,10 +25,8 @@ def bart():
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     """A tokenizer.json of the shape of openai/clip-vit-base-patch32's, with two merges."""
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [*characters, *(c + "</w>" for c in characters), "ca", "cat</w>"]
-    ids = {piece: index for index, piece in enumerate(pieces)}
-    bos, eos = ids["<|startoftext|>"], ids["<|endoftext|>"] = len(ids), len(ids) + 1
+    ids = clip_vocab()
+    bos, eos = ids["<|startoftext|>"], ids["<|endoftext|>"]
     tokenizer = Tokenizer(
         models.BPE(ids, [("c", "a"), ("ca", "t</w>")], end_of_word_suffix="</w>", unk_token="<|endoftext|>")
     )
@@ -66,7 +64,7 @@ def test_bart_ids_are_those_of_transformers(bart):
     np.testing.assert_array_equal(mask.sum(1), [list(row).index(2) + 1 for row in ids])  # up to </s>
 
 
-def test_normalised_bart_ids_are_those_of_transformers(bart):
+def test_normalized_bart_ids_are_those_of_transformers(bart):
     ids, mask = bart.encode([row["normalized"] for row in ROWS["rows"]], ROWS["max_text_length"])
     np.testing.assert_array_equal(ids, [row["input_ids"] for row in ROWS["rows"]])
     np.testing.assert_array_equal(mask, [row["attention_mask"] for row in ROWS["rows"]])
@@ -77,8 +75,8 @@ def test_empty_prompt_is_the_unconditional_one(bart):
     assert ids.tolist() == [ROWS["input_ids_uncond"]] and mask.tolist() == [ROWS["attention_mask_uncond"]]
 
 
-def test_bart_reads_back_what_was_typed(bart):
-    assert bart.readback("The Eiffel Tower — déjà vu", 64) == "The Eiffel Tower — déjà vu"
+def test_bart_round_trip_gives_what_was_typed(bart):
+    assert bart.round_trip("The Eiffel Tower — déjà vu", 64) == "The Eiffel Tower — déjà vu"
 
 
 def test_clip_ids(clip):
@@ -91,11 +89,11 @@ def test_clip_ids(clip):
     assert mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
 
 
-def test_clip_reads_back_in_lower_case_without_special_tokens(clip):
-    assert clip.readback("A  CAT,\nmoon", 77) == "a cat , moon"
-    assert clip.readback("cat<|endoftext|> cat", 77) == "cat cat"
-    assert clip.readback("cat cat cat cat", 5) == "cat cat cat"
-    assert clip.readback("", 77) == ""
+def test_clip_round_trip_is_in_lower_case_without_special_tokens(clip):
+    assert clip.round_trip("A  CAT,\nmoon", 77) == "a cat , moon"
+    assert clip.round_trip("cat<|endoftext|> cat", 77) == "cat cat"
+    assert clip.round_trip("cat cat cat cat", 5) == "cat cat cat"
+    assert clip.round_trip("", 77) == ""
 
 
 @pytest.mark.parametrize("kind", ["bart", "clip"])
@@ -103,22 +101,22 @@ def test_clip_reads_back_in_lower_case_without_special_tokens(clip):
     "text",
     ["a\0b", "\0", "x" * 10_000, "a cat " * 2_000, "\ud83d", "a\udfffb", "🚀👩‍🚀 \u202e", "../..", "  "],
 )
-def test_hostile_prompts_give_well_formed_rows(kind, text, request):
+def test_hostile_prompts_give_whole_rows(kind, text, request):
     tokenizer = request.getfixturevalue(kind)
     (ids,), (mask,) = tokenizer.encode([text], 16)
     end = mask.sum() - 1
     assert ids[0] == tokenizer.bos_id and ids[end] == tokenizer.eos_id
     assert (ids[end + 1 :] == tokenizer.pad_id).all() and (mask == (np.arange(16) <= end)).all()
-    tokenizer.readback(text, 16)
+    tokenizer.round_trip(text, 16)
 
 
 def test_lone_surrogates_become_replacement_characters(bart):
-    assert well_formed("a\ud83db") == "a\ufffdb"
-    assert well_formed("\ud83d\ude80 é\0") == "🚀 é\0"
+    assert replace_surrogates("a\ud83db") == "a\ufffdb"
+    assert replace_surrogates("\ud83d\ude80 é\0") == "🚀 é\0"
     np.testing.assert_array_equal(bart.encode(["a\ud83db"], 16)[0], bart.encode(["a\ufffdb"], 16)[0])
 
 
-def test_rows_do_not_depend_on_company(bart):
+def test_rows_do_not_depend_on_the_batch(bart):
     texts = [row["text"] for row in ROWS["rows"]]
     together = bart.encode(texts, 16)[0]
     np.testing.assert_array_equal(together, np.concatenate([bart.encode([text], 16)[0] for text in texts]))

@@ -1,4 +1,4 @@
-"""min-dalle's rules against what min-dalle recorded."""
+"""BART's tokenizer from either kind of file, and min-dalle's rules against what min-dalle recorded."""
 
 import json
 import shutil
@@ -9,8 +9,24 @@ from helpers import golden
 from text_kit import BART
 
 from dm_generations.text import load_tokenizer
+from dm_generations.text.tokenizer_files import read_tokenizer_json
 
 CASES = sorted(golden("dalle_bart").rglob("text_golden.json"))
+
+
+def test_vocab_and_merges_give_what_tokenizer_json_gives():
+    texts = ["a painting", "It’s a café — “déjà vu”", "日本語 🚀", "</s> <mask>x", ""]
+    from_json, from_vocab = (
+        load_tokenizer(BART / name, "dalle_bart", 420) for name in ("tokenizer.json", "vocab.json")
+    )
+    np.testing.assert_array_equal(from_json.encode(texts, 32), from_vocab.encode(texts, 32))
+    assert from_vocab.round_trip("a café", 32) == "a café"
+
+
+def test_special_tokens_in_a_text_are_recognized_though_the_file_does_not_list_them():
+    assert not read_tokenizer_json(BART / "tokenizer.json").get_added_tokens_decoder()
+    ids, _ = load_tokenizer(BART, "dalle_bart", 420).encode(["a</s>a <mask><unk>"], 8)
+    assert ids.tolist() == [[0, 69, 2, 69, 4, 3, 2, 1]]  # <mask> takes the space before it
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.parent.name)
@@ -30,7 +46,7 @@ def test_the_unconditional_prompt_is_start_and_end():
     assert ids.tolist() == [[0, 2, 1, 1]] * 2 and mask.tolist() == [[1, 1, 0, 0]] * 2
 
 
-def test_every_word_begins_with_a_space_and_only_spaces_part_words():
+def test_every_word_begins_with_a_space_and_only_spaces_separate_words():
     tokenizer = load_tokenizer(BART, "min_dalle", 420)
     a, letter_a, unknown = 261, 69, 3
     ids = tokenizer.encode(["A  a\na é"], 7)[0].tolist()
