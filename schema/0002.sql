@@ -21,7 +21,7 @@ CREATE UNIQUE INDEX images_draw ON images (
     CASE WHEN generator_id IS NULL THEN quantvec_md5 ELSE '' END
 );
 
--- What programs draw at this moment, so that others that fill the same archive draw something else.
+-- Unused since no program leases what it samples any more; it stays until the next version of the format.
 CREATE TABLE claims (
     digest BLOB PRIMARY KEY NOT NULL CHECK (typeof(digest) = 'blob' AND length(digest) > 0),
     owner TEXT NOT NULL CHECK (length(owner) > 0),

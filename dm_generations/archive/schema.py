@@ -6,6 +6,7 @@ from typing import Final
 
 from dm_generations.archive.connection import APPLICATION_ID, ArchiveError, Connection
 from dm_generations.archive.records import IMAGE_COLUMNS, INSERT_COLUMNS, ModelInfo
+from dm_generations.errors import one_line
 from dm_generations.resources import shipped
 
 SCHEMA_VERSION: Final = 2
@@ -109,11 +110,11 @@ def _statements(script: str) -> Iterator[str]:
 def guard_triggers(connection: Connection) -> None:
     """Makes sure that triggers in the file change nothing of the archive. Reading sets off no trigger.
 
-    A trigger may read, and write to tables that are not the archive's, as those do that count rows or keep a full-text
-    index. The guard stays on while the connection is open; what is in the file now is compiled at once.
+    A trigger may read, and write to tables that are not the archive's, as those do that count rows. The guard stays on
+    while the connection is open; what is in the file now is compiled at once.
 
     Raises:
-        ArchiveError: a trigger does more, before any of it has run.
+        ArchiveError: a trigger does more, or what SQLite refuses in an untrusted file. None of it has run.
     """
     denied: list[str] = []
 
@@ -131,6 +132,6 @@ def guard_triggers(connection: Connection) -> None:
         except ArchiveError as error:
             which = f"trigger {denied[0]!r:.100}" if denied else "a trigger"
             raise ArchiveError(
-                f"{connection.path}: {which} in this file can change the archive or cannot run; drop it, or `merge` "
-                "the archive into a new one"
+                f"{connection.path}: {which} in this file would change the archive, or cannot run here"
+                f" (SQLite: {one_line(error.__cause__ or error)}); drop it, or `merge` the archive into a new one"
             ) from error

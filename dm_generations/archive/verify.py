@@ -72,6 +72,8 @@ def _find_problems(archive: Archive) -> Iterator[Problem]:
         yield from _check_file(archive)
         # Images that are added from here on may belong to prompts and models that are not read any more.
         last_id = archive.connection.value("SELECT max(id) FROM images")
+        if not isinstance(last_id, int | None):
+            raise ArchiveError(f"the id of an image is {last_id!r:.40}, not a whole number")
         prompt_ids = yield from _check_texts(archive, "prompts")
         sc_prompt_ids = yield from _check_texts(archive, "sc_prompts")
         models = yield from _check_models(archive)

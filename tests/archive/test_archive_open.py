@@ -8,13 +8,14 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from archive_kit import COLUMNS_2022, archive_2022, execute, fill, new_image
 from helpers import ROOT, golden
 
-from dm_generations.archive import Archive, ArchiveError, Settings
+from dm_generations.archive import Archive, ArchiveError, Settings, database, merge, verify
 
 
 @pytest.fixture
@@ -321,3 +322,133 @@ def test_odd_file_names(tmp_path):
     with pytest.raises(ArchiveError, match="name is too long"):
         Archive.create(tmp_path / ("x" * 245 + ".db"))
     assert len(os.listdir(tmp_path)) == 4
+
+
+def test_a_name_without_characters_is_no_archive():
+    assert "is a folder" in refused("")
+
+
+SUPER_JOURNAL = b"\0\0\0\1victim.txt" + (10).to_bytes(4, "big") + sum(b"victim.txt").to_bytes(4, "big")
+
+
+@pytest.mark.parametrize("mode", ["r", "w"])
+def test_a_journal_that_names_a_file_to_delete_is_refused(ours, mode):
+    """SQLite undoes such a journal, and then deletes the file that it names."""
+    victim = ours.with_name("victim.txt")
+    victim.write_text("mine")
+    subprocess.run([sys.executable, "-c", HALF_A_BATCH, str(ours)])
+    journal = ours.with_name("ours.db-journal")
+    with open(journal, "ab") as file:
+        file.write(SUPER_JOURNAL + bytes.fromhex("d9d505f920a163d7"))
+    before = ours.read_bytes(), journal.read_bytes()
+    link = ours.with_name("link.db")
+    link.symlink_to(ours)
+    for path in (ours, link):
+        assert "ours.db-journal: this journal is part of a write to several databases" in refused(path, mode)
+    assert (ours.read_bytes(), journal.read_bytes(), victim.read_text()) == (*before, "mine")
+
+
+def test_a_journal_that_is_a_pipe_is_refused(ours):
+    os.mkfifo(ours.with_name("ours.db-journal"))
+    assert "not a regular file" in refused(ours)
+
+
+def test_views_and_triggers_of_a_file_do_not_run_while_it_is_read(ours):
+    execute(ours, "CREATE VIEW image_order AS SELECT 1/0")
+    execute(ours, "CREATE VIEW bad AS SELECT * FROM missing")
+    execute(ours, "CREATE TRIGGER evil AFTER INSERT ON images BEGIN DELETE FROM prompts; END")
+    with Archive.open(ours) as archive:
+        assert archive.count() == 100 and len(archive.groups()) == 1 and list(verify(archive)) == []
+    merge([ours], ours.with_name("merged.db"))
+    assert execute(ours.with_name("merged.db"), "SELECT count(*) FROM images") == [(100,)]
+
+
+@pytest.mark.parametrize(
+    "trigger",
+    [
+        "AFTER INSERT ON images BEGIN DELETE FROM prompts; END",
+        "BEFORE INSERT ON prompts BEGIN INSERT INTO Sc_Prompts (desc) VALUES ('mine'); END",
+        "AFTER INSERT ON models BEGIN UPDATE images SET quantvec = x'00'; END",
+        "AFTER UPDATE OF clip_score_input ON images BEGIN DELETE FROM images; END",
+        "AFTER INSERT ON images BEGIN INSERT INTO log VALUES (1); END",  # and that table has a trigger too
+        "AFTER INSERT ON images BEGIN"
+        " INSERT INTO other WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i FROM n) SELECT i FROM n; END",
+        "AFTER INSERT ON images BEGIN INSERT INTO nowhere VALUES (1); END",
+    ],
+)
+def test_triggers_that_could_change_an_archive_are_refused_before_it_is_written(ours, trigger):
+    execute(ours, "CREATE TABLE log (n)")
+    execute(ours, "CREATE TABLE other (n)")
+    execute(ours, "CREATE TRIGGER more AFTER INSERT ON log BEGIN DELETE FROM images; END")
+    execute(ours, f"CREATE TRIGGER evil {trigger}")
+    before = ours.read_bytes()
+    assert "drop it, or `merge` the archive into a new one" in refused(ours, "w")
+    assert ours.read_bytes() == before
+
+
+def test_triggers_that_only_count_run(ours):
+    execute(ours, "CREATE TABLE counts (n INTEGER)")
+    execute(ours, "INSERT INTO counts VALUES (0)")
+    execute(ours, "CREATE TRIGGER count_ AFTER INSERT ON images BEGIN UPDATE counts SET n = n + 1; END")
+    with Archive.open(ours, "w") as archive:
+        assert fill(archive, new_image(1000)) == 1
+    source = ours.with_name("source.db")
+    with Archive.create(source) as archive:
+        fill(archive, new_image(1, clip_score_input=1.0), new_image(2000))
+    (report,) = merge([source], ours)
+    assert (report.added_count, report.scored_count) == (1, 1)  # without what triggers changed
+    assert execute(ours, "SELECT n FROM counts") == [(2,)]
+
+
+def test_a_trigger_that_appears_while_a_file_is_open_is_refused(ours):
+    with Archive.open(ours, "w") as archive:
+        execute(ours, "CREATE TRIGGER evil AFTER INSERT ON images BEGIN DELETE FROM prompts; END")
+        with pytest.raises(ArchiveError):
+            fill(archive, new_image(1000))
+        assert archive.count() == 100 and len(archive.prompts()) == 1
+
+
+def test_messages_that_are_not_utf_8(ours):
+    """Python's sqlite3 cannot read what SQLite says about a name that is not text."""
+    execute(ours, "CREATE TABLE xyzzy (n)")
+    execute(ours, "CREATE TRIGGER evil AFTER INSERT ON images BEGIN INSERT INTO xyzzy VALUES (1); END")
+    execute(ours, "DROP TABLE xyzzy")
+    ours.write_bytes(ours.read_bytes().replace(b"xyzzy", b"xyz\xff\xfe"))
+    refused(ours, "w")
+    damaged = ours.read_bytes().replace(
+        b"CREATE INDEX images_by_group ON images", b"CREATE INDEX images_by_group ON im\xffges"
+    )
+    ours.write_bytes(damaged)
+    refused(ours)
+
+
+def test_ids_that_do_not_ascend_end_a_scan(ours):
+    """A table of the right names whose ids are not numbers of rows."""
+    execute(ours, "CREATE TABLE copy AS SELECT * FROM images")
+    execute(ours, "DROP TABLE images")
+    execute(ours, "ALTER TABLE copy RENAME TO images")
+    for value in ("7", "CAST(x'ff' AS TEXT)", "x'00'", "1.5"):
+        execute(ours, f"UPDATE images SET id = {value}")
+        with Archive.open(ours) as archive:
+            with pytest.raises(ArchiveError, match="ids of the images do not ascend"):
+                list(archive.rows_to_score())
+            assert any("reading stopped" in str(problem) for problem in verify(archive))
+            if value != "7":  # numbers, if the wrong ones, can be read
+                with pytest.raises(ArchiveError, match="not a whole number"):
+                    archive.rows(Settings(1, 1, 50, 0.9, 1.0, 3.0))
+
+
+def test_large_tokens_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(database, "CHUNK_BYTES", 2_000_000)
+    path = archive_2022(tmp_path / "a.db")
+    insert = "INSERT INTO images VALUES (?, 3, 1, 50, 1.0, 1.0, 10.0, 1, 2, zeroblob(1000000), NULL, ?, NULL)"
+    for row_id in range(1, 21):
+        execute(path, insert, row_id, float(-row_id))
+    with Archive.open(path) as archive:
+        (group,) = archive.groups()
+        tracemalloc.start()
+        assert [row.id for row in archive.rows(group.settings)] == list(range(1, 21))
+        assert [values[0] for values in archive.scan(["id", "quantvec"])] == list(range(1, 21))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6, peak

@@ -8,7 +8,7 @@ import pytest
 from archive_kit import COLUMNS_2022, archive_2022, execute, fill, new_image
 from helpers import golden
 
-from dm_generations.archive import Archive, verify
+from dm_generations.archive import Archive, ArchiveError, verify
 
 
 @pytest.fixture
@@ -159,3 +159,33 @@ def test_damage_of_the_file_is_reported_not_raised(ours):
 def test_a_missing_index_is_reported(ours):
     execute(ours, "DROP INDEX images_draw")
     assert problems(ours) == ["file: index images_draw is missing; `merge` into a new archive makes it again"]
+
+
+def test_many_problems_of_a_kind_are_counted(tmp_path):
+    path = archive_2022(tmp_path / "a.db")
+    numbers = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 250)"
+    row = "i, iif(i % 2, 4, 3), 1, -1, 1.0, 1.0, 10.0, 1, 2, x'0100', NULL, NULL, NULL"
+    execute(path, f"INSERT INTO images {numbers} SELECT {row} FROM n")
+    with Archive.open(path) as archive:
+        found = list(verify(archive))
+    assert len(found) == 100 + 100 + 2
+    assert sum(problem.count for problem in found) == 250 + 125
+    assert [str(problem) for problem in found[-2:]] == [
+        "images: and 25 more with a wrong prompt_id",
+        "images: and 150 more with a wrong top_k",
+    ]
+
+
+def test_models_of_wrong_types_are_one_clear_error(ours):
+    execute(ours, "CREATE TABLE copy AS SELECT * FROM models")
+    execute(ours, "DROP TABLE models")
+    execute(ours, "ALTER TABLE copy RENAME TO models")
+    original = execute(ours, "SELECT * FROM models")
+    for change in ("config = '['", "config = '[]'", "config = NULL", "name = x'ff'", "sha256 = x'05'", "grid = 'x'"):
+        execute(ours, f"UPDATE models SET {change} WHERE id = 2")
+        with Archive.open(ours) as archive, pytest.raises(ArchiveError, match="model 2: .*run `verify`"):
+            archive.models()
+        assert any(problem.startswith("models 2:") for problem in problems(ours))
+        execute(ours, "DELETE FROM models")
+        for row in original:
+            execute(ours, f"INSERT INTO models VALUES ({', '.join('?' * len(row))})", *row)
