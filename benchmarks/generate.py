@@ -28,13 +28,14 @@ from timing import matrix_peak, seconds_of
 from dm_generations.archive import DTYPES
 from dm_generations.decode.memory import free_bytes
 from dm_generations.generate.generator import Generator, RowSettings, tokenizer_of
-from dm_generations.models.checkpoints import Checkpoint, load, unflatten
-from dm_generations.models.dalle_bart import DalleBart
-from dm_generations.models.dalle_bart_config import DalleBartConfig
-from dm_generations.models.networks import parameter_shapes
-from dm_generations.models.placement import placed
+from dm_generations.models.dalle_mini.config import DalleBartConfig
+from dm_generations.models.dalle_mini.network import DalleBart
+from dm_generations.models.loading import Checkpoint, load_checkpoint
+from dm_generations.models.registry import parameter_shapes
+from dm_generations.runtime.params import put_params
 from dm_generations.text import TextTokenizer
 from dm_generations.threefry import row_key
+from dm_generations.weights.native import unflatten
 
 SWEEP = tuple(itertools.product((256,), (0.95, 1.0), (0.7, 1.0), (3.0, 10.0)))  # as RowSettings
 PROMPTS = ("a rocket", "a 3d strawberry", "a green dragon", "a house with a garden")
@@ -103,7 +104,7 @@ def cpu_seconds_of_children() -> float:
 
 def our_sweep(prompts: list[str], keys: np.ndarray) -> None:
     """All settings as rows, through one program: a batch can hold pictures of several settings, here of two."""
-    checkpoint = load(None, "generator")
+    checkpoint = load_checkpoint(None, "generator")
     generator = Generator(checkpoint, tokenizer_of(checkpoint), batch_size=2 * len(prompts))
     columns = (np.repeat(column, len(prompts)) for column in zip(*SWEEP, strict=True))
     generator.generate(prompts * len(SWEEP), RowSettings(*columns), np.tile(keys, (len(SWEEP), 1)))
@@ -115,17 +116,17 @@ def dalle_mini_sweep(prompts: list[str], keys: np.ndarray) -> None:
     Of the same network: two calls of the decoder at every code, one for each half, and the filters of transformers
     (FlaxTopKLogitsWarper, FlaxTopPLogitsWarper). More than the notebook does for speed, a batch has many pictures.
     """
-    checkpoint = load(None, "generator")
+    checkpoint = load_checkpoint(None, "generator")
     config = checkpoint.config
-    model, params = DalleBart(config), placed(checkpoint.params)
+    model, params = DalleBart(config), put_params(checkpoint.params)
     texts = tokenizer_of(checkpoint).encode([*prompts, *[None] * len(prompts)], config.max_text_length)
     cond, uncond = (tuple(np.split(array, 2)[half] for array in texts) for half in range(2))
 
     @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
     def generate(params, texts, key, top_k: int, top_p: float, temperature: float, cond_scale: float):
         def begin(ids, mask):
-            text = model.apply({"params": params}, ids, mask, method="read_text")
-            return model.apply({"params": params}, text, method="begin")
+            text = model.apply({"params": params}, ids, mask, method="encode_prompt")
+            return model.apply({"params": params}, text, method="init_cache")
 
         def draw_one(state, step):
             caches, token, key = state
@@ -259,7 +260,7 @@ class Machine:
 
 def model_of(shape: str) -> tuple[Checkpoint, TextTokenizer]:
     """The shipped model, or random weights of another shape, which read the same ids of texts."""
-    embedded = load(None, "generator")
+    embedded = load_checkpoint(None, "generator")
     tokenizer = tokenizer_of(embedded)
     if shape == "embedded":
         return embedded, tokenizer

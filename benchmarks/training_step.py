@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from timing import matrix_peak, seconds_of
 
-from dm_generations.models.dalle_bart import DalleBart
+from dm_generations.models.dalle_mini.network import DalleBart
 from training import dalle_bart
 from training.common import on_every_device
 

@@ -29,9 +29,9 @@ from dm_generations.decode.codec import Codec
 from dm_generations.decode.memory import is_out_of_memory
 from dm_generations.errors import UserError
 from dm_generations.generate.generator import Generator, RowSettings, tokenizer_of
-from dm_generations.generate.models import load_models
 from dm_generations.generate.progressive import filled
 from dm_generations.generate.sweep import MAX_SEED
+from dm_generations.models.loading import load_models
 from dm_generations.threefry import row_key
 
 _STEPS = 8  # pictures of a progressive stream: for 256 codes one every 32, as min-dalle has it

@@ -16,14 +16,13 @@ from PIL import Image
 
 from dm_generations.decode.codec import Decoding
 from dm_generations.errors import UserError
-from dm_generations.models.checkpoints import Checkpoint
-from dm_generations.models.checkpoints.own import read_json_object
-from dm_generations.models.clip import CLIP, OPENAI_MEAN, OPENAI_STD, CLIPConfig, preprocess, unit
-from dm_generations.models.placement import placed
-from dm_generations.models.precision import matmul_precision
-from dm_generations.models.resize import FILTERS
+from dm_generations.models.clip.network import CLIP, CLIPConfig, unit
+from dm_generations.models.clip.preprocessing import FILTERS, OPENAI_MEAN, OPENAI_STD, preprocess
+from dm_generations.models.loading import Checkpoint
 from dm_generations.programs import Kept
+from dm_generations.runtime.params import matmul_precision, put_params
 from dm_generations.text import PromptTokenizer
+from dm_generations.weights.native import read_json_object
 
 TEXT_BATCH = 8  # texts of one run of the text tower; a sweep has few distinct prompts
 _STEPS = ("do_resize", "do_rescale", "do_normalize")  # that a config may switch off; cropping changes no square picture
@@ -106,7 +105,7 @@ class Scorer:
         self._batch_size = -(-batch_size // len(devices)) * len(devices)
         self._width = config.projection_dim
         self._text_length = config.text_config.max_position_embeddings
-        self._params = placed(checkpoint.params, where=self._everywhere)
+        self._params = put_params(checkpoint.params, sharding=self._everywhere)
         self._scale = float(np.exp(np.float32(checkpoint.params["logit_scale"])))
         self._text_features: dict[str, np.ndarray] = {}
 

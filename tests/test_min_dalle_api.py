@@ -13,7 +13,7 @@ from dm_generations import MinDalle
 from dm_generations.decode.codec import Codec
 from dm_generations.errors import UserError
 from dm_generations.generate.generator import Generator, RowSettings
-from dm_generations.models import checkpoints
+from dm_generations.models.loading import load_checkpoint
 from dm_generations.threefry import row_key
 
 SIZE = 2 * IMAGE_SIZE  # of a grid of 2 x 2
@@ -51,7 +51,7 @@ def tokens(folders):
 
 @pytest.fixture(scope="module")
 def codec(folders):
-    return Codec.from_checkpoint(checkpoints.load(folders.vqgan, "codec"), batch_size=4)
+    return Codec.from_checkpoint(load_checkpoint(folders.vqgan, "codec"), batch_size=4)
 
 
 @pytest.fixture(scope="module")

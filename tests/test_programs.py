@@ -18,7 +18,7 @@ from tiny import CODEBOOK_SIZE, GRID, tiny_clip, tiny_dalle_bart, tiny_vqgan
 
 from dm_generations import compile_cache, programs
 from dm_generations.decode.codec import Codec
-from dm_generations.models import checkpoints
+from dm_generations.models.loading import load_checkpoint
 from dm_generations.programs import Kept, remembered
 from dm_generations.score import Scorer
 from dm_generations.text import PromptTokenizer
@@ -153,7 +153,7 @@ def test_a_program_that_jax_cannot_write_is_run_and_said_once(folder, monkeypatc
 
 def test_decoders_of_one_network_are_told_apart(folder):
     """Sheets of 2 x 3 and 3 x 2 pictures take arrays of one shape; 16-bit activations those of float32's."""
-    checkpoint = checkpoints.load(tiny_vqgan(folder / "vqgan"), "codec")
+    checkpoint = load_checkpoint(tiny_vqgan(folder / "vqgan"), "codec")
     tokens = random_tokens(6, GRID**2, CODEBOOK_SIZE)[None]
     codecs = [Codec.from_checkpoint(checkpoint, 6, dtype) for dtype in ("float32", "bfloat16")]
     sheets = [codec.tiled(rows, cols) for codec in codecs for rows, cols in ((2, 3), (3, 2), (6, 1))]
@@ -171,7 +171,7 @@ def test_preprocessing_is_told_apart(folder):
     found = []
     for values in ({}, {"image_mean": [0.1, 0.2, 0.3]}, {"resample": 2}):
         (path / "preprocessor_config.json").write_text(json.dumps(values))
-        checkpoint = checkpoints.load(path, "clip")
+        checkpoint = load_checkpoint(path, "clip")
         found.append(Scorer(checkpoint, PromptTokenizer(checkpoint.folder)).image_features(images))
     assert len({features.tobytes() for features in found}) == 3
 

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from dm_generations.errors import UserError
-from dm_generations.models.checkpoints.clip_torch import flax_from_torch
-from dm_generations.models.clip import CLIP, CLIPConfig, preprocess
+from dm_generations.models.clip.checkpoint import flax_from_torch
+from dm_generations.models.clip.network import CLIP, CLIPConfig, preprocess
 from dm_generations.score import Preprocessing, Scorer
 from dm_generations.text import PromptTokenizer
 

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dm_generations.models import checkpoints
-from dm_generations.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, normalise, unit
-from dm_generations.models.vqgan import VQGAN
+from dm_generations.models.clip.network import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, normalise, unit
+from dm_generations.models.loading import Checkpoint, load_checkpoint
+from dm_generations.models.vqgan.network import VQGAN
 from dm_generations.score import Scorer
 from dm_generations.text import PromptTokenizer
+from dm_generations.weights import native
 from training import data
 from training.captions import caption
 from training.common import Run, in_float32, muon
@@ -160,25 +161,25 @@ def main() -> None:
 
     pixels, rows = data.load(args.data, tones=False)  # captions do not tell them apart
     tokenizer = PromptTokenizer(args.tokenizer)
-    codec = checkpoints.load(args.codec, "codec")
+    codec = load_checkpoint(args.codec, "codec")
     rebuilt = reconstruct(VQGAN(codec.config), codec.params, pixels)[0]
     train = [i for i, row in enumerate(rows) if not row["held_out"]]
     config, params = config_for(pixels.shape[1], tokenizer.eos_id + 1), None
     if args.init:
-        loaded = checkpoints.load(args.init, "clip")
+        loaded = load_checkpoint(args.init, "clip")
         config, params = loaded.config, in_float32(loaded.params)
     trainer = Trainer(CLIP(config), pixels[train], rebuilt[train], [rows[i] for i in train], tokenizer, args)
     run = Run(args.run, trainer.init(params), save_every=500, args=args)
 
     def check(state) -> dict:
         params = jax.device_get(state["params"])
-        scorer = Scorer(checkpoints.Checkpoint("clip", config, params, "", "", args.tokenizer), tokenizer)
+        scorer = Scorer(Checkpoint("clip", config, params, "", "", args.tokenizer), tokenizer)
         found = evaluate(scorer, pixels, rows)
         return found | {f"rebuilt_{k}": v for k, v in evaluate(scorer, rebuilt, rows).items()}
 
     run.loop(args.steps, trainer.step, log_every=50, evaluate=check, evaluate_every=500)
     if args.out:
-        checkpoints.save(args.out, "clip", config.to_dict(), jax.device_get(run.state["params"]), np.float16)
+        native.save(args.out, "clip", config.to_dict(), jax.device_get(run.state["params"]), np.float16)
         shutil.copyfile(args.tokenizer / "tokenizer.json", args.out / "tokenizer.json")
 
 

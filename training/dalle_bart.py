@@ -37,10 +37,11 @@ import optax
 from flax import linen as nn
 from tokenizers import Tokenizer
 
-from dm_generations.models import checkpoints
-from dm_generations.models.dalle_bart import DalleBart, DalleBartConfig
-from dm_generations.models.vqgan import VQGAN
+from dm_generations.models.dalle_mini.network import DalleBart, DalleBartConfig
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.vqgan.network import VQGAN
 from dm_generations.text import PromptTokenizer
+from dm_generations.weights import native
 from training import data
 from training.captions import caption
 from training.common import Run, dense_in_bfloat16, in_float32, multiplies_bfloat16, muon
@@ -197,7 +198,7 @@ def main() -> None:
     args = parser.parse_args()
 
     pixels, rows = data.load(args.data, tones=False)  # captions do not tell them apart
-    codec = checkpoints.load(args.codec, "codec")
+    codec = load_checkpoint(args.codec, "codec")
     if args.thrift < 0:
         raise SystemExit(f"--thrift {args.thrift:g} would make codes rare: give 0 or more")
     if args.thrift and codec.config.is_gumbel:
@@ -211,7 +212,7 @@ def main() -> None:
     vocab_size = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json")).get_vocab_size()
     config, params = config_for(codec.config.codebook_size, tokens.shape[1], vocab_size), None
     if args.init:
-        loaded = checkpoints.load(args.init, "generator")
+        loaded = load_checkpoint(args.init, "generator")
         config, params = loaded.config, in_float32(loaded.params)
     train_rows = [row for row, is_train in zip(rows, train, strict=True) if is_train]
     trainer = Trainer(DalleBart(config), tokens[train], train_rows, tokenizer, args)
@@ -233,7 +234,7 @@ def main() -> None:
     run.loop(args.steps, trainer.step, log_every=25, evaluate=check, evaluate_every=250)
     if args.out:
         params = jax.device_get(run.state["params"])
-        checkpoints.save(args.out, "dalle_bart", dataclasses.asdict(config), params, np.float16)
+        native.save(args.out, "dalle_bart", dataclasses.asdict(config), params, np.float16)
         shutil.copyfile(args.tokenizer / "tokenizer.json", args.out / "tokenizer.json")
 
 

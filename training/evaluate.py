@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 from dm_generations.decode.captions import without_accents
 from dm_generations.decode.codec import Codec
 from dm_generations.generate.generator import Generator, RowSettings
-from dm_generations.models import checkpoints
-from dm_generations.models.vqgan import VQGAN
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.vqgan.network import VQGAN
 from dm_generations.score import Scorer
 from dm_generations.text import PromptTokenizer
 from dm_generations.threefry import row_key
@@ -57,7 +57,7 @@ class Pipeline:
 
     def __init__(self, folder: Path, batch_size: int = 32):
         roles = {"dalle_bart": "generator", "vqgan": "codec", "clip": "clip"}
-        models = {kind: checkpoints.load(folder / kind, role) for kind, role in roles.items()}
+        models = {kind: load_checkpoint(folder / kind, role) for kind, role in roles.items()}
         self.codec_checkpoint = models["vqgan"]
         text, clip = (PromptTokenizer(folder / kind) for kind in ("dalle_bart", "clip"))
         self.generator = Generator(models["dalle_bart"], text, batch_size)

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dm_generations.models import checkpoints
-from dm_generations.models.vqgan import VQGAN, VQGANConfig
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
+from dm_generations.weights import native
 from training import data
 from training.common import Run, in_float32, muon, on_every_device, picture_grid, shared_out
 
@@ -265,7 +266,7 @@ def main() -> None:
     weights = np.array([0.2 if row["tone"] else 1.0 for row in rows])
     config, params = CPU_64, None
     if args.init:
-        loaded = checkpoints.load(args.init, "codec")
+        loaded = load_checkpoint(args.init, "codec")
         config, params = loaded.config, in_float32(loaded.params)
         args.continuous_steps = -1  # its codebook goes on: started anew, the text model's codes would mean other things
     if config.resolution != pixels.shape[1]:
@@ -283,7 +284,7 @@ def main() -> None:
     run.loop(args.steps, trainer.step, log_every=50, evaluate=evaluate, evaluate_every=500)
     if args.out:
         params = jax.device_get(run.state["params"])
-        checkpoints.save(args.out, "vqgan", dataclasses.asdict(config), params, np.float16)
+        native.save(args.out, "vqgan", dataclasses.asdict(config), params, np.float16)
 
 
 if __name__ == "__main__":

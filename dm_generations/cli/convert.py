@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dm_generations.models.checkpoints.convert import convert
+    from dm_generations.pipelines.convert import convert
 
     for line in convert(args.model, args.out, args.tokenizer, None if args.dtype == "as-is" else args.dtype):
         print(line)

@@ -179,8 +179,8 @@ def _generate(args: argparse.Namespace) -> int:
     )
     prepare_device(args.cpu_only)
     from dm_generations.generate.given import load_given
-    from dm_generations.generate.models import load_models
     from dm_generations.generate.run import Pipeline, Progressive, open_archive
+    from dm_generations.models.loading import load_models
 
     exists = os.path.exists(args.db)  # unlike Path.exists, False for a name that cannot be
     if exists:  # found out before the models are loaded, which takes a moment

@@ -38,12 +38,12 @@ def run(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     with Archive.open(args.db, "w") as archive:
         prepare_device(args.cpu_only)
-        from dm_generations.generate.models import known_model, model_info
         from dm_generations.generate.scores import score_archive
-        from dm_generations.models import checkpoints
+        from dm_generations.models.loading import load_checkpoint
+        from dm_generations.pipelines.model_records import known_model, model_info
         from dm_generations.progress import Progress
 
-        codec, clip = checkpoints.load(args.codec, "codec"), checkpoints.load(args.clip, "clip")
+        codec, clip = load_checkpoint(args.codec, "codec"), load_checkpoint(args.clip, "clip")
         total = archive.count_to_score(args.all, known_model(archive, model_info(clip)))
         if not total:
             print(f"every picture in {args.db} has its scores{' by this CLIP' if args.all else ''}; nothing to do")

@@ -86,7 +86,7 @@ def _draw_again(archive: Archive, args: argparse.Namespace) -> int:
         raise UserError(f"--margin must be 0 or more, not {args.margin}")
     prepare_device(args.cpu_only)
     from dm_generations.generate.again import differences, ids_of_model
-    from dm_generations.generate.models import load_generator
+    from dm_generations.models.loading import load_generator
 
     generator = load_generator(args.model, args.tokenizer, dalle_pytorch_overrides(args))
     ids, other_count = ids_of_model(archive, generator, args.sample)

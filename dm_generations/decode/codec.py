@@ -18,10 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dm_generations.beside import Beside, count_at_once
 from dm_generations.decode.memory import check_fits, fitting_batch_size, is_out_of_memory, largest_bytes
 from dm_generations.errors import UserError
-from dm_generations.models.networks import network_class
-from dm_generations.models.placement import placed
-from dm_generations.models.precision import matmul_precision
-from dm_generations.models.vqgan_decoder import VQGANDecoder
+from dm_generations.models.registry import get_kind
 from dm_generations.programs import Kept, remembered
 
 _AXIS = "pictures"
@@ -43,7 +40,7 @@ class Codec:
         dtype: str = "float32",
         grid: int | None = None,
     ):
-        """kind: of the network, a codec of `networks.ROLES`   params: as in a checkpoint   dtype: of activations
+        """kind: of the network, a codec in `registry.KINDS`   params: as in a checkpoint   dtype: of activations
 
         batch_size: pictures at a time, of all devices together; rounded up to as many for each device. "auto" is what
         their memory holds, or less where more would be no faster.
@@ -60,11 +57,11 @@ class Codec:
         self._mesh = mesh = Mesh(self._devices, (_AXIS,))
         self._rows = NamedSharding(mesh, PartitionSpec(_AXIS))
         self._network = kind, config, dtype
-        prepare, decode = _network(kind, config, np.dtype(dtype), self._devices[0].platform)
-        self._params = prepare(params, NamedSharding(mesh, PartitionSpec()))
+        decoder = get_kind(kind).make_decoder(config, np.dtype(dtype), self._devices[0].platform)
+        self._params = decoder.prepare_params(params, NamedSharding(mesh, PartitionSpec()))
 
         def to_uint8(params, tokens):  # (b, L) or grids (b, h, w), uint16 -> (b, H, W, 3) uint8, of one device
-            pixels = decode(params, tokens.astype(jnp.int32))
+            pixels = decoder.decode(params, tokens.astype(jnp.int32))
             # Truncated, not rounded: what the 2022 script wrote.
             return (jnp.clip(pixels, 0.0, 1.0) * jnp.float32(255)).astype(jnp.uint8)
 
@@ -196,24 +193,6 @@ class Decoding:
                 if not is_out_of_memory(error):
                     raise
                 self._codec._halve(size, error)
-
-
-def _network(kind: str, config: Any, dtype: np.dtype, platform: str) -> tuple[Callable, Callable]:
-    """What places parameters on devices (params, sharding), and what decodes tokens with them (params, tokens)."""
-    network = network_class(kind)
-    if kind == "vqgan":
-        decoder = VQGANDecoder(config, dtype, platform)
-        return lambda params, where: decoder.prepare(params, lambda array: jax.device_put(array, where)), decoder.decode
-    model = network(config, dtype)
-
-    def prepare(params, where):
-        return placed({name: params[name] for name in network.DECODER_PARTS}, where=where)
-
-    def decode(params, tokens):
-        with matmul_precision(dtype):
-            return model.apply({"params": params}, tokens, method="decode_code")
-
-    return prepare, decode
 
 
 def _on_each_device(function: Callable, mesh: Mesh) -> Callable:

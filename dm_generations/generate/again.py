@@ -10,9 +10,9 @@ from dm_generations import compile_cache
 from dm_generations.archive import Archive, ImageRow
 from dm_generations.decode.tokens import BadTokens, tokens_of
 from dm_generations.generate.generator import Generator, RowSettings, tokenizer_of
-from dm_generations.generate.models import known_model, model_info
 from dm_generations.generate.run import SAMPLER_VERSIONS
-from dm_generations.models.checkpoints import Checkpoint
+from dm_generations.models.loading import Checkpoint
+from dm_generations.pipelines.model_records import known_model, model_info
 
 _SETTINGS = tuple(field.name for field in fields(RowSettings))
 

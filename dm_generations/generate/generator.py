@@ -24,12 +24,10 @@ from dm_generations.errors import UserError
 from dm_generations.generate import loop, sweep
 from dm_generations.generate.dalle_mini import DalleMiniDrawing
 from dm_generations.generate.row_inputs import Row, RowInputs, laid_out, sequence_count, take_fitting
-from dm_generations.models import checkpoints
-from dm_generations.models.checkpoints import Checkpoint
-from dm_generations.models.dalle_bart_config import unscanned
-from dm_generations.models.networks import network_class
-from dm_generations.models.placement import placed
+from dm_generations.models.dalle_mini.config import DalleBartConfig
+from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.programs import Kept, remembered
+from dm_generations.runtime.params import put_params
 from dm_generations.text import TextTokenizer, load_tokenizer
 from dm_generations.threefry import WORD
 
@@ -80,7 +78,7 @@ class Generator:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r:.100}")
         if batch_size < 1:
             raise ValueError(f"batch_size (={batch_size}) must be at least 1")
-        if rng == "dalle-mini" and checkpoint.kind != "dalle_bart":
+        if rng == "dalle-mini" and not isinstance(checkpoint.config, DalleBartConfig):
             raise UserError(
                 f"--rng dalle-mini repeats DALL-E mini and mega; {checkpoint.name!r} is another kind of model"
             )
@@ -90,9 +88,8 @@ class Generator:
         self.dtype = dtype
         self._name = checkpoint.name
         self._tokenizer = tokenizer
-        if checkpoint.kind == "dalle_bart":
-            config, params = unscanned(config, params)
-        self._model = network_class(checkpoint.kind)(config, jnp.dtype(dtype))
+        config, params = checkpoint.network_class.prepare_params(config, params)
+        self._model = checkpoint.network_class(config, jnp.dtype(dtype))
         if rng == "dalle-mini":
             columns = config.image_vocab_size + 1
             self._drawing = DalleMiniDrawing(columns, config.eos_token_id, config.pad_token_id)
@@ -104,7 +101,7 @@ class Generator:
             None if self._mesh is None else NamedSharding(self._mesh, spec)
             for spec in (PartitionSpec(loop.AXIS), PartitionSpec())
         )
-        self._params = placed(params, self._model.dtype, self._everywhere)
+        self._params = put_params(params, self._model.dtype, self._everywhere)
         self._begin_program, self._advance_program, self._replay_program = (
             Kept(function, self._model, self._drawing, self._mesh)
             for function in (loop.begin, loop.advance, loop.replay)
@@ -118,7 +115,7 @@ class Generator:
     ) -> "Generator":
         """The generator of a folder, a file or a hub name; None is the model that ships. Raises UserError."""
         compile_cache.enable()
-        checkpoint = checkpoints.load(model, "generator")
+        checkpoint = load_checkpoint(model, "generator")
         return cls(checkpoint, tokenizer_of(checkpoint), batch_size, dtype=dtype)
 
     @property

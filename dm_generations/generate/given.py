@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from dm_generations.archive import init_md5
 from dm_generations.decode.tokens import TOKEN_DTYPE
 from dm_generations.errors import UserError, one_line
-from dm_generations.models.checkpoints import Checkpoint
+from dm_generations.models.loading import Checkpoint
 
 # Of a picture's codes, what is kept of a given one unless told otherwise: 14 rows of 32, as OpenAI primed DALL-E
 # (Ramesh et al., "Zero-Shot Text-to-Image Generation", 2021) and DALLE-pytorch's `generate_images` does.
@@ -115,9 +115,7 @@ def encode_picture(path: Path, codec: Checkpoint, token_count: int) -> np.ndarra
 
 def has_encoder(codec: Checkpoint) -> bool:
     """Whether it makes codes of pictures too: min-dalle's `detoker.pt`, for one, only has a decoder."""
-    from dm_generations.models.networks import network_class
-
-    return not codec.params.keys() <= set(network_class(codec.kind).DECODER_PARTS)
+    return not codec.params.keys() <= set(codec.network_class.DECODER_PARTS)
 
 
 def encode_pixels(pixels: np.ndarray, codec: Checkpoint) -> np.ndarray:
@@ -125,12 +123,10 @@ def encode_pixels(pixels: np.ndarray, codec: Checkpoint) -> np.ndarray:
     import jax
     import jax.numpy as jnp
 
-    from dm_generations.models.networks import network_class
-    from dm_generations.models.placement import placed
-    from dm_generations.models.precision import matmul_precision
     from dm_generations.programs import Kept
+    from dm_generations.runtime.params import matmul_precision, put_params
 
-    model = network_class(codec.kind)(codec.config, jnp.float32)
+    model = codec.network_class(codec.config, jnp.float32)
 
     @jax.jit
     def encode(params, pixels):
@@ -139,7 +135,7 @@ def encode_pixels(pixels: np.ndarray, codec: Checkpoint) -> np.ndarray:
         return tokens.astype(jnp.uint16)
 
     program = Kept(encode, closed_over=(codec.kind, codec.config))
-    return jax.device_get(program(placed(codec.params), jax.device_put(pixels)))
+    return jax.device_get(program(put_params(codec.params), jax.device_put(pixels)))
 
 
 def read_picture(path: Path, size: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dm_generations import sampling
 from dm_generations.generate.row_inputs import OF_ROWS, TEXT_BATCH, RowInputs
-from dm_generations.models.precision import matmul_precision
+from dm_generations.runtime.params import matmul_precision
 
 AXIS = "rows"  # of a mesh of devices, each of which has a batch of its own
 
@@ -82,7 +82,7 @@ def begin(model: nn.Module, drawing: Drawing, mesh: Mesh | None, params: dict, r
     def here(params, rows):
         count = len(rows.top_k)
         return DrawState(
-            model.apply({"params": params}, _texts(model, params, rows), method="begin"),
+            model.apply({"params": params}, _texts(model, params, rows), method="init_cache"),
             jnp.zeros((count, model.config.image_length), jnp.int32),
             RowState(
                 jnp.full(count, model.config.start_token, jnp.int32),
@@ -164,7 +164,7 @@ def _texts(model: nn.Module, params: dict, rows: RowInputs) -> Any:
 
     def read(start):
         batch = (jax.lax.dynamic_slice_in_dim(array, start, TEXT_BATCH) for array in rows[:2])
-        return model.apply({"params": params}, *batch, method="read_text")
+        return model.apply({"params": params}, *batch, method="encode_prompt")
 
     def store(index, texts):
         start = index * TEXT_BATCH

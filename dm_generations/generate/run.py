@@ -21,11 +21,11 @@ from dm_generations.errors import UserError
 from dm_generations.generate.claims import Claims
 from dm_generations.generate.generator import Generator, RowSettings, tokenizer_of
 from dm_generations.generate.given import Given
-from dm_generations.generate.models import Models, known_model, model_info, record_model
 from dm_generations.generate.progressive import write_progress
 from dm_generations.generate.row_inputs import sequence_count
 from dm_generations.generate.sweep import Combination, Draw, Plan, Sweep, plan
-from dm_generations.models.checkpoints import Checkpoint
+from dm_generations.models.loading import Checkpoint, Models
+from dm_generations.pipelines.model_records import known_model, model_info, record_model
 from dm_generations.sampling import SAMPLER_VERSION
 from dm_generations.score import Scorer
 from dm_generations.text import load_tokenizer

@@ -13,9 +13,9 @@ from dm_generations import compile_cache
 from dm_generations.archive import Archive, ImageRow
 from dm_generations.decode.codec import Codec
 from dm_generations.decode.tokens import BadTokens, tokens_of
-from dm_generations.generate.models import known_model, model_info, record_model
 from dm_generations.generate.run import finite, make_scorer, memory_errors
-from dm_generations.models.checkpoints import Checkpoint
+from dm_generations.models.loading import Checkpoint
+from dm_generations.pipelines.model_records import known_model, model_info, record_model
 
 
 @dataclass

@@ -15,14 +15,14 @@ from dm_generations.decode.npy import encode_npy
 from dm_generations.errors import UserError
 from dm_generations.generate import given
 from dm_generations.generate.generator import Generator, RowSettings
-from dm_generations.models import checkpoints
+from dm_generations.models.loading import load_checkpoint
 
 TOKENS = np.array([0, 3, 15, 7], np.uint16)
 
 
 @pytest.fixture(scope="module")
 def codec():
-    return checkpoints.load(GOLDEN_CODEC, "codec")
+    return load_checkpoint(GOLDEN_CODEC, "codec")
 
 
 def saved(path, array, **options):
@@ -173,7 +173,7 @@ def test_encodes_as_the_original_did(codec):
 
 def test_what_the_shipped_codec_makes_of_its_own_picture():
     """Encoded, decoded: near the picture. The codes need not be the same, for many give nearly the same pixels."""
-    shipped = checkpoints.load(None, "codec")
+    shipped = load_checkpoint(None, "codec")
     codec = Codec.from_checkpoint(shipped, batch_size=1)
     tokens = given.encode_pixels(SMOOTH := smooth_picture(codec.image_size)[None], shipped)
     picture = codec.decode(tokens)
@@ -229,7 +229,7 @@ def test_flags_together(codec, tmp_path):
 
 def test_a_generator_keeps_what_is_given(tmp_path):
     """The whole way: a picture, its codes, the first of them kept and the rest drawn."""
-    codec = checkpoints.load(tiny_vqgan(tmp_path / "vqgan"), "codec")
+    codec = load_checkpoint(tiny_vqgan(tmp_path / "vqgan"), "codec")
     generator = Generator.load(str(tiny_dalle_bart(tmp_path / "dalle_bart")), batch_size=2)
     Image.effect_noise((9, 9), 80).save(tmp_path / "p.png")
     found = given.load_given(tmp_path / "p.png", None, None, codec, generator.token_count, generator.codebook_size)

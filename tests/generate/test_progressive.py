@@ -11,7 +11,7 @@ from dm_generations.decode.codec import Codec
 from dm_generations.errors import UserError
 from dm_generations.generate.progressive import filled, progress_file, write_progress
 from dm_generations.generate.sweep import Combination, Draw
-from dm_generations.models import checkpoints
+from dm_generations.models.loading import load_checkpoint
 
 COMBINATION = Combination("a boat", None, 256, 1.0, 1.0, 3.0)
 DRAWS = [Draw(COMBINATION, 7, index) for index in range(2)]
@@ -21,7 +21,7 @@ TOKENS = np.array([[3, 4, 5], [6, 7, 8]], np.uint16)
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory):
     folder = tiny_vqgan(tmp_path_factory.mktemp("models") / "vqgan")
-    return Codec.from_checkpoint(checkpoints.load(folder, "codec"), batch_size=2)
+    return Codec.from_checkpoint(load_checkpoint(folder, "codec"), batch_size=2)
 
 
 def test_each_picture_is_filled_with_its_own_first_code():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dm_generations.models.dalle_bart import DalleBart
+from dm_generations.models.dalle_mini.network import DalleBart
 from training.common import bfloat16_product, dense_in_bfloat16, multiplies_bfloat16
 from training.dalle_bart import config_for
 

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from dm_generations.models import checkpoints
-from dm_generations.models.vqgan import VQGANConfig
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.vqgan.network import VQGANConfig
+from dm_generations.weights import native
 from training import data, vqgan
 from training.__main__ import STEPS
 from training.common import Run
@@ -74,8 +75,8 @@ def test_run_is_not_resumed_in_another_precision(begun, flag, trainer, initial, 
 def test_trained_model_loads_and_rebuilds_pictures(trainer, initial, tmp_path):
     run = train(trainer, initial, tmp_path / "run", 4)
     params = jax.device_get(run.state["params"])
-    checkpoints.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), params, np.float16)
-    loaded = checkpoints.load(tmp_path / "model", "codec")
+    native.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), params, np.float16)
+    loaded = load_checkpoint(tmp_path / "model", "codec")
     assert loaded.config == CONFIG
     pictures, tokens = reconstruct(trainer.model, loaded.params, np.asarray(trainer.pixels))
     assert pictures.shape == (40, 8, 8, 3) and pictures.dtype == np.uint8
@@ -109,7 +110,7 @@ def test_thrift_makes_codes_common_at_little_cost(trainer, initial, tmp_path):
 
 
 def test_fine_tuning_goes_on_from_the_codebook(trainer, initial, tmp_path, monkeypatch):
-    checkpoints.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), initial["params"], np.float32)
+    native.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), initial["params"], np.float32)
     pixels = np.asarray(trainer.pixels)
     rows = [{"held_out": i % 4 == 0, "tone": False} for i in range(len(pixels))]
     monkeypatch.setattr(data, "load", lambda path: (pixels, rows))
@@ -118,7 +119,7 @@ def test_fine_tuning_goes_on_from_the_codebook(trainer, initial, tmp_path, monke
     words = f"vqgan --init {tmp_path / 'model'} --run {tmp_path / 'run'} --out {tmp_path / 'out'} --steps 1"
     monkeypatch.setattr(sys, "argv", [*words.split(), "--batch-size", "4"])
     vqgan.main()
-    assert checkpoints.load(tmp_path / "out", "codec").config == CONFIG
+    assert load_checkpoint(tmp_path / "out", "codec").config == CONFIG
 
 
 def test_every_part_of_the_recipe_knows_its_flags(monkeypatch):

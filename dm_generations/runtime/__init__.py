@@ -1,0 +1,1 @@
+"""Devices: parameters, precision, memory and compiled programs."""

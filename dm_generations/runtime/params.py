@@ -1,0 +1,75 @@
+"""Parameters on the devices, and the precision of matrix products.
+
+The arrays of a checkpoint are views of mapped files. Pages that have been copied are released while the copying goes
+on, so that loading N bytes of weights takes little more than N bytes of memory. What needs no copy, in float32 on a
+CPU, is read from the disk when it is first computed with, and shared with other processes.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import numpy as np
+
+from dm_generations.weights.mmap import release, stays
+
+_CHUNK_BYTES = 1 << 25  # between two releases: a call for each small tensor would cost more than it saves
+_ALIGNMENT = 64  # of arrays that JAX takes over on a CPU instead of copying them
+
+
+def put_params(params: dict, dtype: Any = np.float32, sharding: jax.sharding.Sharding | None = None) -> dict:
+    """Put parameters on the default device, or where `sharding` says, as a network computes with them.
+
+    Args:
+        params: a nested dict of NumPy arrays.
+        dtype: of matrices; vectors (norms and biases) become float32, which costs nothing.
+        sharding: where to put them.
+
+    Returns:
+        The same tree of JAX arrays.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    on_device: list[jax.Array] = []
+    unreleased: list[np.ndarray] = []
+    for leaf in map(np.asarray, leaves):
+        target = np.dtype(dtype if leaf.ndim > 1 else np.float32)
+        # Never the mapped memory of other files: somebody may write them anew while the program runs.
+        is_usable = leaf.dtype == target and stays(leaf)
+        on_device.append(jax.device_put(leaf if is_usable else _copy(leaf, target), sharding))
+        unreleased.append(leaf)
+        if sum(view.nbytes for view in unreleased) >= _CHUNK_BYTES:
+            release(unreleased)
+            unreleased.clear()
+    release(unreleased)
+    return jax.tree.unflatten(structure, jax.block_until_ready(on_device))
+
+
+def _copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A contiguous copy as `dtype`; of a large array, the pages it lies on are released on the way."""
+    size = array.size * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    copy = raw[start : start + size].view(dtype).reshape(array.shape)
+    if array.nbytes <= _CHUNK_BYTES:
+        copy[...] = array
+        return copy
+    # Along the axis that is slowest in the file, also of a transposed view, so that each page is read once.
+    axis = max(range(array.ndim), key=lambda i: abs(array.strides[i]))
+    count = max(1, array.shape[axis] * _CHUNK_BYTES // array.nbytes)
+    for first in range(0, array.shape[axis], count):
+        chunk = (slice(None),) * axis + (slice(first, first + count),)
+        copy[chunk] = array[chunk]
+        release([array])
+    return copy
+
+
+def matmul_precision(dtype: Any) -> AbstractContextManager[None]:
+    """A context in which traced matrix products are as exact as their type.
+
+    JAX's default rounds float32 factors first: to 10 bits on a GPU (TF32), to 7 on a TPU. Activations of 16 bits keep
+    the default, which loses nothing of theirs.
+
+    Args:
+        dtype: of activations.
+    """
+    return jax.default_matmul_precision("highest" if np.dtype(dtype).itemsize >= 4 else "default")
