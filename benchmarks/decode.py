@@ -22,10 +22,11 @@ from timing import matrix_peak, seconds_of
 
 from dm_generations.archive import DTYPES
 from dm_generations.inference.decoder import Decoder
-from dm_generations.models.checkpoints import load, unflatten
-from dm_generations.models.networks import parameter_shapes
-from dm_generations.models.vqgan import VQGAN, VQGANConfig
-from dm_generations.models.vqgan_decoder import VQGANDecoder
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.registry import parameter_shapes
+from dm_generations.models.vqgan.fast_decoder import VQGANDecoder
+from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
+from dm_generations.weights.native import unflatten
 
 
 def main() -> None:
@@ -82,7 +83,9 @@ def errors(args: argparse.Namespace) -> None:
 
     def decoded(dtype: str) -> np.ndarray:
         decoder = VQGANDecoder(config, np.dtype(dtype), platform)
-        return np.clip(np.asarray(jax.jit(decoder.decode)(decoder.prepare(params), tokens), np.float64), 0, 1) * 255
+        return (
+            np.clip(np.asarray(jax.jit(decoder.decode)(decoder.prepare_params(params), tokens), np.float64), 0, 1) * 255
+        )
 
     with jax.enable_x64(True):
         exact = decoded("float64")
@@ -102,7 +105,7 @@ def pipeline(args: argparse.Namespace) -> None:
 def codec_of(path: str | None) -> tuple[VQGANConfig, dict]:
     """Config and parameters, NumPy float32."""
     if path is not None:
-        checkpoint = load(None if path == "embedded" else path, "codec")
+        checkpoint = load_checkpoint(None if path == "embedded" else path, "codec")
         return checkpoint.config, jax.tree.map(lambda leaf: np.array(leaf, np.float32), checkpoint.params)
     config, rng = VQGANConfig(), np.random.default_rng(0)
     flat = {}
@@ -134,9 +137,9 @@ def time_torch(config: VQGANConfig, params: dict, tokens: np.ndarray, line: Call
     torch.set_float32_matmul_precision("highest")
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def placed(tree):
+    def put_params(tree):
         if isinstance(tree, dict):
-            return {name: placed(part) for name, part in tree.items()}
+            return {name: put_params(part) for name, part in tree.items()}
         array = torch.from_numpy(np.ascontiguousarray(tree.transpose(3, 2, 0, 1) if tree.ndim == 4 else tree))
         return array.to(device, memory_format=torch.channels_last if tree.ndim == 4 else torch.contiguous_format)
 
@@ -174,8 +177,8 @@ def time_torch(config: VQGANConfig, params: dict, tokens: np.ndarray, line: Call
                 x = conv(level["upsample"]["conv"], functional.interpolate(x, scale_factor=2.0, mode="nearest"))
         return conv(weights["conv_out"], functional.silu(norm(weights["norm_out"], x)))
 
-    codebook = placed(params["quantize"]["embedding"]["embedding"])
-    after, decoder = placed(params["post_quant_conv"]), placed(params["decoder"])
+    codebook = put_params(params["quantize"]["embedding"]["embedding"])
+    after, decoder = put_params(params["post_quant_conv"]), put_params(params["decoder"])
     tokens = torch.from_numpy(tokens).to(device)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for dtype in ("float32", "bfloat16"):

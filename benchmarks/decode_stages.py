@@ -32,8 +32,9 @@ from dm_generations.decode.run import decode_archive
 from dm_generations.decode.tokens import tokens_of
 from dm_generations.files import write_atomic
 from dm_generations.inference.decoder import Decoder
-from dm_generations.models.checkpoints import Checkpoint, load, save
-from dm_generations.models.vqgan import VQGAN, VQGANConfig
+from dm_generations.models.loading import Checkpoint, load_checkpoint
+from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
+from dm_generations.weights import native
 
 STAGES = ("read", "to device", "decode", "fetch", "encode", "write")
 MODES = {"images": (), "gallery": (), "npy": (), "tar": ("--shard-size", "1000"), "zip": ()}
@@ -48,7 +49,7 @@ def pipeline(args: argparse.Namespace, config: VQGANConfig, params: dict, tokens
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_archive_2022(folder / "archive.db", tokens)
-        save(folder / "codec", "vqgan", dataclasses.asdict(config), params)
+        native.save(folder / "codec", "vqgan", dataclasses.asdict(config), params)
         print(f"{args.count} pictures in batches of {args.batch_size}; pictures/s, of a stage where it runs alone")
         print(f"{'':8}{'on disk':>10}{''.join(f'{stage:>11}' for stage in STAGES)}   peak memory of host, device")
         for structure in ("simple", "ours"):
@@ -60,7 +61,7 @@ def pipeline_process(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))  # a new one: both structures compile
     started = time.perf_counter()
-    checkpoint = load(str(folder / "codec"), "codec")
+    checkpoint = load_checkpoint(str(folder / "codec"), "codec")
     if args.structure == "simple":
         stages = simple_stages(checkpoint, args.batch_size, folder)
         in_turn(stages, args.batch_size)

@@ -46,9 +46,9 @@ def shipped_pictures(count: int) -> list[np.ndarray]:
     """(256, 256, 3) uint8, each of 16 pictures from all over the shipped archive: repeats compress otherwise."""
     from dm_generations.archive import Archive
     from dm_generations.inference.decoder import Decoder
-    from dm_generations.models import checkpoints
+    from dm_generations.models.loading import load_checkpoint
 
-    codec = Decoder.from_checkpoint(checkpoints.load(None, "codec"), 64)
+    codec = Decoder.from_checkpoint(load_checkpoint(None, "codec"), 64)
     with Archive.open(ROOT / "archive" / "emoji.db") as archive:
         rows = (row for group in archive.groups() for row in archive.rows(group.settings))
         different = list(dict.fromkeys(row.quantvec for row in rows))

@@ -27,15 +27,16 @@ from timing import matrix_peak, seconds_of
 
 from dm_generations.archive import DTYPES
 from dm_generations.inference.generator import Generator, tokenizer_of
-from dm_generations.models.checkpoints import Checkpoint, load, unflatten
-from dm_generations.models.dalle_bart import DalleBart
-from dm_generations.models.dalle_bart_config import DalleBartConfig
-from dm_generations.models.networks import parameter_shapes
+from dm_generations.models.dalle_mini.config import DalleBartConfig
+from dm_generations.models.dalle_mini.network import DalleBart
+from dm_generations.models.loading import Checkpoint, load_checkpoint
+from dm_generations.models.registry import parameter_shapes
 from dm_generations.runtime.device import free_bytes
 from dm_generations.runtime.params import put_params
 from dm_generations.sampling_params import SamplingParams
 from dm_generations.text import Tokenizer
 from dm_generations.threefry import row_key
+from dm_generations.weights.native import unflatten
 
 SWEEP = tuple(itertools.product((256,), (0.95, 1.0), (0.7, 1.0), (3.0, 10.0)))  # as SamplingParams
 PROMPTS = ("a rocket", "a 3d strawberry", "a green dragon", "a house with a garden")
@@ -104,7 +105,7 @@ def cpu_seconds_of_children() -> float:
 
 def our_sweep(prompts: list[str], keys: np.ndarray) -> None:
     """All settings as rows, through one program: a batch can hold pictures of several settings, here of two."""
-    checkpoint = load(None, "generator")
+    checkpoint = load_checkpoint(None, "generator")
     generator = Generator(checkpoint, tokenizer_of(checkpoint), batch_size=2 * len(prompts))
     settings = [SamplingParams(*values) for values in SWEEP for _ in prompts]
     generator.generate(prompts * len(SWEEP), settings, np.tile(keys, (len(SWEEP), 1)))
@@ -116,7 +117,7 @@ def dalle_mini_sweep(prompts: list[str], keys: np.ndarray) -> None:
     Of the same network: two calls of the decoder at every code, one for each half, and the filters of transformers
     (FlaxTopKLogitsWarper, FlaxTopPLogitsWarper). More than the notebook does for speed, a batch has many pictures.
     """
-    checkpoint = load(None, "generator")
+    checkpoint = load_checkpoint(None, "generator")
     config = checkpoint.config
     model, params = DalleBart(config), put_params(checkpoint.params)
     texts = tokenizer_of(checkpoint).encode([*prompts, *[None] * len(prompts)], config.max_text_length)
@@ -125,8 +126,8 @@ def dalle_mini_sweep(prompts: list[str], keys: np.ndarray) -> None:
     @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
     def generate(params, texts, key, top_k: int, top_p: float, temperature: float, cond_scale: float):
         def begin(ids, mask):
-            text = model.apply({"params": params}, ids, mask, method="read_text")
-            return model.apply({"params": params}, text, method="begin")
+            text = model.apply({"params": params}, ids, mask, method="encode_prompt")
+            return model.apply({"params": params}, text, method="init_cache")
 
         def draw_one(state, step):
             caches, token, key = state
@@ -262,7 +263,7 @@ class Machine:
 
 def model_of(shape: str) -> tuple[Checkpoint, Tokenizer]:
     """The shipped model, or random weights of another shape, which read the same ids of texts."""
-    embedded = load(None, "generator")
+    embedded = load_checkpoint(None, "generator")
     tokenizer = tokenizer_of(embedded)
     if shape == "embedded":
         return embedded, tokenizer

@@ -41,11 +41,11 @@ _OF_GLU = {"LayerNorm_0": "ln0", "LayerNorm_1": "ln1", "Dense_0": "fc0", "Dense_
 
 def random_weights(gigabytes: float) -> tuple[dict, dict[str, np.ndarray]]:
     """config.json of a DALL-E mini with fewer or more layers, and its float32 weights by path."""
-    from dm_generations.models.networks import config_class, parameter_shapes
+    from dm_generations.models.registry import get_kind, parameter_shapes
 
     def shapes_of(layers: int) -> tuple[dict, dict[str, tuple[int, ...]]]:
         values = {"model_type": "dallebart", "encoder_layers": layers, "decoder_layers": layers, "use_scan": False}
-        return values, parameter_shapes("dalle_bart", config_class("dalle_bart").from_dict(values))
+        return values, parameter_shapes("dalle_bart", get_kind("dalle_bart").config_class.from_dict(values))
 
     one, two = (sum(4 * int(np.prod(shape)) for shape in shapes_of(layers)[1].values()) for layers in (1, 2))
     values, shapes = shapes_of(max(1, round(1 + (gigabytes * 1e9 - one) / (two - one))))
@@ -57,7 +57,7 @@ def write_flax(folder: Path, values: dict, flat: dict[str, np.ndarray]) -> None:
     """`config.json` and `flax_model.msgpack`, as Flax's `to_bytes` writes arrays below its limit of 1 GiB."""
     import msgpack
 
-    from dm_generations.models.checkpoints import unflatten
+    from dm_generations.weights.native import unflatten
 
     def packed(array: np.ndarray) -> msgpack.ExtType:
         return msgpack.ExtType(1, msgpack.packb((array.shape, array.dtype.name, array.tobytes()), use_bin_type=True))
@@ -107,13 +107,13 @@ def load(path: Path) -> tuple[float, float, int, int]:
     """Seconds of CPU time and by the clock, the weights' bytes, and the peak of memory above what JAX took before."""
     import jax
 
-    from dm_generations.models import checkpoints
+    from dm_generations.models.loading import load_checkpoint
     from dm_generations.runtime.params import put_params
 
     jax.block_until_ready(jax.numpy.zeros(1))
-    checkpoints.load(None, "generator")  # what is imported and traced once
+    load_checkpoint(None, "generator")  # what is imported and traced once
     before, start, cpu_start = peak_bytes(), time.perf_counter(), time.process_time()
-    params = put_params(checkpoints.load(path, "generator").params)
+    params = put_params(load_checkpoint(path, "generator").params)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
     return cpu, wall, sum(leaf.nbytes for leaf in jax.tree.leaves(params)), peak_bytes() - before
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from decode_kit import random_tokens, write_archive_2022
 from tiny import tiny_vqgan
 
-from dm_generations.models import checkpoints
+from dm_generations.models.loading import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES_OF_A_PROMPT = 128
@@ -54,7 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         codec = args.codec or str(tiny_vqgan(folder / "codec"))
-        config = checkpoints.load(codec, "codec").config
+        config = load_checkpoint(codec, "codec").config
         tokens = random_tokens(PICTURES_OF_A_PROMPT, config.grid**2, config.codebook_size)
         for picture_count in args.pictures:
             prompts = tuple(f"boat number {number}" for number in range(-(-picture_count // PICTURES_OF_A_PROMPT)))

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from timing import matrix_peak, seconds_of
 
-from dm_generations.models.dalle_bart import DalleBart
+from dm_generations.models.dalle_mini.network import DalleBart
 from recipes.emoji import dalle_bart
 from recipes.emoji.common import replicate
 

@@ -25,9 +25,9 @@ from PIL import Image
 
 from dm_generations.archive import DTYPES
 from dm_generations.errors import UserError
-from dm_generations.generate.models import load_models
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator, tokenizer_of
+from dm_generations.models.loading import load_models
 from dm_generations.pipelines.generate import pad_tokens
 from dm_generations.pipelines.sweep import MAX_SEED
 from dm_generations.runtime import compile_cache

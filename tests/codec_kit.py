@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import torch_files
 
-from dm_generations.models.checkpoints import flatten
-from dm_generations.models.networks import network_class, parameter_shapes
+from dm_generations.models.registry import get_kind, parameter_shapes
+from dm_generations.weights.native import flatten
 
 
 def random_params(kind: str, config, seed: int = 0) -> dict[str, np.ndarray]:
@@ -50,7 +50,7 @@ def assert_same(tree: dict, flat: dict[str, np.ndarray]) -> None:
 def applied(source, method: str | Callable, *inputs: np.ndarray, dtype: str = "float32"):
     """What `method` of a loaded network gives, or a function of the network and the inputs."""
     params = jax.tree.map(lambda array: np.asarray(array, np.float32), source.params)
-    return network_class(source.kind)(source.config, dtype).apply({"params": params}, *inputs, method=method)
+    return get_kind(source.kind).network_class(source.config, dtype).apply({"params": params}, *inputs, method=method)
 
 
 def nhwc(array: np.ndarray) -> np.ndarray:

@@ -12,8 +12,8 @@ from flax.traverse_util import unflatten_dict
 from PIL import Image
 
 from dm_generations.archive import Settings
-from dm_generations.models.networks import parameter_shapes
-from dm_generations.models.vqgan import VQGANConfig
+from dm_generations.models.registry import parameter_shapes
+from dm_generations.models.vqgan.network import VQGANConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_DECODE = GOLDEN / "original_script"  # what the 2022 script read and wrote

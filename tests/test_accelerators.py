@@ -12,7 +12,7 @@ from dm_generations.generate import loop
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
 from dm_generations.inference.scorer import Scorer
-from dm_generations.models import checkpoints
+from dm_generations.models.loading import load_checkpoint
 from dm_generations.sampling_params import SamplingParams
 from dm_generations.text import PromptTokenizer
 
@@ -38,7 +38,7 @@ def rounded(lines: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_drawing(models, dtype):
-    checkpoint = checkpoints.load(models.dalle_bart, "generator")
+    checkpoint = load_checkpoint(models.dalle_bart, "generator")
     generator = Generator(checkpoint, PromptTokenizer(checkpoint.folder), batch_size=2, dtype=dtype)
     rows = generator._rows(
         ["a cat"] * 2, SamplingParams(256, cond_scale=3.0), np.zeros((2, 2), np.uint32), None, None, 0
@@ -60,12 +60,12 @@ def test_drawing(models, dtype):
 
 
 def test_decoding(models):
-    codec = Decoder.from_checkpoint(checkpoints.load(models.vqgan, "codec"), batch_size=2)
+    codec = Decoder.from_checkpoint(load_checkpoint(models.vqgan, "codec"), batch_size=2)
     assert not rounded(products(codec._to_uint8.function.trace(codec._params, jnp.zeros((2, GRID**2), jnp.uint16))))
 
 
 def test_scoring(models):
-    checkpoint = checkpoints.load(models.clip, "clip")
+    checkpoint = load_checkpoint(models.clip, "clip")
     scorer = Scorer(checkpoint, PromptTokenizer(checkpoint.folder), batch_size=2)
     pictures, ids = jnp.zeros((2, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.uint8), jnp.zeros((2, 16), jnp.int32)
     assert not rounded(products(scorer._image_tower.function.trace(scorer._params, pictures)))

@@ -13,9 +13,9 @@ from dm_generations.dalle_mini_rng import call_gumbel, prng_key, row_gumbel, spl
 from dm_generations.generate import loop
 from dm_generations.generate.dalle_mini import DalleMiniSampler
 from dm_generations.generate.row_inputs import TEXT_BATCH, RowInputs
-from dm_generations.models.checkpoints.flax_msgpack import read_flax_msgpack
-from dm_generations.models.dalle_bart import DalleBart
-from dm_generations.models.dalle_bart_config import DalleBartConfig, config_for_params, unscanned
+from dm_generations.models.dalle_mini.config import DalleBartConfig, config_for_params, unscan
+from dm_generations.models.dalle_mini.network import DalleBart
+from dm_generations.weights.flax_msgpack import read_flax_msgpack
 
 CASES = sorted(path.parent for path in golden("dalle_bart").glob("**/sample_settings.json"))
 CALL_GUMBEL = jax.jit(call_gumbel, static_argnums=(1, 2))
@@ -41,7 +41,7 @@ def generate(case, keys, indices=None, **values):
     """Sequences (B, L) without the start token, of the golden prompts at `indices`."""
     config_values, _ = read(case)
     params = jax.tree.map(jnp.asarray, read_flax_msgpack(case / "flax_model.msgpack"))
-    config, params = unscanned(config_for_params(DalleBartConfig.from_dict(config_values), params), params)
+    config, params = unscan(config_for_params(DalleBartConfig.from_dict(config_values), params), params)
     model = DalleBart(config)
     forward = np.load(case / "forward.npz")
     indices = list(range(len(forward["input_ids"])) if indices is None else indices)

@@ -13,7 +13,7 @@ from dm_generations import MinDalle
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
-from dm_generations.models import checkpoints
+from dm_generations.models.loading import load_checkpoint
 from dm_generations.sampling_params import SamplingParams
 from dm_generations.threefry import row_key
 
@@ -52,7 +52,7 @@ def tokens(folders):
 
 @pytest.fixture(scope="module")
 def codec(folders):
-    return Decoder.from_checkpoint(checkpoints.load(folders.vqgan, "codec"), batch_size=4)
+    return Decoder.from_checkpoint(load_checkpoint(folders.vqgan, "codec"), batch_size=4)
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from dm_generations.models import checkpoints
-from dm_generations.models.clip import CLIP, CLIPConfig
-from dm_generations.models.dalle_bart import DalleBart, DalleBartConfig
-from dm_generations.models.vqgan import VQGAN, VQGANConfig
+from dm_generations.models.clip.network import CLIP, CLIPConfig
+from dm_generations.models.dalle_mini.network import DalleBart, DalleBartConfig
+from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
+from dm_generations.weights import native
+from dm_generations.weights.native import flatten, unflatten
 
 GRID = 4  # a side: 16 codes a picture
 CODEBOOK_SIZE = 32
@@ -102,9 +103,9 @@ def tiny_clip(folder: Path, seed: int = 0, **changes) -> Path:
 def _write(folder: Path, kind: str, config: dict, init: Callable, seed: int) -> Path:
     shapes = jax.eval_shape(init, jax.random.key(0))["params"]  # shapes alone: nothing is compiled
     random = np.random.default_rng(seed)
-    flat = checkpoints.flatten(shapes)
+    flat = flatten(shapes)
     params = {path: _weights(random, path, flat[path].shape) for path in sorted(flat)}
-    checkpoints.save(folder, kind, config, checkpoints.unflatten(params))
+    native.save(folder, kind, config, unflatten(params))
     return folder
 
 

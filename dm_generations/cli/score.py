@@ -42,10 +42,10 @@ def run(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     with Archive.open(args.db, "w") as archive:
         prepare_device(args.cpu_only)
-        from dm_generations.models import checkpoints
+        from dm_generations.models.loading import load_checkpoint
         from dm_generations.pipelines.rescore import score_archive
 
-        codec, clip = checkpoints.load(args.codec, "codec"), checkpoints.load(args.clip, "clip")
+        codec, clip = load_checkpoint(args.codec, "codec"), load_checkpoint(args.clip, "clip")
         with show_progress() as on_progress:
             report = score_archive(archive, codec, clip, args.batch_size, args.all, on_progress)
     return _print_report(report, args, codec.name)

@@ -85,7 +85,7 @@ def _reproduce(archive: Archive, args: argparse.Namespace) -> int:
     if not args.margin >= 0:
         raise UserError(f"--margin must be 0 or more, not {args.margin}")
     prepare_device(args.cpu_only)
-    from dm_generations.generate.models import load_generator
+    from dm_generations.models.loading import load_generator
     from dm_generations.pipelines.reproduce import Mismatch, reproduce_archive
 
     def print_mismatch(mismatch: Mismatch) -> None:

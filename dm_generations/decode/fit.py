@@ -10,7 +10,7 @@ from dm_generations.archive import Archive, ImageRow, ModelInfo
 from dm_generations.decode.plan import GroupPlan
 from dm_generations.decode.tokens import TOKEN_DTYPE
 from dm_generations.errors import UserError
-from dm_generations.models.checkpoints import Checkpoint
+from dm_generations.models.loading import Checkpoint
 
 _SAMPLE_GROUPS, _SAMPLE_ROWS = 64, 8  # enough to tell a wrong codec from a few bad rows
 

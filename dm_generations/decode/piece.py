@@ -15,7 +15,7 @@ from dm_generations.decode.metadata import Record, gallery_record, picture_recor
 from dm_generations.decode.plan import GroupPlan, Target
 from dm_generations.decode.shards import Member, Shard, fingerprint, webdataset_members
 from dm_generations.decode.tokens import TOKEN_DTYPE
-from dm_generations.models.checkpoints import is_other_embedded
+from dm_generations.models.loading import is_other_embedded
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dm_generations.decode.plan import select_groups
 from dm_generations.errors import UserError
 from dm_generations.files import remove_stale_temporaries
 from dm_generations.inference.decoder import Decoder
-from dm_generations.models import checkpoints
+from dm_generations.models.loading import load_checkpoint
 from dm_generations.progress import Progress
 from dm_generations.runtime import compile_cache
 
@@ -43,7 +43,7 @@ def decode_archive(archive: Archive, options: Options, warn: Callable[[str], Non
         _make_folder(options.out_dir)
         codec = AnyTokens()
     elif due_count:
-        checkpoint = checkpoints.load(options.codec, "codec")
+        checkpoint = load_checkpoint(options.codec, "codec")
         grid, warnings = check_fit(archive, plans, checkpoint)
         for warning in warnings:
             warn(warning)

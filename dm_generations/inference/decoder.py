@@ -14,9 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dm_generations.errors import UserError
-from dm_generations.models.checkpoints import Checkpoint
-from dm_generations.models.networks import network_class
-from dm_generations.models.vqgan_decoder import VQGANDecoder
+from dm_generations.models.loading import Checkpoint
+from dm_generations.models.registry import get_kind
 from dm_generations.runtime.device import (
     BatchRunner,
     Work,
@@ -25,7 +24,6 @@ from dm_generations.runtime.device import (
     free_bytes_of_each,
     largest_array_bytes,
 )
-from dm_generations.runtime.params import matmul_precision, put_params
 
 _AXIS = "images"
 # Pixels of a batch beyond which more are no faster: a CPU is busy with one image, a GPU with some dozens.
@@ -77,11 +75,11 @@ class Decoder:
         self._item_shape, self._sheet_shape, self._item_name = (self.token_count,), (1, 1), "image"
         self._devices = jax.local_devices()
         self._mesh = Mesh(self._devices, (_AXIS,))
-        prepare, decode = _network(kind, config, np.dtype(dtype), self._devices[0].platform)
-        self._params = prepare(params, NamedSharding(self._mesh, PartitionSpec()))
+        decoder = get_kind(kind).make_decoder(config, np.dtype(dtype), self._devices[0].platform)
+        self._params = decoder.prepare_params(params, NamedSharding(self._mesh, PartitionSpec()))
 
         def to_uint8(params, tokens):  # (b, L) or grids (b, h, w), uint16 -> (b, H, W, 3) uint8, of one device
-            pixels = decode(params, tokens.astype(jnp.int32))
+            pixels = decoder.decode(params, tokens.astype(jnp.int32))
             # Truncated, not rounded: what the 2022 script wrote.
             return (jnp.clip(pixels, 0.0, 1.0) * jnp.float32(255)).astype(jnp.uint8)
 
@@ -234,24 +232,6 @@ class Decoding:
             count = min(left, len(images))
             left -= count
             yield images, count
-
-
-def _network(kind: str, config: Any, dtype: np.dtype, platform: str) -> tuple[Callable, Callable]:
-    """Return (params, sharding) -> params on devices, and (params, tokens) -> pixels."""
-    network = network_class(kind)
-    if kind == "vqgan":
-        decoder = VQGANDecoder(config, dtype, platform)
-        return lambda params, where: decoder.prepare(params, lambda array: jax.device_put(array, where)), decoder.decode
-    model = network(config, dtype)
-
-    def prepare(params, where):
-        return put_params({name: params[name] for name in network.DECODER_PARTS}, sharding=where)
-
-    def decode(params, tokens):
-        with matmul_precision(dtype):
-            return model.apply({"params": params}, tokens, method="decode_code")
-
-    return prepare, decode
 
 
 def _on_each_device(function: Callable, mesh: Mesh) -> Callable:

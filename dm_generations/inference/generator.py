@@ -20,10 +20,8 @@ from dm_generations.errors import UserError
 from dm_generations.generate import loop
 from dm_generations.generate.dalle_mini import DalleMiniSampler
 from dm_generations.generate.row_inputs import Row, RowInputs, pack_batch, sequence_count, take_until_full
-from dm_generations.models import checkpoints
-from dm_generations.models.checkpoints import Checkpoint
-from dm_generations.models.dalle_bart_config import unscanned
-from dm_generations.models.networks import network_class
+from dm_generations.models.dalle_mini.config import DalleBartConfig
+from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import BatchRunner, Work, batch_concurrency, free_bytes_of_each
 from dm_generations.runtime.params import put_params
@@ -85,7 +83,7 @@ class Generator:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r:.100}")
         if batch_size < 1:
             raise ValueError(f"batch_size (={batch_size}) must be at least 1")
-        if rng == "dalle-mini" and checkpoint.kind != "dalle_bart":
+        if rng == "dalle-mini" and not isinstance(checkpoint.config, DalleBartConfig):
             raise UserError(
                 f"--rng dalle-mini repeats DALL-E mini and mega; {checkpoint.name!r} is another kind of model"
             )
@@ -95,9 +93,8 @@ class Generator:
         self.dtype = dtype
         self._name = checkpoint.name
         self._tokenizer = tokenizer
-        if checkpoint.kind == "dalle_bart":
-            config, params = unscanned(config, params)
-        self._model = network_class(checkpoint.kind)(config, jnp.dtype(dtype))
+        config, params = checkpoint.network_class.prepare_params(config, params)
+        self._model = checkpoint.network_class(config, jnp.dtype(dtype))
         self._sampler: loop.Sampler
         if rng == "dalle-mini":
             columns = config.image_vocab_size + 1
@@ -125,7 +122,7 @@ class Generator:
             UserError: The model is missing or broken.
         """
         compile_cache.enable()
-        checkpoint = checkpoints.load(model, "generator")
+        checkpoint = load_checkpoint(model, "generator")
         return cls(checkpoint, tokenizer_of(checkpoint), batch_size, dtype=dtype)
 
     @property

@@ -16,12 +16,12 @@ from PIL import Image
 
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoding
-from dm_generations.models.checkpoints import Checkpoint
-from dm_generations.models.checkpoints.own import read_json_object
-from dm_generations.models.clip import CLIP, OPENAI_MEAN, OPENAI_STD, CLIPConfig, preprocess, unit
-from dm_generations.models.resize import FILTERS
+from dm_generations.models.clip.network import CLIP, CLIPConfig, unit
+from dm_generations.models.clip.preprocessing import FILTERS, OPENAI_MEAN, OPENAI_STD, preprocess
+from dm_generations.models.loading import Checkpoint
 from dm_generations.runtime.params import matmul_precision, put_params
 from dm_generations.text import PromptTokenizer
+from dm_generations.weights.native import read_json_object
 
 TEXT_BATCH = 8  # texts of one run of the text tower; a sweep has few distinct prompts
 _STEPS = ("do_resize", "do_rescale", "do_normalize")  # that a config may switch off; cropping changes no square image

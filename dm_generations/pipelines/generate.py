@@ -24,13 +24,13 @@ from dm_generations.decode import names
 from dm_generations.decode.tokens import TOKEN_DTYPE
 from dm_generations.errors import UserError
 from dm_generations.files import write_atomic
-from dm_generations.generate.models import Models, add_model, find_model_id, load_models, model_info
 from dm_generations.generate.row_inputs import sequence_count
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator, tokenizer_of
 from dm_generations.inference.scorer import Scorer
-from dm_generations.models.checkpoints import Checkpoint
+from dm_generations.models.loading import Checkpoint, Models, load_models
 from dm_generations.pipelines.init_tokens import InitTokens, load_init_tokens
+from dm_generations.pipelines.model_records import add_model, find_model_id, model_info
 from dm_generations.pipelines.sweep import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_PARAMS,

@@ -18,8 +18,7 @@ from PIL import Image, ImageOps
 from dm_generations.archive import init_md5
 from dm_generations.decode.tokens import TOKEN_DTYPE
 from dm_generations.errors import UserError, one_line
-from dm_generations.models.checkpoints import Checkpoint
-from dm_generations.models.networks import network_class
+from dm_generations.models.loading import Checkpoint
 from dm_generations.runtime.params import matmul_precision, put_params
 
 # How much of an image is kept by default: 14 rows of 32, as OpenAI primed DALL-E (Ramesh et al., "Zero-Shot
@@ -140,7 +139,7 @@ def encode_image_file(path: Path, codec: Checkpoint, token_count: int) -> np.nda
 
 def has_encoder(codec: Checkpoint) -> bool:
     """Return whether a codec also encodes images: min-dalle's `detoker.pt`, for one, has only a decoder."""
-    return not codec.params.keys() <= set(network_class(codec.kind).DECODER_PARTS)
+    return not codec.params.keys() <= set(codec.network_class.DECODER_PARTS)
 
 
 def encode_images(pixels: np.ndarray, codec: Checkpoint) -> np.ndarray:
@@ -152,7 +151,7 @@ def encode_images(pixels: np.ndarray, codec: Checkpoint) -> np.ndarray:
     Returns:
         (n, L) uint16.
     """
-    model = network_class(codec.kind)(codec.config, jnp.float32)
+    model = codec.network_class(codec.config, jnp.float32)
 
     @jax.jit
     def encode(params, pixels):

@@ -10,10 +10,10 @@ import numpy as np
 from dm_generations.archive import Archive, ImageRow
 from dm_generations.decode.tokens import BadTokens, tokens_of
 from dm_generations.errors import UserError
-from dm_generations.generate.models import find_model_id, model_info
 from dm_generations.inference.generator import Generator, tokenizer_of
-from dm_generations.models.checkpoints import Checkpoint
+from dm_generations.models.loading import Checkpoint
 from dm_generations.pipelines.generate import SAMPLER_VERSIONS
+from dm_generations.pipelines.model_records import find_model_id, model_info
 from dm_generations.runtime import compile_cache
 from dm_generations.sampling_params import SamplingParams
 

@@ -11,11 +11,12 @@ import numpy as np
 
 from dm_generations.archive import Archive, ImageRow
 from dm_generations.decode.tokens import BadTokens, tokens_of
-from dm_generations.generate.models import add_model, find_model_id, model_info
 from dm_generations.inference.decoder import Decoder
-from dm_generations.models.checkpoints import Checkpoint
-from dm_generations.pipelines.generate import explain_out_of_memory, finite_or_none, make_scorer
+from dm_generations.models.loading import Checkpoint
+from dm_generations.pipelines.generate import SMALLER_BATCH, finite_or_none, make_scorer
+from dm_generations.pipelines.model_records import add_model, find_model_id, model_info
 from dm_generations.runtime import compile_cache
+from dm_generations.runtime.device import memory_errors
 
 
 @dataclass
@@ -84,7 +85,7 @@ def score_archive(
                 continue
             usable.append((row, tokens))
         if usable:
-            with explain_out_of_memory():
+            with memory_errors(SMALLER_BATCH):
                 decoding = decoder.start(np.stack([tokens for _, tokens in usable]))
                 scores = scorer.score(decoding, [prompts.get(row.prompt_id) or "" for row, _ in usable])
             found = [

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dm_generations.models.checkpoints.mapped import is_immutable, release
+from dm_generations.weights.mmap import is_immutable, release
 
 _CHUNK_BYTES = 1 << 25  # between two releases: a call for each small tensor would cost more than it saves
 _ALIGNMENT = 64  # bytes, of arrays that JAX takes over on a CPU instead of copying them

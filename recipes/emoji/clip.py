@@ -21,10 +21,12 @@ import numpy as np
 import optax
 
 from dm_generations.inference.scorer import Scorer
-from dm_generations.models import checkpoints
-from dm_generations.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, normalise, unit
-from dm_generations.models.vqgan import VQGAN
+from dm_generations.models.clip.network import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, unit
+from dm_generations.models.clip.preprocessing import normalise
+from dm_generations.models.loading import Checkpoint, load_checkpoint
+from dm_generations.models.vqgan.network import VQGAN
 from dm_generations.text import PromptTokenizer
+from dm_generations.weights import native
 from recipes.emoji.captions import sample_caption
 from recipes.emoji.common import Run, make_optimizer, to_float32
 from recipes.emoji.data import Emoji, load_dataset
@@ -218,25 +220,25 @@ def main() -> None:
     args = parse_args()
     pixels, emoji = load_dataset(args.data, with_tones=False)  # captions do not tell skin tones apart
     tokenizer = PromptTokenizer(args.tokenizer)
-    codec = checkpoints.load(args.codec, "codec")
+    codec = load_checkpoint(args.codec, "codec")
     reconstructed, _ = reconstruct(VQGAN(codec.config), codec.params, pixels)
     train = [i for i, one in enumerate(emoji) if not one["held_out"]]
     config, params = make_config(pixels.shape[1], tokenizer.eos_id + 1), None
     if args.init:
-        loaded = checkpoints.load(args.init, "clip")
+        loaded = load_checkpoint(args.init, "clip")
         config, params = loaded.config, to_float32(loaded.params)
     trainer = Trainer(CLIP(config), pixels[train], reconstructed[train], [emoji[i] for i in train], tokenizer, args)
     run = Run(args.run, trainer.init(params), save_every=500, args=args)
 
     def evaluate_state(state: dict[str, Any]) -> dict[str, float]:
         params = jax.device_get(state["params"])
-        scorer = Scorer(checkpoints.Checkpoint("clip", config, params, "", "", args.tokenizer), tokenizer)
+        scorer = Scorer(Checkpoint("clip", config, params, "", "", args.tokenizer), tokenizer)
         of_reconstructed = evaluate(scorer, reconstructed, emoji)
         return evaluate(scorer, pixels, emoji) | {f"reconstructed_{k}": v for k, v in of_reconstructed.items()}
 
     run.train(args.steps, trainer.step, log_every=50, evaluate=evaluate_state, evaluate_every=500)
     if args.out:
-        checkpoints.save(args.out, "clip", config.to_dict(), jax.device_get(run.state["params"]), np.float16)
+        native.save(args.out, "clip", config.to_dict(), jax.device_get(run.state["params"]), np.float16)
         shutil.copyfile(args.tokenizer / "tokenizer.json", args.out / "tokenizer.json")
 
 

@@ -34,10 +34,11 @@ import optax
 from flax import linen as nn
 from tokenizers import Tokenizer
 
-from dm_generations.models import checkpoints
-from dm_generations.models.dalle_bart import DalleBart, DalleBartConfig
-from dm_generations.models.vqgan import VQGAN
+from dm_generations.models.dalle_mini.network import DalleBart, DalleBartConfig
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.vqgan.network import VQGAN
 from dm_generations.text import PromptTokenizer
+from dm_generations.weights import native
 from recipes.emoji.captions import sample_caption
 from recipes.emoji.common import Run, has_bfloat16_units, make_optimizer, to_float32, use_bfloat16_dense
 from recipes.emoji.data import Emoji, load_dataset
@@ -215,7 +216,7 @@ def encode_dataset(args: argparse.Namespace, pixels: np.ndarray) -> tuple[np.nda
     """
     if args.entropy_weight < 0:
         raise SystemExit(f"--entropy-weight {args.entropy_weight:g} is negative; use 0 or more")
-    codec = checkpoints.load(args.codec, "codec")
+    codec = load_checkpoint(args.codec, "codec")
     model = VQGAN(codec.config)
     if not args.entropy_weight:
         return encode_images(model, codec.params, pixels), codec.config.codebook_size
@@ -278,7 +279,7 @@ def main() -> None:
     vocab_size = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json")).get_vocab_size()
     config, params = make_config(codebook_size, codes.shape[1], vocab_size), None
     if args.init:
-        loaded = checkpoints.load(args.init, "generator")
+        loaded = load_checkpoint(args.init, "generator")
         config, params = loaded.config, to_float32(loaded.params)
     is_train = np.array([not one["held_out"] for one in emoji])
     train_emoji = [one for one in emoji if not one["held_out"]]
@@ -300,7 +301,7 @@ def main() -> None:
     run.train(args.steps, trainer.step, log_every=25, evaluate=evaluate, evaluate_every=250)
     if args.out:
         params = jax.device_get(run.state["params"])
-        checkpoints.save(args.out, "dalle_bart", dataclasses.asdict(config), params, np.float16)
+        native.save(args.out, "dalle_bart", dataclasses.asdict(config), params, np.float16)
         shutil.copyfile(args.tokenizer / "tokenizer.json", args.out / "tokenizer.json")
 
 

@@ -22,8 +22,8 @@ from dm_generations.decode.captions import without_accents
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
 from dm_generations.inference.scorer import Scorer
-from dm_generations.models import checkpoints
-from dm_generations.models.vqgan import VQGAN
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.vqgan.network import VQGAN
 from dm_generations.sampling_params import SamplingParams
 from dm_generations.text import PromptTokenizer
 from dm_generations.threefry import row_key
@@ -71,7 +71,7 @@ class Pipeline:
             batch_size: Images computed at a time.
         """
         roles = {"dalle_bart": "generator", "vqgan": "codec", "clip": "clip"}
-        models = {kind: checkpoints.load(folder / kind, role) for kind, role in roles.items()}
+        models = {kind: load_checkpoint(folder / kind, role) for kind, role in roles.items()}
         text, clip = (PromptTokenizer(folder / kind) for kind in ("dalle_bart", "clip"))
         self.vqgan = models["vqgan"]
         self.generator = Generator(models["dalle_bart"], text, batch_size)

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dm_generations.models import checkpoints
-from dm_generations.models.vqgan import VQGAN, VQGANConfig
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
+from dm_generations.weights import native
 from recipes.emoji.common import Run, make_grid, make_optimizer, replicate, shard_batch, to_float32
 from recipes.emoji.data import load_dataset
 
@@ -337,7 +338,7 @@ def main() -> None:
     weights = np.array([0.2 if one["tone"] else 1.0 for one in emoji])
     config, params = CONFIG, None
     if args.init:
-        loaded = checkpoints.load(args.init, "codec")
+        loaded = load_checkpoint(args.init, "codec")
         config, params = loaded.config, to_float32(loaded.params)
         args.continuous_steps = -1  # with another codebook, the codes that the text model knows would change meaning
     if config.resolution != pixels.shape[1]:
@@ -355,7 +356,7 @@ def main() -> None:
     run.train(args.steps, trainer.step, log_every=50, evaluate=evaluate, evaluate_every=500)
     if args.out:
         params = jax.device_get(run.state["params"])
-        checkpoints.save(args.out, "vqgan", dataclasses.asdict(config), params, np.float16)
+        native.save(args.out, "vqgan", dataclasses.asdict(config), params, np.float16)
 
 
 if __name__ == "__main__":

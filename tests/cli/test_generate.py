@@ -22,10 +22,11 @@ from tiny import CODEBOOK_SIZE, GRID, tiny_clip, tiny_dalle_bart, tiny_models, t
 from dm_generations.archive import Archive, verify
 from dm_generations.cli import build_parser
 from dm_generations.errors import UserError
-from dm_generations.models import checkpoints
+from dm_generations.models.loading import load_checkpoint
 from dm_generations.pipelines import generate
 from dm_generations.progress import Progress
 from dm_generations.threefry import row_key
+from dm_generations.weights import native
 
 
 @pytest.fixture(scope="module")
@@ -286,10 +287,10 @@ def test_a_file_that_is_no_archive_is_left_alone(models, tmp_path, content):
 def test_a_model_that_gives_only_nan_writes_no_row(models, tmp_path):
     broken = tmp_path / "broken"
     tiny_dalle_bart(broken, seed=3)
-    checkpoint = checkpoints.load(broken, "generator")
+    checkpoint = load_checkpoint(broken, "generator")
     checkpoint.params["lm_head"]["kernel"] = np.full_like(checkpoint.params["lm_head"]["kernel"], np.nan)
     config = {**dataclasses.asdict(checkpoint.config)}
-    checkpoints.save(broken, "dalle_bart", config, checkpoint.params)
+    native.save(broken, "dalle_bart", config, checkpoint.params)
     with pytest.raises(UserError, match="'broken' gives no numbers"):
         draw(dataclasses.replace(models, dalle_bart=broken), tmp_path / "a.db", "--prompts", "a", "--no-score")
     assert rows_of(tmp_path / "a.db") == []

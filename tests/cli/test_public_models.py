@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from dm_generations import cli
 from dm_generations.archive import Archive
-from dm_generations.models import checkpoints
-from dm_generations.models.networks import network_class
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.weights import native
 
 PROMPT = "a red cat"
 LETTERS = ["<s>", "<pad>", "</s>", "<unk>", "Ġ", *"abcdefghijklmnopqrstuvwxyz"]
@@ -55,7 +55,7 @@ def drawn_and_decoded(tmp_path: Path, *words, codec=None) -> np.ndarray:
 
 def codec_for(model, tmp_path: Path) -> Path:
     """A codec of ours that fits a generator."""
-    config = checkpoints.load(model, "generator").config
+    config = load_checkpoint(model, "generator").config
     grid = int(config.image_length**0.5)
     return tiny_vqgan(tmp_path / "codec", resolution=2 * grid, n_embed=config.codebook_size)
 
@@ -120,7 +120,7 @@ CODECS = [golden("vqgan_jax/a"), *cases("taming", "last.ckpt")]
 
 @pytest.mark.parametrize("codec", CODECS, ids=titles(CODECS))
 def test_codecs(codec, tmp_path):
-    config = checkpoints.load(codec, "codec").config
+    config = load_checkpoint(codec, "codec").config
     model = tiny_dalle_bart(
         tmp_path / "model",
         image_length=config.grid**2,
@@ -251,8 +251,8 @@ def people_have(tmp_path, letters, monkeypatch):
     folder_with(golden("dalle_bart/mega"), tmp_path / "dalle-mini/dalle-mega", *vocabulary)
     codec_for(mini, tmp_path).rename(tmp_path / "dalle-mini/vqgan_imagenet_f16_16384")
     min_dalle = folder_with(golden("min_dalle/tiny_from_flax"), tmp_path / "kuprel/min-dalle", *vocabulary)
-    detoker = checkpoints.load(tmp_path / "dalle-mini/vqgan_imagenet_f16_16384", "codec")
-    checkpoints.save(min_dalle / "codec", "vqgan", dataclasses.asdict(detoker.config), detoker.params)
+    detoker = load_checkpoint(tmp_path / "dalle-mini/vqgan_imagenet_f16_16384", "codec")
+    native.save(min_dalle / "codec", "vqgan", dataclasses.asdict(detoker.config), detoker.params)
     folder_with(golden("mindalle_kakao/ckpt"), tmp_path / "minDALL-E")
     shutil.copyfile(next(p for p in DALLE_PYTORCHES if "jack" in p.parts) / "dalle.pt", tmp_path / "dalle.pt")
     shutil.copyfile(letters / "tokenizer.json", tmp_path / "bpe.json")
@@ -306,9 +306,9 @@ def test_condition_scale_as_dalle_pytorch_has_it(letters, tmp_path, capsys):
     assert "holds no row that 'dalle.pt' drew" in capsys.readouterr().err
     assert tokens["all"][0] == tokens["first"][0]
 
-    found = checkpoints.load(model, "generator")
+    found = load_checkpoint(model, "generator")
     null = np.zeros((1, found.config.text_seq_len), np.int32)
-    logits = network_class(found.kind)(found.config).apply({"params": found.params}, null, tokens["first"][None])
+    logits = found.network_class(found.config).apply({"params": found.params}, null, tokens["first"][None])
     image = np.asarray(logits)[0, found.config.text_seq_len :, -found.config.codebook_size :]
     np.testing.assert_array_equal(image.argmax(1)[1:], tokens["first"][1:])
 
@@ -316,4 +316,4 @@ def test_condition_scale_as_dalle_pytorch_has_it(letters, tmp_path, capsys):
 @pytest.mark.parametrize("flags", [["--conv-like", "causal"], ["--cond-scale-of", "first"]])
 def test_flags_of_dalle_pytorch_are_refused_elsewhere(flags, tmp_path, capsys):
     assert cli.main(["generate", "--db", str(tmp_path / "x.db"), "--prompts", PROMPT, "--no-score", *flags]) == 1
-    assert "about DALLE-pytorch's models; 'embedded/dalle_bart' is none" in capsys.readouterr().err
+    assert "'embedded/dalle_bart' is a dalle_bart, which has no option" in capsys.readouterr().err

@@ -13,13 +13,13 @@ from helpers import ROOT
 
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
-from dm_generations.models import checkpoints
+from dm_generations.models.loading import load_checkpoint
 from dm_generations.runtime import device as memory
 
 
 @pytest.fixture(scope="module")
 def codec():
-    return Decoder.from_checkpoint(checkpoints.load(GOLDEN_CODEC, "codec"), batch_size=4)
+    return Decoder.from_checkpoint(load_checkpoint(GOLDEN_CODEC, "codec"), batch_size=4)
 
 
 def test_decodes_the_golden_tokens(codec):
@@ -60,7 +60,7 @@ def test_more_tokens_than_a_batch_are_decoded_in_parts(codec):
 
 @pytest.mark.parametrize(("dtype", "largest", "mean"), [("bfloat16", 40, 4), ("float16", 6, 0.6)])
 def test_half_precision_is_near(codec, dtype, largest, mean):
-    rounded = Decoder.from_checkpoint(checkpoints.load(GOLDEN_CODEC, "codec"), batch_size=4, dtype=dtype)
+    rounded = Decoder.from_checkpoint(load_checkpoint(GOLDEN_CODEC, "codec"), batch_size=4, dtype=dtype)
     tokens = random_tokens(4, codec.token_count, codec.codebook_size)
     error = np.abs(rounded.decode(tokens).astype(int) - codec.decode(tokens))
     assert error.max() <= largest and error.mean() <= mean, f"{error.max()} {error.mean():.2f}"
@@ -68,7 +68,7 @@ def test_half_precision_is_near(codec, dtype, largest, mean):
 
 def test_auto_takes_what_memory_holds(monkeypatch):
     """A picture of 32x32 pixels is small, so a CPU takes many; with next to no memory it takes one."""
-    checkpoint = checkpoints.load(GOLDEN_CODEC, "codec")
+    checkpoint = load_checkpoint(GOLDEN_CODEC, "codec")
     assert Decoder.from_checkpoint(checkpoint, "auto").batch_size >= 64
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
     assert Decoder.from_checkpoint(checkpoint, "auto").batch_size == 1
@@ -101,7 +101,7 @@ def failing(codec, monkeypatch, largest: int, when_fetched: bool = False) -> lis
 
 @pytest.mark.parametrize("when_fetched", [False, True])
 def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch, when_fetched):
-    codec = Decoder.from_checkpoint(checkpoints.load(GOLDEN_CODEC, "codec"), batch_size=16)
+    codec = Decoder.from_checkpoint(load_checkpoint(GOLDEN_CODEC, "codec"), batch_size=16)
     tokens = random_tokens(21, codec.token_count, codec.codebook_size)
     expected = codec.decode(tokens)
     tried = failing(codec, monkeypatch, 4, when_fetched)
@@ -113,7 +113,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch, when_fetched):
 
 
 def test_what_goes_wrong_with_a_batch_beside_another_is_raised(monkeypatch):
-    codec = Decoder.from_checkpoint(checkpoints.load(GOLDEN_CODEC, "codec"), batch_size=2)
+    codec = Decoder.from_checkpoint(load_checkpoint(GOLDEN_CODEC, "codec"), batch_size=2)
     tokens = random_tokens(6, codec.token_count, codec.codebook_size)
     expected, decode, calls = codec.decode(tokens), codec._to_uint8, []
 
@@ -131,7 +131,7 @@ def test_what_goes_wrong_with_a_batch_beside_another_is_raised(monkeypatch):
 
 
 def test_no_memory_for_one_picture_is_an_error(monkeypatch):
-    codec = Decoder.from_checkpoint(checkpoints.load(GOLDEN_CODEC, "codec"), batch_size=4)
+    codec = Decoder.from_checkpoint(load_checkpoint(GOLDEN_CODEC, "codec"), batch_size=4)
     failing(codec, monkeypatch, 0)
     with pytest.raises(UserError, match="not enough memory to decode one picture"):
         codec.decode(random_tokens(1, codec.token_count, codec.codebook_size))
@@ -140,9 +140,11 @@ def test_no_memory_for_one_picture_is_an_error(monkeypatch):
 FOUR_DEVICES = """
 import jax, numpy as np, sys
 from dm_generations.inference.decoder import Decoder
-from dm_generations.models import checkpoints
+from dm_generations.models.loading import Checkpoint, find_checkpoint, load_checkpoint
+from dm_generations.decode.codec import Codec
+from dm_generations.models.loading import load_checkpoint
 tokens = np.load(sys.argv[2])
-codec = Decoder.from_checkpoint(checkpoints.load(sys.argv[1], "codec"), batch_size=6)
+codec = Decoder.from_checkpoint(load_checkpoint(sys.argv[1], "codec"), batch_size=6)
 assert codec.batch_size == 8  # two for each device
 with jax.transfer_guard("disallow"):
     parts = list(codec.start(tokens).on_device())

@@ -17,7 +17,7 @@ from PIL import Image
 from dm_generations.archive import Archive
 from dm_generations.decode.png import EFFORTS, _paeth, encode_png
 from dm_generations.inference.decoder import Decoder
-from dm_generations.models import checkpoints
+from dm_generations.models.loading import load_checkpoint
 
 RNG = np.random.default_rng(0)
 
@@ -125,7 +125,7 @@ def test_the_same_pixels_give_the_same_bytes():
 @pytest.fixture(scope="module")
 def vqgan_pictures():
     """Three pictures (256, 256, 3) uint8, of 16 unlike ones from all over the shipped archive each."""
-    checkpoint = checkpoints.load(None, "codec")
+    checkpoint = load_checkpoint(None, "codec")
     with Archive.open(ROOT / "archive" / "emoji.db") as archive:
         different = list(dict.fromkeys(row.quantvec for row in archive.read_rows(range(1, 6049))))
     tokens = np.stack([np.frombuffer(quantvec, "<u2") for quantvec in different[:: len(different) // 48][:48]])

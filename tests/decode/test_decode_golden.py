@@ -20,7 +20,6 @@ from decode_kit import (
 from helpers import golden_dirs
 
 from dm_generations.cli import main
-from dm_generations.models import checkpoints
 
 CASES = {
     "images": ["--mode", "images"],
@@ -107,7 +106,7 @@ def test_the_manifest_lists_every_file(decoded):
 def test_a_second_run_touches_nothing_and_needs_no_codec(decoded, monkeypatch, capsys):
     case, out_dir = decoded
     before = {path: path.stat().st_mtime_ns for path in out_dir.rglob("*.png")}
-    monkeypatch.setattr(checkpoints, "load", lambda *_: pytest.fail("the codec was loaded"))
+    monkeypatch.setattr("dm_generations.decode.run.load_checkpoint", lambda *_: pytest.fail("the codec was loaded"))
     assert decode_golden(out_dir, *CASES[case]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in out_dir.rglob("*.png")}
     assert f"{len(before)} there already" in capsys.readouterr().out

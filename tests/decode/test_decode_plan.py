@@ -7,7 +7,7 @@ from dm_generations.archive import Archive, ImageRow, ModelInfo
 from dm_generations.decode.piece import entry
 from dm_generations.decode.plan import GroupPlan, Layout, Selection, is_finished, select_groups
 from dm_generations.errors import UserError
-from dm_generations.models import checkpoints
+from dm_generations.models.loading import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_the_page_is_told_of_a_model_only_if_it_still_draws_the_picture():
         models = {1: ModelInfo("generator", name, sha256, {})}
         return entry(plan, target, target.path, [row], models).model
 
-    embedded = checkpoints.load(None, "generator")
+    embedded = load_checkpoint(None, "generator")
     assert drawn_by(embedded.name, embedded.sha256) == embedded.name
     assert drawn_by(embedded.name, "0" * 64) is None  # an earlier version's weights
     assert drawn_by("mega", "0" * 64) == "mega"

@@ -10,12 +10,12 @@ from dm_generations.cli import main
 from dm_generations.decode.gallery import sheet_tokens
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
-from dm_generations.models import checkpoints
-from dm_generations.models.checkpoints import unflatten
-from dm_generations.models.discrete_vae import DiscreteVAEConfig
-from dm_generations.models.networks import network_class
-from dm_generations.models.openai_vae import OpenAIVAEConfig
-from dm_generations.models.vqgan import VQGANConfig
+from dm_generations.models.dvae.discrete import DiscreteVAEConfig
+from dm_generations.models.dvae.openai import OpenAIVAEConfig
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.registry import get_kind
+from dm_generations.models.vqgan.network import VQGANConfig
+from dm_generations.weights.native import unflatten
 
 CONFIGS = {
     "vqgan": VQGANConfig(
@@ -36,7 +36,7 @@ def codec_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny_codec(codec_folder):
-    return Decoder.from_checkpoint(checkpoints.load(codec_folder, "codec"), batch_size=4)
+    return Decoder.from_checkpoint(load_checkpoint(codec_folder, "codec"), batch_size=4)
 
 
 @pytest.fixture
@@ -61,7 +61,8 @@ def test_a_sheet_is_one_picture_of_one_grid(kind):
     codec = Decoder(kind, config, params, batch_size=4)
     tokens = random_tokens(ROWS * COLS, config.grid**2, 50)
     grid = np.block([[tokens[row * COLS + col].reshape(config.grid, -1) for col in range(COLS)] for row in range(ROWS)])
-    pixels = network_class(kind)(config).apply({"params": params}, grid[None].astype(np.int32), method="decode_code")
+    model = get_kind(kind).network_class(config)
+    pixels = model.apply({"params": params}, grid[None].astype(np.int32), method="decode_code")
     expected = (np.asarray(pixels).clip(0, 1) * 255).astype(np.uint8)
     found = codec.tiled(ROWS, COLS).decode(tokens[None])
     assert found.shape == expected.shape == (1, ROWS * codec.image_size, COLS * codec.image_size, 3)

@@ -15,8 +15,8 @@ from tiny import CODEBOOK_SIZE, tiny_dalle_bart
 from dm_generations import sampling
 from dm_generations.errors import UserError
 from dm_generations.inference.generator import Generator
-from dm_generations.models import checkpoints
-from dm_generations.models.dalle_bart import DalleBart
+from dm_generations.models.dalle_mini.network import DalleBart
+from dm_generations.models.loading import load_checkpoint
 from dm_generations.sampling_params import SamplingParams
 from dm_generations.text import PromptTokenizer
 from dm_generations.threefry import row_key
@@ -39,7 +39,7 @@ KEYS = np.array([row_key(3, index) for index in range(6)], np.uint32)
 def checkpoint(tmp_path_factory):
     # Vocabulary rows beyond the codes, as in DALL-E mega: they must never be drawn.
     folder = tmp_path_factory.mktemp("model")
-    return checkpoints.load(tiny_dalle_bart(folder, image_vocab_size=CODEBOOK_SIZE + 7), "generator")
+    return load_checkpoint(tiny_dalle_bart(folder, image_vocab_size=CODEBOOK_SIZE + 7), "generator")
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +332,7 @@ def test_the_loop_copies_nothing_to_the_device_behind_our_back(generator, tokens
 def _on_four_devices(folder: str, expected: str) -> None:
     assert jax.local_device_count() == 4
     tokens = np.load(expected)
-    generator = Generator(checkpoints.load(folder, "generator"), PromptTokenizer(Path(folder)), 2)
+    generator = Generator(load_checkpoint(folder, "generator"), PromptTokenizer(Path(folder)), 2)
     assert generator.capacities == [4, 4, 4, 4]
     indices = [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0, 0, 0]
     drawn = generator.draw(*rows(indices))

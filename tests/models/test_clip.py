@@ -13,11 +13,11 @@ import pytest
 from helpers import golden as golden_folder
 
 from dm_generations.errors import UserError
-from dm_generations.models import checkpoints
-from dm_generations.models.checkpoints.clip_torch import flax_from_torch
-from dm_generations.models.checkpoints.own import flatten
-from dm_generations.models.clip import ACTIVATIONS, CLIP, CLIPConfig, preprocess, resize_and_crop
-from dm_generations.models.networks import parameter_shapes
+from dm_generations.models.clip.checkpoint import flax_from_torch
+from dm_generations.models.clip.network import ACTIVATIONS, CLIP, CLIPConfig, preprocess, resize_and_crop
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.registry import parameter_shapes
+from dm_generations.weights.native import flatten
 
 CASES = sorted(file.parent for file in golden_folder("clip").rglob("golden.npz"))
 PROCESSORS = sorted(golden_folder("clip").rglob("processor_golden.npz"))
@@ -27,7 +27,7 @@ ATOL = 1e-4  # the README's: attention variants of the original differ by 5e-6 o
 @functools.cache
 def recorded(folder: Path) -> tuple[CLIPConfig, dict, dict[str, np.ndarray]]:
     """Config, parameters and the original's arrays of a case."""
-    checkpoint = checkpoints.load(folder / "model", "clip")
+    checkpoint = load_checkpoint(folder / "model", "clip")
     with np.load(folder / "golden.npz") as arrays:
         return checkpoint.config, checkpoint.params, dict(arrays)
 

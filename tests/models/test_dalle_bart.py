@@ -15,9 +15,9 @@ import pytest
 from helpers import golden as golden_folder
 
 from dm_generations.errors import UserError
-from dm_generations.models.checkpoints.flax_msgpack import read_flax_msgpack
-from dm_generations.models.dalle_bart import DalleBart
-from dm_generations.models.dalle_bart_config import DalleBartConfig, config_for_params, unscanned
+from dm_generations.models.dalle_mini.config import DalleBartConfig, config_for_params, unscan
+from dm_generations.models.dalle_mini.network import DalleBart
+from dm_generations.weights.flax_msgpack import read_flax_msgpack
 
 GOLDEN = golden_folder("dalle_bart")
 
@@ -96,7 +96,7 @@ def forward(model, params, input_ids, attention_mask, decoder_input_ids):
 
 def cached_logits(model, params, *inputs):
     """The logits of `forward`, computed a token at a time."""
-    config, params = unscanned(model.config, params)
+    config, params = unscan(model.config, params)
     return stepped_logits(model.clone(config=config), params, *inputs)
 
 

@@ -17,14 +17,14 @@ from helpers import golden
 
 from dm_generations import sampling
 from dm_generations.errors import UserError
-from dm_generations.models import checkpoints
-from dm_generations.models.checkpoints import dalle_pytorch as loader
-from dm_generations.models.checkpoints.own import flatten
-from dm_generations.models.checkpoints.source import Source
-from dm_generations.models.dalle_pytorch import DallePytorch, DallePytorchConfig
-from dm_generations.models.dalle_pytorch_masks import visible
-from dm_generations.models.discrete_vae import DiscreteVAE
-from dm_generations.models.networks import parameter_shapes
+from dm_generations.models.base import RawCheckpoint
+from dm_generations.models.dalle_pytorch import checkpoint as loader
+from dm_generations.models.dalle_pytorch.masks import visible
+from dm_generations.models.dalle_pytorch.network import DallePytorch, DallePytorchConfig
+from dm_generations.models.dvae.discrete import DiscreteVAE
+from dm_generations.models.loading import check_names_and_shapes
+from dm_generations.models.registry import parameter_shapes
+from dm_generations.weights.native import flatten
 
 GOLDEN = golden("dalle_pytorch")
 CASES = sorted(str(file.parent.relative_to(GOLDEN)) for file in GOLDEN.glob("*/*/dalle.pt"))
@@ -37,8 +37,8 @@ SMALL = DallePytorchConfig(
 
 
 @functools.cache
-def source(case: str) -> Source:
-    return loader.generator(GOLDEN / case)
+def source(case: str) -> RawCheckpoint:
+    return loader.read_generator(GOLDEN / case)
 
 
 @functools.cache
@@ -306,7 +306,7 @@ def changed(monkeypatch, case: str, change) -> Path:
 def test_versions_decide_the_window_and_the_order(monkeypatch, case, version, conv_like, sampling_order):
     case = next(name for name in CASES if name.startswith(case) and "mixed" in name)
     path = changed(monkeypatch, case, lambda content: content.update(version=version))
-    config = loader.generator(path).config
+    config = loader.read_generator(path).config
     assert (config.conv_like, config.sampling_order) == (conv_like, sampling_order)
 
 
@@ -339,7 +339,7 @@ def test_options_are_read_from_the_weights():
 def test_broken_files_are_one_line_errors(monkeypatch, change, message):
     path = changed(monkeypatch, "lucidrains/mixed_rot_shift_stable_sandwich", change)
     with pytest.raises(UserError, match=message) as caught:
-        loader.generator(path)
+        loader.read_generator(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -347,14 +347,14 @@ def test_broken_files_are_one_line_errors(monkeypatch, change, message):
 def test_a_tensor_that_does_not_fit_is_named_as_the_file_does(monkeypatch, case):
     path = GOLDEN / case / "dalle.pt"
     weights = loader.read_torch(path)["weights"]
-    roles = (loader.generator, loader.codec)
+    roles = (loader.read_generator, loader.read_codec)
     expected = [parameter_shapes(found.kind, found.config) for found in (role(path) for role in roles)]
 
     def message(change) -> str:
         with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
             changed(patch, case, lambda content: change(content["weights"]))
             for role, shapes in zip(roles, expected, strict=True):
-                checkpoints.check_names_and_shapes(shapes, role(path))
+                check_names_and_shapes(shapes, role(path))
         return str(caught.value)
 
     layer = next(name for name in weights if name.endswith("to_qkv.weight"))
@@ -375,24 +375,24 @@ def test_a_tensor_that_does_not_fit_is_named_as_the_file_does(monkeypatch, case)
 def test_other_files_are_not_of_this_format(monkeypatch, tmp_path):
     for change in (lambda content: content.pop("vae_params"), lambda content: content.pop("weights")):
         path = changed(monkeypatch, CASES[0], change)
-        assert loader.generator(path) is None and loader.codec(path) is None
-    assert loader.generator(tmp_path) is None
+        assert loader.read_generator(path) is None and loader.read_codec(path) is None
+    assert loader.read_generator(tmp_path) is None
     (tmp_path / "encoder.pt").write_bytes(b"")
     (tmp_path / "decoder.pt").write_bytes(b"")
-    assert loader.generator(tmp_path) is None and loader.codec(tmp_path) is None
+    assert loader.read_generator(tmp_path) is None and loader.read_codec(tmp_path) is None
 
 
 def test_tokenizer_beside_the_file_is_found(tmp_path):
     (tmp_path / "dalle.pt").write_bytes((GOLDEN / CASES[-1] / "dalle.pt").read_bytes())
-    assert loader.generator(tmp_path).tokenizer is None
+    assert loader.read_generator(tmp_path).tokenizer is None
     (tmp_path / "chinese.model").touch()
-    assert loader.generator(tmp_path / "dalle.pt").tokenizer == tmp_path / "chinese.model"
+    assert loader.read_generator(tmp_path / "dalle.pt").tokenizer == tmp_path / "chinese.model"
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "decoded_nchw" in arrays(case)])
 def test_own_vae_decodes_as_the_original_before_normalisation(case):
     """Rule 14: the original gives the decoder's output as it is; what was meant undoes the change of its input."""
-    vae = loader.codec(GOLDEN / case)
+    vae = loader.read_codec(GOLDEN / case)
     decoded = arrays(case)["decoded_nchw"].transpose(0, 2, 3, 1)
     tokens = arrays(case)["image_tokens"][: len(decoded)]
     found = DiscreteVAE(vae.config).apply({"params": vae.params}, tokens, method="decode_code")
@@ -419,7 +419,7 @@ def test_vqgan_inside_is_found_at_the_size_of_the_network(monkeypatch):
     }
     case = next(name for name in CASES if name.startswith("jack"))
     path = changed(monkeypatch, case, lambda content: other_vae(content, tensors))
-    vae = loader.codec(path)
+    vae = loader.read_codec(path)
     assert vae.kind == "vqgan" and "loss" not in vae.params
     assert (vae.config.is_gumbel, vae.config.is_signed, vae.config.codebook_size) == (True, True, 40)
     assert (vae.config.resolution, vae.config.grid, vae.config.attn_resolutions) == (128, 16, (16,))
@@ -433,14 +433,14 @@ def test_openai_vae_inside_is_found_at_the_size_of_the_network(monkeypatch):
         "enc.blocks.input.w": (16, 3, 7, 7),
     }
     path = changed(monkeypatch, CASES[-1], lambda content: other_vae(content, tensors))
-    vae = loader.codec(path)
+    vae = loader.read_codec(path)
     assert vae.kind == "openai_vae" and vae.params["encoder"]["input"]["kernel"].shape == (7, 7, 3, 16)
     assert (vae.config.grid, vae.config.codebook_size) == (source(CASES[-1]).config.image_fmap_size, 40)
 
 
 def test_file_without_vae_has_no_codec(monkeypatch):
     path = changed(monkeypatch, CASES[0], lambda content: other_vae(content, {}))
-    assert loader.codec(path) is None
+    assert loader.read_codec(path) is None
 
 
 def test_filter_thres_is_a_share_of_all_tokens():
@@ -452,7 +452,7 @@ def test_filter_thres_is_a_share_of_all_tokens():
 def test_shared_ids_are_texts_in_files_of_the_trainer(monkeypatch):
     """It splits what its command line has, "1,0,1", at the commas."""
     path = changed(monkeypatch, CASES[-1], lambda content: content["hparams"].update(shared_ff_ids=("1", "0", "1")))
-    config = loader.generator(path).config
+    config = loader.read_generator(path).config
     assert dataclasses.replace(config, depth=4).ff_sources == (0, 1, 0, 0)
     assert DallePytorchConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
     with pytest.raises(UserError, match="shared_ff_ids must be a list of ids"):

@@ -7,8 +7,8 @@ import pytest
 from flax import serialization
 
 from dm_generations.errors import UserError
-from dm_generations.models.checkpoints import mapped
-from dm_generations.models.checkpoints.flax_msgpack import read_flax_msgpack
+from dm_generations.weights import mmap as mapped
+from dm_generations.weights.flax_msgpack import read_flax_msgpack
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 from tiny import tiny_vqgan
 
 from dm_generations.errors import UserError
-from dm_generations.models import checkpoints
-from dm_generations.models.checkpoints import hub
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.weights import hub
 
 
 class HubError(OSError):
@@ -54,7 +54,7 @@ def fake_hub(monkeypatch, tmp_path):
 
 
 def test_loads_one_kind_of_weights_at_the_revision(fake_hub):
-    found = checkpoints.load("someone/tiny-vqgan@v1.2", "codec")
+    found = load_checkpoint("someone/tiny-vqgan@v1.2", "codec")
     assert found.name == "someone/tiny-vqgan@v1.2" and found.kind == "vqgan"
     assert fake_hub.calls == [("someone/tiny-vqgan", "v1.2", ["model.safetensors", "config.json", "vocab.json"], False)]
 
@@ -65,53 +65,53 @@ OFFLINE = [ConnectionError("no route"), ClientError("no name"), HubError("busy",
 @pytest.mark.parametrize("failure", OFFLINE)
 def test_without_a_network_the_cache_serves(failure, fake_hub):
     fake_hub.failure = failure
-    assert checkpoints.load("someone/tiny-vqgan", "codec").kind == "vqgan"
+    assert load_checkpoint("someone/tiny-vqgan", "codec").kind == "vqgan"
     assert fake_hub.calls == [("someone/tiny-vqgan", None, None, True)]
 
 
 def test_unknown_repository_is_one_line(fake_hub):
     fake_hub.failure = HubError("404 Client Error\nRepository Not Found", status=404)
     with pytest.raises(UserError, match="someone/nothing: no such folder, and the Hugging Face hub") as caught:
-        checkpoints.load("someone/nothing", "codec")
+        load_checkpoint("someone/nothing", "codec")
     assert "\n" not in str(caught.value)
 
 
 def test_a_gated_repository_says_so(fake_hub):
     fake_hub.failure, fake_hub.is_cache_empty = HubError("403 Client Error: gated repo", status=403), True
     with pytest.raises(UserError, match="someone/gated: .*gated repo"):
-        checkpoints.load("someone/gated", "codec")
+        load_checkpoint("someone/gated", "codec")
 
 
 def test_a_download_that_breaks_off_is_one_line(fake_hub):
     fake_hub.broken_download = ClientError("peer closed connection\nafter 10 bytes")
     with pytest.raises(UserError, match="someone/tiny-vqgan: .*peer closed connection after 10 bytes"):
-        checkpoints.load("someone/tiny-vqgan", "codec")
+        load_checkpoint("someone/tiny-vqgan", "codec")
 
 
 @pytest.mark.parametrize("failure", OFFLINE)
 def test_neither_network_nor_cache(failure, fake_hub):
     fake_hub.failure, fake_hub.is_cache_empty = failure, True
     with pytest.raises(UserError, match="not in the cache of the Hugging Face hub"):
-        checkpoints.load("someone/tiny-vqgan", "codec")
+        load_checkpoint("someone/tiny-vqgan", "codec")
 
 
 def test_a_folder_goes_before_the_hub(fake_hub, tmp_path, monkeypatch):
     tiny_vqgan(tmp_path / "someone" / "tiny")
     monkeypatch.chdir(tmp_path)
-    assert checkpoints.load("someone/tiny", "codec").name == "tiny"
+    assert load_checkpoint("someone/tiny", "codec").name == "tiny"
     assert fake_hub.calls == []
 
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"no such file or folder.*dm-generations\[checkpoints\]"):
-        checkpoints.load("someone/model", "codec")
+        load_checkpoint("someone/model", "codec")
 
 
 @pytest.mark.parametrize("spec", ["models/a/b", "../up/there", "/absolute/path", "a b/c", "alone", "x/y@"])
 def test_what_cannot_be_a_hub_name_never_asks_the_hub(fake_hub, spec):
     with pytest.raises(UserError, match="no such model folder or file"):
-        checkpoints.load(spec, "codec")
+        load_checkpoint(spec, "codec")
     assert fake_hub.calls == []
 
 

@@ -14,8 +14,8 @@ from helpers import ROOT
 from torch_files import Storage, Tensor, pickled
 
 from dm_generations.errors import UserError
-from dm_generations.models.checkpoints import mapped
-from dm_generations.models.checkpoints.mapped import MappedFile
+from dm_generations.weights import mmap as mapped
+from dm_generations.weights.mmap import MappedFile
 
 
 @pytest.fixture
@@ -130,7 +130,9 @@ def write_tensors(file, heads):
 LOADING = """
 import resource, sys
 import numpy as np
-from dm_generations.models.checkpoints import flax_msgpack, mapped, safetensors_file, torch_pickle
+from dm_generations.weights import flax_msgpack, safetensors_file
+    from dm_generations.weights import mmap as mapped
+    from dm_generations.weights import torch_file as torch_pickle
 module, function = sys.argv[2].split(".")
 arrays = getattr(globals()[module], function)(sys.argv[1])
 copies = []

@@ -10,10 +10,12 @@ import pytest
 from helpers import ROOT, golden
 
 from dm_generations.errors import UserError
-from dm_generations.models import checkpoints
-from dm_generations.models.checkpoints import min_dalle
-from dm_generations.models.checkpoints.torch_pickle import read_torch
-from dm_generations.models.vqgan import VQGANConfig
+from dm_generations.models.dalle_mini.checkpoint import min_dalle_config, read_min_dalle
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.vqgan.checkpoint import read_detoker
+from dm_generations.models.vqgan.network import VQGANConfig
+from dm_generations.weights.native import flatten
+from dm_generations.weights.torch_file import read_torch
 
 GENERATORS = sorted(file.parent for file in golden("min_dalle").glob("*/decoder.pt"))
 # Its weights are not in the repository, but drawn here as they were when its pictures were recorded.
@@ -33,7 +35,7 @@ DETOKER_CONFIG = VQGANConfig(
 
 @pytest.fixture(scope="module", params=GENERATORS, ids=lambda folder: folder.name)
 def case(request):
-    model = checkpoints.load(request.param, "generator")
+    model = load_checkpoint(request.param, "generator")
     with np.load(request.param / "golden.npz") as arrays:
         return model, dict(arrays), request.param
 
@@ -102,7 +104,7 @@ def test_weights_are_the_ones_of_the_file_as_they_are(case):
     """Views in the file's float16, and each tensor of both files used once."""
     model, _, folder = case
     stored = [array for part in ("encoder", "decoder") for array in read_torch(folder / f"{part}.pt").values()]
-    found = list(checkpoints.flatten(model.params).values())
+    found = list(flatten(model.params).values())
     assert sorted(array.nbytes for array in found) == sorted(array.nbytes for array in stored)
     assert all(array.dtype == np.float16 and not array.flags.owndata for array in found)
 
@@ -118,25 +120,25 @@ def folder(tmp_path):
 
 def test_without_a_side_file_heads_and_start_are_those_of_the_published_models(folder):
     """Heads are 64 wide; the start token is 16,384, or the last row of a smaller table."""
-    source = min_dalle.generator(folder)
+    source = read_min_dalle(folder)
     assert (source.config.decoder_attention_heads, source.config.start_token) == (1, 71)
     assert source.tokenizer == folder and source.text_style == "min_dalle"
     decoder = {name: np.broadcast_to(array, array.shape) for name, array in read_torch(folder / "decoder.pt").items()}
     decoder["embed_tokens.weight"] = np.broadcast_to(np.float16(0), (16416, 64))
     files = (folder / "encoder.pt", folder / "decoder.pt")
-    assert min_dalle.dalle_bart_config(read_torch(files[0]), decoder, files, {}).start_token == 16384
+    assert min_dalle_config(read_torch(files[0]), decoder, files, {}).start_token == 16384
 
 
 def test_the_config_of_dalle_mini_decides_where_it_lies_beside(folder):
     (folder / "config.json").write_text('{"encoder_attention_heads": 4, "decoder_start_token_id": 64}')
-    config = min_dalle.generator(folder).config
+    config = read_min_dalle(folder).config
     assert (config.encoder_attention_heads, config.decoder_attention_heads, config.start_token) == (4, 1, 64)
     (folder / "config.json").write_text("[")
     with pytest.raises(UserError, match=r"config\.json is not JSON"):
-        min_dalle.generator(folder)
+        read_min_dalle(folder)
     (folder / "config.json").write_text('{"attention_head_count": 7}')
     with pytest.raises(UserError, match=r"decoder\.pt: .* not divisible by encoder_attention_heads 7"):
-        min_dalle.generator(folder)
+        read_min_dalle(folder)
 
 
 def test_names_of_the_hub_and_saved_norm_scales(folder):
@@ -147,8 +149,8 @@ def test_names_of_the_hub_and_saved_norm_scales(folder):
             if "norm" in name.lower() or "ln" in name:
                 state.setdefault(name.replace(".bias", ".weight"), np.ones_like(state[name]))
         codec_kit.saved(folder / f"{part}_mini.pt", state)
-    plain = checkpoints.load(folder, "generator")
-    with_scales = checkpoints.load(folder / "decoder_mini.pt", "generator")
+    plain = load_checkpoint(folder, "generator")
+    with_scales = load_checkpoint(folder / "decoder_mini.pt", "generator")
     assert with_scales.config.force_ln_scale and not plain.config.force_ln_scale
     ids = np.ones((1, 12), np.int32)
     ids[0, :3] = 0, 5, 2
@@ -159,7 +161,7 @@ def test_names_of_the_hub_and_saved_norm_scales(folder):
     np.testing.assert_allclose(*results, atol=1e-5)
     for part in ("encoder", "decoder"):
         (folder / f"{part}.pt").unlink()
-    assert min_dalle.generator(folder).files == (folder / "encoder_mini.pt", folder / "decoder_mini.pt")
+    assert read_min_dalle(folder).files == (folder / "encoder_mini.pt", folder / "decoder_mini.pt")
 
 
 def test_a_damaged_file_is_one_line(folder):
@@ -167,32 +169,32 @@ def test_a_damaged_file_is_one_line(folder):
     without_norm = {name: array for name, array in decoder.items() if name != "final_ln.bias"}
     codec_kit.saved(folder / "decoder.pt", without_norm)
     with pytest.raises(UserError, match="decoder.pt lacks final_ln.bias;"):
-        checkpoints.load(folder, "generator")
+        load_checkpoint(folder, "generator")
     for name in ("lm_head.weight", "embed_positions.weight", "layers.0.glu.fc0.weight"):
         codec_kit.saved(folder / "decoder.pt", {key: array for key, array in decoder.items() if key != name})
         with pytest.raises(UserError, match=f"decoder.pt lacks the tensor {name}"):
-            min_dalle.generator(folder)
+            read_min_dalle(folder)
     for name in ("lm_head.bias", "lm_head.weight_x"):
         codec_kit.saved(folder / "decoder.pt", decoder | {name: np.zeros(3, np.float32)})
         with pytest.raises(UserError, match="decoder.pt has unexpected .*lm_head"):
-            checkpoints.load(folder, "generator")
+            load_checkpoint(folder, "generator")
     layer = {name: array for name, array in decoder.items() if name != "layers.1.glu.fc0.weight"}
     codec_kit.saved(folder / "decoder.pt", layer)
     with pytest.raises(UserError, match="decoder.pt lacks layers.1.glu.fc0.weight;"):
-        checkpoints.load(folder, "generator")
+        load_checkpoint(folder, "generator")
     codec_kit.saved(folder / "decoder.pt", decoder)
     content = (folder / "decoder.pt").read_bytes()
     (folder / "decoder.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="decoder.pt"):
-        min_dalle.generator(folder)
+        read_min_dalle(folder)
 
 
 def test_other_files_are_left_to_other_readers(tmp_path):
-    assert min_dalle.generator(tmp_path) is None and min_dalle.codec(tmp_path) is None
+    assert read_min_dalle(tmp_path) is None and read_detoker(tmp_path) is None
     for name in ("encoder", "decoder", "detoker", "dalle"):
         codec_kit.saved(tmp_path / f"{name}.pt", {"weight": np.zeros((2, 2), np.float32)})
     for path in (tmp_path, tmp_path / "dalle.pt", tmp_path / "decoder.pt"):
-        assert min_dalle.generator(path) is None and min_dalle.codec(path) is None
+        assert read_min_dalle(path) is None and read_detoker(path) is None
 
 
 @pytest.fixture(params=DETOKERS, ids=lambda folder: folder.name)
@@ -224,7 +226,7 @@ def seeded_state(shapes):
 def test_pictures_are_those_of_the_original(recorded):
     """Floats in 0..255. Grids go down the columns first; a seamless one is decoded as one map of tokens."""
     folder, arrays = recorded
-    model = checkpoints.load(folder, "codec")
+    model = load_checkpoint(folder, "codec")
     tokens = arrays["tokens"].astype(np.int32)
     count, side = round(len(tokens) ** 0.5), round(tokens.shape[1] ** 0.5)
 
@@ -254,10 +256,10 @@ def detoker(tmp_path):
 def test_a_detoker_gives_its_own_arrays_and_sizes(detoker):
     file, flat, _ = detoker
     for path in (file, file.parent):
-        source = min_dalle.codec(path)
+        source = read_detoker(path)
         assert source.config == DETOKER_CONFIG
         codec_kit.assert_same(source.params, flat)
-    model = checkpoints.load(file, "codec")
+    model = load_checkpoint(file, "codec")
     pixels = jax.device_get(codec_kit.applied(model, "decode_code", np.arange(4)[None]))
     assert pixels.shape == (1, 8, 8, 3) and np.isfinite(pixels).all()
 
@@ -266,7 +268,7 @@ def test_a_damaged_detoker_is_one_line(detoker):
     file, _, state = detoker
     codec_kit.saved(file, {name: array for name, array in state.items() if name != "decoder.conv_in.bias"})
     with pytest.raises(UserError, match=r"detoker\.pt lacks decoder\.conv_in\.bias"):
-        checkpoints.load(file, "codec")
+        load_checkpoint(file, "codec")
 
 
 @pytest.mark.parametrize(
@@ -284,5 +286,5 @@ def test_whatever_it_starts_from_codes_are_those_of_the_codebook(folder, image_v
     files = (folder / "encoder.pt", folder / "decoder.pt")
     encoder, decoder = (dict(read_torch(file)) for file in files)
     decoder["embed_tokens.weight"] = np.broadcast_to(np.float16(0), (image_vocab_size + 1, 64))
-    config = min_dalle.dalle_bart_config(encoder, decoder, files, side)
+    config = min_dalle_config(encoder, decoder, files, side)
     assert (config.start_token, config.codebook_size) == (start, codes)

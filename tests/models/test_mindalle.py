@@ -16,21 +16,23 @@ from helpers import golden
 
 from dm_generations import sampling
 from dm_generations.errors import UserError
-from dm_generations.models import checkpoints, networks
-from dm_generations.models.checkpoints import mindalle
-from dm_generations.models.mindalle import MinDalle, MinDalleConfig
-from dm_generations.models.vqgan import VQGAN
+from dm_generations.models.kakao_mindalle.checkpoint import read_codec, read_generator
+from dm_generations.models.kakao_mindalle.network import KakaoMinDalle, KakaoMinDalleConfig
+from dm_generations.models.loading import Checkpoint, load_checkpoint
+from dm_generations.models.registry import parameter_shapes
+from dm_generations.models.vqgan.network import VQGAN
+from dm_generations.weights.native import flatten, unflatten
 
 CASES = sorted(path.parents[1] for path in golden("mindalle_kakao").glob("**/ckpt/stage2_last.ckpt"))
 CASE = CASES[0]
-SMALL = MinDalleConfig(9, 7, embed_dim=8, n_layers=2, n_heads=2, ctx_len_img=4, ctx_len_txt=3)
+SMALL = KakaoMinDalleConfig(9, 7, embed_dim=8, n_layers=2, n_heads=2, ctx_len_img=4, ctx_len_txt=3)
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 @functools.cache
-def loaded(case: Path, role: str) -> checkpoints.Checkpoint:
-    return checkpoints.load(case / "ckpt", role)
+def loaded(case: Path, role: str) -> Checkpoint:
+    return load_checkpoint(case / "ckpt", role)
 
 
 def arrays_of(case: Path, name: str) -> dict[str, np.ndarray]:
@@ -59,7 +61,7 @@ def stepped(model, params, input_ids, codes):
 @every_case
 def test_logits_are_those_of_the_original_with_and_without_a_cache(case):
     checkpoint, arrays = loaded(case, "generator"), arrays_of(case, "stage2.npz")
-    model, params = MinDalle(checkpoint.config), jax.tree.map(jnp.asarray, checkpoint.params)
+    model, params = KakaoMinDalle(checkpoint.config), jax.tree.map(jnp.asarray, checkpoint.params)
     text, codes = arrays["text_ids"].astype(np.int32), arrays["codes"].astype(np.int32)
     image, words = jax.jit(model.apply)({"params": params}, text, codes)
     assert image.dtype == words.dtype == jnp.float32
@@ -71,7 +73,7 @@ def test_logits_are_those_of_the_original_with_and_without_a_cache(case):
 @every_case
 def test_filtered_logits_give_the_probabilities_that_the_original_drew_from(case):
     checkpoint, arrays = loaded(case, "generator"), arrays_of(case, "stage2.npz")
-    model, params = MinDalle(checkpoint.config), jax.tree.map(jnp.asarray, checkpoint.params)
+    model, params = KakaoMinDalle(checkpoint.config), jax.tree.map(jnp.asarray, checkpoint.params)
     names = [name.removesuffix("__settings") for name in arrays if name.endswith("__settings")]
     assert names
     for name in names:
@@ -107,21 +109,21 @@ def test_the_codec_decodes_and_encodes_as_the_original(case):
 @every_case
 def test_weights_are_views_of_the_files(case):
     for role in ("generator", "codec"):
-        for name, array in checkpoints.flatten(loaded(case, role).params).items():
+        for name, array in flatten(loaded(case, role).params).items():
             assert not array.flags.owndata and not array.flags.writeable, name
 
 
 def test_bfloat16_is_near_float32():
     checkpoint, arrays = loaded(CASE, "generator"), arrays_of(CASE, "stage2.npz")
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), checkpoint.params)
-    model = MinDalle(checkpoint.config, jnp.bfloat16)
+    model = KakaoMinDalle(checkpoint.config, jnp.bfloat16)
     logits = stepped(model, params, arrays["text_ids"], arrays["codes"])
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, arrays["logits_img"], atol=0.15)  # standard deviation 2
 
 
 def parameter_names(config):
-    return networks.parameter_shapes("mindalle", config).keys()
+    return parameter_shapes("mindalle", config).keys()
 
 
 def test_layers_without_bias_have_none():
@@ -133,18 +135,18 @@ def test_layers_without_bias_have_none():
 
 def test_the_approximate_gelu_is_another_but_near():
     random = np.random.default_rng(0)
-    shapes = networks.parameter_shapes("mindalle", SMALL)
-    params = checkpoints.unflatten({name: random.normal(size=shape).astype("f") for name, shape in shapes.items()})
+    shapes = parameter_shapes("mindalle", SMALL)
+    params = unflatten({name: random.normal(size=shape).astype("f") for name, shape in shapes.items()})
     ids = [np.ones((1, length), np.int32) for length in (SMALL.ctx_len_txt, SMALL.ctx_len_img)]
     exact, near = (
-        jax.jit(MinDalle(dataclasses.replace(SMALL, gelu_use_approx=option)).apply)({"params": params}, *ids)[0]
+        jax.jit(KakaoMinDalle(dataclasses.replace(SMALL, gelu_use_approx=option)).apply)({"params": params}, *ids)[0]
         for option in (False, True)
     )
     assert 1e-4 < np.abs(exact - near).max() < 0.5
 
 
 def test_what_the_config_leaves_out_has_the_values_of_the_1_3b_model():
-    config = MinDalleConfig.from_dict({"n_layers": 3, "embd_pdrop": 0.0})
+    config = KakaoMinDalleConfig.from_dict({"n_layers": 3, "embd_pdrop": 0.0})
     assert (config.n_layers, config.n_heads, config.embed_dim) == (3, 24, 1536)
     assert (config.image_length, config.max_text_length, config.codebook_size) == (256, 64, 16384)
 
@@ -154,12 +156,12 @@ def test_the_archive_of_the_download_loads_as_the_folder(tmp_path):
     with tarfile.open(path, "w:gz", compresslevel=1) as archive:
         archive.add(CASE / "ckpt", "1.3B")
     for role in ("generator", "codec"):
-        checkpoint = checkpoints.load(path, role)
-        expected = checkpoints.flatten(loaded(CASE, role).params)
-        found = checkpoints.flatten(checkpoint.params)
+        checkpoint = load_checkpoint(path, role)
+        expected = flatten(loaded(CASE, role).params)
+        found = flatten(checkpoint.params)
         assert found.keys() == expected.keys() and checkpoint.config == loaded(CASE, role).config
         assert all(np.array_equal(found[name], expected[name]) for name in expected)
-    tokenizer = checkpoints.load(path, "generator").tokenizer
+    tokenizer = load_checkpoint(path, "generator").tokenizer
     for file in (CASE / "ckpt" / "tokenizer").iterdir():
         assert (tokenizer / file.name).read_bytes() == file.read_bytes()
 
@@ -174,7 +176,7 @@ def test_nothing_of_an_archive_leaves_its_folder(tmp_path):
         member.size = 3
         archive.addfile(member, io.BytesIO(b"bad"))
     with pytest.raises(UserError, match="model.tar.* lacks config.yaml"):
-        checkpoints.load(path, "generator")
+        load_checkpoint(path, "generator")
     assert sorted(tmp_path.iterdir()) == [path]
 
 
@@ -191,7 +193,7 @@ def test_damaged_archives_are_named(tmp_path):
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):
-            checkpoints.load(tmp_path / name, "generator")
+            load_checkpoint(tmp_path / name, "generator")
 
 
 @pytest.mark.parametrize(
@@ -213,13 +215,13 @@ def test_a_config_that_does_not_fit_is_an_error_that_says_what(old, new, message
     shutil.copy(CASE / "ckpt" / "stage2_last.ckpt", tmp_path)
     (tmp_path / "config.yaml").write_text(text.replace(old, new))
     with pytest.raises(UserError, match=message):
-        checkpoints.load(tmp_path, "generator")
+        load_checkpoint(tmp_path, "generator")
 
 
 def test_a_folder_without_its_config_is_an_error_and_one_without_weights_is_not_ours(tmp_path):
-    assert mindalle.generator(tmp_path) is None and mindalle.codec(tmp_path) is None
+    assert read_generator(tmp_path) is None and read_codec(tmp_path) is None
     shutil.copy(CASE / "ckpt" / "stage2_last.ckpt", tmp_path)
-    assert mindalle.codec(tmp_path) is None
+    assert read_codec(tmp_path) is None
     for path in (tmp_path, tmp_path / "stage2_last.ckpt"):
         with pytest.raises(UserError, match="lacks config.yaml"):
-            mindalle.generator(path)
+            read_generator(path)

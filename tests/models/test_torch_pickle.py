@@ -11,8 +11,8 @@ from helpers import golden_dirs
 from torch_files import WRITERS, Call, Global, Storage, Tensor, module, save, save_entries, save_legacy, tensor
 
 from dm_generations.errors import UserError
-from dm_generations.models.checkpoints import mapped
-from dm_generations.models.checkpoints.torch_pickle import Opaque, read_torch, state_of
+from dm_generations.weights import mmap as mapped
+from dm_generations.weights.torch_file import Opaque, read_torch, state_of
 
 GOLDEN = sorted(
     {

@@ -12,7 +12,7 @@ import torch_files
 from torch_files import WRITERS, Call, Global, Storage, Tensor, module, pickled, save, save_entries, save_legacy, tensor
 
 from dm_generations.errors import UserError
-from dm_generations.models.checkpoints.torch_pickle import Opaque, read_torch
+from dm_generations.weights.torch_file import Opaque, read_torch
 
 
 def in_zip(path, data, **entries):
@@ -201,7 +201,7 @@ def test_huge_memo_index_takes_no_memory(tmp_path):
 
 
 def test_data_copied_over_and_over(tmp_path, monkeypatch):
-    monkeypatch.setattr("dm_generations.models.checkpoints.inert_pickle.MAX_COPIED", 1000)
+    monkeypatch.setattr("dm_generations.weights.inert_pickle.MAX_COPIED", 1000)
     numbers = b"(" + b"K\x01" * 100 + b"lq\x00"
     copies = b"0c__builtin__\nset\nq\x01" + b"0h\x01h\x00\x85R" * 11
     with pytest.raises(UserError, match="over and over"):
@@ -209,7 +209,7 @@ def test_data_copied_over_and_over(tmp_path, monkeypatch):
 
 
 def test_number_of_steps_is_limited(tmp_path, monkeypatch):
-    monkeypatch.setattr("dm_generations.models.checkpoints.inert_pickle.MAX_OPCODES", 100)
+    monkeypatch.setattr("dm_generations.weights.inert_pickle.MAX_OPCODES", 100)
     with pytest.raises(UserError, match="steps"):
         read_torch(in_zip(tmp_path / "a.pt", b"\x80\x02" + b"]" * 200 + b"."))
 

@@ -9,10 +9,11 @@ import pytest
 from codec_kit import random_params
 from helpers import golden
 
-from dm_generations.models import checkpoints, vqgan_decoder
-from dm_generations.models.checkpoints.own import unflatten
-from dm_generations.models.vqgan import VQGAN, VQGANConfig
-from dm_generations.models.vqgan_decoder import VQGANDecoder
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.vqgan import fast_decoder as vqgan_decoder
+from dm_generations.models.vqgan.fast_decoder import VQGANDecoder
+from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
+from dm_generations.weights.native import unflatten
 
 CONFIG = VQGANConfig(
     ch=32,
@@ -48,7 +49,7 @@ def exact(config, params, tokens):
 
 def fast(config, params, tokens, dtype="float32", platform="cpu"):
     decoder = VQGANDecoder(config, np.dtype(dtype), platform)
-    return jax.jit(decoder.decode)(decoder.prepare(params), tokens)
+    return jax.jit(decoder.decode)(decoder.prepare_params(params), tokens)
 
 
 @pytest.fixture(params=["winograd", "elsewhere"])
@@ -74,7 +75,7 @@ def test_decodes_other_grids(platform):
 
 
 def test_decodes_the_golden_tokens(platform):
-    checkpoint = checkpoints.load(golden("vqgan_jax") / "a", "codec")
+    checkpoint = load_checkpoint(golden("vqgan_jax") / "a", "codec")
     with np.load(golden("vqgan_jax") / "a" / "golden.npz") as arrays:
         pixels = fast(checkpoint.config, checkpoint.params, arrays["tokens"].astype(np.int32), platform=platform)
         assert np.abs(pixels - arrays["decoded"]).max() < 5e-5
@@ -85,7 +86,7 @@ def test_pictures_do_not_depend_on_the_batch(monkeypatch):
     monkeypatch.setattr(vqgan_decoder, "_WINOGRAD_CH", 1)
     tokens = tokens_of(CONFIG, 3)
     decoder = VQGANDecoder(CONFIG, np.dtype("float32"), "cpu")
-    weights, decode = decoder.prepare(params_of(CONFIG)), jax.jit(decoder.decode)
+    weights, decode = decoder.prepare_params(params_of(CONFIG)), jax.jit(decoder.decode)
     alone = [decode(weights, tokens[i : i + 1]) for i in range(3)]
     np.testing.assert_array_equal(decode(weights, tokens), np.concatenate(alone))
 

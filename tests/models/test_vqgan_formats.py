@@ -10,9 +10,9 @@ from helpers import golden
 
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
-from dm_generations.models import checkpoints
-from dm_generations.models.checkpoints import taming
-from dm_generations.models.vqgan import VQGANConfig
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.vqgan.checkpoint import config_from_shapes, read_taming
+from dm_generations.models.vqgan.network import VQGANConfig
 
 CASES = sorted(file.parent for file in golden("taming").glob("*/golden.npz"))
 # Two levels, so that attention, shortcuts and resampling are there; 32 groups need 32 channels.
@@ -42,7 +42,7 @@ CONFIG = VQGANConfig(
 @pytest.fixture(scope="module", params=CASES, ids=lambda folder: folder.name)
 def case(request):
     with np.load(request.param / "golden.npz") as arrays:
-        yield checkpoints.load(request.param, "codec"), dict(arrays)
+        yield load_checkpoint(request.param, "codec"), dict(arrays)
 
 
 def test_decodes_as_the_original(case):
@@ -74,7 +74,7 @@ def test_bfloat16_stays_near_float32(case):
 
 def test_a_codec_decodes_another_grid_to_larger_pictures():
     folder = golden("vqgan_jax") / "a"
-    codec = Decoder.from_checkpoint(checkpoints.load(folder, "codec"), batch_size=1, grid=11)
+    codec = Decoder.from_checkpoint(load_checkpoint(folder, "codec"), batch_size=1, grid=11)
     assert (codec.token_count, codec.image_size) == (121, 44)
     with np.load(folder / "golden.npz") as arrays:
         expected = (arrays["decoded_other_grid"].clip(0, 1) * 255).astype(np.uint8)
@@ -97,22 +97,22 @@ def test_a_file_of_lightning_and_one_of_a_state_dict_give_their_own_arrays(tmp_p
     state = codec_kit.taming_state(flat)
     loss = {"loss.perceptual_loss.net.slice1.0.weight": np.zeros((2, 3, 3, 3), np.float32)}
     for file in (lightning(tmp_path / "a.ckpt", state, **loss), codec_kit.saved(tmp_path / "b.ckpt", state)):
-        source = taming.codec(file)
+        source = read_taming(file)
         assert source.config == CONFIG
         codec_kit.assert_same(source.params, flat)
-        named = dict(source.in_file(path, array.shape) for path, array in flat.items())
+        named = dict(source.name_in_file(path, array.shape) for path, array in flat.items())
         assert named == {name: array.shape for name, array in state.items()}
 
 
 def test_shapes_tell_what_the_yaml_says(tmp_path, flat):
     state = codec_kit.taming_state(flat)
-    assert taming.config_from_shapes(state, tmp_path, resolution=16, is_signed=True) == CONFIG
+    assert config_from_shapes(state, tmp_path, resolution=16, is_signed=True) == CONFIG
 
 
 def test_what_the_yaml_leaves_out_has_the_default_of_taming(tmp_path, flat):
     lightning(tmp_path / "last.ckpt", codec_kit.taming_state(flat))
     (tmp_path / "model.yaml").write_text(YAML.replace("ch_mult: [1, 2],", ""))
-    assert taming.codec(tmp_path).config.ch_mult == (1, 2, 4, 8)
+    assert read_taming(tmp_path).config.ch_mult == (1, 2, 4, 8)
 
 
 def test_the_yaml_may_lie_in_a_folder_of_configs(tmp_path, flat):
@@ -122,7 +122,7 @@ def test_the_yaml_may_lie_in_a_folder_of_configs(tmp_path, flat):
     (tmp_path / "run/configs/2021-project.yaml").write_text(YAML)
     (tmp_path / "run/configs/2021-lightning.yaml").write_text("lightning: {trainer: {gpus: 1}}")
     for path in ("run", "run/checkpoints/last.ckpt"):
-        assert taming.codec(tmp_path / path).config == CONFIG
+        assert read_taming(tmp_path / path).config == CONFIG
 
 
 def test_of_several_files_the_names_decide(tmp_path, flat):
@@ -130,18 +130,18 @@ def test_of_several_files_the_names_decide(tmp_path, flat):
     file = lightning(tmp_path / "vqgan.1024.model.ckpt", codec_kit.taming_state(flat))
     (tmp_path / "vqgan.1024.config.yml").write_text(YAML)
     (tmp_path / "vqgan.16384.config.yml").write_text(YAML.replace("n_embed: 20", "n_embed: 99"))
-    assert taming.codec(file).config.n_embed == 20
+    assert read_taming(file).config.n_embed == 20
     shutil.copy(file, tmp_path / "vqgan.16384.model.ckpt")
     with pytest.raises(UserError, match="several checkpoints .*name the file"):
-        taming.codec(tmp_path)
+        read_taming(tmp_path)
 
 
 def test_what_is_not_a_vqgan_is_left_to_other_readers(tmp_path):
-    assert taming.codec(tmp_path) is None
+    assert read_taming(tmp_path) is None
     codec_kit.saved(tmp_path / "last.ckpt", {"head.weight": np.zeros((2, 2), np.float32)})
-    assert taming.codec(tmp_path) is None and taming.codec(tmp_path / "last.ckpt") is None
+    assert read_taming(tmp_path) is None and read_taming(tmp_path / "last.ckpt") is None
     (tmp_path / "config.yaml").write_text("stage1: {embed_dim: 3}")
-    assert taming.codec(tmp_path) is None
+    assert read_taming(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_yaml_that_does_not_fit_is_one_line(tmp_path, monkeypatch, flat, yaml,
     lightning(tmp_path / "last.ckpt", codec_kit.taming_state(flat))
     (tmp_path / "model.yaml").write_text(yaml)
     with pytest.raises(UserError, match=message) as caught:
-        checkpoints.load(tmp_path, "codec")
+        load_checkpoint(tmp_path, "codec")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     assert not (tmp_path / "ran").exists()
 
@@ -180,22 +180,22 @@ def test_a_tensor_missing_or_more_is_named(tmp_path, flat):
     state = codec_kit.taming_state(flat)
     lightning(tmp_path / "last.ckpt", state, **{"decoder.extra.weight": np.zeros((1, 1, 1, 1), np.float32)})
     with pytest.raises(UserError, match="last.ckpt has unexpected decoder.extra.weight"):
-        checkpoints.load(tmp_path, "codec")
+        load_checkpoint(tmp_path, "codec")
     lightning(tmp_path / "last.ckpt", {name: array for name, array in state.items() if "norm_out" not in name})
     with pytest.raises(UserError, match="last.ckpt lacks decoder.norm_out.bias, .* and 1 more"):
-        checkpoints.load(tmp_path, "codec")
+        load_checkpoint(tmp_path, "codec")
 
 
 def test_a_checkpoint_without_its_yaml_asks_for_it(tmp_path, flat):
     file = lightning(tmp_path / "last.ckpt", codec_kit.taming_state(flat))
     with pytest.raises(UserError, match=r"last\.ckpt lacks its \.yaml"):
-        taming.codec(file)
+        read_taming(file)
 
 
 def test_shapes_of_a_damaged_file_are_one_line(tmp_path, flat):
     state = codec_kit.taming_state(flat)
     for name in ("quantize.embedding.weight", "post_quant_conv.weight", "decoder.conv_out.weight"):
         with pytest.raises(UserError, match=f"lacks the tensor {name}"):
-            taming.config_from_shapes({key: array for key, array in state.items() if key != name}, tmp_path)
+            config_from_shapes({key: array for key, array in state.items() if key != name}, tmp_path)
         with pytest.raises(UserError, match=f"{name} has shape"):
-            taming.config_from_shapes(state | {name: np.zeros((0, 3, 3), np.float32)}, tmp_path)
+            config_from_shapes(state | {name: np.zeros((0, 3, 3), np.float32)}, tmp_path)

@@ -14,7 +14,7 @@ from dm_generations.decode.npy import encode_npy
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
-from dm_generations.models import checkpoints
+from dm_generations.models.loading import load_checkpoint
 from dm_generations.pipelines import init_tokens
 from dm_generations.sampling_params import SamplingParams
 
@@ -23,7 +23,7 @@ TOKENS = np.array([0, 3, 15, 7], np.uint16)
 
 @pytest.fixture(scope="module")
 def codec():
-    return checkpoints.load(GOLDEN_CODEC, "codec")
+    return load_checkpoint(GOLDEN_CODEC, "codec")
 
 
 def saved(path, array, **options):
@@ -174,7 +174,7 @@ def test_encodes_as_the_original_did(codec):
 
 def test_what_the_shipped_codec_makes_of_its_own_picture():
     """Encoded, decoded: near the picture. The codes need not be the same, for many give nearly the same pixels."""
-    shipped = checkpoints.load(None, "codec")
+    shipped = load_checkpoint(None, "codec")
     codec = Decoder.from_checkpoint(shipped, batch_size=1)
     tokens = init_tokens.encode_images(SMOOTH := smooth_picture(codec.image_size)[None], shipped)
     picture = codec.decode(tokens)
@@ -230,7 +230,7 @@ def test_flags_together(codec, tmp_path):
 
 def test_a_generator_keeps_the_initial_tokens(tmp_path):
     """The whole way: an image, its tokens, the first of them kept and the rest sampled."""
-    codec = checkpoints.load(tiny_vqgan(tmp_path / "vqgan"), "codec")
+    codec = load_checkpoint(tiny_vqgan(tmp_path / "vqgan"), "codec")
     generator = Generator.load(str(tiny_dalle_bart(tmp_path / "dalle_bart")), batch_size=2)
     Image.effect_noise((9, 9), 80).save(tmp_path / "p.png")
     found = init_tokens.load_init_tokens(

@@ -9,7 +9,7 @@ from tiny import tiny_vqgan
 
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
-from dm_generations.models import checkpoints
+from dm_generations.models.loading import load_checkpoint
 from dm_generations.pipelines.generate import pad_tokens, partial_image_name, write_partial_images
 from dm_generations.pipelines.sweep import Combination, Sample
 from dm_generations.sampling_params import SamplingParams
@@ -23,7 +23,7 @@ TOKENS = np.array([[3, 4, 5], [6, 7, 8]], np.uint16)
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory):
     folder = tiny_vqgan(tmp_path_factory.mktemp("models") / "vqgan")
-    return Decoder.from_checkpoint(checkpoints.load(folder, "codec"), batch_size=2)
+    return Decoder.from_checkpoint(load_checkpoint(folder, "codec"), batch_size=2)
 
 
 def test_each_image_is_filled_with_its_own_first_code():

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from dm_generations import sampling
-from dm_generations.models import checkpoints
-from dm_generations.models.dalle_bart import DalleBart
+from dm_generations.models.dalle_mini.network import DalleBart
+from dm_generations.models.loading import load_checkpoint
 from dm_generations.text import PromptTokenizer
+from dm_generations.weights import native
 from recipes.emoji.captions import train_tokenizer
 from recipes.emoji.common import to_float32
 from recipes.emoji.dalle_bart import FIRST_CODE_WEIGHT, LABEL_SMOOTHING, Trainer, make_config
@@ -151,8 +152,8 @@ def test_at_cond_scale_10_the_right_code_has_nearly_all_the_probability(trained)
 def test_a_model_saved_in_float16_is_trained_to_float32(tokenizer, tmp_path):
     trainer = new_trainer(tokenizer)
     params = jax.device_get(trainer.init(None)["params"])
-    checkpoints.save(tmp_path, "dalle_bart", dataclasses.asdict(trainer.config), params, np.float16)
-    loaded = checkpoints.load(tmp_path, "generator")
+    native.save(tmp_path, "dalle_bart", dataclasses.asdict(trainer.config), params, np.float16)
+    loaded = load_checkpoint(tmp_path, "generator")
     state = trainer.init(to_float32(loaded.params))
     for step in range(10):
         state, metrics = trainer.step(state, step)

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from dm_generations.models import checkpoints
-from dm_generations.models.vqgan import VQGANConfig
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.vqgan.network import VQGANConfig
+from dm_generations.weights import native
 from recipes.emoji import vqgan
 from recipes.emoji.__main__ import STEPS
 from recipes.emoji.common import Run
@@ -74,8 +75,8 @@ def test_a_run_is_not_resumed_in_another_precision(begun, flag, trainer, initial
 def test_a_trained_model_loads_and_reconstructs_images(trainer, initial, tmp_path):
     run = train(trainer, initial, tmp_path / "run", 4)
     params = jax.device_get(run.state["params"])
-    checkpoints.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), params, np.float16)
-    loaded = checkpoints.load(tmp_path / "model", "codec")
+    native.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), params, np.float16)
+    loaded = load_checkpoint(tmp_path / "model", "codec")
     assert loaded.config == CONFIG
     images, codes = reconstruct(trainer.model, loaded.params, np.asarray(trainer.pixels))
     assert images.shape == (40, 8, 8, 3) and images.dtype == np.uint8
@@ -111,7 +112,7 @@ def test_an_entropy_weight_lowers_entropy_at_little_cost(trainer, initial, tmp_p
 
 
 def test_fine_tuning_does_not_restart_the_codebook(trainer, initial, tmp_path, monkeypatch):
-    checkpoints.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), initial["params"], np.float32)
+    native.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), initial["params"], np.float32)
     pixels = np.asarray(trainer.pixels)
     emoji = [{"held_out": i % 4 == 0, "tone": ""} for i in range(len(pixels))]
     monkeypatch.setattr(vqgan, "load_dataset", lambda path: (pixels, emoji))
@@ -120,7 +121,7 @@ def test_fine_tuning_does_not_restart_the_codebook(trainer, initial, tmp_path, m
     words = f"vqgan --init {tmp_path / 'model'} --run {tmp_path / 'run'} --out {tmp_path / 'out'} --steps 1"
     monkeypatch.setattr(sys, "argv", [*words.split(), "--batch-size", "4"])
     vqgan.main()
-    assert checkpoints.load(tmp_path / "out", "codec").config == CONFIG
+    assert load_checkpoint(tmp_path / "out", "codec").config == CONFIG
 
 
 def test_every_part_of_the_recipe_knows_its_flags(monkeypatch):

@@ -1,0 +1,200 @@
+"""Configuration of DalleBart, read from dalle-mini's config.json. Imports no JAX."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from dm_generations.errors import UserError
+
+ACTIVATION_FUNCTIONS = ("gelu", "gelu_new", "quick_gelu", "relu", "silu", "swish")
+LN_TYPES = ("layernorm", "rmsnorm")
+
+
+class NormPlacement(NamedTuple):
+    """Where a block (attention or feed-forward) has norms."""
+
+    after_attention: bool
+    inside_ffn: bool  # between activation and the last dense layer
+    after_ffn: bool
+
+
+# Every supported placement also has a norm before each block.
+NORM_PLACEMENTS = {
+    "preln": NormPlacement(after_attention=False, inside_ffn=False, after_ffn=False),
+    "normformer": NormPlacement(after_attention=True, inside_ffn=True, after_ffn=False),
+    "cogview": NormPlacement(after_attention=True, inside_ffn=False, after_ffn=True),
+}
+
+# Options of dalle-mini that no published model uses, with the only value that is supported. `use_subln_init` and
+# `tau_init` are not among them: alone, they change no trained network.
+UNSUPPORTED_UNLESS = {
+    "sinkhorn_iters": 1,
+    "tie_word_embeddings": False,
+    "use_absolute_position_embeddings": True,
+    "use_alibi": False,
+    "use_cosine_attention": False,
+    "use_deepnet_scaling": False,
+    "use_swin_position_embeddings": False,
+}
+
+MAY_BE_ZERO = ("top_k", "eos_token_id", "pad_token_id")  # of the whole numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class DalleBartConfig:
+    """Sizes and options, named as in dalle-mini's config.json and with its defaults."""
+
+    decodes_own_grid: ClassVar[bool] = False
+
+    encoder_vocab_size: int = 50264
+    image_vocab_size: int = 16384  # the embedding and the logits have one row more
+    image_length: int = 256
+    max_text_length: int = 64
+    d_model: int = 1024
+    encoder_layers: int = 12
+    encoder_ffn_dim: int = 4096
+    encoder_attention_heads: int = 16
+    decoder_layers: int = 12
+    decoder_ffn_dim: int = 4096
+    decoder_attention_heads: int = 16
+    activation_function: str = "gelu"
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    init_std: float = 0.02
+    scale_embedding: bool = False
+    use_scan: bool = True  # one stacked subtree for all layers; see `config_for_params`
+    use_bias: bool = False
+    ln_type: str = "layernorm"
+    ln_positions: str = "normformer"
+    use_head_scale: bool = False
+    use_glu: bool = True
+    use_final_ln_encoder: bool = True
+    use_final_ln_decoder: bool = True
+    force_ln_scale: bool = False  # a scale also in norms that a dense layer follows
+    normalize_text: bool = False  # prompts pass dalle-mini's text normalizer first
+    decoder_start_token_id: int | None = None  # None: image_vocab_size
+    # What dalle-mini's own `generate` heeds; None: an id that cannot be drawn, and transformers' 50.
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    top_k: int | None = None  # 0: all
+    top_p: float = 1.0
+    temperature: float = 1.0
+    image_code_count: int | None = None  # ids below it are codes; None: those below the start token
+
+    def __post_init__(self):
+        start = self.image_vocab_size if self.decoder_start_token_id is None else self.decoder_start_token_id
+        defaults = {
+            "decoder_start_token_id": start,
+            "image_code_count": start,
+            "eos_token_id": self.image_vocab_size + 1,
+            "pad_token_id": self.image_vocab_size + 1,
+            "top_k": 50,
+        }
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is None:
+                object.__setattr__(self, field.name, defaults[field.name])
+            _check_field(field.name, getattr(self, field.name), type(field.default))
+        for name, known in (
+            ("activation_function", ACTIVATION_FUNCTIONS),
+            ("ln_type", LN_TYPES),
+            ("ln_positions", NORM_PLACEMENTS),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"DalleBart config: {name} {value!r:.80} is not supported (one of {', '.join(known)})")
+        for name in ("encoder_attention_heads", "decoder_attention_heads"):
+            heads = getattr(self, name)
+            if self.d_model % heads:
+                raise UserError(f"DalleBart config: d_model {self.d_model} is not divisible by {name} {heads}")
+        if self.decoder_start_token_id > self.image_vocab_size:
+            raise UserError(
+                f"DalleBart config: decoder_start_token_id {self.decoder_start_token_id} is above "
+                f"image_vocab_size {self.image_vocab_size}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DalleBartConfig":
+        """The configuration in a parsed config.json; keys it does not know are ignored.
+
+        Raises UserError for an option that changes the network and that is not supported, and for bad values.
+        """
+        given = {name: value for name, value in values.items() if value is not None}  # null: not set
+        for name, supported in UNSUPPORTED_UNLESS.items():
+            if given.get(name, supported) != supported:
+                raise UserError(f"DalleBart config: {name} {given[name]!r:.80} is not supported, only {supported!r}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in given.items() if name in known})
+
+    @property
+    def codebook_size(self) -> int:
+        """Codes that stand for image content; ids from here on (start token, padding rows) do not."""
+        return self.image_code_count
+
+    @property
+    def start_token(self) -> int:
+        """What the decoder reads before the first code."""
+        return self.decoder_start_token_id
+
+    @property
+    def text_vocab_size(self) -> int:
+        """Rows of the table that the prompt's ids index."""
+        return self.encoder_vocab_size
+
+    @property
+    def sampling_order(self) -> str:
+        """See `sampling.filter_logits`."""
+        return "temperature_first"
+
+
+def _check_field(name: str, value: Any, kind: type) -> None:
+    """Raise UserError unless `value` is of the type of the field's default and in range."""
+    if kind is bool or kind is str:
+        ok, expected = isinstance(value, kind), "true or false" if kind is bool else "a string"
+    elif kind is float:
+        ok = isinstance(value, int | float) and not isinstance(value, bool)
+        if name == "temperature":
+            ok, expected = ok and 0 < value < math.inf, "a number above 0"
+        elif name == "top_p":
+            ok, expected = ok and 0 <= value <= 1, "a number from 0 to 1"
+        else:
+            ok, expected = ok and 0 <= value < 1, "a number from 0 to below 1"
+    else:
+        least = 0 if name in MAY_BE_ZERO else 1
+        ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        expected = "a whole number above 0" if least else "0 or a whole number above it"
+    if not ok:
+        raise UserError(f"DalleBart config: {name} must be {expected}, not {value!r:.80}")
+
+
+def config_for_params(config: DalleBartConfig, params: Mapping[str, Any]) -> DalleBartConfig:
+    """`config` with `use_scan` as the parameter tree has it.
+
+    Old checkpoints have one subtree per layer although the config's default is now one stacked subtree.
+    """
+    try:
+        layers = params["model"]["encoder"]["layers"]
+    except (KeyError, TypeError) as error:
+        raise UserError("not the weights of a DalleBart: model/encoder/layers is missing") from error
+    return dataclasses.replace(config, use_scan="FlaxBartEncoderLayers" in layers)
+
+
+def unscan(config: DalleBartConfig, params: dict) -> tuple[DalleBartConfig, dict]:
+    """The same network with layers apart: views of the stacked arrays, named as layers apart are."""
+    if not config.use_scan:
+        return config, params
+    model = dict(params["model"])
+    for part, layer, count in (
+        ("encoder", "FlaxBartEncoderLayer", config.encoder_layers),
+        ("decoder", "FlaxBartDecoderLayer", config.decoder_layers),
+    ):
+        stacked = model[part]["layers"][f"{layer}s"]
+        layers = {f"{layer}_{index}": _rows(stacked, index) for index in range(count)}
+        model[part] = {**model[part], "layers": layers}
+    return dataclasses.replace(config, use_scan=False), {**params, "model": model}
+
+
+def _rows(tree: dict, index: int) -> dict:
+    """Row `index` of every array of a nested dict."""
+    return {name: _rows(leaf, index) if isinstance(leaf, dict) else leaf[index] for name, leaf in tree.items()}

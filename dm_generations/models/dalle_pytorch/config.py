@@ -1,0 +1,188 @@
+"""Configuration of DALLE-pytorch models, read from the `hparams` of their files. Imports no JAX."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from dm_generations.errors import UserError
+
+ATTN_TYPES = ("full", "axial_row", "axial_col", "conv_like", "sparse")
+CONV_LIKE = ("causal", "centred")
+SAMPLING_ORDERS = ("temperature_first", "top_p_first")
+SPARSE_BLOCK = 16  # positions a side of one block of the sparse layout
+_SIZES = ("num_text_tokens", "text_seq_len", "num_image_tokens", "image_fmap_size", "dim", "depth", "heads", "dim_head")
+_FLAGS = (
+    "reversible",
+    "stable",
+    "shift_tokens",
+    "rotary_emb",
+    "sandwich_norm",
+    "layer_scale",
+    "share_input_output_emb",
+    "guides_first_code_alone",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DallePytorchConfig:
+    """Sizes and options, named as the arguments of DALLE-pytorch's `DALLE` if it has them."""
+
+    decodes_own_grid: ClassVar[bool] = True  # the DALL-3 fork samples 16 x 16 tokens for any codec
+
+    num_text_tokens: int  # ids that the tokenizer gives, 0 for padding; the table has text_seq_len rows more
+    text_seq_len: int
+    num_image_tokens: int  # codes that can be drawn
+    image_fmap_size: int  # codes a side of the picture
+    dim: int
+    depth: int
+    heads: int = 8
+    dim_head: int = 64
+    attn_types: tuple[str, ...] = ("full",)  # one per layer, repeated as often as needed
+    reversible: bool = False
+    stable: bool = False
+    shift_tokens: bool = False
+    rotary_emb: bool = False
+    sandwich_norm: bool = False
+    layer_scale: bool = True  # files of before April 2021 have none
+    # Layers of one id share their attention; repeated like attn_types. DALLE-pytorch's own program saves texts, "0".
+    shared_attn_ids: tuple[int | str, ...] | None = None
+    shared_ff_ids: tuple[int | str, ...] | None = None
+    share_input_output_emb: bool = False
+    conv_like: str = "causal"  # "causal": 5x5 codes up and left of the query; "centred": 5x5 around it, none later
+    sparse_layout: tuple[str, ...] | None = None  # a row of blocks each, "1" where it sees the block of that column
+    sampling_order: str = "temperature_first"  # see `sampling.filter_logits`
+    guides_first_code_alone: bool = False  # as DALLE-pytorch's own program does with a condition scale, by mistake
+
+    def __post_init__(self):
+        for name in ("attn_types", "shared_attn_ids", "shared_ff_ids", "sparse_layout"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        self._check_values()
+        self._check_attention()
+
+    def _check_values(self) -> None:
+        for name in _SIZES:
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value < 1 << 31:
+                raise UserError(f"DALLE-pytorch config: {name} must be a whole number above 0, not {value!r:.80}")
+        # Bounds on what is built before any weight is looked at, above any model that was trained.
+        if self.depth > 512 or self.sequence_length > 1 << 13:
+            raise UserError(
+                f"DALLE-pytorch config: depth {self.depth} or {self.sequence_length} positions, "
+                "more than 512 and 8192 are not supported"
+            )
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"DALLE-pytorch config: {name} must be true or false, not {getattr(self, name)!r:.80}")
+        for name, known in (("conv_like", CONV_LIKE), ("sampling_order", SAMPLING_ORDERS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"DALLE-pytorch config: {name} must be {' or '.join(known)}")
+
+    def _check_attention(self) -> None:
+        if not isinstance(self.attn_types, tuple) or not self.attn_types:
+            raise UserError(f"DALLE-pytorch config: attn_types must be a list, not {self.attn_types!r:.80}")
+        for name in self.attn_types:
+            if name == "mlp":
+                raise UserError("DALLE-pytorch config: attn_types has mlp: gMLP layers are not supported")
+            if name not in ATTN_TYPES:
+                raise UserError(f"DALLE-pytorch config: attn_types has {name!r:.80}; known are {', '.join(ATTN_TYPES)}")
+        for name in ("shared_attn_ids", "shared_ff_ids"):
+            ids = getattr(self, name)
+            if ids is not None and not (ids and isinstance(ids, tuple) and all(type(i) in (int, str) for i in ids)):
+                raise UserError(f"DALLE-pytorch config: {name} must be a list of ids, not {ids!r:.80}")
+        for layer, source in enumerate(self.attn_sources):
+            if self.attn_type(layer) != self.attn_type(source):
+                raise UserError(f"DALLE-pytorch config: layers {source} and {layer} share attention of different types")
+        if "sparse" in self.attn_types:
+            self._check_sparse_layout()
+
+    def _check_sparse_layout(self) -> None:
+        blocks, remainder = divmod(self.sequence_length, SPARSE_BLOCK)
+        rows = self.sparse_layout
+        row_ok = isinstance(rows, tuple) and all(
+            isinstance(row, str) and len(row) == blocks and set(row) <= {"0", "1"} for row in rows
+        )
+        if remainder or not row_ok or len(rows) != blocks:
+            raise UserError(
+                f"DALLE-pytorch config: sparse attention over {self.sequence_length} positions needs a layout of "
+                f"{self.sequence_length / SPARSE_BLOCK:g} x {self.sequence_length / SPARSE_BLOCK:g} blocks"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DallePytorchConfig":
+        """The configuration in a dict, as `dataclasses.asdict` or JSON gives it; keys it does not know are ignored.
+
+        None means "not set". Raises UserError for values that are missing, bad or not supported.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        given = {name: value for name, value in values.items() if name in known and value is not None}
+        missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in given]
+        if missing:
+            raise UserError(f"DALLE-pytorch config: {', '.join(missing)} not given")
+        if isinstance(given.get("attn_types"), str):
+            given["attn_types"] = tuple(given["attn_types"].split(","))
+        return cls(**given)
+
+    @property
+    def image_length(self) -> int:
+        """Codes a picture."""
+        return self.image_fmap_size**2
+
+    @property
+    def codebook_size(self) -> int:
+        return self.num_image_tokens
+
+    @property
+    def max_text_length(self) -> int:
+        return self.text_seq_len
+
+    @property
+    def text_vocab_size(self) -> int:
+        """Ids that a tokenizer may give; the padding ids after them are the network's own."""
+        return self.num_text_tokens
+
+    @property
+    def start_token(self) -> int:
+        """Unused: the last text token is what the first code is drawn from."""
+        return 0
+
+    @property
+    def text_rows(self) -> int:
+        """Rows of the text table and text columns of the logits: a padding id of its own for each position."""
+        return self.num_text_tokens + self.text_seq_len
+
+    @property
+    def sequence_length(self) -> int:
+        """Positions that the network sees: <bos>, the text, and all codes but the last."""
+        return self.text_seq_len + self.image_length
+
+    @property
+    def rotary_width(self) -> int:
+        """Channels of a head that rotary embedding turns: text index, row and column, each an even number."""
+        return 3 * 2 * (self.dim_head // 3 // 2)
+
+    def attn_type(self, layer: int) -> str:
+        return self.attn_types[layer % len(self.attn_types)]
+
+    @property
+    def attn_sources(self) -> tuple[int, ...]:
+        """For each layer, the first layer that has the same attention weights."""
+        return self._first_uses(self.shared_attn_ids)
+
+    @property
+    def ff_sources(self) -> tuple[int, ...]:
+        """For each layer, the first layer that has the same feed-forward weights."""
+        return self._first_uses(self.shared_ff_ids)
+
+    def _first_uses(self, ids: tuple[int | str, ...] | None) -> tuple[int, ...]:
+        if ids is None:
+            return tuple(range(self.depth))
+        by_layer = [ids[layer % len(ids)] for layer in range(self.depth)]
+        return tuple(by_layer.index(shared) for shared in by_layer)
+
+    def top_k_of(self, filter_thres: float) -> int:
+        """The top_k that DALLE-pytorch's `filter_thres` stands for: a share of text and image tokens together.
+
+        In Python's floats, as there: (1 - 0.9) * 100 is 9.99..., so 9.
+        """
+        return max(int((1 - filter_thres) * (self.text_rows + self.num_image_tokens)), 1)

@@ -1,0 +1,192 @@
+"""OpenAI's discrete VAE: a picture to a grid of codes, 8 pixels a side each, and back.
+
+Ramesh et al., "Zero-Shot Text-to-Image Generation", 2021, https://arxiv.org/abs/2102.12092, appendix A; layers as in
+openai/DALL-E. Names are those of its modules, without the levels `blocks`, `res_path` and `output.conv` of which each
+holds one thing.
+
+B: batch   H, W: pixels   h, w: code grid   L: codes, h * w, row-major   C: channels   V: codes
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dm_generations.models.base import example_images, token_grid
+
+GROUPS = 4  # of blocks; the resolution changes between them
+LOGIT_LAPLACE_EPS = 0.1  # pixels are mapped from [0, 1] to [eps, 1 - eps]: its distribution is over the open interval
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenAIVAEConfig:
+    """Sizes, under the names of the attributes of OpenAI's `Encoder` and `Decoder`."""
+
+    n_hid: int = 256  # channels at full resolution; doubled from group to group
+    n_init: int = 128  # width of what a code becomes first
+    n_blk_per_group: int = 2
+    vocab_size: int = 8192  # V
+    image_size: int = 256  # pixels a side
+
+    def __post_init__(self):
+        """Raises ValueError for sizes that no network can have."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise ValueError(f"{field.name} must be a whole number above 0, not {value!r:.80}")
+        if self.n_blk_per_group > 64:  # a bound on how long the network takes to build
+            raise ValueError(f"n_blk_per_group {self.n_blk_per_group}: at most 64 can be built")
+        if self.n_hid % 4 or self.image_size % 2 ** (GROUPS - 1):
+            raise ValueError(f"n_hid {self.n_hid} must be a multiple of 4 and image_size {self.image_size} one of 8")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "OpenAIVAEConfig":
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    @property
+    def grid(self) -> int:
+        """Codes a side."""
+        return self.image_size // 2 ** (GROUPS - 1)
+
+    @property
+    def codebook_size(self) -> int:
+        return self.vocab_size
+
+
+def _conv(features: int, size: int, dtype: jnp.dtype, name: str) -> nn.Conv:
+    return nn.Conv(features, (size, size), padding=size // 2, dtype=dtype, name=name)
+
+
+class Block(nn.Module):
+    """x + gain * four convolutions of relu(x), three of them a quarter as wide."""
+
+    features: int
+    kernel_sizes: tuple[int, int, int, int]
+    gain: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):  # (B, H, W, C) -> (B, H, W, features)
+        h = x
+        for i, size in enumerate(self.kernel_sizes):
+            features = self.features if i == 3 else self.features // 4
+            h = _conv(features, size, self.dtype, f"conv_{i + 1}")(nn.relu(h))
+        if x.shape[-1] != self.features:
+            x = _conv(self.features, 1, self.dtype, "id_path")(x)
+        return x + self.gain * h
+
+
+class Group(nn.Module):
+    """The blocks of one resolution."""
+
+    config: OpenAIVAEConfig
+    features: int
+    kernel_sizes: tuple[int, int, int, int]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        count = self.config.n_blk_per_group
+        gain = 1 / (GROUPS * count) ** 2
+        for i in range(count):
+            x = Block(self.features, self.kernel_sizes, gain, self.dtype, name=f"block_{i + 1}")(x)
+        return x
+
+
+class Encoder(nn.Module):
+    config: OpenAIVAEConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):  # (B, H, W, 3) -> logits (B, h, w, V) float32
+        config = self.config
+        x = _conv(config.n_hid, 7, self.dtype, "input")(x)
+        for i in range(GROUPS):
+            if i:
+                x = nn.max_pool(x, (2, 2), (2, 2))
+            x = Group(config, config.n_hid * 2**i, (3, 3, 3, 1), self.dtype, name=f"group_{i + 1}")(x)
+        return _conv(config.vocab_size, 1, jnp.float32, "output")(nn.relu(x).astype(jnp.float32))
+
+
+class OneHotConv(nn.Module):
+    """A 1x1 convolution of one-hot vectors: a row of its kernel, plus its bias."""
+
+    config: OpenAIVAEConfig
+
+    @nn.compact
+    def __call__(self, tokens):  # (B, h, w) int -> (B, h, w, n_init) float32; NaN for a token that is no code
+        config = self.config
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (1, 1, config.vocab_size, config.n_init))
+        bias = self.param("bias", nn.initializers.zeros, (config.n_init,))
+        return jnp.take(kernel[0, 0], tokens, axis=0, mode="fill") + bias.reshape(1, 1, 1, -1)
+
+
+class Decoder(nn.Module):
+    config: OpenAIVAEConfig
+    dtype: jnp.dtype
+
+    def setup(self):
+        config = self.config
+        self.input = OneHotConv(config)
+        for i in range(GROUPS):
+            features = config.n_hid * 2 ** (GROUPS - 1 - i)
+            setattr(self, f"group_{i + 1}", Group(config, features, (1, 3, 3, 3), self.dtype))
+        self.output = nn.Conv(6, (1, 1), dtype=self.dtype)
+
+    def __call__(self, x):  # (B, h, w, n_init) -> (B, H, W, 6): logits of the means, then the log scales
+        x = x.astype(self.dtype)
+        for i in range(GROUPS):
+            if i:
+                batch, height, width, channels = x.shape
+                x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+                x = x.reshape(batch, 2 * height, 2 * width, channels)  # nearest neighbour
+            x = getattr(self, f"group_{i + 1}")(x)
+        return self.output(nn.relu(x))
+
+
+class OpenAIVAE(nn.Module):
+    """Encoder and decoder. Parameters are float32; `dtype` is what the network computes in."""
+
+    DECODER_PARTS: ClassVar[tuple[str, ...]] = ("decoder",)
+
+    config: OpenAIVAEConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.encoder = Encoder(self.config, self.dtype)
+        self.decoder = Decoder(self.config, self.dtype)
+
+    def encode(self, pixels):
+        """Pixels (B, H, W, 3) in [0, 1] to what the decoder makes of their codes first (B, h, w, n_init), and the
+        codes (B, L) int32: those of the largest logit, the first on ties.
+        """
+        pixels = (1 - 2 * LOGIT_LAPLACE_EPS) * pixels + LOGIT_LAPLACE_EPS
+        indices = jnp.argmax(self.encoder(pixels.astype(self.dtype)), axis=-1).astype(jnp.int32)
+        return self.decoder.input(indices), indices.reshape(len(pixels), -1)
+
+    def decode(self, quant_states):
+        """What `encode` gives (B, h, w, n_init) to pixels (B, H, W, 3) float32, not clipped; [0, 1] is black to white.
+
+        The picture is the mean of the logit-Laplace distribution's argument: sigmoid of the first three channels.
+        """
+        means = jax.nn.sigmoid(self.decoder(quant_states)[..., :3].astype(jnp.float32))
+        return (means - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS)
+
+    def decode_code(self, tokens):
+        """Tokens (B, L) int, L a square, or grids of them (B, h, w), to pixels (B, H, W, 3) float32, not clipped.
+
+        A token that is no code gives NaN in its picture; callers check on the host.
+        """
+        return self.decode(self.decoder.input(token_grid(tokens)))
+
+    @staticmethod
+    def example_inputs(config: OpenAIVAEConfig) -> list[jax.ShapeDtypeStruct]:
+        """What `__call__` takes, so that `init` makes all parameters."""
+        return [example_images(config.image_size)]
+
+    def __call__(self, pixels):
+        """The reconstruction of pixels (B, H, W, 3); touches every parameter, so `init` makes them all."""
+        return self.decode(self.encode(pixels)[0])

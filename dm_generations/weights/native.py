@@ -1,0 +1,123 @@
+"""Our own model folder: `config.json` and `model.safetensors`.
+
+config.json has `"format": "dm-generations"`, the kind of network, its config, and `text_style` for a generator, whose
+tokenizer lies beside it. Tensors are named by their path in the parameter tree, `decoder/conv_in/kernel`. A generator's
+own codec may lie in the folder `codec` within. Large tensors come first and are aligned, so that a device that computes
+in the system's memory uses them where the file is mapped, without a copy. So the file is never written in place: a new
+one replaces it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dm_generations.errors import UserError
+from dm_generations.files import replacing, write_atomic
+from dm_generations.weights.mmap import release
+from dm_generations.weights.safetensors_file import read_safetensors
+
+FORMAT = "dm-generations"
+CONFIG_FILE, WEIGHTS_FILE, CODEC_FOLDER = "config.json", "model.safetensors", "codec"
+_ALIGNMENT = 64
+DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def read_params(folder: Path) -> dict:
+    """Read the weights of a folder of our own, as views of the mapped file.
+
+    Returns:
+        Nested dict of arrays.
+
+    Raises:
+        UserError: if the file is missing or broken.
+    """
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        raise UserError(f"{folder} lacks its weights: {WEIGHTS_FILE}")
+    return unflatten(read_safetensors(weights, stays=True), weights)
+
+
+def read_config(folder: Path) -> dict | None:
+    """The `config.json` of a folder; None if there is none. Raises UserError for one that is not a JSON object."""
+    path = folder / CONFIG_FILE
+    return read_json_object(path) if path.is_file() else None
+
+
+def read_json_object(path: Path) -> dict:
+    """Raises UserError, naming the file, for one that cannot be read or is not a JSON object."""
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return values
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, np.ndarray]:
+    """{"a": {"b": x}} to {"a/b": x}."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def unflatten(flat: dict[str, np.ndarray], path: Path | str = "the weights") -> dict:
+    """{"a/b": x} to {"a": {"b": x}}. Raises UserError for a name that is a prefix of another."""
+    tree: dict = {}
+    for name, value in flat.items():
+        *parents, leaf = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{path}: {name!r:.200} cannot be a tensor and hold others at once")
+        if leaf in node:
+            raise UserError(f"{path}: {name!r:.200} cannot be a tensor and hold others at once")
+        node[leaf] = value
+    return tree
+
+
+def save(
+    folder: Path, kind: str, config: dict, params: dict, dtype: np.dtype | type | None = None, text_style: str = ""
+) -> None:
+    """Write our own folder, floating tensors as `dtype` (None: as they are). Each file lands by rename.
+
+    config: plain JSON data of the network's config   params: nested dict of arrays, read one at a time, so that
+    they may be mapped   text_style: of a generator, how its prompts become ids
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_safetensors(folder / WEIGHTS_FILE, flatten(params), dtype)
+    values: dict[str, Any] = {"format": FORMAT, "kind": kind} | ({"text_style": text_style} if text_style else {})
+    write_atomic(folder / CONFIG_FILE, (json.dumps(values | config, indent=2) + "\n").encode())
+
+
+def _write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: np.dtype | type | None) -> None:
+    order = sorted(tensors, key=lambda name: (-np.asarray(tensors[name]).nbytes, name))
+    header, offset = {}, 0
+    for name in order:
+        array = np.asarray(tensors[name])
+        stored = np.dtype(dtype or array.dtype)
+        size = array.size * stored.itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[stored.name],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            array = np.asarray(tensors[name])
+            file.write(np.ascontiguousarray(array, dtype or array.dtype).reshape(-1).view(np.uint8))
+            release([array])

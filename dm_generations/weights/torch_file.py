@@ -1,0 +1,349 @@
+"""What `torch.save` wrote, read without torch and without running anything that the file names.
+
+Two formats. Since torch 1.6 a file is a zip archive of uncompressed entries: `<name>/data.pkl`, a pickle whose
+persistent ids name the storages, `<name>/data/<key>` for each storage, and since 2.1 `<name>/byteorder`. Before that,
+five pickles (magic number, format version, system, the value, keys of the storages) and behind them, for each key, the
+number of elements as int64 and the elements, both little-endian. See `torch/serialization.py` and `torch/_utils.py`.
+"""
+
+import math
+import os
+import struct
+import zipfile
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+from dm_generations.errors import UserError
+from dm_generations.weights import inert_pickle
+from dm_generations.weights.inert_pickle import Opaque, Window
+from dm_generations.weights.mmap import MAX_DIMENSIONS, Malformed, MappedFile, short_shape
+
+__all__ = ["Opaque", "read_torch", "state_of"]
+
+MAGIC_NUMBER, FORMAT_VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before the zip archives
+SMALL = 1 << 20  # bytes that a tensor may always have; more, only in a file of that size
+MAX_MODULES = 100_000  # of one network, and how deep they may be nested:
+MAX_MODULE_DEPTH = 64
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, ..., lengths of the name and of the extra field
+
+_DTYPES = {
+    "float64": np.float64,
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+    "complex64": np.complex64,
+    "complex128": np.complex128,
+    "int64": np.int64,
+    "int32": np.int32,
+    "int16": np.int16,
+    "int8": np.int8,
+    "uint64": np.uint64,
+    "uint32": np.uint32,
+    "uint16": np.uint16,
+    "uint8": np.uint8,
+    "bool": np.bool_,
+}
+DTYPES = {f"torch.{name}": np.dtype(dtype) for name, dtype in _DTYPES.items()}
+STORAGES = {
+    f"torch.{name}Storage": DTYPES[f"torch.{dtype}"]
+    for name, dtype in {
+        "Double": "float64",
+        "Float": "float32",
+        "Half": "float16",
+        "BFloat16": "bfloat16",
+        "ComplexFloat": "complex64",
+        "ComplexDouble": "complex128",
+        "Long": "int64",
+        "Int": "int32",
+        "Short": "int16",
+        "Char": "int8",
+        "Byte": "uint8",
+        "Bool": "bool",
+    }.items()
+} | {f"torch.{name}": np.dtype(np.uint8) for name in ("storage.UntypedStorage", "UntypedStorage")}
+UNREADABLE = {
+    "torch._utils._rebuild_qtensor": "a quantised",
+    "torch._utils._rebuild_sparse_tensor": "a sparse",
+    "torch._utils._rebuild_sparse_csr_tensor": "a sparse",
+    "torch._utils._rebuild_nested_tensor": "a nested",
+    "torch._utils._rebuild_meta_tensor_no_storage": "an empty (meta)",
+    "torch._utils._rebuild_wrapper_subclass": "a wrapped",
+    "torch._utils._rebuild_device_tensor_from_numpy": "a device's own kind of",
+}
+
+
+def read_torch(path: str | os.PathLike) -> Any:
+    """The value in the file: plain containers and numbers, tensors as read-only views of the mapped file.
+
+    Tensors keep their dtype (and the byte order of a file from a big-endian machine) and strides. OrderedDict reads as
+    dict, torch.Size as tuple, a Parameter as its tensor, every other class or function as an inert `Opaque`. Raises
+    UserError, naming the file, if it cannot be read, is damaged, or holds a quantised or sparse tensor.
+    """
+    file = MappedFile(path)
+    try:
+        if file.content[:4] == b"PK\x03\x04":
+            return _read_zip(file)
+        if file.content[:1] == b"\x80":
+            return _read_legacy(file)
+    except Malformed as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    raise UserError(f"{path} is not a file that torch.save wrote: download it again")
+
+
+def state_of(value: Any) -> dict[str, np.ndarray]:
+    """The tensors of a pickled torch module by dotted name, as its `state_dict()` gives; a dict passes through.
+
+    Raises UserError if the value is neither.
+    """
+    if isinstance(value, dict):
+        return value
+    tensors: dict[str, np.ndarray] = {}
+    modules = [("", 0, value)]
+    for count in range(MAX_MODULES):
+        if not modules:
+            return tensors
+        prefix, depth, module = modules.pop()
+        state = _module_state(module)
+        if state is None or depth > MAX_MODULE_DEPTH:
+            what = f"its part {prefix[:-1]!r:.200}" if count else "the value"
+            raise UserError(f"{what} is not a network that torch pickled")
+        skipped = state.get("_non_persistent_buffers_set") or ()
+        for kind in ("_parameters", "_buffers"):
+            tensors |= {
+                f"{prefix}{name}": tensor
+                for name, tensor in state[kind].items()
+                if isinstance(tensor, np.ndarray) and not (kind == "_buffers" and name in skipped)
+            }
+        children = [(f"{prefix}{name}.", depth + 1, child) for name, child in state["_modules"].items()]
+        modules += [child for child in reversed(children) if child[2] is not None]
+    raise UserError(f"the network has more than {MAX_MODULES} modules")
+
+
+def _module_state(module: Any) -> dict | None:
+    """The attributes of a pickled module; None if it is none."""
+    state = module.state if isinstance(module, Opaque) else None
+    if isinstance(state, tuple) and state:  # (attributes, slots)
+        state = state[0]
+    parts = ("_parameters", "_buffers", "_modules")
+    if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) for part in parts):
+        return None
+    return state
+
+
+# the zip format
+
+
+def _read_zip(file: MappedFile) -> Any:
+    entries = _entries(file)
+    folder = next(iter(entries)).split("/")[0]
+
+    def window(name: str) -> Window | None:
+        found = entries.get(f"{folder}/{name}")
+        return None if found is None else Window(file.content, found[0], sum(found))
+
+    pickled, byteorder = window("data.pkl"), window("byteorder")
+    if pickled is None:
+        raise Malformed(f"it is a zip archive without {folder:.100}/data.pkl, so torch.save did not write it")
+    order = b"little" if byteorder is None else byteorder.read(10)
+    if order not in (b"little", b"big"):
+        raise Malformed(f"its byte order is {order!r}")
+
+    def storage(kind: Any, key: Any, count: Any) -> np.ndarray:
+        dtype = _storage_dtype(kind)
+        if order == b"big" and dtype.itemsize > 1:
+            if dtype.kind not in "biufc":
+                raise Malformed(f"it holds big-endian {dtype}, which this program cannot read")
+            dtype = dtype.newbyteorder(">")
+        offset, size = entries.get(f"{folder}/data/{key}", (0, -1))
+        if size < 0:
+            raise Malformed(f"it lacks the tensor data {key!r:.100}")
+        if count * dtype.itemsize > size:
+            raise Malformed(f"its tensor data {key!r:.100} are {size} bytes, too few")
+        return file.array(offset, dtype, (count,))
+
+    return inert_pickle.load(pickled, _calls(file), lambda saved_id: _storage_of_id(saved_id, storage))
+
+
+def _entries(file: MappedFile) -> dict[str, tuple[int, int]]:
+    """Where the content of each entry begins, and its size, both in bytes; the order is that of the archive."""
+    try:
+        with zipfile.ZipFile(file.path) as archive:
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError, struct.error) as error:
+        raise Malformed("it is cut short or not a zip archive") from error
+    if any(info.filename.split("/")[1:] == ["constants.pkl"] for info in infos):
+        raise Malformed(
+            "it is a program of TorchScript with its weights: give the model as torch.save or safetensors has it, "
+            "OpenAI's CLIP as the folder that transformers reads"
+        )
+    entries: dict[str, tuple[int, int]] = {}
+    for info in infos:
+        name = info.filename
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
+            raise Malformed(f"its entry {name!r:.100} is compressed: unpack it, and zip it without compression")
+        if name in entries:
+            raise Malformed(f"it has the entry {name!r:.100} twice")
+        header = file.content[info.header_offset : info.header_offset + LOCAL_HEADER.size]
+        if info.header_offset < 0 or len(header) < LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+            raise Malformed(f"its entry {name!r:.100} is not where the archive says")
+        _, name_length, extra_length = LOCAL_HEADER.unpack(header)
+        offset = info.header_offset + LOCAL_HEADER.size + name_length + extra_length
+        if offset + info.file_size > file.size:
+            raise Malformed(f"it ends within its entry {name!r:.100}")
+        entries[name] = (offset, info.file_size)
+    if not entries:
+        raise Malformed("it is an empty zip archive")
+    return entries
+
+
+# the format before
+
+
+def _read_legacy(file: MappedFile) -> Any:
+    def read(position: int, **options: Any) -> tuple[Any, int]:
+        window = Window(file.content, position, file.size)
+        return inert_pickle.load(window, **options), window.tell()
+
+    magic, position = read(0)
+    if magic != MAGIC_NUMBER:
+        raise Malformed("it is a pickle, but torch.save did not write it")
+    version, position = read(position)
+    if version != FORMAT_VERSION:
+        raise Malformed("torch.save wrote it in a format that this program does not know")
+    _, start = read(position)  # sizes of C's types on the machine of the writer
+    # The storages lie behind the pickle that says how many elements of which type they have, so it is read twice: first
+    # for the storages alone, then, once they are found, for the tensors.
+    wanted: dict[Any, tuple[np.dtype, int]] = {}
+
+    def want(kind: Any, key: Any, count: int) -> Opaque:
+        if wanted.setdefault(key, (_storage_dtype(kind), count)) != (_storage_dtype(kind), count):
+            raise Malformed(f"its tensor data {key!r:.100} have two types or sizes")
+        return Opaque("storage")
+
+    _, position = read(start, persistent=lambda saved_id: _storage_of_id(saved_id, want))
+    keys, position = read(position)
+    storages: dict[str, np.ndarray] = {}
+    for key in keys if isinstance(keys, list) else ():
+        if not isinstance(key, str) or key in storages or key not in wanted:
+            raise Malformed("its list of tensor data does not fit its tensors")
+        dtype, count = wanted[key]
+        if int(file.array(position, np.dtype("<i8"), ())) != count:
+            raise Malformed(f"its tensor data {key!r:.100} have another size than its tensors say")
+        storages[key] = file.array(position + 8, dtype, (count,))
+        position += 8 + storages[key].nbytes
+
+    def storage(kind: Any, key: Any, count: int) -> np.ndarray:
+        if key not in storages:
+            raise Malformed(f"it lacks the tensor data {key!r:.100}")
+        return storages[key]
+
+    value, _ = read(start, calls=_calls(file), persistent=lambda saved_id: _storage_of_id(saved_id, storage))
+    return value
+
+
+# storages and tensors
+
+
+def _storage_of_id(saved_id: Any, storage: Callable[[Any, str, int], Any]) -> Any:
+    """What `storage(type, key, element count)` gives for a persistent id; in legacy files also a part of a storage."""
+    if isinstance(saved_id, tuple) and len(saved_id) == 4 and saved_id[0] == "module":
+        return saved_id[1]  # a class whose source text was saved beside it
+    if not (isinstance(saved_id, tuple) and len(saved_id) in (5, 6) and saved_id[0] == "storage"):
+        raise Malformed("its pickle refers to something that is no tensor data")
+    _, kind, key, _device, count, *view = saved_id
+    if not isinstance(key, str) or not _is_size(count):
+        raise Malformed("its pickle refers to tensor data without name or size")
+    whole = storage(kind, key, count)
+    if view and view[0] is not None and isinstance(whole, np.ndarray):
+        part = view[0]
+        if not (isinstance(part, tuple) and len(part) == 3 and _is_size(part[1]) and _is_size(part[2])):
+            raise Malformed(f"it takes an unclear part of the tensor data {key!r:.100}")
+        if part[1] + part[2] > whole.size:
+            raise Malformed(f"it takes a part of the tensor data {key!r:.100} that lies beyond their end")
+        return whole[part[1] : part[1] + part[2]]
+    return whole
+
+
+def _storage_dtype(kind: Any) -> np.dtype:
+    name = kind.name.replace("torch.cuda.", "torch.") if isinstance(kind, Opaque) else "?"
+    if name not in STORAGES:
+        raise Malformed(f"it holds tensor data of the type {name!r:.100}, which this program cannot read")
+    return STORAGES[name]
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _calls(file: MappedFile) -> dict[str, Callable[..., Any]]:
+    """What stands in for the functions by which torch pickles tensors."""
+    limit = max(file.size, SMALL)
+
+    def tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> np.ndarray:
+        # more: requires_grad, backward_hooks, and metadata when the data are not what the tensor shows
+        if len(more) > 2 and isinstance(more[2], dict) and any(more[2].values()):
+            raise Malformed("it holds a tensor that is negated or conjugated only when read")
+        return _view(storage, offset, shape, strides, limit)
+
+    def typed_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> np.ndarray:
+        dtype = more[2] if len(more) > 2 else None
+        if not isinstance(dtype, Opaque) or dtype.name not in DTYPES or not isinstance(storage, np.ndarray):
+            raise Malformed("it holds a tensor of a type that this program cannot read")
+        whole = storage.size // DTYPES[dtype.name].itemsize * DTYPES[dtype.name].itemsize
+        return _view(storage[:whole].view(DTYPES[dtype.name]), offset, shape, strides, limit)
+
+    def parameter(data: Any, *_: Any) -> Any:
+        return data
+
+    def of_type(function: Any, _type: Any, args: Any, _state: Any) -> Any:
+        if not isinstance(function, Opaque) or function.name not in rebuilds or not isinstance(args, tuple):
+            raise Malformed("it holds a tensor of a type that this program cannot read")
+        return rebuilds[function.name](*args)
+
+    def size(sizes: Any = ()) -> tuple:
+        if not isinstance(sizes, tuple):
+            raise Malformed("it holds a torch.Size that is no tuple")
+        return sizes
+
+    rebuilds = {
+        "torch._utils._rebuild_tensor": tensor,
+        "torch._utils._rebuild_tensor_v2": tensor,
+        "torch._utils._rebuild_tensor_v3": typed_tensor,
+        "torch._utils._rebuild_parameter": parameter,
+        "torch._utils._rebuild_parameter_with_state": parameter,
+    } | {name: _refusal(what) for name, what in UNREADABLE.items()}
+    return rebuilds | {"torch._tensor._rebuild_from_type_v2": of_type, "torch.Size": size}
+
+
+def _refusal(what: str) -> Callable[..., NoReturn]:
+    def refuse(*_: Any) -> NoReturn:
+        raise Malformed(f"it holds {what} tensor, which this program cannot read")
+
+    return refuse
+
+
+def _view(storage: Any, offset: Any, shape: Any, strides: Any, limit: int) -> np.ndarray:
+    """The tensor that begins `offset` elements into a flat storage, with strides in elements; a view.
+
+    Raises Malformed if it reaches beyond the storage, or is larger than `limit` bytes by repeating elements.
+    """
+    described = isinstance(storage, np.ndarray) and isinstance(shape, tuple) and isinstance(strides, tuple)
+    if not described or len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
+        raise Malformed("it holds a tensor without data, shape or strides")
+    if not all(map(_is_size, (offset, *shape, *strides))):
+        raise Malformed("it holds a tensor whose offset, shape or strides are no sizes")
+    itemsize = storage.dtype.itemsize
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    # empty ones too: NumPy counts the other sides
+    if math.prod(max(size, 1) for size in shape) * itemsize > limit:
+        raise Malformed(f"it holds a tensor of shape {short_shape(shape)}, larger than the whole file")
+    if 0 in shape:
+        return np.ndarray(shape, storage.dtype, storage)
+    if last >= storage.size:
+        raise Malformed(f"it holds a tensor of shape {short_shape(shape)} that reaches beyond its data")
+    return np.ndarray(shape, storage.dtype, storage, offset * itemsize, [stride * itemsize for stride in strides])
