@@ -57,7 +57,7 @@ CLIP_CONFIG = {
 
 @dataclasses.dataclass(frozen=True)
 class TinyModels:
-    """Folders, ready for `checkpoints.load` and for the flags --codec, --model and --clip."""
+    """Folders, ready for `load_checkpoint` and for the flags --codec, --model and --clip."""
 
     vqgan: Path
     dalle_bart: Path

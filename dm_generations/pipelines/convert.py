@@ -31,7 +31,7 @@ TOKENIZER_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+_DTYPES: dict[str, type] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 def convert(spec: str, out: Path, tokenizer: Path | None = None, dtype: str | None = None) -> list[str]:
@@ -77,7 +77,14 @@ def _write(checkpoint: Checkpoint, folder: Path, final: Path, tokenizer: Path | 
     )
     if dtype == "float16":
         _check_range(checkpoint)
-    native.save(folder, checkpoint.kind, config, checkpoint.params, _DTYPES.get(dtype), checkpoint.text_style or "")
+    native.save(
+        folder,
+        checkpoint.kind,
+        config,
+        checkpoint.params,
+        _DTYPES[dtype] if dtype else None,
+        checkpoint.text_style or "",
+    )
     source = tokenizer or checkpoint.tokenizer
     if source is not None:
         _copy_tokenizer(source, folder)
@@ -100,7 +107,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         copies = {source: kakao_mindalle.TOKENIZER_ARCHIVES[0]}
     else:
         copies = {source: "tokenizer.json" if source.suffix == ".json" else source.name}
-    if not source.is_dir():  # which the text normalizer looks for in the file's folder
+    if not source.is_dir():  # which a model's normaliser looks for in the same folder
         copies[source.with_name(WORDS_FILE)] = WORDS_FILE
     for original, name in copies.items():
         if original.is_file():

@@ -60,7 +60,7 @@ def read_json_object(path: Path) -> dict:
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, np.ndarray]:
     """{"a": {"b": x}} to {"a/b": x}."""
-    flat = {}
+    flat: dict[str, np.ndarray] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}/")

@@ -1,4 +1,4 @@
-"""CLIP (OpenAI's ViT kind): pictures and texts to vectors of one space, with the names of FlaxCLIPModel.
+"""CLIP (OpenAI's ViT kind): images and texts to vectors of one space, with the names of FlaxCLIPModel.
 
 B: batch   H, W: pixels   T: text positions   N: patches and one class token   D: width   P: projection width
 K: attention heads   d: width of one head
@@ -82,7 +82,8 @@ class CLIPConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":
         """The config of a Hugging Face `config.json`; unknown keys are ignored, missing ones get defaults.
 
-        Raises UserError for a value that no CLIP can have.
+        Raises:
+            UserError: for a value that no CLIP can have.
         """
         towers = {}
         for name, tower in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
@@ -311,15 +312,15 @@ class CLIP(nn.Module):
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(config.logit_scale_init_value), ())
 
     def get_image_features(self, pixel_values: jax.Array) -> jax.Array:
-        """Normalised pixels (B, H, W, 3), H = W = image_size -> projections (B, P), not of unit length."""
+        """Projections (B, P), not of unit length, of normalised pixels (B, H, W, 3), H = W = image_size."""
         return self.visual_projection(self.vision_model(pixel_values)[1])
 
     def get_text_features(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        """Token ids and mask, both (B, T) with T up to max_position_embeddings -> projections (B, P)."""
+        """Projections (B, P) of token ids and mask, both (B, T) with T up to max_position_embeddings."""
         return self.text_projection(self.text_model(input_ids, attention_mask)[1])
 
     def logits_per_image(self, pixel_values: jax.Array, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        """Cosine times exp(logit_scale) of every picture with every text, (pictures, texts) float32."""
+        """Cosine times exp(logit_scale) of every image with every text, (images, texts) float32."""
         image = unit(self.get_image_features(pixel_values))
         text = unit(self.get_text_features(input_ids, attention_mask))
         return jnp.exp(self.logit_scale) * image @ text.T

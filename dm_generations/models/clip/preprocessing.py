@@ -1,8 +1,10 @@
-"""Pillow's resampling of 8-bit pictures on the device, to the same bytes.
+"""Preprocessing of images for CLIP on the device: resized to the same bytes as Pillow, cropped and normalised.
 
-CLIPs were trained on, and are asked about, pictures that Pillow resized. Its two passes are sums of weights in fixed
-point, rounded to bytes in between (`Resample.c`), so integers repeat them exactly. Columns come first, as in Pillow
-up to 12; later ones take what is quicker first, which is the rows of tall pictures.
+CLIPs were trained on images that Pillow resized. Its two passes are sums of weights in fixed point, rounded to bytes in
+between (`Resample.c`), so integers repeat them exactly. Columns come first, as in Pillow up to 12; later versions take
+what is quicker first, which is the rows of tall images.
+
+N: images   H, W: pixels   C: channels
 """
 
 import math
@@ -31,7 +33,7 @@ def _sinc(x: float) -> float:
     return 1.0 if x == 0 else math.sin(x * math.pi) / (x * math.pi)
 
 
-# Each filter, and how far it reaches at most, in pixels of the smaller picture. NEAREST works otherwise; no CLIP asks
+# Each filter, and how far it reaches at most, in pixels of the smaller image. NEAREST works otherwise; no CLIP asks
 # for it.
 FILTERS: dict[Resampling, tuple[Callable[[float], float], float]] = {
     Resampling.BOX: (lambda x: 1.0 if -0.5 < x <= 0.5 else 0.0, 0.5),
@@ -46,20 +48,27 @@ FILTERS: dict[Resampling, tuple[Callable[[float], float], float]] = {
 
 
 def resize(images: jax.Array, height: int, width: int, resample: Resampling = Resampling.BICUBIC) -> jax.Array:
-    """uint8 (n, H, W, C) -> uint8 (n, height, width, C), the bytes that Pillow's `Image.resize` gives."""
-    images = _resampled(images, 2, width, resample)
-    return _resampled(images, 1, height, resample)
+    """Resize images (N, H, W, C) uint8 to (N, height, width, C) uint8, the bytes of Pillow's `Image.resize`.
+
+    Args:
+        images: (N, H, W, C) uint8.
+        height: rows of the result.
+        width: columns of the result.
+        resample: a filter in FILTERS.
+    """
+    images = _resample_axis(images, 2, width, resample)
+    return _resample_axis(images, 1, height, resample)
 
 
-def _resampled(images: jax.Array, axis: int, size: int, resample: Resampling) -> jax.Array:
+def _resample_axis(images: jax.Array, axis: int, size: int, resample: Resampling) -> jax.Array:
     if images.shape[axis] == size:
         return images
-    places, weights = _taps(images.shape[axis], size, resample)
+    positions, weights = _taps(images.shape[axis], size, resample)
     shape = [1] * images.ndim
     shape[axis] = size
     total = jnp.int32(1 << (_PRECISION_BITS - 1))
-    for place, weight in zip(places.T, weights.T, strict=True):
-        total = total + jnp.take(images, place, axis=axis, mode="clip").astype(jnp.int32) * weight.reshape(shape)
+    for position, weight in zip(positions.T, weights.T, strict=True):
+        total = total + jnp.take(images, position, axis=axis, mode="clip").astype(jnp.int32) * weight.reshape(shape)
     return jnp.clip(total >> _PRECISION_BITS, 0, 255).astype(jnp.uint8)
 
 
@@ -70,23 +79,23 @@ def _taps(old: int, new: int, resample: Resampling) -> tuple[np.ndarray, np.ndar
     stretch = max(scale, 1.0)
     reach *= stretch
     count = math.ceil(reach) * 2 + 1
-    places, weights = np.zeros((new, count), np.int32), np.zeros((new, count), np.int32)
+    positions, weights = np.zeros((new, count), np.int32), np.zeros((new, count), np.int32)
     for pixel in range(new):
         centre = (pixel + 0.5) * scale
         first, end = max(0, int(centre - reach + 0.5)), min(old, int(centre + reach + 0.5))
-        own = [function((place - centre + 0.5) * (1 / stretch)) for place in range(first, end)]
+        own = [function((position - centre + 0.5) * (1 / stretch)) for position in range(first, end)]
         total = sum(own)
         for index, weight in enumerate(own):
             fixed = weight / total * (1 << _PRECISION_BITS)
-            places[pixel, index] = first + index
+            positions[pixel, index] = first + index
             weights[pixel, index] = int(fixed + (0.5 if fixed >= 0 else -0.5))
-    return places, weights
+    return positions, weights
 
 
 def resize_and_crop(images: jax.Array, image_size: int, resample: Resampling = Resampling.BICUBIC) -> jax.Array:
-    """uint8 (N, H, W, 3) -> uint8 (N, image_size, image_size, 3) as transformers' CLIPImageProcessor does it.
+    """Resize and crop images (N, H, W, 3) uint8 to (N, image_size, image_size, 3) as transformers' CLIP processor does.
 
-    The shorter side becomes image_size and the longer one its share, truncated; then the middle is cut out.
+    The shorter side becomes image_size and the longer one its share, truncated; then the centre is cropped.
     """
     height, width = images.shape[1:3]
     short = min(height, width)
@@ -96,7 +105,7 @@ def resize_and_crop(images: jax.Array, image_size: int, resample: Resampling = R
 
 
 def normalise(pixels, mean=OPENAI_MEAN, std=OPENAI_STD):
-    """uint8 (..., 3) -> float32 (..., 3): x / 255, less `mean`, over `std`. NumPy or JAX arrays alike."""
+    """Normalise uint8 (..., 3) to float32 (..., 3): x / 255, minus `mean`, over `std`. NumPy or JAX arrays."""
     shape = (1,) * (pixels.ndim - 1) + (3,)
     mean, std = (np.asarray(values, np.float32).reshape(shape) for values in (mean, std))
     return (pixels.astype(np.float32) / np.float32(255) - mean) / std
@@ -109,5 +118,13 @@ def preprocess(
     std=OPENAI_STD,
     resample: Resampling = Resampling.BICUBIC,
 ) -> jax.Array:
-    """uint8 (N, H, W, 3) -> float32 (N, image_size, image_size, 3), as transformers' CLIP processor."""
+    """Make images (N, H, W, 3) uint8 what CLIP reads, (N, image_size, image_size, 3) float32.
+
+    Args:
+        images: of any size.
+        image_size: pixels a side that the network reads.
+        mean: of RGB in [0, 1].
+        std: of RGB in [0, 1].
+        resample: a filter in FILTERS.
+    """
     return normalise(resize_and_crop(images, image_size, resample), mean, std)

@@ -75,13 +75,13 @@ class DalleBartConfig:
     force_ln_scale: bool = False  # a scale also in norms that a dense layer follows
     normalize_text: bool = False  # prompts pass dalle-mini's text normalizer first
     decoder_start_token_id: int | None = None  # None: image_vocab_size
-    # What dalle-mini's own `generate` heeds; None: an id that cannot be drawn, and transformers' 50.
+    # What dalle-mini's own `generate` reads; None: an id that cannot be sampled, and transformers' 50.
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     top_k: int | None = None  # 0: all
     top_p: float = 1.0
     temperature: float = 1.0
-    image_code_count: int | None = None  # ids below it are codes; None: those below the start token
+    image_code_count: int | None = None  # the codebook size; None: the start token
 
     def __post_init__(self):
         start = self.image_vocab_size if self.decoder_start_token_id is None else self.decoder_start_token_id
@@ -118,7 +118,8 @@ class DalleBartConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "DalleBartConfig":
         """The configuration in a parsed config.json; keys it does not know are ignored.
 
-        Raises UserError for an option that changes the network and that is not supported, and for bad values.
+        Raises:
+            UserError: for an option that changes the network and that is not supported, and for bad values.
         """
         given = {name: value for name, value in values.items() if value is not None}  # null: not set
         for name, supported in UNSUPPORTED_UNLESS.items():
@@ -129,12 +130,14 @@ class DalleBartConfig:
 
     @property
     def codebook_size(self) -> int:
-        """Codes that stand for image content; ids from here on (start token, padding rows) do not."""
+        """Tokens below it are image content; ids from it on (start token, padding rows) are not."""
+        assert self.image_code_count is not None  # set by __post_init__
         return self.image_code_count
 
     @property
     def start_token(self) -> int:
-        """What the decoder reads before the first code."""
+        """What the decoder reads before the first image token."""
+        assert self.decoder_start_token_id is not None  # set by __post_init__
         return self.decoder_start_token_id
 
     @property
@@ -172,6 +175,9 @@ def config_for_params(config: DalleBartConfig, params: Mapping[str, Any]) -> Dal
     """`config` with `use_scan` as the parameter tree has it.
 
     Old checkpoints have one subtree per layer although the config's default is now one stacked subtree.
+
+    Raises:
+        UserError: if these are not the parameters of a DalleBart.
     """
     try:
         layers = params["model"]["encoder"]["layers"]

@@ -9,6 +9,7 @@ Flax's automatic numbering, in the order in which they are called.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from dm_generations.models.dalle_mini.config import NORM_PLACEMENTS, DalleBartCo
 
 NORM_EPSILON = 1e-5
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -32,7 +33,7 @@ NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
 class LayerCache(NamedTuple):
-    """What one decoder layer remembers of the codes so far."""
+    """What one decoder layer remembers of the image tokens so far."""
 
     keys: jax.Array  # (B, H, L, D) compute dtype; positions after the current step are zero
     values: jax.Array  # (B, H, L, D)

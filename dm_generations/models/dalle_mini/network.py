@@ -257,9 +257,13 @@ class DalleBart(nn.Module):
         return self.model.encoder(input_ids, mask_bias(attention_mask), deterministic)
 
     def decode(self, decoder_input_ids, encoder_state, attention_mask, deterministic: bool = True):
-        """Logits (B, L, V + 1) float32 of the token after each of decoder_input_ids (B, L <= image_length).
+        """Logits (B, L, V + 1) float32 of the token after each of `decoder_input_ids`.
 
-        decoder_input_ids: the start token, then all image tokens but the last. attention_mask: the prompt's.
+        Args:
+            decoder_input_ids: (B, L <= image_length) int32: the start token, then all image tokens except the last.
+            encoder_state: from `encode`.
+            attention_mask: (B, T), the prompts'.
+            deterministic: whether dropouts are off.
         """
         x = self.model.decoder(decoder_input_ids, encoder_state, mask_bias(attention_mask), deterministic)
         return self.lm_head(x)
@@ -280,7 +284,10 @@ class DalleBart(nn.Module):
     def decode_step(self, cache: Cache, token, step) -> tuple[jax.Array, Cache]:
         """Logits (B, V + 1) float32 of image token `step`, and the cache for the next step.
 
-        token: (B,) int32, the token before it (the start token at step 0). step: int32 scalar, may be traced.
+        Args:
+            cache: from `init_cache` or the step before.
+            token: (B,) int32, the token before it (the start token at step 0).
+            step: int32 scalar, may be traced.
         """
         step = jnp.asarray(step, jnp.int32)
         x, layers = self.model.decoder.decode_step(token, cache, step)

@@ -31,8 +31,8 @@ class DallePytorchConfig:
 
     num_text_tokens: int  # ids that the tokenizer gives, 0 for padding; the table has text_seq_len rows more
     text_seq_len: int
-    num_image_tokens: int  # codes that can be drawn
-    image_fmap_size: int  # codes a side of the picture
+    num_image_tokens: int  # the codebook size
+    image_fmap_size: int  # tokens a side of the image
     dim: int
     depth: int
     heads: int = 8
@@ -48,7 +48,7 @@ class DallePytorchConfig:
     shared_attn_ids: tuple[int | str, ...] | None = None
     shared_ff_ids: tuple[int | str, ...] | None = None
     share_input_output_emb: bool = False
-    conv_like: str = "causal"  # "causal": 5x5 codes up and left of the query; "centred": 5x5 around it, none later
+    conv_like: str = "causal"  # "causal": 5x5 tokens up and left of the query; "centred": 5x5 around it, none later
     sparse_layout: tuple[str, ...] | None = None  # a row of blocks each, "1" where it sees the block of that column
     sampling_order: str = "temperature_first"  # see `sampling.filter_logits`
     guides_first_code_alone: bool = False  # as DALLE-pytorch's own program does with a condition scale, by mistake
@@ -102,7 +102,7 @@ class DallePytorchConfig:
         row_ok = isinstance(rows, tuple) and all(
             isinstance(row, str) and len(row) == blocks and set(row) <= {"0", "1"} for row in rows
         )
-        if remainder or not row_ok or len(rows) != blocks:
+        if remainder or rows is None or not row_ok or len(rows) != blocks:
             raise UserError(
                 f"DALLE-pytorch config: sparse attention over {self.sequence_length} positions needs a layout of "
                 f"{self.sequence_length / SPARSE_BLOCK:g} x {self.sequence_length / SPARSE_BLOCK:g} blocks"
@@ -112,7 +112,10 @@ class DallePytorchConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "DallePytorchConfig":
         """The configuration in a dict, as `dataclasses.asdict` or JSON gives it; keys it does not know are ignored.
 
-        None means "not set". Raises UserError for values that are missing, bad or not supported.
+        None means "not set".
+
+        Raises:
+            UserError: for values that are missing, bad or not supported.
         """
         known = {field.name: field for field in dataclasses.fields(cls)}
         given = {name: value for name, value in values.items() if name in known and value is not None}
@@ -125,15 +128,17 @@ class DallePytorchConfig:
 
     @property
     def image_length(self) -> int:
-        """Codes a picture."""
+        """Tokens an image."""
         return self.image_fmap_size**2
 
     @property
     def codebook_size(self) -> int:
+        """Image tokens are below it."""
         return self.num_image_tokens
 
     @property
     def max_text_length(self) -> int:
+        """Text tokens that the network reads."""
         return self.text_seq_len
 
     @property
@@ -143,7 +148,7 @@ class DallePytorchConfig:
 
     @property
     def start_token(self) -> int:
-        """Unused: the last text token is what the first code is drawn from."""
+        """Not used: the first image token follows the last text token."""
         return 0
 
     @property
@@ -153,7 +158,7 @@ class DallePytorchConfig:
 
     @property
     def sequence_length(self) -> int:
-        """Positions that the network sees: <bos>, the text, and all codes but the last."""
+        """Positions that the network sees: <bos>, the text, and all image tokens except the last."""
         return self.text_seq_len + self.image_length
 
     @property
@@ -162,6 +167,7 @@ class DallePytorchConfig:
         return 3 * 2 * (self.dim_head // 3 // 2)
 
     def attn_type(self, layer: int) -> str:
+        """The attention type of a layer, one of ATTN_TYPES."""
         return self.attn_types[layer % len(self.attn_types)]
 
     @property

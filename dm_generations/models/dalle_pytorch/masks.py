@@ -1,6 +1,6 @@
 """Which positions attend to which, for each attention type of DALLE-pytorch. Imports no JAX.
 
-S: positions: <bos>, text, image codes (row-major over the grid) but the last
+S: positions: <bos>, text, image tokens (row-major over the grid) except the last
 
 Full sequences and cached steps use the same mask (the row of the step's position), so they agree by construction.
 """
@@ -16,11 +16,12 @@ _CONV_KERNEL = 5
 
 @functools.lru_cache(maxsize=16)
 def visible(config: DallePytorchConfig, attn_type: str) -> np.ndarray:
-    """(S, S) bool, true where the query (row) sees the key (column); read-only."""
+    """The mask of an attention type: (S, S) bool, true if the query (row) sees the key (column); read-only."""
     position = np.arange(config.sequence_length, dtype=np.int32)
     query, key = position[:, None], position[None, :]
     mask = key <= query
     if attn_type == "sparse":
+        assert config.sparse_layout is not None  # the config checks that
         layout = np.array([[block == "1" for block in row] for row in config.sparse_layout])
         mask = mask & layout[query // SPARSE_BLOCK, key // SPARSE_BLOCK]
     elif attn_type != "full":
@@ -35,7 +36,7 @@ def visible(config: DallePytorchConfig, attn_type: str) -> np.ndarray:
 
 
 def _is_near(config: DallePytorchConfig, attn_type: str, rows_up: np.ndarray, columns_left: np.ndarray) -> np.ndarray:
-    """Whether a code is in reach of another one, by their distances; later codes are hidden elsewhere."""
+    """Whether a token is in reach of another one, by their distances; later tokens are hidden elsewhere."""
     if attn_type == "axial_row":
         return rows_up == 0
     if attn_type == "axial_col":

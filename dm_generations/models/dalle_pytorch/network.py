@@ -1,9 +1,9 @@
-"""DALLE-pytorch: a prompt's token ids to the logits of image codes, one transformer over text and image.
+"""DALLE-pytorch: a prompt's token ids to the logits of image tokens, one transformer over text and image.
 
 The arithmetic is that of lucidrains/DALLE-pytorch 1.6.6 (`dalle_pytorch/dalle_pytorch.py`, `transformer.py`,
 `attention.py`) and of Jack000's fork of it. Left out: gMLP layers, sampling, and reading files.
 
-The sequence is <bos>, the text, the image codes; the last code is never fed. Padding (0) at text position p is the
+The sequence is <bos>, the text, the image tokens; the last token is never fed. Padding (0) at text position p is the
 id num_text_tokens + p, so a prompt of zeros is the unconditional one, and no attention mask is needed.
 
 B: batch   T: text_seq_len   L: image_length   S: positions, T + L   n: positions of this call   d: dim   H: heads
@@ -66,7 +66,7 @@ def _shifted(config: DallePytorchConfig, x: jax.Array, previous: jax.Array, abov
     from the left, zeros at the borders.
     """
     half, quarter = _shift_widths(config.dim)
-    index = (position - config.text_seq_len - 1)[None, :, None]  # of the code; negative in the text
+    index = (position - config.text_seq_len - 1)[None, :, None]  # of the image token; negative in the text
     text = jnp.concatenate([previous[..., :half], x[..., half:]], axis=-1)
     from_above = jnp.where(index >= config.image_fmap_size, above[..., :quarter], 0)
     from_left = jnp.where(index % config.image_fmap_size > 0, previous[..., quarter : 2 * quarter], 0)
@@ -157,7 +157,7 @@ class _Transformer(nn.Module):
         """The first n positions at once: x (B, n, d) -> (B, n, d) and what steps after them need."""
         length = x.shape[1]
         position = jnp.arange(length)
-        remembered = [{} for _ in range(self.config.depth)]
+        remembered: list[dict[str, jax.Array]] = [{} for _ in range(self.config.depth)]
 
         def shift(layer, block, x):
             if not self.config.shift_tokens:
@@ -177,7 +177,7 @@ class _Transformer(nn.Module):
 
     def decode_step(self, x, caches: tuple[LayerCache, ...], position) -> tuple[jax.Array, tuple[LayerCache, ...]]:
         """One position: x (B, 1, d), position () int32 -> (B, 1, d) and the caches with it."""
-        remembered = [{} for _ in range(self.config.depth)]
+        remembered: list[dict[str, jax.Array]] = [{} for _ in range(self.config.depth)]
 
         def shift(layer, block, x):
             if not self.config.shift_tokens:
@@ -240,7 +240,10 @@ class _Transformer(nn.Module):
 
     @staticmethod
     def _caches(remembered: list[dict[str, jax.Array]]) -> tuple[LayerCache, ...]:
-        return tuple(LayerCache(**{"attn_shift": None, "ff_shift": None} | parts) for parts in remembered)
+        return tuple(
+            LayerCache(parts["keys"], parts["values"], parts.get("attn_shift"), parts.get("ff_shift"))
+            for parts in remembered
+        )
 
 
 class _Columns(nn.Module):
@@ -329,10 +332,15 @@ class DallePytorch(nn.Module):
         return config, params
 
     def __call__(self, input_ids, image_tokens):
-        """Logits (B, min(T + 1 + n, S), V) float32 of the token after each of <bos>, text and codes.
+        """Logits of the token after each of <bos>, text and image tokens.
 
-        input_ids (B, T) int32, 0 for padding; image_tokens (B, n <= L) int32. Columns are text (padding ids too),
-        then codes; text positions give MASKED for codes and image positions for text.
+        Args:
+            input_ids: (B, T) int32, 0 for padding.
+            image_tokens: (B, n <= L) int32.
+
+        Returns:
+            (B, min(T + 1 + n, S), V) float32. Columns are text (padding ids too), then image tokens; each position has
+            MASKED for tokens of the other kind.
         """
         text, image = self._embed_text(input_ids), self._embed_image(image_tokens, jnp.arange(image_tokens.shape[1]))
         x = jnp.concatenate([text, image], axis=1)[:, : self.config.sequence_length]
@@ -340,9 +348,14 @@ class DallePytorch(nn.Module):
         return self.to_logits(x)
 
     def encode_prompt(self, input_ids, attention_mask) -> Cache:
-        """What generations read of texts (B, T) int32, 0 for padding. attention_mask: unused, padding is read.
+        """What generation reads of prompts.
 
-        Axis 0 of every array is B.
+        Args:
+            input_ids: (B, T) int32, 0 for padding.
+            attention_mask: not used; padding is read like text.
+
+        Returns:
+            A cache whose arrays have B as axis 0.
         """
         text = self._embed_text(input_ids)
         _, layers = self.transformer(text[:, :-1])
@@ -357,13 +370,16 @@ class DallePytorch(nn.Module):
         return Cache(tuple(layers), text.last_text)
 
     def decode_step(self, cache: Cache, token, step) -> tuple[jax.Array, Cache]:
-        """Logits (B, num_image_tokens) float32 of code `step`, and the cache for the next step.
+        """Logits (B, num_image_tokens) float32 of image token `step`, and the cache for the next step.
 
-        token: (B,) int32, the code before it (any at step 0). step: int32 scalar, may be traced.
+        Args:
+            cache: from `init_cache` or the step before.
+            token: (B,) int32, the token before it (any at step 0).
+            step: int32 scalar, may be traced.
         """
         step = jnp.asarray(step, jnp.int32)
-        code = self._embed_image(token[:, None], jnp.maximum(step - 1, 0)[None])
-        x = jnp.where(step == 0, cache.last_text[:, None], code)
+        image = self._embed_image(token[:, None], jnp.maximum(step - 1, 0)[None])
+        x = jnp.where(step == 0, cache.last_text[:, None], image)
         x, layers = self.transformer.decode_step(x, cache.layers, step + self.config.text_seq_len)
         return self.to_logits.image_logits(x)[:, 0], Cache(layers, cache.last_text)
 
@@ -378,7 +394,7 @@ class DallePytorch(nn.Module):
         return x.astype(self.dtype)
 
     def _embed_image(self, tokens, index):
-        """Codes (B, n) at places index (n,) of the grid -> (B, n, d)."""
+        """Tokens (B, n) at positions index (n,) of the image -> (B, n, d)."""
         x = self.to_logits.image.embed(tokens) if self.config.share_input_output_emb else self.image_emb(tokens)
         if not self.config.rotary_emb:
             row, column = jnp.divmod(index, self.config.image_fmap_size)

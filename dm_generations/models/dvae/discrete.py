@@ -1,9 +1,10 @@
-"""DALLE-pytorch's own discrete VAE: a picture to a grid of codes by stride-2 convolutions, and back.
+"""DALLE-pytorch's own discrete VAE: an image to a grid of tokens by stride-2 convolutions, and back.
 
 Facts from lucidrains/DALLE-pytorch (`DiscreteVAE`). Module names count the layers as its `Sequential`s do, so that
 `encoder.0.0.weight` is `encoder/0_0/kernel` and `decoder.1.net.2.weight` is `decoder/1/net_2/kernel`.
 
-B: batch   H, W: pixels   h, w: code grid   L: codes, h * w, row-major   C: channels   D: codebook width   V: codes
+B: batch   H, W: pixels   h, w: token grid   L: tokens, h * w, row-major   C: channels   D: codebook width
+V: codebook size
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ class DiscreteVAEConfig:
     num_layers: int = 3  # each halves the resolution
     num_resnet_blocks: int = 0
     hidden_dim: int = 64
-    # Mean and standard deviation of each channel; None where pixels go in and come out as they are.
+    # Mean and standard deviation of each channel; None: pixels are not normalised.
     normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = ((0.5,) * 3, (0.5,) * 3)
 
     def __post_init__(self):
@@ -50,10 +51,12 @@ class DiscreteVAEConfig:
     def from_dict(cls, values: dict) -> "DiscreteVAEConfig":
         """The config in a `vae_params`; keys that do not change the network are ignored.
 
-        Raises ValueError for pictures that are not RGB, and for bad values.
+        Raises:
+            TypeError: for values of a wrong type.
+            ValueError: for images that are not RGB, and for bad values.
         """
         if values.get("channels", 3) != 3:
-            raise ValueError(f"pictures of {values['channels']!r:.80} channels; only RGB is supported")
+            raise ValueError(f"images of {values['channels']!r:.80} channels; only RGB is supported")
         known = {field.name for field in dataclasses.fields(cls)}
         kept = {key: value for key, value in values.items() if key in known}
         if kept.get("normalization") is not None:
@@ -141,9 +144,9 @@ class DiscreteVAE(nn.Module):
         self.decoder = Decoder(config, self.dtype)
 
     def encode(self, pixels):
-        """Pixels (B, H, W, 3) in [0, 1] to their codebook rows (B, h, w, D) and indices (B, L) int32.
+        """Codebook rows (B, h, w, D) and tokens (B, L) int32 of pixels (B, H, W, 3) in [0, 1].
 
-        The index is that of the largest logit, the first on ties.
+        A token is the index of the largest logit, the first on ties.
         """
         if self.config.normalization is not None:
             mean, deviation = (jnp.asarray(part, jnp.float32) for part in self.config.normalization)
@@ -153,10 +156,10 @@ class DiscreteVAE(nn.Module):
         return self.codebook(indices), indices.reshape(len(pixels), -1)
 
     def decode(self, quant_states):
-        """Codebook rows (B, h, w, D) to pixels (B, H, W, 3) float32, not clipped; [0, 1] is black to white.
+        """Pixels (B, H, W, 3) float32, not clipped, of codebook rows (B, h, w, D); 0 is black and 1 is white.
 
-        The network was trained to give back its normalised input. The original's `decode` returns that as it is,
-        and its pictures lose what lies below grey; here the normalisation is undone.
+        The network was trained to reproduce its normalised input. The original's `decode` returns that as it is, and
+        its images lose what is darker than grey; here the normalisation is undone.
         """
         pixels = self.decoder(quant_states).astype(jnp.float32)
         if self.config.normalization is None:
@@ -165,9 +168,14 @@ class DiscreteVAE(nn.Module):
         return pixels * deviation.reshape(1, 1, 1, 3) + mean.reshape(1, 1, 1, 3)
 
     def decode_code(self, tokens):
-        """Tokens (B, L) int, L a square, or grids of them (B, h, w), to pixels (B, H, W, 3) float32, not clipped.
+        """Decode tokens.
 
-        A token outside the codebook gives NaN in its picture; callers check on the host.
+        Args:
+            tokens: (B, L) int with L a square, or grids of them (B, h, w). A token outside the codebook gives NaN in
+                its image; callers check on the host.
+
+        Returns:
+            Pixels (B, H, W, 3) float32, not clipped; 0 is black and 1 is white.
         """
         return self.decode(self.codebook(token_grid(tokens)))
 

@@ -1,10 +1,10 @@
-"""OpenAI's discrete VAE: a picture to a grid of codes, 8 pixels a side each, and back.
+"""OpenAI's discrete VAE: an image to a grid of tokens, 8 pixels a side each, and back.
 
 Ramesh et al., "Zero-Shot Text-to-Image Generation", 2021, https://arxiv.org/abs/2102.12092, appendix A; layers as in
 openai/DALL-E. Names are those of its modules, without the levels `blocks`, `res_path` and `output.conv` of which each
 holds one thing.
 
-B: batch   H, W: pixels   h, w: code grid   L: codes, h * w, row-major   C: channels   V: codes
+B: batch   H, W: pixels   h, w: token grid   L: tokens, h * w, row-major   C: channels   V: codebook size
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class OpenAIVAEConfig:
     """Sizes, under the names of the attributes of OpenAI's `Encoder` and `Decoder`."""
 
     n_hid: int = 256  # channels at full resolution; doubled from group to group
-    n_init: int = 128  # width of what a code becomes first
+    n_init: int = 128  # width of what a token becomes first
     n_blk_per_group: int = 2
     vocab_size: int = 8192  # V
     image_size: int = 256  # pixels a side
@@ -43,6 +43,7 @@ class OpenAIVAEConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "OpenAIVAEConfig":
+        """The config in a `config.json`; keys that it does not know are ignored."""
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
 
@@ -117,7 +118,7 @@ class OneHotConv(nn.Module):
     config: OpenAIVAEConfig
 
     @nn.compact
-    def __call__(self, tokens):  # (B, h, w) int -> (B, h, w, n_init) float32; NaN for a token that is no code
+    def __call__(self, tokens):  # (B, h, w) int -> (B, h, w, n_init) float32; NaN outside the codebook
         config = self.config
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (1, 1, config.vocab_size, config.n_init))
         bias = self.param("bias", nn.initializers.zeros, (config.n_init,))
@@ -160,25 +161,33 @@ class OpenAIVAE(nn.Module):
         self.decoder = Decoder(self.config, self.dtype)
 
     def encode(self, pixels):
-        """Pixels (B, H, W, 3) in [0, 1] to what the decoder makes of their codes first (B, h, w, n_init), and the
-        codes (B, L) int32: those of the largest logit, the first on ties.
+        """Encode pixels (B, H, W, 3) in [0, 1].
+
+        Returns:
+            What the decoder makes of the tokens first (B, h, w, n_init), and the tokens (B, L) int32: the indices of
+            the largest logits, the first on ties.
         """
         pixels = (1 - 2 * LOGIT_LAPLACE_EPS) * pixels + LOGIT_LAPLACE_EPS
         indices = jnp.argmax(self.encoder(pixels.astype(self.dtype)), axis=-1).astype(jnp.int32)
         return self.decoder.input(indices), indices.reshape(len(pixels), -1)
 
     def decode(self, quant_states):
-        """What `encode` gives (B, h, w, n_init) to pixels (B, H, W, 3) float32, not clipped; [0, 1] is black to white.
+        """Pixels (B, H, W, 3) float32, not clipped, of what `encode` returns (B, h, w, n_init); 0 is black, 1 is white.
 
-        The picture is the mean of the logit-Laplace distribution's argument: sigmoid of the first three channels.
+        The image is the mean of the logit-Laplace distribution's argument: sigmoid of the first three channels.
         """
         means = jax.nn.sigmoid(self.decoder(quant_states)[..., :3].astype(jnp.float32))
         return (means - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS)
 
     def decode_code(self, tokens):
-        """Tokens (B, L) int, L a square, or grids of them (B, h, w), to pixels (B, H, W, 3) float32, not clipped.
+        """Decode tokens.
 
-        A token that is no code gives NaN in its picture; callers check on the host.
+        Args:
+            tokens: (B, L) int with L a square, or grids of them (B, h, w). A token outside the codebook gives NaN in
+                its image; callers check on the host.
+
+        Returns:
+            Pixels (B, H, W, 3) float32, not clipped; 0 is black and 1 is white.
         """
         return self.decode(self.decoder.input(token_grid(tokens)))
 

@@ -1,10 +1,10 @@
-"""minDALL-E: a prompt's token ids to the logits of image codes, one decoder-only transformer over both.
+"""minDALL-E: a prompt's token ids to the logits of image tokens, one decoder-only transformer over both.
 
 Parameter names are those of kakaobrain/minDALL-E (`dalle/models/stage2/transformer.py`, `Transformer1d`), dots as
 slashes and list indices with an underscore: `blocks_0/attn/key/kernel`. Blocks are those of minGPT.
 
-B: batch   N: text tokens (ctx_len_txt)   L: image codes (ctx_len_img), row-major over the grid   d: width
-S: positions, N + L - 1: nothing follows the last code   Q: positions computed at once   H: heads   D: d / H
+B: batch   N: text tokens (ctx_len_txt)   L: image tokens (ctx_len_img), row-major over the grid   d: width
+S: positions, N + L - 1: nothing follows the last token   Q: positions computed at once   H: heads   D: d / H
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from dm_generations.models.base import example_ids
 
 NORM_EPSILON = 1e-5
 MASKED = -1e30
-_SMALLEST = {"ctx_len_txt": 2}  # the last text token is fed with the first image code's step, the others before
+_SMALLEST = {"ctx_len_txt": 2}  # the last text token is fed with the first image token's step, the others before
 _LARGEST = {"n_layers": 1000}  # far above any that exists: how long the network takes to build
 
 
@@ -60,7 +60,11 @@ class KakaoMinDalleConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "KakaoMinDalleConfig":
-        """The config of these values; keys it does not know are ignored. Raises UserError for bad values."""
+        """The config of these values; keys it does not know are ignored.
+
+        Raises:
+            UserError: for bad values.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
@@ -82,7 +86,7 @@ class KakaoMinDalleConfig:
 
     @property
     def start_token(self) -> int:
-        """Unused: the last text token takes its place."""
+        """Not used: the last text token takes its place."""
         return 0
 
     @property
@@ -236,7 +240,7 @@ class KakaoMinDalle(nn.Module):
         return self.head_img(x[:, text_length - 1 :]), self.head_txt(x[:, : text_length - 1])
 
     def encode_prompt(self, input_ids, attention_mask) -> Cache:
-        """What generations read of texts (B, N) int32; attention_mask is not read. Axis 0 of every array is B."""
+        """What generation reads of prompts (B, N) int32; attention_mask is not read. Axis 0 of every array is B."""
         x = self._embed_text(input_ids[:, :-1], jnp.arange(input_ids.shape[1] - 1))
         layers = []
         for block in self.blocks:
@@ -250,9 +254,12 @@ class KakaoMinDalle(nn.Module):
         return Cache(jax.tree.map(lambda array: jnp.pad(array, room), text.layers), text.last_text)
 
     def decode_step(self, cache: Cache, token, step) -> tuple[jax.Array, Cache]:
-        """Logits (B, V_img) float32 of image code `step`, and the cache for the next step.
+        """Logits (B, V_img) float32 of image token `step`, and the cache for the next step.
 
-        token: (B,) int32, the code before it; not read at step 0. step: int32 scalar, may be traced.
+        Args:
+            cache: from `init_cache` or the step before.
+            token: (B,) int32, the token before it; not read at step 0.
+            step: int32 scalar, may be traced.
         """
         step = jnp.asarray(step, jnp.int32)
         position = self.config.ctx_len_txt - 1 + step

@@ -1,4 +1,4 @@
-"""VQGAN: a picture to a grid of codebook indices, and back.
+"""VQGAN: an image to a grid of codebook indices, and back.
 
 Module and parameter names are those of vqgan-jax (`VQModel`), so its checkpoints load without renaming. The VQGANs of
 taming-transformers (`VQModel`, `GumbelVQ`) and of its descendants are the same network under other options.
@@ -35,7 +35,7 @@ class VQGANConfig:
     num_groups: int = 32  # of every group norm; vqgan-jax fixes it
     group_norm_eps: float = 1e-6
     is_signed: bool = False  # inside, pixels are in [-1, 1]: taming's; vqgan-jax keeps them in [0, 1]
-    is_gumbel: bool = False  # codes are the argmax of logits, not the nearest codebook row
+    is_gumbel: bool = False  # tokens are the argmax of logits, not the nearest codebook row
 
     def __post_init__(self):
         """Raises ValueError for sizes that no network can have."""
@@ -51,11 +51,16 @@ class VQGANConfig:
         if self.resolution % 2 ** (levels - 1):
             raise ValueError(f"resolution {self.resolution} cannot be halved {levels - 1} times")
         if (self.in_channels, self.out_ch) != (3, 3):
-            raise ValueError(f"{self.in_channels} channels in and {self.out_ch} out: only RGB pictures are supported")
+            raise ValueError(f"{self.in_channels} channels in and {self.out_ch} out: only RGB images are supported")
 
     @classmethod
     def from_dict(cls, values: dict) -> "VQGANConfig":
-        """The config in a `config.json`; keys that do not change the network are ignored."""
+        """The config in a `config.json`; keys that do not change the network are ignored.
+
+        Raises:
+            TypeError: for values of a wrong type.
+            ValueError: for sizes that no network can have.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         kept = {key: value for key, value in values.items() if key in known}
         for key in ("ch_mult", "attn_resolutions"):
@@ -239,13 +244,14 @@ class Quantize(nn.Module):
         return jnp.argmin(distances, axis=-1).astype(jnp.int32)
 
     def lookup(self, indices):
+        """Codebook rows (..., D) of indices (...)."""
         return self.embedding(indices)
 
 
 class GumbelQuantize(nn.Module):
-    """The codebook of taming's GumbelVQ: a vector to the code of its largest logit (first on ties), and back.
+    """The codebook of taming's GumbelVQ: a vector to the index of its largest logit (first on ties), and back.
 
-    The original adds Gumbel noise to the logits, in evaluation too; without it the codes are the likeliest ones.
+    The original adds Gumbel noise to the logits, in evaluation too; without it the tokens are the likeliest ones.
     """
 
     config: VQGANConfig
@@ -259,6 +265,7 @@ class GumbelQuantize(nn.Module):
         return jnp.argmax(self.proj(z.astype(jnp.float32)), axis=-1).astype(jnp.int32)
 
     def lookup(self, indices):
+        """Codebook rows (..., D) of indices (...)."""
         return self.embed(indices)
 
 
@@ -283,25 +290,30 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv(config.z_channels, (1, 1), dtype=self.dtype)
 
     def encode_continuous(self, pixels):
-        """Pixels (B, H, W, 3), [0, 1] is black to white, to what is quantised: (B, h, w, D)."""
+        """Vectors (B, h, w, D) before quantisation, of pixels (B, H, W, 3); 0 is black and 1 is white."""
         if self.config.is_signed:
             pixels = 2 * pixels - 1
         return self.quant_conv(self.encoder(pixels.astype(self.dtype)))
 
     def encode(self, pixels):
-        """Pixels (B, H, W, 3) float to their codebook rows (B, h, w, D) and indices (B, L) int32."""
+        """Codebook rows (B, h, w, D) and tokens (B, L) int32 of pixels (B, H, W, 3) float."""
         indices = self.quantize(self.encode_continuous(pixels))
         return self.quantize.lookup(indices), indices.reshape(len(pixels), -1)
 
     def decode(self, quant_states):
-        """Codebook rows (B, h, w, D) to pixels (B, H, W, 3) float32, not clipped; [0, 1] is black to white."""
+        """Pixels (B, H, W, 3) float32, not clipped, of codebook rows (B, h, w, D); 0 is black and 1 is white."""
         pixels = self.decoder(self.post_quant_conv(quant_states.astype(self.dtype))).astype(jnp.float32)
         return (pixels + 1) / 2 if self.config.is_signed else pixels
 
     def decode_code(self, tokens):
-        """Tokens (B, L) int, L a square, or grids of them (B, h, w), to pixels (B, H, W, 3) float32, not clipped.
+        """Decode tokens.
 
-        A token outside the codebook gives NaN for its whole picture; callers check on the host.
+        Args:
+            tokens: (B, L) int with L a square, or grids of them (B, h, w). A token outside the codebook gives NaN in
+                its image; callers check on the host.
+
+        Returns:
+            Pixels (B, H, W, 3) float32, not clipped; 0 is black and 1 is white.
         """
         return self.decode(self.quantize.lookup(token_grid(tokens)))
 
