@@ -6,6 +6,7 @@ five pickles (magic number, format version, system, the value, keys of the stora
 number of elements as int64 and the elements, both little-endian. See `torch/serialization.py` and `torch/_utils.py`.
 """
 
+import io
 import math
 import os
 import struct
@@ -18,12 +19,13 @@ import numpy as np
 
 from dm_generations.errors import UserError
 from dm_generations.models.checkpoints import inert_pickle
-from dm_generations.models.checkpoints.inert_pickle import Opaque, Window
+from dm_generations.models.checkpoints.inert_pickle import Opaque, is_class
 from dm_generations.models.checkpoints.mapped import MAX_DIMENSIONS, Malformed, MappedFile, short_shape
 
 __all__ = ["Opaque", "read_torch", "state_of"]
 
 MAGIC_NUMBER, FORMAT_VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before the zip archives
+MAX_PICKLE = 64 << 20  # bytes; tensors lie outside of it
 SMALL = 1 << 20  # bytes that a tensor may always have; more, only in a file of that size
 MAX_MODULES = 100_000  # of one network, and how deep they may be nested:
 MAX_MODULE_DEPTH = 64
@@ -142,16 +144,15 @@ def _read_zip(file: MappedFile) -> Any:
     entries = _entries(file)
     folder = next(iter(entries)).split("/")[0]
 
-    def window(name: str) -> Window | None:
-        found = entries.get(f"{folder}/{name}")
-        return None if found is None else Window(file.content, found[0], sum(found))
+    def content(name: str) -> bytes | None:
+        offset, size = entries.get(f"{folder}/{name}", (0, -1))
+        return None if size < 0 else file.content[offset : offset + min(size, MAX_PICKLE)]
 
-    pickled, byteorder = window("data.pkl"), window("byteorder")
+    pickled, order = content("data.pkl"), content("byteorder") or b"little"
     if pickled is None:
         raise Malformed(f"it is a zip archive without {folder:.100}/data.pkl, so torch.save did not write it")
-    order = b"little" if byteorder is None else byteorder.read(10)
     if order not in (b"little", b"big"):
-        raise Malformed(f"its byte order is {order!r}")
+        raise Malformed(f"its byte order is {order[:10]!r}")
 
     def storage(kind: Any, key: Any, count: Any) -> np.ndarray:
         dtype = _storage_dtype(kind)
@@ -166,7 +167,7 @@ def _read_zip(file: MappedFile) -> Any:
             raise Malformed(f"its tensor data {key!r:.100} are {size} bytes, too few")
         return file.array(offset, dtype, (count,))
 
-    return inert_pickle.load(pickled, _calls(file), lambda saved_id: _storage_of_id(saved_id, storage))
+    return inert_pickle.load(io.BytesIO(pickled), _calls(file), lambda saved_id: _storage_of_id(saved_id, storage))
 
 
 def _entries(file: MappedFile) -> dict[str, tuple[int, int]]:
@@ -205,28 +206,25 @@ def _entries(file: MappedFile) -> dict[str, tuple[int, int]]:
 
 
 def _read_legacy(file: MappedFile) -> Any:
-    def read(position: int, **options: Any) -> tuple[Any, int]:
-        window = Window(file.content, position, file.size)
-        return inert_pickle.load(window, **options), window.tell()
-
-    magic, position = read(0)
-    if magic != MAGIC_NUMBER:
+    stream = io.BytesIO(file.content[:MAX_PICKLE])
+    if inert_pickle.load(stream) != MAGIC_NUMBER:
         raise Malformed("it is a pickle, but torch.save did not write it")
-    version, position = read(position)
-    if version != FORMAT_VERSION:
+    if inert_pickle.load(stream) != FORMAT_VERSION:
         raise Malformed("torch.save wrote it in a format that this program does not know")
-    _, start = read(position)  # sizes of C's types on the machine of the writer
+    inert_pickle.load(stream)  # sizes of C's types on the machine of the writer
+    start = stream.tell()
     # The storages lie behind the pickle that says how many elements of which type they have, so it is read twice: first
     # for the storages alone, then, once they are found, for the tensors.
-    wanted: dict[Any, tuple[np.dtype, int]] = {}
+    wanted: dict[str, tuple[np.dtype, int]] = {}
 
-    def want(kind: Any, key: Any, count: int) -> Opaque:
+    def want(kind: Any, key: str, count: int) -> Opaque:
         if wanted.setdefault(key, (_storage_dtype(kind), count)) != (_storage_dtype(kind), count):
             raise Malformed(f"its tensor data {key!r:.100} have two types or sizes")
-        return Opaque("storage")
+        return Opaque()
 
-    _, position = read(start, persistent=lambda saved_id: _storage_of_id(saved_id, want))
-    keys, position = read(position)
+    inert_pickle.load(stream, persistent_load=lambda saved_id: _storage_of_id(saved_id, want))
+    keys = inert_pickle.load(stream)
+    position = stream.tell()
     storages: dict[str, np.ndarray] = {}
     for key in keys if isinstance(keys, list) else ():
         if not isinstance(key, str) or key in storages or key not in wanted:
@@ -237,13 +235,13 @@ def _read_legacy(file: MappedFile) -> Any:
         storages[key] = file.array(position + 8, dtype, (count,))
         position += 8 + storages[key].nbytes
 
-    def storage(kind: Any, key: Any, count: int) -> np.ndarray:
+    def storage(_kind: Any, key: str, _count: int) -> np.ndarray:
         if key not in storages:
             raise Malformed(f"it lacks the tensor data {key!r:.100}")
         return storages[key]
 
-    value, _ = read(start, calls=_calls(file), persistent=lambda saved_id: _storage_of_id(saved_id, storage))
-    return value
+    stream.seek(start)
+    return inert_pickle.load(stream, _calls(file), lambda saved_id: _storage_of_id(saved_id, storage))
 
 
 # storages and tensors
@@ -251,7 +249,7 @@ def _read_legacy(file: MappedFile) -> Any:
 
 def _storage_of_id(saved_id: Any, storage: Callable[[Any, str, int], Any]) -> Any:
     """What `storage(type, key, element count)` gives for a persistent id; in legacy files also a part of a storage."""
-    if isinstance(saved_id, tuple) and len(saved_id) == 4 and saved_id[0] == "module":
+    if isinstance(saved_id, tuple) and len(saved_id) == 4 and saved_id[0] == "module" and is_class(saved_id[1]):
         return saved_id[1]  # a class whose source text was saved beside it
     if not (isinstance(saved_id, tuple) and len(saved_id) in (5, 6) and saved_id[0] == "storage"):
         raise Malformed("its pickle refers to something that is no tensor data")
@@ -270,7 +268,7 @@ def _storage_of_id(saved_id: Any, storage: Callable[[Any, str, int], Any]) -> An
 
 
 def _storage_dtype(kind: Any) -> np.dtype:
-    name = kind.name.replace("torch.cuda.", "torch.") if isinstance(kind, Opaque) else "?"
+    name = kind.name.replace("torch.cuda.", "torch.") if is_class(kind) else "?"
     if name not in STORAGES:
         raise Malformed(f"it holds tensor data of the type {name!r:.100}, which this program cannot read")
     return STORAGES[name]
@@ -292,22 +290,24 @@ def _calls(file: MappedFile) -> dict[str, Callable[..., Any]]:
 
     def typed_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> np.ndarray:
         dtype = more[2] if len(more) > 2 else None
-        if not isinstance(dtype, Opaque) or dtype.name not in DTYPES or not isinstance(storage, np.ndarray):
+        if not is_class(dtype) or dtype.name not in DTYPES or not isinstance(storage, np.ndarray):
             raise Malformed("it holds a tensor of a type that this program cannot read")
         whole = storage.size // DTYPES[dtype.name].itemsize * DTYPES[dtype.name].itemsize
         return _view(storage[:whole].view(DTYPES[dtype.name]), offset, shape, strides, limit)
 
-    def parameter(data: Any, *_: Any) -> Any:
+    def parameter(data: Any, *_: Any) -> np.ndarray:
+        if not isinstance(data, np.ndarray):
+            raise Malformed("it holds a parameter that is not a tensor")
         return data
 
     def of_type(function: Any, _type: Any, args: Any, _state: Any) -> Any:
-        if not isinstance(function, Opaque) or function.name not in rebuilds or not isinstance(args, tuple):
+        if not is_class(function) or function.name not in rebuilds or not isinstance(args, tuple):
             raise Malformed("it holds a tensor of a type that this program cannot read")
         return rebuilds[function.name](*args)
 
     def size(sizes: Any = ()) -> tuple:
-        if not isinstance(sizes, tuple):
-            raise Malformed("it holds a torch.Size that is no tuple")
+        if not isinstance(sizes, tuple) or len(sizes) > MAX_DIMENSIONS or not all(map(_is_size, sizes)):
+            raise Malformed("it holds a torch.Size that is not one")
         return sizes
 
     rebuilds = {
