@@ -130,7 +130,7 @@ def write_tensors(file, heads):
 LOADING = """
 import resource, sys
 import numpy as np
-from dm_generations.models.checkpoints import flax_msgpack, mapped, safetensors_file, torch_pickle
+from dm_generations.models.checkpoints import flax_msgpack, mapped, own, torch_pickle
 module, function = sys.argv[2].split(".")
 arrays = getattr(globals()[module], function)(sys.argv[1])
 copies = []
@@ -147,7 +147,7 @@ print(sum(copy.nbytes for copy in copies), resource.getrusage(resource.RUSAGE_SE
 @pytest.mark.parametrize(
     ("write", "read"),
     [
-        (write_safetensors, "safetensors_file.read_safetensors"),
+        (write_safetensors, "own.read_safetensors"),
         (write_msgpack, "flax_msgpack.read_flax_msgpack"),
         (write_torch, "torch_pickle.read_torch"),
         (write_legacy_torch, "torch_pickle.read_torch"),

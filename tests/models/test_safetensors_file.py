@@ -10,7 +10,7 @@ from safetensors.numpy import save
 
 from dm_generations.errors import UserError
 from dm_generations.models.checkpoints import mapped
-from dm_generations.models.checkpoints.safetensors_file import read_safetensors
+from dm_generations.models.checkpoints.own import read_safetensors
 
 FLOAT = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

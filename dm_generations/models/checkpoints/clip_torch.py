@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dm_generations.errors import UserError
-from dm_generations.models.checkpoints.own import FORMAT, flatten, read_config, read_json_object
-from dm_generations.models.checkpoints.safetensors_file import read_safetensors
+from dm_generations.models.checkpoints.own import FORMAT, flatten, read_config, read_json_object, read_safetensors
 from dm_generations.models.checkpoints.source import Source
 from dm_generations.models.checkpoints.torch_names import in_file
 from dm_generations.models.checkpoints.torch_pickle import read_torch, state_of

@@ -124,7 +124,7 @@ def load(
             value = _Unpickler(stream, calls or {}, persistent_load or _refuse_persistent).load()
     except Malformed:
         raise
-    except (pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (pickle.UnpicklingError, EOFError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise Malformed(f"its pickle is cut short or wrong near byte {stream.tell()}") from error
     stream.seek(end)
     _check_depth(value, 0, {})

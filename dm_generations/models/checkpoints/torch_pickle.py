@@ -1,4 +1,4 @@
-"""What `torch.save` wrote, read without torch and without running anything that the file names.
+"""Read what `torch.save` wrote, without torch and without running anything that the file names.
 
 Two formats. Since torch 1.6 a file is a zip archive of uncompressed entries: `<name>/data.pkl`, a pickle whose
 persistent ids name the storages, `<name>/data/<key>` for each storage, and since 2.1 `<name>/byteorder`. Before that,
@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401
 import numpy as np
 
 from dm_generations.errors import UserError
@@ -31,60 +31,40 @@ MAX_MODULES = 100_000  # of one network, and how deep they may be nested:
 MAX_MODULE_DEPTH = 64
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, ..., lengths of the name and of the extra field
 
-_DTYPES = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "float8_e5m2": ml_dtypes.float8_e5m2,
-    "complex64": np.complex64,
-    "complex128": np.complex128,
-    "int64": np.int64,
-    "int32": np.int32,
-    "int16": np.int16,
-    "int8": np.int8,
-    "uint64": np.uint64,
-    "uint32": np.uint32,
-    "uint16": np.uint16,
-    "uint8": np.uint8,
-    "bool": np.bool_,
-}
-DTYPES = {f"torch.{name}": np.dtype(dtype) for name, dtype in _DTYPES.items()}
-STORAGES = {
-    f"torch.{name}Storage": DTYPES[f"torch.{dtype}"]
-    for name, dtype in {
-        "Double": "float64",
-        "Float": "float32",
-        "Half": "float16",
-        "BFloat16": "bfloat16",
-        "ComplexFloat": "complex64",
-        "ComplexDouble": "complex128",
-        "Long": "int64",
-        "Int": "int32",
-        "Short": "int16",
-        "Char": "int8",
-        "Byte": "uint8",
-        "Bool": "bool",
-    }.items()
-} | {f"torch.{name}": np.dtype(np.uint8) for name in ("storage.UntypedStorage", "UntypedStorage")}
+_NAMES = (
+    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 complex64 complex128 "
+    "int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool"
+)
+DTYPES = {f"torch.{name}": np.dtype(name) for name in _NAMES.split()}  # ml_dtypes adds those that NumPy lacks
+_STORAGES = dict(Double="float64", Float="float32", Half="float16", BFloat16="bfloat16", Bool="bool", Byte="uint8")
+_STORAGES |= dict(Long="int64", Int="int32", Short="int16", Char="int8")
+_STORAGES |= dict(ComplexFloat="complex64", ComplexDouble="complex128")
+STORAGES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in _STORAGES.items()}
+STORAGES |= dict.fromkeys(("torch.storage.UntypedStorage", "torch.UntypedStorage"), np.dtype("uint8"))
 UNREADABLE = {
-    "torch._utils._rebuild_qtensor": "a quantised",
-    "torch._utils._rebuild_sparse_tensor": "a sparse",
-    "torch._utils._rebuild_sparse_csr_tensor": "a sparse",
-    "torch._utils._rebuild_nested_tensor": "a nested",
-    "torch._utils._rebuild_meta_tensor_no_storage": "an empty (meta)",
-    "torch._utils._rebuild_wrapper_subclass": "a wrapped",
-    "torch._utils._rebuild_device_tensor_from_numpy": "a device's own kind of",
+    "qtensor": "a quantised",
+    "sparse_tensor": "a sparse",
+    "sparse_csr_tensor": "a sparse",
+    "nested_tensor": "a nested",
+    "meta_tensor_no_storage": "an empty (meta)",
+    "wrapper_subclass": "a wrapped",
+    "device_tensor_from_numpy": "a device's own kind of",
 }
 
 
 def read_torch(path: str | os.PathLike) -> Any:
-    """The value in the file: plain containers and numbers, tensors as read-only views of the mapped file.
+    """Read a file of `torch.save`; nothing that it names is imported or called.
 
-    Tensors keep their dtype (and the byte order of a file from a big-endian machine) and strides. OrderedDict reads as
-    dict, torch.Size as tuple, a Parameter as its tensor, every other class or function as an inert `Opaque`. Raises
-    UserError, naming the file, if it cannot be read, is damaged, or holds a quantised or sparse tensor.
+    Args:
+        path: The file.
+
+    Returns:
+        Plain containers and numbers. A tensor is a read-only view of the mapped file, with the dtype, byte order and
+        strides that it has there, and so is a Parameter. An OrderedDict is a dict, a torch.Size a tuple; every other
+        class or function, and what the file made of it, is an inert `Opaque`.
+
+    Raises:
+        UserError: The file cannot be read, is damaged, or holds a quantised or sparse tensor.
     """
     file = MappedFile(path)
     try:
@@ -98,9 +78,10 @@ def read_torch(path: str | os.PathLike) -> Any:
 
 
 def state_of(value: Any) -> dict[str, np.ndarray]:
-    """The tensors of a pickled torch module by dotted name, as its `state_dict()` gives; a dict passes through.
+    """Return the tensors of a pickled torch module by dotted name, as its `state_dict()` does; a dict as it is.
 
-    Raises UserError if the value is neither.
+    Raises:
+        UserError: The value is neither.
     """
     if isinstance(value, dict):
         return value
@@ -115,19 +96,15 @@ def state_of(value: Any) -> dict[str, np.ndarray]:
             what = f"its part {prefix[:-1]!r:.200}" if count else "the value"
             raise UserError(f"{what} is not a network that torch pickled")
         skipped = state.get("_non_persistent_buffers_set") or ()
-        for kind in ("_parameters", "_buffers"):
-            tensors |= {
-                f"{prefix}{name}": tensor
-                for name, tensor in state[kind].items()
-                if isinstance(tensor, np.ndarray) and not (kind == "_buffers" and name in skipped)
-            }
+        named = [*state["_parameters"].items(), *((k, v) for k, v in state["_buffers"].items() if k not in skipped)]
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in named if isinstance(tensor, np.ndarray)}
         children = [(f"{prefix}{name}.", depth + 1, child) for name, child in state["_modules"].items()]
         modules += [child for child in reversed(children) if child[2] is not None]
     raise UserError(f"the network has more than {MAX_MODULES} modules")
 
 
 def _module_state(module: Any) -> dict | None:
-    """The attributes of a pickled module; None if it is none."""
+    """Return the attributes of a pickled module; None for anything else."""
     state = module.state if isinstance(module, Opaque) else None
     if isinstance(state, tuple) and state:  # (attributes, slots)
         state = state[0]
@@ -171,7 +148,7 @@ def _read_zip(file: MappedFile) -> Any:
 
 
 def _entries(file: MappedFile) -> dict[str, tuple[int, int]]:
-    """Where the content of each entry begins, and its size, both in bytes; the order is that of the archive."""
+    """Return where the content of each entry begins and its size, both in bytes, in the order of the archive."""
     try:
         with zipfile.ZipFile(file.path) as archive:
             infos = archive.infolist()
@@ -248,11 +225,11 @@ def _read_legacy(file: MappedFile) -> Any:
 
 
 def _storage_of_id(saved_id: Any, storage: Callable[[Any, str, int], Any]) -> Any:
-    """What `storage(type, key, element count)` gives for a persistent id; in legacy files also a part of a storage."""
+    """Return what `storage(type, key, element count)` gives for a persistent id; in legacy files also a part of it."""
     if isinstance(saved_id, tuple) and len(saved_id) == 4 and saved_id[0] == "module" and is_class(saved_id[1]):
         return saved_id[1]  # a class whose source text was saved beside it
     if not (isinstance(saved_id, tuple) and len(saved_id) in (5, 6) and saved_id[0] == "storage"):
-        raise Malformed("its pickle refers to something that is no tensor data")
+        raise Malformed("its pickle refers to something that is not tensor data")
     _, kind, key, _device, count, *view = saved_id
     if not isinstance(key, str) or not _is_size(count):
         raise Malformed("its pickle refers to tensor data without name or size")
@@ -279,7 +256,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _calls(file: MappedFile) -> dict[str, Callable[..., Any]]:
-    """What stands in for the functions by which torch pickles tensors."""
+    """Return what stands in for the functions by which torch pickles tensors."""
     limit = max(file.size, SMALL)
 
     def tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> np.ndarray:
@@ -316,7 +293,7 @@ def _calls(file: MappedFile) -> dict[str, Callable[..., Any]]:
         "torch._utils._rebuild_tensor_v3": typed_tensor,
         "torch._utils._rebuild_parameter": parameter,
         "torch._utils._rebuild_parameter_with_state": parameter,
-    } | {name: _refusal(what) for name, what in UNREADABLE.items()}
+    } | {f"torch._utils._rebuild_{name}": _refusal(what) for name, what in UNREADABLE.items()}
     return rebuilds | {"torch._tensor._rebuild_from_type_v2": of_type, "torch.Size": size}
 
 
@@ -328,15 +305,16 @@ def _refusal(what: str) -> Callable[..., NoReturn]:
 
 
 def _view(storage: Any, offset: Any, shape: Any, strides: Any, limit: int) -> np.ndarray:
-    """The tensor that begins `offset` elements into a flat storage, with strides in elements; a view.
+    """Return the tensor that begins `offset` elements into a flat storage: a view, strides in elements.
 
-    Raises Malformed if it reaches beyond the storage, or is larger than `limit` bytes by repeating elements.
+    Raises:
+        Malformed: It reaches beyond the storage, or is larger than `limit` bytes by repeating elements.
     """
     described = isinstance(storage, np.ndarray) and isinstance(shape, tuple) and isinstance(strides, tuple)
     if not described or len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
         raise Malformed("it holds a tensor without data, shape or strides")
     if not all(map(_is_size, (offset, *shape, *strides))):
-        raise Malformed("it holds a tensor whose offset, shape or strides are no sizes")
+        raise Malformed("it holds a tensor whose offset, shape or strides are not sizes")
     itemsize = storage.dtype.itemsize
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     # empty ones too: NumPy counts the other sides
