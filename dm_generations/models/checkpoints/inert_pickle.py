@@ -26,6 +26,7 @@ MAX_KEY = 100  # values in a tuple that is a key: the unpickler hashes all of th
 _MARK = 0  # on the stack of `_check_opcodes`, where other entries are costs of hashing
 _UNUSABLE = MAX_KEY + 1  # the cost of what cannot be a key
 _MAX_KEY_BITS = 60  # larger integers can be chosen so that all have the same hash
+_DAMAGED = (pickle.UnpicklingError, EOFError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _REFUSED = {"PERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
 # Where the keys are in what opcodes take from the stack.
 _KEYS = {
@@ -124,7 +125,7 @@ def load(
             value = _Unpickler(stream, calls or {}, persistent_load or _refuse_persistent).load()
     except Malformed:
         raise
-    except (pickle.UnpicklingError, EOFError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except _DAMAGED as error:
         raise Malformed(f"its pickle is cut short or wrong near byte {stream.tell()}") from error
     stream.seek(end)
     _check_depth(value, 0, {})

@@ -47,7 +47,9 @@ class MappedFile:
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
         if self.content[: len(_LFS_POINTER)] == _LFS_POINTER:
-            raise UserError(f"{self.path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its folder")
+            raise UserError(
+                f"{self.path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its folder"
+            )
 
     def array(self, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         """The C-ordered array that starts `offset` bytes into the file: a read-only view.
@@ -62,6 +64,11 @@ class MappedFile:
         if offset < 0 or not sizes_fit or end > self.size:
             raise UserError(f"{self.path} is damaged: an array of shape {short_shape(shape)} does not fit into it")
         return np.ndarray(shape, dtype, self.content, offset)
+
+
+def is_apple_double(path: Path) -> bool:
+    """Return whether this is what macOS writes next to a file for its attributes, under the same ending."""
+    return path.name.startswith("._")
 
 
 def stays(array: np.ndarray) -> bool:

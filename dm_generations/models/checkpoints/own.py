@@ -66,8 +66,8 @@ def _read(folder: Path, role: str) -> Source | None:
 def read_safetensors(path: str | os.PathLike, stays: bool = False) -> dict[str, np.ndarray]:
     """Read a `.safetensors` file as views of the mapped file.
 
-    The library checks the file and tells where its tensors lie. It would copy each, in a page of the file and of memory
-    at once, and it knows no bfloat16 in NumPy.
+    The library checks the file and tells what lies where. Its own arrays are copies: with the pages of the file that
+    they are read from, they would take twice the memory of the weights.
 
     Args:
         path: The file.

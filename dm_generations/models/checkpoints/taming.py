@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dm_generations.errors import UserError, one_line
+from dm_generations.errors import UserError, one_line, short_repr
+from dm_generations.models.checkpoints.mapped import is_apple_double
 from dm_generations.models.checkpoints.own import unflatten
 from dm_generations.models.checkpoints.source import Shape, Source
 from dm_generations.models.checkpoints.torch_names import (
@@ -85,7 +86,7 @@ def config_from_yaml_values(values: Mapping[str, Any], is_gumbel: bool = False) 
             raise ValueError(f"{name} is missing")
     for name in _UNSUPPORTED:
         if sizes.get(name):
-            raise ValueError(f"{name} {sizes[name]!r:.80} is not supported, only false")
+            raise ValueError(f"{name} {short_repr(sizes[name])} is not supported, only false")
     if values.get("remap") is not None:
         raise ValueError("remap is not supported: codes that are numbers in a list of the codebook's rows")
     return VQGANConfig.from_dict(sizes | {"is_signed": True, "is_gumbel": is_gumbel})
@@ -211,7 +212,9 @@ def _yaml_files(path: Path) -> list[Path]:
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix in suffixes) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(file for file in folder.iterdir() if file.suffix in suffixes and not is_apple_double(file))
 
 
 def _matching(checkpoint: Path, configs: list[Path]) -> Path:
