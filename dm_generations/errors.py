@@ -1,5 +1,8 @@
 """Errors that a user can cause, and that the command line prints as one line."""
 
+import reprlib
+from typing import Any
+
 
 class UserError(Exception):
     """Base of every error raised on purpose; its text says what, where and what to do, in one line."""
@@ -8,3 +11,20 @@ class UserError(Exception):
 def one_line(error: BaseException) -> str:
     """What another library's error says, for a part of such a text: at most 200 characters."""
     return " ".join(str(error).split())[:200]
+
+
+class _ShortRepr(reprlib.Repr):
+    """Cuts while it walks, so that a value in which a few lists hold each other many times costs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 4
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        return self.repr_dict(x, level) if isinstance(x, dict) else super().repr_instance(x, level)
+
+
+def short_repr(value: Any) -> str:
+    """Return what a file gave as a value, for a part of such a text: one line of at most 80 characters."""
+    return " ".join(_ShortRepr().repr(value).split())[:80]

@@ -1,417 +1,301 @@
-"""Pickles as plain values: an interpreter of pickle's opcodes that imports nothing and calls nothing of the file's.
+"""Read a pickle as plain values: Python's own unpickler, which here imports and calls nothing that a file names.
 
-Python's own Unpickler calls what the file names. This one knows a few containers by name (`_PLAIN`) and what its
-caller adds; any other class or function becomes an `Opaque`, and so does whatever the file does with it. The
-opcodes are decoded by `pickletools`, the standard library's description of the format (protocols 0 to 5).
-
-The file is not trusted: a length in it is held against the bytes that there are, and the numbers of opcodes, of
-copied items and of nested containers have limits.
+Every class or function that a pickle names is an inert subclass of `Opaque`. A few names stand for functions of this
+program (`_PLAIN`, and those of the caller), which give containers, bytes and tensors. Before the unpickler runs,
+`pickletools` lists the opcodes, and what could take much memory or time is refused (`_check_opcodes`).
 """
 
-import mmap
+import io
+import pickle
 import pickletools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pickletools import markobject
 from typing import Any, NoReturn
 
 from dm_generations.weights.mmap import Malformed
 
-MAX_BYTES = 64 << 20  # of one pickle; tensors lie outside of it
 MAX_OPCODES = 4_000_000
 MAX_COPIED = 4_000_000  # items or characters that calls such as set(list) may copy in all
 MAX_DEPTH = 64  # of containers in containers
 MAX_INT_BYTES = 32
-MAX_NAME = 1000  # characters of a module or class name
+MAX_NAME = 1000  # characters of a module and class name
+MAX_NAMES = 10_000  # different ones
+MAX_KEY = 100  # values in a tuple that is a key: the unpickler hashes all of them at each use
 
-_MARK = object()
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_FRESH = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
-_IGNORED = {"PROTO", "FRAME"}
+_MARK = 0  # on the stack of `_check_opcodes`, where other entries are costs of hashing
+_UNUSABLE = MAX_KEY + 1  # the cost of what cannot be a key
+_MAX_KEY_BITS = 60  # larger integers can be chosen so that all have the same hash
+_DAMAGED = (pickle.UnpicklingError, EOFError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_REFUSED = {"PERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
+# Where the keys are in what opcodes take from the stack.
+_KEYS = {
+    "SETITEM": slice(1, 2),
+    "SETITEMS": slice(2, None, 2),
+    "DICT": slice(1, None, 2),
+    "ADDITEMS": slice(2, None),
+    "FROZENSET": slice(1, None),
+}
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-_NEW = {"copyreg._reconstructor", "copyreg.__newobj__"}
 
 
 class Opaque:
-    """A class or function that a file names, or what the file made of it; inert.
+    """An inert stand-in: a subclass is a class or function that a file names, an instance is what the file made of it.
 
-    name: "module.Class". args: None for the class itself, else what it was called with. state: what was set on the
-    object, its `__dict__` as a rule. items: what was appended to it, or (key, value) pairs that were stored in it.
+    Attributes:
+        name: "module.Class".
+        args: What it was called with; None for the class itself.
+        state: What was set on the object, as a rule its `__dict__`.
+        items: What was appended to it, or the (key, value) pairs that were stored in it.
     """
 
-    __slots__ = ("args", "items", "name", "state")
+    name: str = ""
+    args: tuple | None = None
+    state: Any = None
+    items: list
 
-    def __init__(self, name: str, args: tuple | None = None, state: Any = None) -> None:
-        self.name, self.args, self.state = name, args, state
-        self.items: list = []
+    def __new__(cls, *args: Any, **_keywords: Any) -> "Opaque":
+        made = object.__new__(cls)
+        made.args, made.items = args, []
+        return made
+
+    def __call__(self, *args: Any) -> "Opaque":
+        made = Opaque(*args)
+        made.name = f"{self.name:.{MAX_NAME}}()"
+        return made
 
     def __repr__(self) -> str:
-        return f"<Opaque {self.name:.100}{'' if self.args is None else '(...)'}>"
+        return f"<Opaque {self.name:.100}(...)>"
+
+    # What the unpickler calls on an object that it fills.
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+    def append(self, item: Any) -> None:
+        self.items.append(item)
+
+    add = append
+
+    def extend(self, items: Iterable[Any]) -> None:
+        self.items.extend(items)
 
 
-class Window:
-    """The bytes of a mapping from `start` on, at most MAX_BYTES: the file that `pickletools` reads."""
+class _Dict(dict):
+    """An OrderedDict, Counter or defaultdict of a file: a dict whose further attributes are dropped."""
 
-    def __init__(self, content: mmap.mmap | bytes, start: int, stop: int) -> None:
-        self._content, self._position = content, start
-        self._stop = min(stop, start + MAX_BYTES, len(content))
+    def __setstate__(self, _state: Any) -> None:
+        pass
 
-    def tell(self) -> int:
-        return self._position
 
-    def read(self, count: int) -> bytes:
-        return self._up_to(min(self._position + max(count, 0), self._stop))
-
-    def readline(self) -> bytes:
-        newline = self._content.find(b"\n", self._position, self._stop)
-        return self._up_to(self._stop if newline < 0 else newline + 1)
-
-    def _up_to(self, end: int) -> bytes:
-        piece = self._content[self._position : end]
-        self._position = max(end, self._position)
-        return piece
+def is_class(value: Any) -> bool:
+    """Whether `value` stands for a class or function that a pickle names."""
+    return isinstance(value, type) and issubclass(value, Opaque)
 
 
 def load(
-    window: Window,
+    stream: io.BytesIO,
     calls: Mapping[str, Callable[..., Any]] | None = None,
-    persistent: Callable[[Any], Any] | None = None,
+    persistent_load: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """The value that the pickle at the window's position describes; the window then stands behind it.
+    """Read the pickle at the position of `stream`, which then stands behind it.
 
-    calls: what stands in for functions of these names ("module.name"); they get the file's arguments, unchecked.
-    persistent: gives the value of a persistent id. Raises Malformed, also for whatever these two raise as TypeError.
+    Args:
+        stream: The bytes in which the pickle lies.
+        calls: What stands in for functions of these names ("module.name"). They get the arguments of the file,
+            unchecked, and give arrays, instances of `Opaque` or short tuples of integers.
+        persistent_load: Gives the value of a persistent id: an array or a stand-in.
+
+    Returns:
+        Plain values, what `calls` and `persistent_load` give, and stand-ins for everything else.
+
+    Raises:
+        Malformed: The pickle is damaged or beyond the limits of this module; or `calls` raised TypeError.
     """
+    start = stream.tell()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unknown escapes in texts of protocol 0
-            value = _Machine(calls or {}, persistent or _no_persistent).run(window)
+            _check_opcodes(stream)
+            end = stream.tell()
+            stream.seek(start)
+            value = _Unpickler(stream, calls or {}, persistent_load or _refuse_persistent).load()
     except Malformed:
         raise
-    except (ValueError, IndexError, KeyError, TypeError) as error:
-        raise Malformed(f"its pickle is cut short or wrong at byte {window.tell()}") from error
-    _check_depth(value)
+    except _DAMAGED as error:
+        raise Malformed(f"its pickle is cut short or wrong near byte {stream.tell()}") from error
+    stream.seek(end)
+    _check_depth(value, 0, {})
     return value
 
 
-class _Machine:
-    """The stack and the memo. Each opcode that is more than a push has a method of its (lower-case) name."""
+class _Unpickler(pickle.Unpickler):
+    """The unpickler, confined to stand-ins."""
 
-    def __init__(self, calls: Mapping[str, Callable[..., Any]], persistent: Callable[[Any], Any]) -> None:
-        self.calls, self.persistent = calls, persistent
-        self.stack: list = []
-        self.memo: dict[int, Any] = {}
-        self.copied = 0
+    def __init__(
+        self, stream: io.BytesIO, calls: Mapping[str, Callable[..., Any]], persistent_load: Callable[[Any], Any]
+    ) -> None:
+        super().__init__(stream, encoding="latin-1")
+        self._calls, self._persistent_load = calls, persistent_load
+        self._classes: dict[str, type] = {}
+        self._copied = 0
 
-    def run(self, window: Window) -> Any:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(window)):
-            if count > MAX_OPCODES:
-                raise Malformed(f"its pickle has more than {MAX_OPCODES} steps")
-            name = opcode.name
-            if name in _PUSHED:
-                self.push_argument(argument)
-            elif name in _CONSTANTS:
-                self.stack.append(_CONSTANTS[name])
-            elif name in _FRESH:
-                self.stack.append(_FRESH[name]())
-            elif name in _STEPS:
-                _STEPS[name](self, argument)
-            elif name == "STOP":
-                return self.pop()
-            elif name not in _IGNORED:
-                raise Malformed(f"its pickle uses {name}, which weight files do not")
-        raise Malformed("its pickle has no end")
+    def find_class(self, module: str, name: str) -> type:
+        """Return the stand-in for a name, never what bears it."""
+        full = f"{_PYTHON_2.get(module, module)}.{name}"
+        if full not in self._classes:
+            if len(full) > MAX_NAME or len(self._classes) >= MAX_NAMES:
+                raise Malformed(f"its pickle has a class name of more than {MAX_NAME} characters, or too many of them")
+            attributes: dict[str, Any] = {"name": full}
+            # Functions are classes too, as the unpickler could set attributes on a function of ours.
+            if full in self._calls:
+                attributes["__new__"] = lambda _cls, *args, _call=self._calls[full]: _call(*args)
+            elif full in _PLAIN:
+                attributes["__new__"] = lambda _cls, *args, _call=_PLAIN[full]: self._copy(_call, args)
+            self._classes[full] = type("Opaque", (Opaque,), attributes)
+        return self._classes[full]
 
-    def pop(self) -> Any:
-        value = self.stack.pop()
-        if value is _MARK:
-            raise Malformed("its pickle takes a value where there is none")
-        return value
+    def persistent_load(self, saved_id: Any) -> Any:
+        return self._persistent_load(saved_id)
 
-    def pop_to_mark(self) -> list:
-        for index in range(len(self.stack) - 1, -1, -1):
-            if self.stack[index] is _MARK:
-                items = self.stack[index + 1 :]
-                del self.stack[index:]
-                return items
-        raise Malformed("its pickle ends a list that was not begun")
-
-    def top(self) -> Any:
-        if self.stack[-1] is _MARK:
-            raise Malformed("its pickle takes a value where there is none")
-        return self.stack[-1]
-
-    def push_argument(self, argument: Any) -> None:
-        if type(argument) is int and argument.bit_length() > 8 * MAX_INT_BYTES:
-            raise Malformed(f"its pickle has an integer of more than {MAX_INT_BYTES} bytes")
-        self.stack.append(argument)
-
-    # the stack and the memo
-
-    def mark(self, _: None) -> None:
-        self.stack.append(_MARK)
-
-    def pop_opcode(self, _: None) -> None:
-        self.stack.pop()
-
-    def pop_mark(self, _: None) -> None:
-        self.pop_to_mark()
-
-    def dup(self, _: None) -> None:
-        self.stack.append(self.top())
-
-    def put(self, index: int) -> None:
-        self.memo[index] = self.top()
-
-    def memoize(self, _: None) -> None:
-        self.memo[len(self.memo)] = self.top()
-
-    def get(self, index: int) -> None:
-        self.stack.append(self.memo[index])
-
-    # containers
-
-    def tuple_of(self, count: int | None) -> None:
-        if count is None:
-            items = self.pop_to_mark()
-        else:
-            items = [self.pop() for _ in range(count)][::-1]
-        self.stack.append(tuple(items))
-
-    def list(self, _: None) -> None:
-        self.stack.append(self.pop_to_mark())
-
-    def dict(self, _: None) -> None:
-        items = self.pop_to_mark()
-        self.stack.append({})
-        self.store(items)
-
-    def frozenset(self, _: None) -> None:
-        self.stack.append(frozenset(map(_key, self.pop_to_mark())))
-
-    def append(self, _: None) -> None:
-        self.extend([self.pop()])
-
-    def appends(self, _: None) -> None:
-        self.extend(self.pop_to_mark())
-
-    def setitem(self, _: None) -> None:
-        value, key = self.pop(), self.pop()
-        self.store([key, value])
-
-    def setitems(self, _: None) -> None:
-        self.store(self.pop_to_mark())
-
-    def additems(self, _: None) -> None:
-        items, target = self.pop_to_mark(), self.top()
-        if isinstance(target, Opaque):
-            target.items.extend(items)
-        elif isinstance(target, set):
-            target.update(map(_key, items))
-        else:
-            raise Malformed("its pickle adds items to something that is no set")
-
-    def extend(self, items: list) -> None:
-        target = self.top()
-        if isinstance(target, Opaque):
-            target.items.extend(items)
-        elif isinstance(target, list):
-            target.extend(items)
-        else:
-            raise Malformed("its pickle appends to something that is no list")
-
-    def store(self, items: list) -> None:
-        target = self.top()
-        if len(items) % 2:
-            raise Malformed("its pickle stores a key without a value")
-        pairs = zip(items[::2], items[1::2], strict=True)
-        if isinstance(target, Opaque):
-            target.items.extend(pairs)
-        elif isinstance(target, dict):
-            target.update((_key(key), value) for key, value in pairs)
-        else:
-            raise Malformed("its pickle stores items in something that is no dict")
-
-    # names, and what the file wants to be done with them
-
-    def global_name(self, argument: str) -> None:
-        # pickletools joins the two lines of module and name by a space
-        self.push_name(*argument.split(" ", 1))
-
-    def stack_global(self, _: None) -> None:
-        name, module = self.pop(), self.pop()
-        if not (isinstance(name, str) and isinstance(module, str)):
-            raise Malformed("its pickle names a class by something that is no text")
-        self.push_name(module, name)
-
-    def push_name(self, module: str, name: str) -> None:
-        if len(module) + len(name) > MAX_NAME:
-            raise Malformed(f"its pickle has a class name of more than {MAX_NAME} characters")
-        self.stack.append(Opaque(f"{_PYTHON_2.get(module, module)}.{name}"))
-
-    def inst(self, argument: str) -> None:
-        args = self.pop_to_mark()
-        self.global_name(argument)
-        self.stack.append(self.call(self.pop(), tuple(args)))
-
-    def obj(self, _: None) -> None:
-        cls, *args = self.pop_to_mark()
-        self.stack.append(self.call(cls, tuple(args)))
-
-    def reduce(self, _: None) -> None:
-        args, function = self.pop(), self.pop()
-        self.stack.append(self.call(function, args))
-
-    def newobj_ex(self, _: None) -> None:
-        keywords, args, cls = self.pop(), self.pop(), self.pop()
-        if not isinstance(keywords, dict):
-            raise Malformed("its pickle makes an object with keywords that are no dict")
-        self.stack.append(self.call(cls, args))
-
-    def call(self, function: Any, args: Any) -> Any:
-        if not (isinstance(function, Opaque) and isinstance(args, tuple)):
-            raise Malformed("its pickle calls something that is no class or function")
-        if function.args is None and function.name in _NEW and args and isinstance(args[0], Opaque):
-            function, args = args[0], args[1:]
-        if function.args is not None:
-            return Opaque(f"{function.name:.{MAX_NAME}}()", args)
-        if function.name in self.calls:
-            return self.calls[function.name](*args)
-        if function.name in _PLAIN:
-            return self.plain(function.name, args)
-        return Opaque(function.name, args)
-
-    def plain(self, name: str, args: tuple) -> Any:
-        """The container or number that a call of one of `_PLAIN` gives."""
-        self.copied += sum(len(arg) for arg in args if hasattr(arg, "__len__"))
-        if self.copied > MAX_COPIED:
+    def _copy(self, call: Callable[..., Any], args: tuple) -> Any:
+        self._copied += sum(len(arg) for arg in args if hasattr(arg, "__len__"))
+        if self._copied > MAX_COPIED:
             raise Malformed("its pickle copies the same data over and over")
-        return _PLAIN[name](*args)
-
-    def build(self, _: None) -> None:
-        state, target = self.pop(), self.top()
-        # what else can have a state here, a dict or a tensor, has attributes that do not count
-        if isinstance(target, Opaque):
-            target.state = state
-
-    def binpersid(self, _: None) -> None:
-        self.stack.append(self.persistent(self.pop()))
+        return call(*args)
 
 
-_PUSHED = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-}
-_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
-    "MARK": _Machine.mark,
-    "POP": _Machine.pop_opcode,
-    "POP_MARK": _Machine.pop_mark,
-    "DUP": _Machine.dup,
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
-    "MEMOIZE": _Machine.memoize,
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
-    "TUPLE": lambda machine, _: machine.tuple_of(None),
-    "TUPLE1": lambda machine, _: machine.tuple_of(1),
-    "TUPLE2": lambda machine, _: machine.tuple_of(2),
-    "TUPLE3": lambda machine, _: machine.tuple_of(3),
-    "LIST": _Machine.list,
-    "DICT": _Machine.dict,
-    "FROZENSET": _Machine.frozenset,
-    "APPEND": _Machine.append,
-    "APPENDS": _Machine.appends,
-    "SETITEM": _Machine.setitem,
-    "SETITEMS": _Machine.setitems,
-    "ADDITEMS": _Machine.additems,
-    "GLOBAL": _Machine.global_name,
-    "STACK_GLOBAL": _Machine.stack_global,
-    "INST": _Machine.inst,
-    "OBJ": _Machine.obj,
-    "REDUCE": _Machine.reduce,
-    "NEWOBJ": _Machine.reduce,
-    "NEWOBJ_EX": _Machine.newobj_ex,
-    "BUILD": _Machine.build,
-    "BINPERSID": _Machine.binpersid,
-}
-
-
-def _no_persistent(_: Any) -> NoReturn:
+def _refuse_persistent(_saved_id: Any) -> NoReturn:
     raise Malformed("its pickle refers to something outside of it")
 
 
+# calls that give plain values
+
+
 def _key(value: Any) -> Any:
-    """`value`, if it can be a key of a dict without a deep or long computation of its hash."""
+    """Return `value` if it can be a key of a dict and its hash costs little."""
     parts = value if isinstance(value, tuple) else (value,)
-    if not all(isinstance(part, (str, bytes, int, float, complex, Opaque, type(None))) for part in parts):
-        raise Malformed("its pickle has a key that is no text, number or class")
+    if len(parts) > MAX_KEY or not all(map(_is_key_part, parts)):
+        raise Malformed("its pickle has a key that is not a text, a number or a class")
     return value
+
+
+def _is_key_part(value: Any) -> bool:
+    if isinstance(value, int):
+        return value.bit_length() <= _MAX_KEY_BITS
+    return isinstance(value, (str, bytes, float, Opaque, type(None))) or is_class(value)
 
 
 def _dict(pairs: Any = ()) -> dict:
     pairs = pairs.items() if isinstance(pairs, dict) else pairs
-    return {_key(key): value for key, value in pairs}
+    return _Dict((_key(key), value) for key, value in pairs)
 
 
 def _set(items: Any = ()) -> set:
     return set(map(_key, items))
 
 
-def _encoded(text: str, encoding: str = "latin1") -> bytes:
-    """bytes, as protocols below 3 write them."""
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """Return the bytes that protocols below 3 write as text."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise Malformed("its pickle encodes text in a way that weight files do not")
     return text.encode("latin-1")
 
 
-# Calls that give plain values. OrderedDict and defaultdict become dicts, which keep their order.
+def _reconstruct(cls: Any, *args: Any) -> Opaque:
+    if not is_class(cls):
+        raise Malformed("its pickle makes an object of something that is not a class")
+    return Opaque.__new__(cls, *args)
+
+
 _PLAIN: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _dict,
     "collections.Counter": _dict,
-    "collections.defaultdict": lambda factory=None: {},
+    "collections.defaultdict": lambda _factory=None: _Dict(),
     "builtins.dict": _dict,
     "builtins.set": _set,
     "builtins.frozenset": lambda items=(): frozenset(_set(items)),
-    "builtins.list": lambda items=(): list(items),
-    "builtins.tuple": lambda items=(): tuple(items),
     "builtins.bytes": lambda: b"",
-    "_codecs.encode": _encoded,
+    "copyreg._reconstructor": _reconstruct,
+    "_codecs.encode": _encode,
 }
 
 
-def _check_depth(root: Any) -> None:
-    """Raises Malformed if containers are nested too deep to be walked, or hold themselves.
+# limits
 
-    An Opaque ends a nesting and begins another, so objects may refer back to what holds them.
+
+def _check_opcodes(stream: io.BytesIO) -> None:
+    """Raise Malformed for a pickle that could take much memory or time; `stream` then stands behind it.
+
+    The stack and the memo are followed with the cost of hashing in place of each value: 1, for a tuple the sum of its
+    values. A tuple hashes all that is in it, at each use and in recursion.
     """
-    height: dict[int, int | None] = {}  # of containers by id; None while their parts are measured
-    seen: set[int] = set()  # objects by id
-    roots = [[root]]
-    for start in roots:  # it grows, and keeps what it holds alive: ids stay theirs
-        stack: list = [start]
-        while stack:
-            node = id(stack[-1])
-            if height.get(node) is not None:
-                stack.pop()
-                continue
-            parts = _parts(stack[-1])
-            if node in height:
-                stack.pop()
-                height[node] = 1 + max((height[part] or 0 for part in parts if part in height), default=0)
-                if height[node] > MAX_DEPTH:
-                    raise Malformed(f"its pickle nests containers deeper than {MAX_DEPTH}")
-                continue
-            height[node] = None
-            for name, part in parts.items():
-                if isinstance(part, Opaque):
-                    if name not in seen:
-                        seen.add(name)
-                        roots.append([part.args, part.state, part.items])
-                elif name not in height:
-                    stack.append(part)
-                elif height[name] is None:
-                    raise Malformed("its pickle has a container that holds itself")
+    stack: list[int] = []
+    memo: dict[int, int] = {}
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        name = opcode.name
+        if count > MAX_OPCODES:
+            raise Malformed(f"its pickle has more than {MAX_OPCODES} steps")
+        if name in _REFUSED:
+            raise Malformed(f"its pickle uses {name}, which weight files do not")
+        if type(argument) is int and argument.bit_length() > 8 * MAX_INT_BYTES:
+            raise Malformed(f"its pickle has an integer of more than {MAX_INT_BYTES} bytes")
+        taken = _take(stack, opcode)
+        if name in _KEYS and any(cost > MAX_KEY for cost in taken[_KEYS[name]]):
+            raise Malformed("its pickle has a key that is too long to be one")
+        if name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            if argument > count:  # the unpickler makes room for all numbers below it
+                raise Malformed(f"its pickle remembers a value under the number {argument}")
+            memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = taken[0]
+            stack += taken
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "DUP":
+            stack += taken * 2
+        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(min(1 + sum(taken), _UNUSABLE))
+        elif type(argument) is int and opcode.stack_after and argument.bit_length() > _MAX_KEY_BITS:
+            stack.append(_UNUSABLE)
+        else:
+            stack += [_MARK if kind is markobject else 1 for kind in opcode.stack_after]
 
 
-def _parts(container: Any) -> dict[int, Any]:
-    """What is in a container and can be one itself, by id."""
-    items = [*container.keys(), *container.values()] if isinstance(container, dict) else container
-    return {id(item): item for item in items if isinstance(item, (dict, list, tuple, set, frozenset, Opaque))}
+def _take(stack: list[int], opcode: pickletools.OpcodeInfo) -> list[int]:
+    """Take from the stack what an opcode takes, with the mark and what lies above it if the opcode takes a mark."""
+    before = opcode.stack_before
+    takes_mark = markobject in before
+    start = len(stack) - len(before)
+    if takes_mark:
+        mark = next((index for index in range(len(stack) - 1, -1, -1) if stack[index] == _MARK), -1)
+        start = mark - before.index(markobject)
+    taken = stack[start:] if start >= 0 else []
+    if start < 0 or (taken.count(_MARK) != takes_mark and opcode.name != "POP"):
+        raise Malformed("its pickle takes a value where there is none")
+    del stack[start:]
+    return taken
+
+
+def _check_depth(value: Any, level: int, heights: dict[int, int]) -> int:
+    """Return how deep containers are nested in `value`; objects end a nesting, so they may refer to what holds them.
+
+    Args:
+        value: What was read.
+        level: How deep in other containers it lies.
+        heights: What this function gave for containers, by id.
+
+    Raises:
+        Malformed: They are nested deeper than MAX_DEPTH, or one holds itself.
+    """
+    if not isinstance(value, (dict, list, tuple, set, frozenset)):
+        return 0
+    if id(value) not in heights and level <= MAX_DEPTH:
+        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        heights[id(value)] = 1 + max((_check_depth(part, level + 1, heights) for part in parts), default=0)
+    if level + heights.get(id(value), 0) > MAX_DEPTH:
+        raise Malformed(f"its pickle nests containers deeper than {MAX_DEPTH}")
+    return heights[id(value)]

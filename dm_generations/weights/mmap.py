@@ -16,6 +16,8 @@ from dm_generations.errors import UserError
 
 MAX_DIMENSIONS = 32  # of an array, in any format: more than weights have, and no more than any NumPy takes
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 class Malformed(ValueError):
     """What is wrong with the content of a file; its reader adds the name."""
@@ -44,6 +46,10 @@ class MappedFile:
                 self.content.stays = stays
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+        if self.content[: len(_LFS_POINTER)] == _LFS_POINTER:
+            raise UserError(
+                f"{self.path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its folder"
+            )
 
     def array(self, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         """The C-ordered array that starts `offset` bytes into the file: a read-only view.
@@ -54,9 +60,15 @@ class MappedFile:
         # without the ones for zeros, an empty array could have sides that NumPy cannot count
         extent = math.prod(max(size, 1) for size in shape) * dtype.itemsize
         end = offset if 0 in shape else offset + extent
-        if offset < 0 or min(shape, default=0) < 0 or end > self.size or extent > 2**62:
+        sizes_fit = len(shape) <= MAX_DIMENSIONS and min(shape, default=0) >= 0 and extent <= 2**62
+        if offset < 0 or not sizes_fit or end > self.size:
             raise UserError(f"{self.path} is damaged: an array of shape {short_shape(shape)} does not fit into it")
         return np.ndarray(shape, dtype, self.content, offset)
+
+
+def is_apple_double(path: Path) -> bool:
+    """Return whether this is what macOS writes next to a file for its attributes, under the same ending."""
+    return path.name.startswith("._")
 
 
 def is_immutable(array: np.ndarray) -> bool:

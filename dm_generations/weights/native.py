@@ -8,20 +8,28 @@ one replaces it.
 """
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from dm_generations.errors import UserError
+from dm_generations.errors import UserError, one_line
 from dm_generations.files import replacing, write_atomic
-from dm_generations.weights.mmap import release
-from dm_generations.weights.safetensors_file import read_safetensors
+from dm_generations.weights.mmap import MappedFile, release
 
 FORMAT = "dm-generations"
 CONFIG_FILE, WEIGHTS_FILE, CODEC_FOLDER = "config.json", "model.safetensors", "codec"
 _ALIGNMENT = 64
-DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # those of weights
+_DTYPES = {
+    **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_},
+    **{"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2},
+    **{f"{kind.upper()}{8 * size}": f"<{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)},
+}
 
 
 def read_params(folder: Path) -> dict:
@@ -37,6 +45,39 @@ def read_params(folder: Path) -> dict:
     if not weights.is_file():
         raise UserError(f"{folder} lacks its weights: {WEIGHTS_FILE}")
     return unflatten(read_safetensors(weights, stays=True), weights)
+
+
+def read_safetensors(path: str | os.PathLike, stays: bool = False) -> dict[str, np.ndarray]:
+    """Read a `.safetensors` file as views of the mapped file.
+
+    The library checks the file and tells what lies where. Its own arrays are copies: with the pages of the file that
+    they are read from, they would take twice the memory of the weights.
+
+    Args:
+        path: The file.
+        stays: See `MappedFile`.
+
+    Returns:
+        Read-only arrays by name, in the order in which they lie and in the dtypes of the file.
+
+    Raises:
+        UserError: The file cannot be read, is damaged, or is something else.
+    """
+    file = MappedFile(path, stays)
+    tensors, position = {}, 8 + int.from_bytes(file.content[:8], "little")
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            for name in opened.offset_keys():  # without gaps, which the library has checked
+                found = opened.get_slice(name)
+                shape, dtype_name = tuple(found.get_shape()), found.get_dtype()
+                if dtype_name not in _DTYPES:
+                    raise UserError(f"cannot read {path}: its tensor {name!r:.200} has the dtype {dtype_name:.40}")
+                dtype = np.dtype(_DTYPES[dtype_name])
+                tensors[name] = file.array(position, dtype, shape)
+                position += math.prod(shape) * dtype.itemsize
+    except SafetensorError as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}; download it again") from error
+    return tensors
 
 
 def read_config(folder: Path) -> dict | None:

@@ -1,4 +1,4 @@
-"""What `torch.save` wrote, read without torch and without running anything that the file names.
+"""Read what `torch.save` wrote, without torch and without running anything that the file names.
 
 Two formats. Since torch 1.6 a file is a zip archive of uncompressed entries: `<name>/data.pkl`, a pickle whose
 persistent ids name the storages, `<name>/data/<key>` for each storage, and since 2.1 `<name>/byteorder`. Before that,
@@ -6,6 +6,7 @@ five pickles (magic number, format version, system, the value, keys of the stora
 number of elements as int64 and the elements, both little-endian. See `torch/serialization.py` and `torch/_utils.py`.
 """
 
+import io
 import math
 import os
 import struct
@@ -13,76 +14,57 @@ import zipfile
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401
 import numpy as np
 
 from dm_generations.errors import UserError
 from dm_generations.weights import inert_pickle
-from dm_generations.weights.inert_pickle import Opaque, Window
+from dm_generations.weights.inert_pickle import Opaque, is_class
 from dm_generations.weights.mmap import MAX_DIMENSIONS, Malformed, MappedFile, short_shape
 
 __all__ = ["Opaque", "read_torch", "state_of"]
 
 MAGIC_NUMBER, FORMAT_VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before the zip archives
+MAX_PICKLE = 64 << 20  # bytes; tensors lie outside of it
 SMALL = 1 << 20  # bytes that a tensor may always have; more, only in a file of that size
 MAX_MODULES = 100_000  # of one network, and how deep they may be nested:
 MAX_MODULE_DEPTH = 64
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, ..., lengths of the name and of the extra field
 
-_DTYPES = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "float8_e5m2": ml_dtypes.float8_e5m2,
-    "complex64": np.complex64,
-    "complex128": np.complex128,
-    "int64": np.int64,
-    "int32": np.int32,
-    "int16": np.int16,
-    "int8": np.int8,
-    "uint64": np.uint64,
-    "uint32": np.uint32,
-    "uint16": np.uint16,
-    "uint8": np.uint8,
-    "bool": np.bool_,
-}
-DTYPES = {f"torch.{name}": np.dtype(dtype) for name, dtype in _DTYPES.items()}
-STORAGES = {
-    f"torch.{name}Storage": DTYPES[f"torch.{dtype}"]
-    for name, dtype in {
-        "Double": "float64",
-        "Float": "float32",
-        "Half": "float16",
-        "BFloat16": "bfloat16",
-        "ComplexFloat": "complex64",
-        "ComplexDouble": "complex128",
-        "Long": "int64",
-        "Int": "int32",
-        "Short": "int16",
-        "Char": "int8",
-        "Byte": "uint8",
-        "Bool": "bool",
-    }.items()
-} | {f"torch.{name}": np.dtype(np.uint8) for name in ("storage.UntypedStorage", "UntypedStorage")}
+_NAMES = (
+    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 complex64 complex128 "
+    "int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool"
+)
+DTYPES = {f"torch.{name}": np.dtype(name) for name in _NAMES.split()}  # ml_dtypes adds those that NumPy lacks
+_STORAGES = dict(Double="float64", Float="float32", Half="float16", BFloat16="bfloat16", Bool="bool", Byte="uint8")
+_STORAGES |= dict(Long="int64", Int="int32", Short="int16", Char="int8")
+_STORAGES |= dict(ComplexFloat="complex64", ComplexDouble="complex128")
+STORAGES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in _STORAGES.items()}
+STORAGES |= dict.fromkeys(("torch.storage.UntypedStorage", "torch.UntypedStorage"), np.dtype("uint8"))
 UNREADABLE = {
-    "torch._utils._rebuild_qtensor": "a quantised",
-    "torch._utils._rebuild_sparse_tensor": "a sparse",
-    "torch._utils._rebuild_sparse_csr_tensor": "a sparse",
-    "torch._utils._rebuild_nested_tensor": "a nested",
-    "torch._utils._rebuild_meta_tensor_no_storage": "an empty (meta)",
-    "torch._utils._rebuild_wrapper_subclass": "a wrapped",
-    "torch._utils._rebuild_device_tensor_from_numpy": "a device's own kind of",
+    "qtensor": "a quantised",
+    "sparse_tensor": "a sparse",
+    "sparse_csr_tensor": "a sparse",
+    "nested_tensor": "a nested",
+    "meta_tensor_no_storage": "an empty (meta)",
+    "wrapper_subclass": "a wrapped",
+    "device_tensor_from_numpy": "a device's own kind of",
 }
 
 
 def read_torch(path: str | os.PathLike) -> Any:
-    """The value in the file: plain containers and numbers, tensors as read-only views of the mapped file.
+    """Read a file of `torch.save`; nothing that it names is imported or called.
 
-    Tensors keep their dtype (and the byte order of a file from a big-endian machine) and strides. OrderedDict reads as
-    dict, torch.Size as tuple, a Parameter as its tensor, every other class or function as an inert `Opaque`. Raises
-    UserError, naming the file, if it cannot be read, is damaged, or holds a quantised or sparse tensor.
+    Args:
+        path: The file.
+
+    Returns:
+        Plain containers and numbers. A tensor is a read-only view of the mapped file, with the dtype, byte order and
+        strides that it has there, and so is a Parameter. An OrderedDict is a dict, a torch.Size a tuple; every other
+        class or function, and what the file made of it, is an inert `Opaque`.
+
+    Raises:
+        UserError: The file cannot be read, is damaged, or holds a quantised or sparse tensor.
     """
     file = MappedFile(path)
     try:
@@ -96,9 +78,10 @@ def read_torch(path: str | os.PathLike) -> Any:
 
 
 def state_of(value: Any) -> dict[str, np.ndarray]:
-    """The tensors of a pickled torch module by dotted name, as its `state_dict()` gives; a dict passes through.
+    """Return the tensors of a pickled torch module by dotted name, as its `state_dict()` does; a dict as it is.
 
-    Raises UserError if the value is neither.
+    Raises:
+        UserError: The value is neither.
     """
     if isinstance(value, dict):
         return value
@@ -113,19 +96,15 @@ def state_of(value: Any) -> dict[str, np.ndarray]:
             what = f"its part {prefix[:-1]!r:.200}" if count else "the value"
             raise UserError(f"{what} is not a network that torch pickled")
         skipped = state.get("_non_persistent_buffers_set") or ()
-        for kind in ("_parameters", "_buffers"):
-            tensors |= {
-                f"{prefix}{name}": tensor
-                for name, tensor in state[kind].items()
-                if isinstance(tensor, np.ndarray) and not (kind == "_buffers" and name in skipped)
-            }
+        named = [*state["_parameters"].items(), *((k, v) for k, v in state["_buffers"].items() if k not in skipped)]
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in named if isinstance(tensor, np.ndarray)}
         children = [(f"{prefix}{name}.", depth + 1, child) for name, child in state["_modules"].items()]
         modules += [child for child in reversed(children) if child[2] is not None]
     raise UserError(f"the network has more than {MAX_MODULES} modules")
 
 
 def _module_state(module: Any) -> dict | None:
-    """The attributes of a pickled module; None if it is none."""
+    """Return the attributes of a pickled module; None for anything else."""
     state = module.state if isinstance(module, Opaque) else None
     if isinstance(state, tuple) and state:  # (attributes, slots)
         state = state[0]
@@ -142,16 +121,15 @@ def _read_zip(file: MappedFile) -> Any:
     entries = _entries(file)
     folder = next(iter(entries)).split("/")[0]
 
-    def window(name: str) -> Window | None:
-        found = entries.get(f"{folder}/{name}")
-        return None if found is None else Window(file.content, found[0], sum(found))
+    def content(name: str) -> bytes | None:
+        offset, size = entries.get(f"{folder}/{name}", (0, -1))
+        return None if size < 0 else file.content[offset : offset + min(size, MAX_PICKLE)]
 
-    pickled, byteorder = window("data.pkl"), window("byteorder")
+    pickled, order = content("data.pkl"), content("byteorder") or b"little"
     if pickled is None:
         raise Malformed(f"it is a zip archive without {folder:.100}/data.pkl, so torch.save did not write it")
-    order = b"little" if byteorder is None else byteorder.read(10)
     if order not in (b"little", b"big"):
-        raise Malformed(f"its byte order is {order!r}")
+        raise Malformed(f"its byte order is {order[:10]!r}")
 
     def storage(kind: Any, key: Any, count: Any) -> np.ndarray:
         dtype = _storage_dtype(kind)
@@ -166,11 +144,11 @@ def _read_zip(file: MappedFile) -> Any:
             raise Malformed(f"its tensor data {key!r:.100} are {size} bytes, too few")
         return file.array(offset, dtype, (count,))
 
-    return inert_pickle.load(pickled, _calls(file), lambda saved_id: _storage_of_id(saved_id, storage))
+    return inert_pickle.load(io.BytesIO(pickled), _calls(file), lambda saved_id: _storage_of_id(saved_id, storage))
 
 
 def _entries(file: MappedFile) -> dict[str, tuple[int, int]]:
-    """Where the content of each entry begins, and its size, both in bytes; the order is that of the archive."""
+    """Return where the content of each entry begins and its size, both in bytes, in the order of the archive."""
     try:
         with zipfile.ZipFile(file.path) as archive:
             infos = archive.infolist()
@@ -205,28 +183,25 @@ def _entries(file: MappedFile) -> dict[str, tuple[int, int]]:
 
 
 def _read_legacy(file: MappedFile) -> Any:
-    def read(position: int, **options: Any) -> tuple[Any, int]:
-        window = Window(file.content, position, file.size)
-        return inert_pickle.load(window, **options), window.tell()
-
-    magic, position = read(0)
-    if magic != MAGIC_NUMBER:
+    stream = io.BytesIO(file.content[:MAX_PICKLE])
+    if inert_pickle.load(stream) != MAGIC_NUMBER:
         raise Malformed("it is a pickle, but torch.save did not write it")
-    version, position = read(position)
-    if version != FORMAT_VERSION:
+    if inert_pickle.load(stream) != FORMAT_VERSION:
         raise Malformed("torch.save wrote it in a format that this program does not know")
-    _, start = read(position)  # sizes of C's types on the machine of the writer
+    inert_pickle.load(stream)  # sizes of C's types on the machine of the writer
+    start = stream.tell()
     # The storages lie behind the pickle that says how many elements of which type they have, so it is read twice: first
     # for the storages alone, then, once they are found, for the tensors.
-    wanted: dict[Any, tuple[np.dtype, int]] = {}
+    wanted: dict[str, tuple[np.dtype, int]] = {}
 
-    def want(kind: Any, key: Any, count: int) -> Opaque:
+    def want(kind: Any, key: str, count: int) -> Opaque:
         if wanted.setdefault(key, (_storage_dtype(kind), count)) != (_storage_dtype(kind), count):
             raise Malformed(f"its tensor data {key!r:.100} have two types or sizes")
-        return Opaque("storage")
+        return Opaque()
 
-    _, position = read(start, persistent=lambda saved_id: _storage_of_id(saved_id, want))
-    keys, position = read(position)
+    inert_pickle.load(stream, persistent_load=lambda saved_id: _storage_of_id(saved_id, want))
+    keys = inert_pickle.load(stream)
+    position = stream.tell()
     storages: dict[str, np.ndarray] = {}
     for key in keys if isinstance(keys, list) else ():
         if not isinstance(key, str) or key in storages or key not in wanted:
@@ -237,24 +212,24 @@ def _read_legacy(file: MappedFile) -> Any:
         storages[key] = file.array(position + 8, dtype, (count,))
         position += 8 + storages[key].nbytes
 
-    def storage(kind: Any, key: Any, count: int) -> np.ndarray:
+    def storage(_kind: Any, key: str, _count: int) -> np.ndarray:
         if key not in storages:
             raise Malformed(f"it lacks the tensor data {key!r:.100}")
         return storages[key]
 
-    value, _ = read(start, calls=_calls(file), persistent=lambda saved_id: _storage_of_id(saved_id, storage))
-    return value
+    stream.seek(start)
+    return inert_pickle.load(stream, _calls(file), lambda saved_id: _storage_of_id(saved_id, storage))
 
 
 # storages and tensors
 
 
 def _storage_of_id(saved_id: Any, storage: Callable[[Any, str, int], Any]) -> Any:
-    """What `storage(type, key, element count)` gives for a persistent id; in legacy files also a part of a storage."""
-    if isinstance(saved_id, tuple) and len(saved_id) == 4 and saved_id[0] == "module":
+    """Return what `storage(type, key, element count)` gives for a persistent id; in legacy files also a part of it."""
+    if isinstance(saved_id, tuple) and len(saved_id) == 4 and saved_id[0] == "module" and is_class(saved_id[1]):
         return saved_id[1]  # a class whose source text was saved beside it
     if not (isinstance(saved_id, tuple) and len(saved_id) in (5, 6) and saved_id[0] == "storage"):
-        raise Malformed("its pickle refers to something that is no tensor data")
+        raise Malformed("its pickle refers to something that is not tensor data")
     _, kind, key, _device, count, *view = saved_id
     if not isinstance(key, str) or not _is_size(count):
         raise Malformed("its pickle refers to tensor data without name or size")
@@ -270,7 +245,7 @@ def _storage_of_id(saved_id: Any, storage: Callable[[Any, str, int], Any]) -> An
 
 
 def _storage_dtype(kind: Any) -> np.dtype:
-    name = kind.name.replace("torch.cuda.", "torch.") if isinstance(kind, Opaque) else "?"
+    name = kind.name.replace("torch.cuda.", "torch.") if is_class(kind) else "?"
     if name not in STORAGES:
         raise Malformed(f"it holds tensor data of the type {name!r:.100}, which this program cannot read")
     return STORAGES[name]
@@ -281,7 +256,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _calls(file: MappedFile) -> dict[str, Callable[..., Any]]:
-    """What stands in for the functions by which torch pickles tensors."""
+    """Return what stands in for the functions by which torch pickles tensors."""
     limit = max(file.size, SMALL)
 
     def tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> np.ndarray:
@@ -292,22 +267,24 @@ def _calls(file: MappedFile) -> dict[str, Callable[..., Any]]:
 
     def typed_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> np.ndarray:
         dtype = more[2] if len(more) > 2 else None
-        if not isinstance(dtype, Opaque) or dtype.name not in DTYPES or not isinstance(storage, np.ndarray):
+        if not is_class(dtype) or dtype.name not in DTYPES or not isinstance(storage, np.ndarray):
             raise Malformed("it holds a tensor of a type that this program cannot read")
         whole = storage.size // DTYPES[dtype.name].itemsize * DTYPES[dtype.name].itemsize
         return _view(storage[:whole].view(DTYPES[dtype.name]), offset, shape, strides, limit)
 
-    def parameter(data: Any, *_: Any) -> Any:
+    def parameter(data: Any, *_: Any) -> np.ndarray:
+        if not isinstance(data, np.ndarray):
+            raise Malformed("it holds a parameter that is not a tensor")
         return data
 
     def of_type(function: Any, _type: Any, args: Any, _state: Any) -> Any:
-        if not isinstance(function, Opaque) or function.name not in rebuilds or not isinstance(args, tuple):
+        if not is_class(function) or function.name not in rebuilds or not isinstance(args, tuple):
             raise Malformed("it holds a tensor of a type that this program cannot read")
         return rebuilds[function.name](*args)
 
     def size(sizes: Any = ()) -> tuple:
-        if not isinstance(sizes, tuple):
-            raise Malformed("it holds a torch.Size that is no tuple")
+        if not isinstance(sizes, tuple) or len(sizes) > MAX_DIMENSIONS or not all(map(_is_size, sizes)):
+            raise Malformed("it holds a torch.Size that is not one")
         return sizes
 
     rebuilds = {
@@ -316,7 +293,7 @@ def _calls(file: MappedFile) -> dict[str, Callable[..., Any]]:
         "torch._utils._rebuild_tensor_v3": typed_tensor,
         "torch._utils._rebuild_parameter": parameter,
         "torch._utils._rebuild_parameter_with_state": parameter,
-    } | {name: _refusal(what) for name, what in UNREADABLE.items()}
+    } | {f"torch._utils._rebuild_{name}": _refusal(what) for name, what in UNREADABLE.items()}
     return rebuilds | {"torch._tensor._rebuild_from_type_v2": of_type, "torch.Size": size}
 
 
@@ -328,15 +305,16 @@ def _refusal(what: str) -> Callable[..., NoReturn]:
 
 
 def _view(storage: Any, offset: Any, shape: Any, strides: Any, limit: int) -> np.ndarray:
-    """The tensor that begins `offset` elements into a flat storage, with strides in elements; a view.
+    """Return the tensor that begins `offset` elements into a flat storage: a view, strides in elements.
 
-    Raises Malformed if it reaches beyond the storage, or is larger than `limit` bytes by repeating elements.
+    Raises:
+        Malformed: It reaches beyond the storage, or is larger than `limit` bytes by repeating elements.
     """
     described = isinstance(storage, np.ndarray) and isinstance(shape, tuple) and isinstance(strides, tuple)
     if not described or len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
         raise Malformed("it holds a tensor without data, shape or strides")
     if not all(map(_is_size, (offset, *shape, *strides))):
-        raise Malformed("it holds a tensor whose offset, shape or strides are no sizes")
+        raise Malformed("it holds a tensor whose offset, shape or strides are not sizes")
     itemsize = storage.dtype.itemsize
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     # empty ones too: NumPy counts the other sides

@@ -130,9 +130,8 @@ def write_tensors(file, heads):
 LOADING = """
 import resource, sys
 import numpy as np
-from dm_generations.weights import flax_msgpack, safetensors_file
-    from dm_generations.weights import mmap as mapped
-    from dm_generations.weights import torch_file as torch_pickle
+from dm_generations.weights import flax_msgpack, native, torch_file
+from dm_generations.weights import mmap as mapped
 module, function = sys.argv[2].split(".")
 arrays = getattr(globals()[module], function)(sys.argv[1])
 copies = []
@@ -149,10 +148,10 @@ print(sum(copy.nbytes for copy in copies), resource.getrusage(resource.RUSAGE_SE
 @pytest.mark.parametrize(
     ("write", "read"),
     [
-        (write_safetensors, "safetensors_file.read_safetensors"),
+        (write_safetensors, "native.read_safetensors"),
         (write_msgpack, "flax_msgpack.read_flax_msgpack"),
-        (write_torch, "torch_pickle.read_torch"),
-        (write_legacy_torch, "torch_pickle.read_torch"),
+        (write_torch, "torch_file.read_torch"),
+        (write_legacy_torch, "torch_file.read_torch"),
     ],
 )
 def test_loading_2_gb_takes_less_than_1_3_times_their_memory(tmp_path, write, read):

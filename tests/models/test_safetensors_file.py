@@ -10,7 +10,7 @@ from safetensors.numpy import save
 
 from dm_generations.errors import UserError
 from dm_generations.weights import mmap as mapped
-from dm_generations.weights.safetensors_file import read_safetensors
+from dm_generations.weights.native import read_safetensors
 
 FLOAT = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

@@ -11,8 +11,11 @@ import pytest
 import torch_files
 from torch_files import WRITERS, Call, Global, Storage, Tensor, module, pickled, save, save_entries, save_legacy, tensor
 
-from dm_generations.errors import UserError
+from dm_generations.errors import UserError, short_repr
+from dm_generations.models.loading import load_checkpoint
 from dm_generations.weights.torch_file import Opaque, read_torch
+
+DOUBLING = b"N" + b"q\x00h\x00\x86" * 60  # pairs of pairs, with 2**60 leaves if they were walked
 
 
 def in_zip(path, data, **entries):
@@ -45,13 +48,23 @@ def test_nothing_is_called(tmp_path, monkeypatch, protocol, function):
         pytest.param(b"(cos\nsystem\nU\x0ctouch victimo.", id="OBJ"),
         pytest.param(b"cbuiltins\ngetattr\n(cos\npath\nU\x06systemtRU\x0ctouch victim\x85R.", id="through getattr"),
         pytest.param(b"ccopyreg\n_reconstructor\n(cos\nsystem\nU\x0ctouch victimtR.", id="_reconstructor"),
-        pytest.param(b"cos\nsystem\n}U\x08__call__K\x01sb.", id="BUILD on a function"),
     ],
 )
 def test_older_ways_to_call_do_nothing_either(tmp_path, monkeypatch, data):
     monkeypatch.chdir(tmp_path)
     assert isinstance(read_torch(in_zip(tmp_path / "a.pt", data)), Opaque)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.pt"]
+
+
+@pytest.mark.parametrize(
+    "function", ["os\nsystem", "torch._utils\n_rebuild_tensor_v2", "collections\nOrderedDict", "_codecs\nencode"]
+)
+@pytest.mark.parametrize("state", [b"}U\x08__call__K\x01s", b"N}U\x08__call__K\x01s\x86"])
+def test_nothing_is_set_on_a_function(tmp_path, monkeypatch, function, state):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"a\.pt"):
+        read_torch(in_zip(tmp_path / "a.pt", b"c" + function.encode() + b"\n" + state + b"b."))
+    assert read_torch(save(tmp_path / "b.pt", tensor(np.ones(2)))).tolist() == [1, 1]
 
 
 STORAGE = Storage(np.arange(6, dtype=np.float32))
@@ -142,8 +155,46 @@ def test_class_of_classes_is_made_without_recursion(tmp_path):
 
 
 def test_doubling_structure_is_small(tmp_path):
-    data = b"\x80\x02N" + b"q\x00h\x00\x86" * 60 + b"."  # 2**60 leaves, if it were walked
-    assert len(read_torch(in_zip(tmp_path / "a.pt", data))) == 2
+    value = read_torch(in_zip(tmp_path / "a.pt", b"\x80\x02" + DOUBLING + b"."))
+    assert len(value) == 2 and len(short_repr(value)) <= 80
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(DOUBLING + b"q\x00}h\x00K\x01s.", id="key"),
+        pytest.param(DOUBLING + b"q\x00}(h\x00K\x01u.", id="one of several keys"),
+        pytest.param(DOUBLING + b"q\x00(h\x00K\x01d.", id="key of a dict of protocol 0"),
+        pytest.param(DOUBLING + b"q\x00\x8f(h\x00\x90.", id="element of a set"),
+        pytest.param(DOUBLING + b"q\x00(h\x00\x91.", id="element of a frozenset"),
+        pytest.param(DOUBLING + b"q\x00cbuiltins\nset\n](h\x00e\x85R.", id="element of a list that becomes a set"),
+        pytest.param(DOUBLING + b"q\x00}ctorch\nSize\nh\x00\x85RK\x01s.", id="key through torch.Size"),
+        pytest.param(DOUBLING + b"q\x00}(U\x06moduleh\x00K\x01K\x01tQK\x01s.", id="key through a persistent id"),
+        pytest.param(b"(" + b"K\x01" * 101 + b"tq\x00}h\x00K\x01s.", id="long key"),
+        pytest.param(b"}\x8a\x09" + b"\x7f" * 8 + b"\x00K\x01s.", id="integer whose hash can be chosen"),
+    ],
+)
+def test_keys_that_take_long_to_hash(tmp_path, data):
+    with pytest.raises(UserError, match=r"a\.pt"):
+        read_torch(in_zip(tmp_path / "a.pt", b"\x80\x04" + data))
+
+
+def test_doubling_structure_in_a_message_is_cut(tmp_path):
+    ordered = Global("collections", "OrderedDict")
+    value = Call(ordered, ([("x", 1)],))
+    for _ in range(30):  # an OrderedDict takes two levels
+        value = Call(ordered, ([("a", value), ("b", value)],))
+    path = save(tmp_path / "dalle.pt", {"hparams": {"num_text_tokens": value}, "vae_params": None, "weights": {}})
+    with pytest.raises(UserError, match=r"dalle\.pt") as error:
+        load_checkpoint(path, "generator")
+    assert "num_text_tokens" in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_number_of_names_is_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr("dm_generations.models.checkpoints.inert_pickle.MAX_NAMES", 100)
+    data = b"".join(b"cm\nC%d\n0" % index for index in range(101))
+    with pytest.raises(UserError, match=r"a\.pt"):
+        read_torch(in_zip(tmp_path / "a.pt", data + b"N."))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +246,8 @@ def test_wrong_pickle_is_an_error_that_names_the_file_and_takes_no_memory(tmp_pa
 def test_huge_memo_index_takes_no_memory(tmp_path):
     path = in_zip(tmp_path / "a.pt", b"\x80\x02K\x07r\xff\xff\xff\xff0j\xff\xff\xff\xff.")
     tracemalloc.start()
-    assert read_torch(path) == 7
+    with pytest.raises(UserError, match=r"a\.pt"):
+        read_torch(path)
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
     tracemalloc.stop()
 
@@ -310,7 +362,7 @@ def test_legacy_file_with_another_size_of_storage(tmp_path, count):
     ("content", "what"),
     [
         (b"", "empty"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "not a file that torch.save wrote"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
         (b"<!DOCTYPE html>", "not a file that torch.save wrote"),
         (pickle.dumps({"a": 1}, 2), "torch.save did not write it"),
         (pickle.dumps(torch_files.MAGIC_NUMBER, 2) + pickle.dumps(9, 2), "format"),

@@ -14,8 +14,7 @@ import numpy as np
 from dm_generations.errors import UserError
 from dm_generations.models.base import RawCheckpoint
 from dm_generations.models.clip.network import CLIPConfig
-from dm_generations.weights.native import FORMAT, flatten, read_config, read_json_object
-from dm_generations.weights.safetensors_file import read_safetensors
+from dm_generations.weights.native import FORMAT, flatten, read_config, read_json_object, read_safetensors
 from dm_generations.weights.state_dict import torch_name
 from dm_generations.weights.torch_file import read_torch, state_of
 

@@ -23,11 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from dm_generations.errors import UserError
+from dm_generations.errors import UserError, short_repr
 from dm_generations.models.base import RawCheckpoint
 from dm_generations.models.dalle_pytorch.config import DallePytorchConfig
 from dm_generations.models.dvae import checkpoint as dvae
 from dm_generations.models.vqgan import checkpoint as vqgan
+from dm_generations.weights.mmap import is_apple_double
 from dm_generations.weights.native import unflatten
 from dm_generations.weights.state_dict import (
     Shape,
@@ -124,7 +125,7 @@ def _find_file(path: Path) -> Path | None:
         return path if path.suffix in (".pt", ".pth") else None
     if (path / _FILE).is_file():
         return path / _FILE
-    files = sorted(path.glob("*.pt"))
+    files = sorted(file for file in path.glob("*.pt") if not is_apple_double(file))
     return files[0] if len(files) == 1 else None
 
 
@@ -158,7 +159,7 @@ def _config(content: Mapping[str, Any], state: Mapping[str, np.ndarray], file: P
     for name in ("num_text_tokens", "text_seq_len", "depth"):
         value = hparams.get(name)
         if type(value) is not int or not 0 < value < 1 << 31:
-            raise UserError(f"{file}: hparams: {name} must be a whole number above 0, not {value!r:.80}")
+            raise UserError(f"{file}: hparams: {name} must be a whole number above 0, not {short_repr(value)}")
         sizes[name] = value
     text_rows = sizes["num_text_tokens"] + sizes["text_seq_len"]
     blocks = {match[0]: match for match in map(_BLOCK.fullmatch, state) if match}

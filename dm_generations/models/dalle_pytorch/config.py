@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from dm_generations.errors import UserError
+from dm_generations.errors import UserError, short_repr
 
 ATTN_TYPES = ("full", "axial_row", "axial_col", "conv_like", "sparse")
 CONV_LIKE = ("causal", "centred")
@@ -64,7 +64,7 @@ class DallePytorchConfig:
         for name in _SIZES:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value < 1 << 31:
-                raise UserError(f"DALLE-pytorch config: {name} must be a whole number above 0, not {value!r:.80}")
+                raise UserError(f"DALLE-pytorch config: {name} must be a whole number above 0, not {short_repr(value)}")
         # Bounds on what is built before any weight is looked at, above any model that was trained.
         if self.depth > 512 or self.sequence_length > 1 << 13:
             raise UserError(
@@ -73,23 +73,27 @@ class DallePytorchConfig:
             )
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise UserError(f"DALLE-pytorch config: {name} must be true or false, not {getattr(self, name)!r:.80}")
+                raise UserError(
+                    f"DALLE-pytorch config: {name} must be true or false, not {short_repr(getattr(self, name))}"
+                )
         for name, known in (("conv_like", CONV_LIKE), ("sampling_order", SAMPLING_ORDERS)):
             if getattr(self, name) not in known:
                 raise UserError(f"DALLE-pytorch config: {name} must be {' or '.join(known)}")
 
     def _check_attention(self) -> None:
         if not isinstance(self.attn_types, tuple) or not self.attn_types:
-            raise UserError(f"DALLE-pytorch config: attn_types must be a list, not {self.attn_types!r:.80}")
+            raise UserError(f"DALLE-pytorch config: attn_types must be a list, not {short_repr(self.attn_types)}")
         for name in self.attn_types:
             if name == "mlp":
                 raise UserError("DALLE-pytorch config: attn_types has mlp: gMLP layers are not supported")
             if name not in ATTN_TYPES:
-                raise UserError(f"DALLE-pytorch config: attn_types has {name!r:.80}; known are {', '.join(ATTN_TYPES)}")
+                raise UserError(
+                    f"DALLE-pytorch config: attn_types has {short_repr(name)}; known are {', '.join(ATTN_TYPES)}"
+                )
         for name in ("shared_attn_ids", "shared_ff_ids"):
             ids = getattr(self, name)
             if ids is not None and not (ids and isinstance(ids, tuple) and all(type(i) in (int, str) for i in ids)):
-                raise UserError(f"DALLE-pytorch config: {name} must be a list of ids, not {ids!r:.80}")
+                raise UserError(f"DALLE-pytorch config: {name} must be a list of ids, not {short_repr(ids)}")
         for layer, source in enumerate(self.attn_sources):
             if self.attn_type(layer) != self.attn_type(source):
                 raise UserError(f"DALLE-pytorch config: layers {source} and {layer} share attention of different types")

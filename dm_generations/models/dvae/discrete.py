@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dm_generations.errors import short_repr
 from dm_generations.models.base import example_images, token_grid
 
 
@@ -36,7 +37,7 @@ class DiscreteVAEConfig:
             if field.type is int:
                 value, least = getattr(self, field.name), int(field.name != "num_resnet_blocks")
                 if type(value) is not int or not least <= value < 2**31:
-                    raise ValueError(f"{field.name} must be a whole number from {least} on, not {value!r:.80}")
+                    raise ValueError(f"{field.name} must be a whole number from {least} on, not {short_repr(value)}")
         # Bounds on how long the network takes to build, far above any that exists.
         if self.num_layers > 16 or self.num_resnet_blocks > 256:
             raise ValueError(f"{self.num_layers} layers, {self.num_resnet_blocks} blocks: at most 16, 256 can be built")
@@ -45,7 +46,9 @@ class DiscreteVAEConfig:
         if self.normalization is not None:
             mean, deviation = self.normalization
             if len(mean) != 3 or len(deviation) != 3 or 0 in deviation:
-                raise ValueError(f"normalization must be 3 means and 3 deviations, not {self.normalization!r:.80}")
+                raise ValueError(
+                    f"normalization must be 3 means and 3 deviations, not {short_repr(self.normalization)}"
+                )
 
     @classmethod
     def from_dict(cls, values: dict) -> "DiscreteVAEConfig":
@@ -56,7 +59,7 @@ class DiscreteVAEConfig:
             ValueError: for images that are not RGB, and for bad values.
         """
         if values.get("channels", 3) != 3:
-            raise ValueError(f"images of {values['channels']!r:.80} channels; only RGB is supported")
+            raise ValueError(f"images of {short_repr(values['channels'])} channels; only RGB is supported")
         known = {field.name for field in dataclasses.fields(cls)}
         kept = {key: value for key, value in values.items() if key in known}
         if kept.get("normalization") is not None:

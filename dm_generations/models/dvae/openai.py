@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dm_generations.errors import short_repr
 from dm_generations.models.base import example_images, token_grid
 
 GROUPS = 4  # of blocks; the resolution changes between them
@@ -35,7 +36,7 @@ class OpenAIVAEConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if type(value) is not int or not 1 <= value < 2**31:
-                raise ValueError(f"{field.name} must be a whole number above 0, not {value!r:.80}")
+                raise ValueError(f"{field.name} must be a whole number above 0, not {short_repr(value)}")
         if self.n_blk_per_group > 64:  # a bound on how long the network takes to build
             raise ValueError(f"n_blk_per_group {self.n_blk_per_group}: at most 64 can be built")
         if self.n_hid % 4 or self.image_size % 2 ** (GROUPS - 1):

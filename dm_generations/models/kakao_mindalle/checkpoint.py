@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dm_generations.errors import UserError
+from dm_generations.errors import UserError, short_repr
 from dm_generations.models.base import RawCheckpoint
 from dm_generations.models.kakao_mindalle.network import KakaoMinDalleConfig
 from dm_generations.models.vqgan.checkpoint import config_from_yaml_values, read_yaml, vqgan_name_in_file, vqgan_params
@@ -58,7 +58,7 @@ def read_generator(path: Path) -> RawCheckpoint | None:
     stage = _section(_read_config_values(folder), "stage2", folder)
     if stage.get("type", "transformer1d") != "transformer1d":
         raise UserError(
-            f"{folder / CONFIG_FILE}: stage2.type is {stage['type']!r:.80}, only 'transformer1d' reads text"
+            f"{folder / CONFIG_FILE}: stage2.type is {short_repr(stage['type'])}, only 'transformer1d' reads text"
         )
     config = KakaoMinDalleConfig.from_dict(stage | _section(stage, "hparams", folder))
     state = _read_state(file)
@@ -114,7 +114,7 @@ def _section(values: Mapping[str, Any], name: str, folder: Path) -> dict[str, An
     """The mapping `values[name]`, empty if it is not given. Raises UserError if it is something else."""
     section = values.get(name, {})
     if not isinstance(section, dict):
-        raise UserError(f"{folder / CONFIG_FILE}: {name} must hold names and values, not {section!r:.80}")
+        raise UserError(f"{folder / CONFIG_FILE}: {name} must hold names and values, not {short_repr(section)}")
     return section
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from dm_generations.errors import UserError
+from dm_generations.errors import UserError, short_repr
 from dm_generations.models.base import example_ids
 
 NORM_EPSILON = 1e-5
@@ -54,7 +54,7 @@ class KakaoMinDalleConfig:
                 is_good = type(value) is int and smallest <= value <= largest
                 expected = f"a whole number from {smallest} to {largest}"
             if not is_good:
-                raise UserError(f"minDALL-E config: {field.name} must be {expected}, not {value!r:.80}")
+                raise UserError(f"minDALL-E config: {field.name} must be {expected}, not {short_repr(value)}")
         if self.embed_dim % self.n_heads:
             raise UserError(f"minDALL-E config: embed_dim {self.embed_dim} is not divisible by n_heads {self.n_heads}")
 

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from dm_generations.errors import UserError, one_line
+from dm_generations.errors import UserError, one_line, short_repr
 from dm_generations.models.base import RawCheckpoint
 from dm_generations.models.vqgan.network import VQGANConfig
 from dm_generations.weights.flax_msgpack import read_flax_msgpack
+from dm_generations.weights.mmap import is_apple_double
 from dm_generations.weights.native import CONFIG_FILE, FORMAT, read_config, unflatten
 from dm_generations.weights.state_dict import (
     Shape,
@@ -138,7 +139,7 @@ def config_from_yaml_values(values: Mapping[str, Any], is_gumbel: bool = False) 
             raise ValueError(f"{name} is missing")
     for name in _UNSUPPORTED:
         if sizes.get(name):
-            raise ValueError(f"{name} {sizes[name]!r:.80} is not supported, only false")
+            raise ValueError(f"{name} {short_repr(sizes[name])} is not supported, only false")
     if values.get("remap") is not None:
         raise ValueError("remap is not supported: tokens that are numbers in a list of the codebook's rows")
     return VQGANConfig.from_dict(sizes | {"is_signed": True, "is_gumbel": is_gumbel})
@@ -285,7 +286,9 @@ def _find_yaml_files(path: Path) -> list[Path]:
 
 
 def _list_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix in suffixes) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(file for file in folder.iterdir() if file.suffix in suffixes and not is_apple_double(file))
 
 
 def _choose_config(checkpoint: Path, configs: list[Path]) -> Path:

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dm_generations.errors import short_repr
 from dm_generations.models.base import example_images, token_grid
 
 
@@ -44,7 +45,7 @@ class VQGANConfig:
             sizes |= {f"{name}[{i}]": size for i, size in enumerate(getattr(self, name))}
         for name, size in sizes.items():
             if type(size) is not int or not 1 <= size < 2**31:
-                raise ValueError(f"{name} must be a whole number above 0, not {size!r:.80}")
+                raise ValueError(f"{name} must be a whole number above 0, not {short_repr(size)}")
         levels, blocks = len(self.ch_mult), self.num_res_blocks
         if not 1 <= levels <= 16 or blocks > 64:  # how long the network takes to build: far above any that exists
             raise ValueError(f"{levels} levels of {blocks} blocks: from 1 to 16 levels of at most 64 can be built")
