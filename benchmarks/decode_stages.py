@@ -25,12 +25,12 @@ from decode_kit import write_archive_2022
 from tiny import CODEBOOK_SIZE, GRID, tiny_vqgan
 
 from dm_generations.archive import Archive
+from dm_generations.atomic_io import write_atomic
 from dm_generations.cli import main as run_command
 from dm_generations.decode.encode import Encoding
 from dm_generations.decode.options import Options
 from dm_generations.decode.run import decode_archive
 from dm_generations.decode.tokens import tokens_of
-from dm_generations.files import write_atomic
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.vqgan.network import VQGAN, VQGANConfig

@@ -26,16 +26,16 @@ import numpy as np
 from timing import matrix_peak, seconds_of
 
 from dm_generations.archive import DTYPES
-from dm_generations.inference.generator import Generator, tokenizer_of
+from dm_generations.inference.generator import Generator
+from dm_generations.models.base import Tokenizer
 from dm_generations.models.dalle_mini.config import DalleBartConfig
 from dm_generations.models.dalle_mini.network import DalleBart
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.registry import parameter_shapes
 from dm_generations.runtime.device import free_bytes
 from dm_generations.runtime.params import put_params
-from dm_generations.sampling_params import SamplingParams
-from dm_generations.text import Tokenizer
-from dm_generations.threefry import row_key
+from dm_generations.sampling.params import SamplingParams
+from dm_generations.sampling.prng import row_key
 from dm_generations.weights.native import unflatten
 
 SWEEP = tuple(itertools.product((256,), (0.95, 1.0), (0.7, 1.0), (3.0, 10.0)))  # as SamplingParams
@@ -106,7 +106,7 @@ def cpu_seconds_of_children() -> float:
 def our_sweep(prompts: list[str], keys: np.ndarray) -> None:
     """All settings as rows, through one program: a batch can hold pictures of several settings, here of two."""
     checkpoint = load_checkpoint(None, "generator")
-    generator = Generator(checkpoint, tokenizer_of(checkpoint), batch_size=2 * len(prompts))
+    generator = Generator(checkpoint, checkpoint.load_tokenizer(), batch_size=2 * len(prompts))
     settings = [SamplingParams(*values) for values in SWEEP for _ in prompts]
     generator.generate(prompts * len(SWEEP), settings, np.tile(keys, (len(SWEEP), 1)))
 
@@ -120,7 +120,7 @@ def dalle_mini_sweep(prompts: list[str], keys: np.ndarray) -> None:
     checkpoint = load_checkpoint(None, "generator")
     config = checkpoint.config
     model, params = DalleBart(config), put_params(checkpoint.params)
-    texts = tokenizer_of(checkpoint).encode([*prompts, *[None] * len(prompts)], config.max_text_length)
+    texts = checkpoint.load_tokenizer().encode([*prompts, *[None] * len(prompts)], config.max_text_length)
     cond, uncond = (tuple(np.split(array, 2)[half] for array in texts) for half in range(2))
 
     @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
@@ -264,7 +264,7 @@ class Machine:
 def model_of(shape: str) -> tuple[Checkpoint, Tokenizer]:
     """The shipped model, or random weights of another shape, which read the same ids of texts."""
     embedded = load_checkpoint(None, "generator")
-    tokenizer = tokenizer_of(embedded)
+    tokenizer = embedded.load_tokenizer()
     if shape == "embedded":
         return embedded, tokenizer
     config = {"mini": _MINI, "mega": _MEGA}[shape]

@@ -8,17 +8,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dm_generations.compat.min_dalle import MinDalle
     from dm_generations.inference.generator import Generator
-    from dm_generations.min_dalle import MinDalle
-    from dm_generations.sampling_params import SamplingParams
+    from dm_generations.sampling.params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["Generator", "MinDalle", "SamplingParams"]
 
 _MODULES = {
     "Generator": "dm_generations.inference.generator",
-    "MinDalle": "dm_generations.min_dalle",
-    "SamplingParams": "dm_generations.sampling_params",
+    "MinDalle": "dm_generations.compat.min_dalle",
+    "SamplingParams": "dm_generations.sampling.params",
 }
 
 

@@ -1,6 +1,10 @@
-"""Errors that a user can cause, and that the command line prints as one line."""
+"""Errors that a user can cause, which the command line prints as one line, and Ctrl-C."""
 
+import contextlib
 import reprlib
+import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -28,3 +32,25 @@ class _ShortRepr(reprlib.Repr):
 def short_repr(value: Any) -> str:
     """Return what a file gave as a value, for a part of such a text: one line of at most 80 characters."""
     return " ".join(_ShortRepr().repr(value).split())[:80]
+
+
+@contextlib.contextmanager
+def defer_sigint() -> Iterator[None]:
+    """Within it, or a function that it decorates, Ctrl-C waits, and comes at the end.
+
+    For calls of pools and other threads: the standard library takes their locks in Python, and a KeyboardInterrupt
+    between taking one and noting it leaves it taken. A thread that needs it then never ends, and who waits for that
+    thread neither.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield  # no KeyboardInterrupt can come here
+        return
+    came = []
+    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from tiny import GRID, IMAGE_SIZE, tiny_models
 
-from dm_generations.generate import loop
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
 from dm_generations.inference.scorer import Scorer
 from dm_generations.models.loading import load_checkpoint
-from dm_generations.sampling_params import SamplingParams
-from dm_generations.text import PromptTokenizer
+from dm_generations.models.tokenization import PromptTokenizer
+from dm_generations.sampling import decode_loop as loop
+from dm_generations.sampling.params import SamplingParams
 
 PRODUCT = re.compile(r"stablehlo\.(?:dot_general|convolution)\b.*")
 

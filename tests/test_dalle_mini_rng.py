@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from helpers import golden
 
-from dm_generations import dalle_mini_rng
-from dm_generations.dalle_mini_rng import call_gumbel, prng_key, row_gumbel, split
-from dm_generations.generate import loop
-from dm_generations.generate.dalle_mini import DalleMiniSampler
-from dm_generations.generate.row_inputs import TEXT_BATCH, RowInputs
 from dm_generations.models.dalle_mini.config import DalleBartConfig, config_for_params, unscan
 from dm_generations.models.dalle_mini.network import DalleBart
+from dm_generations.sampling import decode_loop as loop
+from dm_generations.sampling import methods as dalle_mini_rng
+from dm_generations.sampling.batching import TEXT_BATCH, RowInputs
+from dm_generations.sampling.methods import DalleMiniSampler, call_gumbel, row_gumbel, split
+from dm_generations.sampling.prng import prng_key
 from dm_generations.weights.flax_msgpack import read_flax_msgpack
 
 CASES = sorted(path.parent for path in golden("dalle_bart").glob("**/sample_settings.json"))

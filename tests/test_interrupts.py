@@ -7,7 +7,7 @@ import pytest
 
 from dm_generations.decode.shards import Shard, ShardWriter
 from dm_generations.decode.writer import FileWriter
-from dm_generations.interrupts import uninterrupted
+from dm_generations.errors import defer_sigint
 
 
 @pytest.fixture(autouse=True)
@@ -20,11 +20,11 @@ def python_hears_of_it(monkeypatch):
 
 def test_it_comes_at_the_end():
     passed = []
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
+    with pytest.raises(KeyboardInterrupt), defer_sigint():
         signal.raise_signal(signal.SIGINT)
         passed.append(True)
     assert passed
-    with uninterrupted():
+    with defer_sigint():
         passed.append(True)
     assert passed == [True, True]
 
@@ -32,7 +32,7 @@ def test_it_comes_at_the_end():
 def test_it_is_nothing_to_other_threads():
     seen = []
 
-    @uninterrupted()
+    @defer_sigint()
     def look():
         seen.append(signal.getsignal(signal.SIGINT))
 

@@ -14,8 +14,8 @@ from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
 from dm_generations.models.loading import load_checkpoint
-from dm_generations.sampling_params import SamplingParams
-from dm_generations.threefry import row_key
+from dm_generations.sampling.params import SamplingParams
+from dm_generations.sampling.prng import row_key
 
 SIZE = 2 * IMAGE_SIZE  # of a grid of 2 x 2
 

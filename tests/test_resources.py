@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dm_generations.errors import UserError
-from dm_generations.resources import cache_dir
+from dm_generations.paths import cache_dir
 from dm_generations.runtime import compile_cache
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sampling_kit import draw, reference_distribution
 
-from dm_generations import sampling
-from dm_generations.threefry import row_key
+from dm_generations.sampling.logits import logits as sampling
+from dm_generations.sampling.prng import row_key
 
 
 def chi_square_tail(statistic, freedom):

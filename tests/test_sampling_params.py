@@ -44,5 +44,5 @@ def test_the_ends_of_the_ranges_are_accepted(params):
 
 
 def test_it_imports_neither_jax_nor_numpy():
-    code = "import sys; import dm_generations.sampling_params; assert not {'jax', 'numpy', 'flax'} & set(sys.modules)"
+    code = "import sys; import dm_generations.sampling.params; assert not {'jax', 'numpy', 'flax'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,7 +15,7 @@ from dm_generations.inference.scorer import Preprocessing, Scorer
 from dm_generations.models.clip.checkpoint import flax_from_torch
 from dm_generations.models.clip.network import CLIP, CLIPConfig
 from dm_generations.models.clip.preprocessing import preprocess
-from dm_generations.text import PromptTokenizer
+from dm_generations.models.tokenization import PromptTokenizer
 
 MODEL = Path(__file__).parent / "golden" / "clip" / "model"
 BOS, EOS = 62, 63  # as in the model's config

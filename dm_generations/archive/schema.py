@@ -7,7 +7,7 @@ from typing import Final
 from dm_generations.archive.connection import APPLICATION_ID, ArchiveError, Connection
 from dm_generations.archive.records import IMAGE_COLUMNS, INSERT_COLUMNS, ModelInfo
 from dm_generations.errors import one_line
-from dm_generations.resources import shipped
+from dm_generations.paths import shipped
 
 SCHEMA_VERSION: Final = 2
 INDEXES: Final = frozenset({"images_by_group", "images_draw"})

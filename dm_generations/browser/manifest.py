@@ -32,8 +32,8 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dm_generations.files import write_atomic
-from dm_generations.resources import shipped
+from dm_generations.atomic_io import write_atomic
+from dm_generations.paths import shipped
 
 MANIFEST_VERSION = 1
 MANIFEST = "manifest.js"

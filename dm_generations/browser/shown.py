@@ -12,9 +12,9 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from dm_generations.atomic_io import write_atomic
 from dm_generations.browser.manifest import MANIFEST, MANIFEST_START, Entry, GalleryEntry, rounded_score, unusual
 from dm_generations.errors import UserError
-from dm_generations.files import write_atomic
 
 OTHERS = ".others.json"
 NOTES = ".under-way.jsonl"  # a line is [path, shown]; the last one of a path counts

@@ -9,7 +9,7 @@ from dm_generations.cli._text import counted
 from dm_generations.cli._types import at_least_one
 from dm_generations.cli.model_options import prepare_device
 from dm_generations.errors import UserError
-from dm_generations.resources import shipped
+from dm_generations.paths import shipped
 
 HELP = "turn an archive into picture files"
 DESCRIPTION = "Decode the pictures of an archive into files, with a page to look at them."

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from dm_generations.archive import Archive, ArchiveInfo, LogProbInfo, PromptInfo, ScoreInfo, info
 from dm_generations.cli._text import counted, file_size, printable, utc_time
-from dm_generations.resources import shipped
+from dm_generations.paths import shipped
 
 HELP = "show what an archive holds"
 DESCRIPTION = """\

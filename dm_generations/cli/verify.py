@@ -15,8 +15,8 @@ from dm_generations.cli.model_options import (
     show_progress,
 )
 from dm_generations.errors import UserError
+from dm_generations.paths import shipped
 from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
-from dm_generations.resources import shipped
 
 HELP = "check an archive for damage"
 DESCRIPTION = """\

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dm_generations.archive import Archive
+from dm_generations.atomic_io import remove_stale_temporaries
 from dm_generations.decode.fit import check_fit
 from dm_generations.decode.job import AnyTokens, Job
 from dm_generations.decode.options import Options, Report
 from dm_generations.decode.plan import select_groups
 from dm_generations.errors import UserError
-from dm_generations.files import remove_stale_temporaries
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.progress import Progress

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from dm_generations.atomic_io import temporary_path
 from dm_generations.decode.metadata import Record, as_json
 from dm_generations.decode.tokens import TOKEN_DTYPE
 from dm_generations.decode.writer import QUEUE_PER_WORKER, raise_if_hopeless
-from dm_generations.files import temporary_path
-from dm_generations.interrupts import uninterrupted
+from dm_generations.errors import defer_sigint
 
 Member = tuple[str, bytes | memoryview]  # name, with "/" between its parts, and content
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can say
@@ -154,7 +154,7 @@ class ShardWriter:
         self._pending: deque[tuple[Shard, Future[list[Member]]]] = deque()
         self._current: _OpenShard | None = None
 
-    @uninterrupted()
+    @defer_sigint()
     def submit(self, shard: Shard, encode: Callable[[], list[Member]]) -> None:
         """Queue what `encode` gives for `shard`; waits while the queue is full."""
         while self._pending and (self._pending[0][1].done() or len(self._pending) >= self._limit):
@@ -164,7 +164,7 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    @uninterrupted()
+    @defer_sigint()
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         try:
             while error is None and self._pending:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from dm_generations.errors import UserError
-from dm_generations.files import write_atomic
-from dm_generations.interrupts import uninterrupted
+from dm_generations.atomic_io import write_atomic
+from dm_generations.errors import UserError, defer_sigint
 
 QUEUE_PER_WORKER = 4  # enough to keep threads busy, few enough to bound memory
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no later file would fare better
@@ -25,7 +24,7 @@ class FileWriter:
         self._limit = QUEUE_PER_WORKER * workers
         self._pending: deque[tuple[Path, Future, Callable[[Exception | None], None]]] = deque()
 
-    @uninterrupted()
+    @defer_sigint()
     def submit(
         self, path: Path, encode: Callable[[], bytes | memoryview], done: Callable[[Exception | None], None]
     ) -> None:
@@ -40,7 +39,7 @@ class FileWriter:
     def __enter__(self) -> "FileWriter":
         return self
 
-    @uninterrupted()
+    @defer_sigint()
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         try:
             while error is None and self._pending:

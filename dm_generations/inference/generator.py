@@ -17,17 +17,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dm_generations.archive import DTYPES
 from dm_generations.errors import UserError
-from dm_generations.generate import loop
-from dm_generations.generate.dalle_mini import DalleMiniSampler
-from dm_generations.generate.row_inputs import Row, RowInputs, pack_batch, sequence_count, take_until_full
+from dm_generations.models.base import Tokenizer
 from dm_generations.models.dalle_mini.config import DalleBartConfig
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import BatchRunner, Work, batch_concurrency, free_bytes_of_each
 from dm_generations.runtime.params import put_params
-from dm_generations.sampling_params import SamplingParams
-from dm_generations.text import Tokenizer, load_tokenizer
-from dm_generations.threefry import WORD
+from dm_generations.sampling import decode_loop as loop
+from dm_generations.sampling.batching import Row, RowInputs, pack_batch, sequence_count, take_until_full
+from dm_generations.sampling.methods import DalleMiniSampler
+from dm_generations.sampling.params import SamplingParams
+from dm_generations.sampling.prng import WORD
 
 _T = TypeVar("_T")
 _TIMED_STEPS = 4
@@ -123,7 +123,7 @@ class Generator:
         """
         compile_cache.enable()
         checkpoint = load_checkpoint(model, "generator")
-        return cls(checkpoint, tokenizer_of(checkpoint), batch_size, dtype=dtype)
+        return cls(checkpoint, checkpoint.load_tokenizer(), batch_size, dtype=dtype)
 
     @property
     def batch_size(self) -> int:
@@ -389,14 +389,3 @@ def _checked_whole(name: str, values: np.ndarray, lowest: int, highest: int) -> 
     if values.size and not (values.dtype.kind in "iu" and lowest <= values.min() and values.max() <= highest):
         raise ValueError(f"{name} must be whole numbers from {lowest:,} to {highest:,}")
     return values
-
-
-def tokenizer_of(generator: Checkpoint) -> Tokenizer:
-    """Load the tokenizer of a generator. Raises UserError if its files are missing or broken."""
-    if generator.tokenizer is None:
-        raise UserError(
-            f"model {generator.name!r} has no tokenizer beside it: give its file or folder with --tokenizer"
-        )
-    config = generator.config
-    is_fork = config.sampling_order == "top_p_first"  # its program draws from prompts in lower case
-    return load_tokenizer(generator.tokenizer, generator.text_style, config.text_vocab_size, lower=is_fork)

@@ -19,8 +19,8 @@ from dm_generations.inference.decoder import Decoding
 from dm_generations.models.clip.network import CLIP, CLIPConfig, unit
 from dm_generations.models.clip.preprocessing import FILTERS, OPENAI_MEAN, OPENAI_STD, preprocess
 from dm_generations.models.loading import Checkpoint
+from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.runtime.params import matmul_precision, put_params
-from dm_generations.text import PromptTokenizer
 from dm_generations.weights.native import read_json_object
 
 TEXT_BATCH = 8  # texts of one run of the text tower; a sweep has few distinct prompts

@@ -16,8 +16,8 @@ from types import MappingProxyType
 from typing import Any
 
 from dm_generations.errors import UserError, one_line
-from dm_generations.models.base import RawCheckpoint
-from dm_generations.models.registry import ROLES, ModelKind, get_kind, kinds_of_role, parameter_shapes
+from dm_generations.models.base import RawCheckpoint, Tokenizer
+from dm_generations.models.registry import ROLES, ModelKind, get_kind, kinds_of_role, load_tokenizer, parameter_shapes
 from dm_generations.weights import hub, native
 from dm_generations.weights.mmap import release
 from dm_generations.weights.native import flatten
@@ -51,6 +51,19 @@ class Checkpoint:
     def network_class(self) -> Any:
         """The class of its network."""
         return get_kind(self.kind).network_class
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Load the tokenizer of its prompts.
+
+        Raises:
+            UserError: The tokenizer's files are missing or broken.
+        """
+        if self.role == "clip":
+            return load_tokenizer(self.folder, self.kind, self.config.text_config.vocab_size)
+        if self.tokenizer is None:
+            raise UserError(f"model {self.name!r} has no tokenizer: give its file or folder with --tokenizer")
+        is_fork = self.config.sampling_order == "top_p_first"  # the DALL-3 fork reads prompts in lower case
+        return load_tokenizer(self.tokenizer, self.text_style, self.config.text_vocab_size, lower=is_fork)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ Nothing of a model is imported before it is asked for.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dm_generations.models.base import ImageDecoder, NetworkDecoder, RawCheckpoint
+from dm_generations.errors import UserError
+from dm_generations.models.base import ImageDecoder, NetworkDecoder, RawCheckpoint, Tokenizer
 from dm_generations.weights.state_dict import Shape
 
 ROLES = ("generator", "codec", "clip")
@@ -32,6 +33,9 @@ class ModelKind:
     readers: tuple[str, ...]  # a path to a RawCheckpoint, or to None for what is not of the reader's format
     files: str  # what these formats consist of, for messages
     decoder: str | None = None  # codecs: an ImageDecoder, if not the network as it is
+    tokenizers: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # by text style: a path and a vocab_size to a Tokenizer
 
     @property
     def config_class(self) -> Any:
@@ -69,6 +73,11 @@ KINDS = (
         network="dalle_mini.network:DalleBart",
         readers=("dalle_mini.checkpoint:read_flax", "dalle_mini.checkpoint:read_min_dalle"),
         files="config.json with flax_model.msgpack, encoder.pt and decoder.pt",
+        tokenizers={
+            "dalle_bart": "dalle_mini.tokenizer:load_bart_tokenizer",
+            "dalle_mini": "dalle_mini.tokenizer:load_normalizing_tokenizer",
+            "min_dalle": "dalle_mini.tokenizer:MinDalleTokenizer",
+        },
     ),
     ModelKind(
         name="mindalle",
@@ -77,6 +86,7 @@ KINDS = (
         network="kakao_mindalle.network:KakaoMinDalle",
         readers=("kakao_mindalle.checkpoint:read_generator",),
         files="stage2_last.ckpt",
+        tokenizers={"mindalle": "kakao_mindalle.tokenizer:KakaoTokenizer"},
     ),
     ModelKind(
         name="dalle_pytorch",
@@ -85,6 +95,7 @@ KINDS = (
         network="dalle_pytorch.network:DallePytorch",
         readers=("dalle_pytorch.checkpoint:read_generator",),
         files="dalle.pt",
+        tokenizers={"dalle_pytorch": "dalle_pytorch.tokenizer:DallePytorchTokenizer"},
     ),
     ModelKind(
         name="vqgan",
@@ -124,6 +135,7 @@ KINDS = (
         network="clip.network:CLIP",
         readers=("clip.checkpoint:read_transformers",),
         files="config.json with model.safetensors or pytorch_model.bin, whole or in several files",
+        tokenizers={"clip": "clip.tokenizer:load_clip_tokenizer"},
     ),
 )
 
@@ -167,6 +179,28 @@ def parameter_shapes(name: str, config: Any) -> dict[str, Shape]:
     network = network_class(config)
     tree = jax.eval_shape(network.init, jax.random.key(0), *network_class.example_inputs(config))["params"]
     return {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def load_tokenizer(path: str | Path, style: str | None, vocab_size: int, *, lower: bool = False) -> Tokenizer:
+    """Load a tokenizer and set it up as a kind of model was trained with it.
+
+    Args:
+        path: The tokenizer's folder, or one of its files.
+        style: A key of `ModelKind.tokenizers`.
+        vocab_size: Rows of the model's text embedding.
+        lower: For "dalle_pytorch": put prompts in lower case, as the DALL-3 fork does.
+
+    Raises:
+        UserError: A file is missing, broken or not of this style, or needs a library that is not installed.
+        ValueError: The style is unknown.
+    """
+    name = next((kind.tokenizers[style] for kind in KINDS if style in kind.tokenizers), None)
+    if name is None:
+        raise ValueError(f"unknown style {style!r}")
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; the prompts need the model's tokenizer")
+    return _load_attribute(name)(path, vocab_size, **({"lower": True} if lower else {}))
 
 
 def _load_attribute(name: str) -> Any:

@@ -9,11 +9,11 @@ import ml_dtypes
 import numpy as np
 
 from dm_generations.errors import UserError
+from dm_generations.models.dalle_mini.tokenizer import WORDS_FILE
 from dm_generations.models.kakao_mindalle import checkpoint as kakao_mindalle
 from dm_generations.models.loading import Checkpoint, find_checkpoint
 from dm_generations.models.registry import ROLES
-from dm_generations.text.dalle_mini import WORDS_FILE
-from dm_generations.text.tokenizer_files import VOCAB_OR_MERGES_NAME
+from dm_generations.models.tokenization import VOCAB_OR_MERGES_NAME
 from dm_generations.weights import native
 from dm_generations.weights.tar import is_archive
 

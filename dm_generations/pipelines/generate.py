@@ -20,13 +20,12 @@ import numpy as np
 from PIL import Image
 
 from dm_generations.archive import Archive, NewImage
+from dm_generations.atomic_io import write_atomic
 from dm_generations.decode import names
 from dm_generations.decode.tokens import TOKEN_DTYPE
 from dm_generations.errors import UserError
-from dm_generations.files import write_atomic
-from dm_generations.generate.row_inputs import sequence_count
 from dm_generations.inference.decoder import Decoder
-from dm_generations.inference.generator import Generator, tokenizer_of
+from dm_generations.inference.generator import Generator
 from dm_generations.inference.scorer import Scorer
 from dm_generations.models.loading import Checkpoint, Models, load_models
 from dm_generations.pipelines.init_tokens import InitTokens, load_init_tokens
@@ -43,9 +42,9 @@ from dm_generations.pipelines.sweep import (
 )
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors
-from dm_generations.sampling import SAMPLER_VERSION
-from dm_generations.sampling_params import SamplingParams
-from dm_generations.text import load_tokenizer
+from dm_generations.sampling.batching import sequence_count
+from dm_generations.sampling.logits.logits import SAMPLER_VERSION
+from dm_generations.sampling.params import SamplingParams
 
 SAMPLER_VERSIONS = {"rows": SAMPLER_VERSION, "dalle-mini": 1001}  # stored with each row
 ROW_BYTES = 235  # of the archive for an image besides its tokens, indexes included: measured on archive/emoji.db
@@ -209,7 +208,11 @@ class Pipeline:
         self.models = models
         self.sampler_version = SAMPLER_VERSIONS[options.rng]
         self.generator = Generator(
-            models.generator, tokenizer_of(models.generator), options.batch_size, dtype=options.dtype, rng=options.rng
+            models.generator,
+            models.generator.load_tokenizer(),
+            options.batch_size,
+            dtype=options.dtype,
+            rng=options.rng,
         )
         self._init = init
         self._options = options
@@ -402,7 +405,7 @@ def partial_image_name(sample: Sample, count: int) -> str:
 
 def make_scorer(clip: Checkpoint, batch_size: int) -> Scorer:
     """Return the scorer of a loaded CLIP, with the tokenizer of its folder."""
-    return Scorer(clip, load_tokenizer(clip.folder, "clip", clip.config.text_config.vocab_size), batch_size)
+    return Scorer(clip, clip.load_tokenizer(), batch_size)
 
 
 def open_archive(path: Path) -> Archive:

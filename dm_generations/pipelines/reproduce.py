@@ -10,12 +10,12 @@ import numpy as np
 from dm_generations.archive import Archive, ImageRow
 from dm_generations.decode.tokens import BadTokens, tokens_of
 from dm_generations.errors import UserError
-from dm_generations.inference.generator import Generator, tokenizer_of
+from dm_generations.inference.generator import Generator
 from dm_generations.models.loading import Checkpoint
 from dm_generations.pipelines.generate import SAMPLER_VERSIONS
 from dm_generations.pipelines.model_records import find_model_id, model_info
 from dm_generations.runtime import compile_cache
-from dm_generations.sampling_params import SamplingParams
+from dm_generations.sampling.params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def find_mismatches(
         After each batch, how many rows were checked and their mismatches.
     """
     compile_cache.enable()
-    generator = Generator(checkpoint, tokenizer_of(checkpoint), batch_size, dtype=dtype)
+    generator = Generator(checkpoint, checkpoint.load_tokenizer(), batch_size, dtype=dtype)
     prompts, sc_prompts = archive.prompts(), archive.sc_prompts()
     rows = archive.read_rows(ids)
     while batch := list(itertools.islice(rows, sum(generator.capacities))):

@@ -23,8 +23,8 @@ from typing import Any
 
 from dm_generations.archive import Archive, Settings
 from dm_generations.errors import UserError, one_line
-from dm_generations.sampling_params import SamplingParams, check_range
-from dm_generations.threefry import row_key
+from dm_generations.sampling.params import SamplingParams, check_range
+from dm_generations.sampling.prng import row_key
 
 DEFAULT_PARAMS = SamplingParams(top_k=256, cond_scale=3.0)
 DEFAULT_COUNT = 32  # images of each combination

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dm_generations.errors import UserError
-from dm_generations.resources import cache_dir
+from dm_generations.paths import cache_dir
 
 MAX_BYTES = 1 << 30
 _CHECKED = "checked"  # a file whose time says: entries older than this were found complete

@@ -12,8 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from dm_generations.errors import UserError
-from dm_generations.interrupts import uninterrupted
+from dm_generations.errors import UserError, defer_sigint
 
 _Batch = TypeVar("_Batch")
 _Result = TypeVar("_Result")
@@ -121,7 +120,7 @@ class BatchRunner:
 
     def _submit(self, work: Work[_Batch, _Result], batch: _Batch) -> Future:
         if self.concurrency > 1 and not work.in_turn and (work.program, self.size) in self._compiled:
-            with uninterrupted():
+            with defer_sigint():
                 return self._pool.submit(lambda: jax.block_until_ready(work.compute(batch)))
         future: Future = Future()
         try:

@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dm_generations.atomic_io import replacing, write_atomic
 from dm_generations.errors import UserError, one_line
-from dm_generations.files import replacing, write_atomic
 from dm_generations.weights.mmap import MappedFile, release
 
 FORMAT = "dm-generations"

@@ -24,8 +24,8 @@ from dm_generations.inference.scorer import Scorer
 from dm_generations.models.clip.network import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, unit
 from dm_generations.models.clip.preprocessing import normalise
 from dm_generations.models.loading import Checkpoint, load_checkpoint
+from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.models.vqgan.network import VQGAN
-from dm_generations.text import PromptTokenizer
 from dm_generations.weights import native
 from recipes.emoji.captions import sample_caption
 from recipes.emoji.common import Run, make_optimizer, to_float32

@@ -23,7 +23,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from dm_generations.files import write_atomic
+from dm_generations.atomic_io import write_atomic
 
 MUON_RMS = 0.2  # root mean square of an update before the learning rate, about that of AdamW
 

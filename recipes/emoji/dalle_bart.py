@@ -36,8 +36,8 @@ from tokenizers import Tokenizer
 
 from dm_generations.models.dalle_mini.network import DalleBart, DalleBartConfig
 from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.models.vqgan.network import VQGAN
-from dm_generations.text import PromptTokenizer
 from dm_generations.weights import native
 from recipes.emoji.captions import sample_caption
 from recipes.emoji.common import Run, has_bfloat16_units, make_optimizer, to_float32, use_bfloat16_dense

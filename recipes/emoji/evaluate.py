@@ -23,10 +23,10 @@ from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
 from dm_generations.inference.scorer import Scorer
 from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.models.vqgan.network import VQGAN
-from dm_generations.sampling_params import SamplingParams
-from dm_generations.text import PromptTokenizer
-from dm_generations.threefry import row_key
+from dm_generations.sampling.params import SamplingParams
+from dm_generations.sampling.prng import row_key
 from recipes.emoji.clip import top1_accuracy
 from recipes.emoji.data import STYLES, Emoji, load_dataset
 from recipes.emoji.vqgan import compute_psnr, reconstruct

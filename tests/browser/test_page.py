@@ -17,8 +17,8 @@ import pytest
 
 from dm_generations.browser.manifest import GalleryEntry, build_manifest, write_manifest
 from dm_generations.cli import build_parser
+from dm_generations.paths import shipped
 from dm_generations.pipelines.sweep import parse_key
-from dm_generations.resources import shipped
 
 HOSTILE = {
     "markup": "</script><script>window.pwned = 1; alert(1)</script>",

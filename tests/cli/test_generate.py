@@ -25,7 +25,7 @@ from dm_generations.errors import UserError
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.pipelines import generate
 from dm_generations.progress import Progress
-from dm_generations.threefry import row_key
+from dm_generations.sampling.prng import row_key
 from dm_generations.weights import native
 
 

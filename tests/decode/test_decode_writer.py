@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dm_generations import files
+from dm_generations import atomic_io as files
+from dm_generations.atomic_io import remove_stale_temporaries, write_atomic
 from dm_generations.decode import writer as writer_module
 from dm_generations.decode.png import encode_png
 from dm_generations.decode.writer import FileWriter
-from dm_generations.files import remove_stale_temporaries, write_atomic
 
 PIXELS = np.random.default_rng(0).integers(256, size=(16, 16, 3), dtype=np.uint8)
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from tiny import CODEBOOK_SIZE, tiny_dalle_bart
 
-from dm_generations import sampling
 from dm_generations.errors import UserError
 from dm_generations.inference.generator import Generator
 from dm_generations.models.dalle_mini.network import DalleBart
 from dm_generations.models.loading import load_checkpoint
-from dm_generations.sampling_params import SamplingParams
-from dm_generations.text import PromptTokenizer
-from dm_generations.threefry import row_key
+from dm_generations.models.tokenization import PromptTokenizer
+from dm_generations.sampling.logits import logits as sampling
+from dm_generations.sampling.params import SamplingParams
+from dm_generations.sampling.prng import row_key
 
 BATCH_SIZE = 6
 PROMPTS = ["a boat", "a cat", "", "a prompt that is cut, being longer than the model reads", "boat", "a boat"]

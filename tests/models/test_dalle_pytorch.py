@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from helpers import golden
 
-from dm_generations import sampling
 from dm_generations.errors import UserError
 from dm_generations.models.base import RawCheckpoint
 from dm_generations.models.dalle_pytorch import checkpoint as loader
@@ -24,6 +23,7 @@ from dm_generations.models.dalle_pytorch.network import DallePytorch, DallePytor
 from dm_generations.models.dvae.discrete import DiscreteVAE
 from dm_generations.models.loading import check_names_and_shapes
 from dm_generations.models.registry import parameter_shapes
+from dm_generations.sampling.logits import logits as sampling
 from dm_generations.weights.native import flatten
 
 GOLDEN = golden("dalle_pytorch")

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from helpers import golden
 
-from dm_generations import sampling
 from dm_generations.errors import UserError
 from dm_generations.models.kakao_mindalle.checkpoint import read_codec, read_generator
 from dm_generations.models.kakao_mindalle.network import KakaoMinDalle, KakaoMinDalleConfig
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.registry import parameter_shapes
 from dm_generations.models.vqgan.network import VQGAN
+from dm_generations.sampling.logits import logits as sampling
 from dm_generations.weights.native import flatten, unflatten
 
 CASES = sorted(path.parents[1] for path in golden("mindalle_kakao").glob("**/ckpt/stage2_last.ckpt"))

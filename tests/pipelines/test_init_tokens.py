@@ -16,7 +16,7 @@ from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.pipelines import init_tokens
-from dm_generations.sampling_params import SamplingParams
+from dm_generations.sampling.params import SamplingParams
 
 TOKENS = np.array([0, 3, 15, 7], np.uint16)
 

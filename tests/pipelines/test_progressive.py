@@ -12,7 +12,7 @@ from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.pipelines.generate import pad_tokens, partial_image_name, write_partial_images
 from dm_generations.pipelines.sweep import Combination, Sample
-from dm_generations.sampling_params import SamplingParams
+from dm_generations.sampling.params import SamplingParams
 
 PARAMS = SamplingParams(256, 1.0, 1.0, 3.0)
 COMBINATION = Combination("a boat", None, PARAMS)

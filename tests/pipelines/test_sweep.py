@@ -10,8 +10,8 @@ import pytest
 from dm_generations.archive import Archive, ModelInfo, NewImage
 from dm_generations.errors import UserError
 from dm_generations.pipelines.sweep import Combination, Shard, Sweep, plan_sweep
-from dm_generations.sampling_params import SamplingParams
-from dm_generations.threefry import row_key
+from dm_generations.sampling.params import SamplingParams
+from dm_generations.sampling.prng import row_key
 
 MODEL = ModelInfo("generator", "model", "0" * 64, {})
 

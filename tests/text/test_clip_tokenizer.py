@@ -2,7 +2,7 @@
 
 from text_kit import clip_vocab, write_tokenizer
 
-from dm_generations.text import load_tokenizer
+from dm_generations.models.registry import load_tokenizer
 
 
 def test_clip_from_vocab_and_merges(tmp_path):

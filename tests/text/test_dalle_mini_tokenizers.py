@@ -8,8 +8,8 @@ import pytest
 from helpers import golden
 from text_kit import BART
 
-from dm_generations.text import load_tokenizer
-from dm_generations.text.tokenizer_files import read_tokenizer_json
+from dm_generations.models.registry import load_tokenizer
+from dm_generations.models.tokenization import read_tokenizer_json
 
 CASES = sorted(golden("dalle_bart").rglob("text_golden.json"))
 

@@ -6,7 +6,8 @@ import pytest
 from text_kit import CHINESE, HUGGING_FACE, SIMPLE, YOUTOKENTOME, write_tokenizer
 
 from dm_generations.errors import UserError
-from dm_generations.text import load_tokenizer, tokenizer_files
+from dm_generations.models import tokenization as tokenizer_files
+from dm_generations.models.registry import load_tokenizer
 
 
 def doubling_youtokentome(count: int) -> bytes:

@@ -10,7 +10,8 @@ from helpers import golden
 from text_kit import MINDALLE
 
 from dm_generations.errors import UserError
-from dm_generations.text import load_tokenizer, tokenizer_files
+from dm_generations.models import tokenization as tokenizer_files
+from dm_generations.models.registry import load_tokenizer
 
 NAMES = ("bpe-16k-vocab.json", "bpe-16k-merges.txt")
 CASES = sorted(golden("mindalle_kakao").rglob("tokenizer_golden.json"))

@@ -8,7 +8,7 @@ import pytest
 from text_kit import BART, MINDALLE, write_tokenizer
 
 from dm_generations.errors import UserError
-from dm_generations.text import load_tokenizer
+from dm_generations.models.registry import load_tokenizer
 
 KINDS = ["dalle_bart", "dalle_mini", "min_dalle", "mindalle", "clip"]
 KINDS += ["simple", "youtokentome", "chinese", "hugging_face"]  # DALLE-pytorch's

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from helpers import golden
 
-from dm_generations.text import load_tokenizer
-from dm_generations.text.dalle_mini import TextNormalizer, WordSplitter
+from dm_generations.models.dalle_mini.tokenizer import TextNormalizer, WordSplitter
+from dm_generations.models.registry import load_tokenizer
 
 CASES = sorted(golden("dalle_bart").rglob("text_golden.json"))
 

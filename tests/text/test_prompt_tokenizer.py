@@ -11,8 +11,7 @@ from text_kit import BART, clip_vocab
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from dm_generations.errors import UserError
-from dm_generations.text import PromptTokenizer
-from dm_generations.text.prompt_tokenizer import replace_surrogates
+from dm_generations.models.tokenization import PromptTokenizer, replace_surrogates
 
 ROWS = json.loads((BART / "text_golden.json").read_text("utf-8"))
 
@@ -149,5 +148,5 @@ def test_a_length_without_room_for_the_ends_is_an_error(bart):
 
 
 def test_jax_is_not_imported():
-    code = "import sys, dm_generations.text; sys.exit('jax' in sys.modules)"
+    code = "import sys, dm_generations.models.tokenization; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

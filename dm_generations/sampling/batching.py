@@ -14,8 +14,8 @@ from typing import NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from dm_generations.sampling_params import SamplingParams
-from dm_generations.text import Tokenizer
+from dm_generations.models.base import Tokenizer
+from dm_generations.sampling.params import SamplingParams
 
 TEXT_BATCH = 8  # texts encoded at a time: a batch has few distinct ones
 _INT32_MAX = 2**31 - 1

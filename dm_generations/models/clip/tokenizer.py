@@ -5,8 +5,13 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors
 
-from dm_generations.text.prompt_tokenizer import PromptTokenizer
-from dm_generations.text.tokenizer_files import build_bpe, find_token_id, read_pipeline, read_vocab_and_merges
+from dm_generations.models.tokenization import (
+    PromptTokenizer,
+    build_bpe,
+    find_token_id,
+    read_pipeline,
+    read_vocab_and_merges,
+)
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

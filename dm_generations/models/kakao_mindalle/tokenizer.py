@@ -14,15 +14,17 @@ import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
 from dm_generations.errors import UserError, one_line
-from dm_generations.text.prompt_tokenizer import encode_texts, pad_ids, replace_surrogates
-from dm_generations.text.tokenizer_files import (
+from dm_generations.models.tokenization import (
     build_bpe,
     decode_utf8,
+    encode_texts,
     find_token_id,
+    pad_ids,
     parse_merges,
     parse_vocab,
     read_bytes,
     read_maybe_gzipped,
+    replace_surrogates,
 )
 
 VOCAB_NAME, MERGES_NAME = "bpe-16k-vocab.json", "bpe-16k-merges.txt"

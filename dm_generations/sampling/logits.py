@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dm_generations.threefry import threefry2x32
+from dm_generations.sampling.prng import threefry2x32
 
 __all__ = [
     "ORDERS",

@@ -53,3 +53,11 @@ def row_key(seed: int, index: int) -> tuple[int, int]:
     """
     words = threefry2x32(_Word(seed >> 32), _Word(seed & WORD), _Word(index >> 32), _Word(index & WORD))
     return int(words[0]), int(words[1])
+
+
+def prng_key(seed: int) -> tuple[int, int]:
+    """(key0, key1) of `jax.random.PRNGKey(seed)`, for any whole number.
+
+    As JAX gives it with 32-bit integers, its default: the lower 32 bits of the seed, and zeros above.
+    """
+    return 0, seed & WORD

@@ -26,14 +26,14 @@ from PIL import Image
 from dm_generations.archive import DTYPES
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
-from dm_generations.inference.generator import Generator, tokenizer_of
+from dm_generations.inference.generator import Generator
 from dm_generations.models.loading import load_models
 from dm_generations.pipelines.generate import pad_tokens
 from dm_generations.pipelines.sweep import MAX_SEED
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors
-from dm_generations.sampling_params import SamplingParams
-from dm_generations.threefry import row_key
+from dm_generations.sampling.params import SamplingParams
+from dm_generations.sampling.prng import row_key
 
 _STEPS = 8  # pictures of a progressive stream: for 256 codes one every 32, as min-dalle has it
 _PLATFORMS = {"cuda": "gpu"}  # what JAX calls otherwise
@@ -183,7 +183,7 @@ class MinDalle:
         models = load_models(self._model, self._codec, None, is_scored=False)
         if self.is_verbose:
             print(f"loading {models.generator.name} and {models.codec.name}")
-        generator = Generator(models.generator, tokenizer_of(models.generator), batch_size=1, dtype=self.dtype)
+        generator = Generator(models.generator, models.generator.load_tokenizer(), batch_size=1, dtype=self.dtype)
         loaded = generator, Decoder.from_checkpoint(models.codec, batch_size=1, grid=models.grid)
         if self.is_reusable:
             self._loaded = loaded

@@ -19,15 +19,18 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, pre_tokenizers, processors
 
-from dm_generations.text.prompt_tokenizer import PromptTokenizer, encode_texts, pad_ids, replace_surrogates
-from dm_generations.text.tokenizer_files import (
+from dm_generations.models.tokenization import (
+    PromptTokenizer,
     build_bpe,
     decode_utf8,
+    encode_texts,
     find_token_id,
     import_optional,
+    pad_ids,
     read_bytes,
     read_pipeline,
     read_vocab_and_merges,
+    replace_surrogates,
 )
 
 START, END, UNKNOWN, MASK = "<s>", "</s>", "<unk>", "<mask>"
@@ -91,6 +94,12 @@ def load_bart_tokenizer(
         [tokenizers.AddedToken(token, lstrip=token == MASK, normalized=False) for token in missing]
     )
     return PromptTokenizer(path, pipeline=pipeline, normalize=normalize, vocab_size=vocab_size)
+
+
+def load_normalizing_tokenizer(path: Path, vocab_size: int) -> PromptTokenizer:
+    """Load DALL-E mini's tokenizer with its text normalizer before it; see `load_bart_tokenizer`."""
+    folder = path if path.is_dir() else path.parent
+    return load_bart_tokenizer(path, vocab_size, TextNormalizer.from_folder(folder))
 
 
 class MinDalleTokenizer:

@@ -21,19 +21,21 @@ import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 from dm_generations.errors import UserError
-from dm_generations.text.prompt_tokenizer import encode_texts, pad_ids, replace_surrogates
-from dm_generations.text.tokenizer_files import (
+from dm_generations.models.tokenization import (
     MAX_BYTES,
     MAX_ID,
     build_bpe,
     decode_utf8,
+    encode_texts,
     find_token_id,
     import_optional,
+    pad_ids,
     parse_json,
     parse_merges,
     read_bytes,
     read_maybe_gzipped,
     read_tokenizer_json,
+    replace_surrogates,
 )
 
 PAD_ID = 0

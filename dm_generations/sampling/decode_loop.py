@@ -3,22 +3,22 @@
 Rows do not read each other, and a batch always has the same shape. So sampling is batch-invariant: with one batch size,
 on one kind of device, a row gives the same tokens alone, at any position and among any other rows.
 
-S, R, N, T, L: as in `row_inputs`   V: columns of the logits
+S, R, N, T, L: as in `batching`   V: columns of the logits
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from dm_generations import sampling
-from dm_generations.generate.row_inputs import OF_ROWS, TEXT_BATCH, RowInputs
 from dm_generations.runtime.params import matmul_precision
+from dm_generations.sampling.batching import OF_ROWS, TEXT_BATCH, RowInputs
+from dm_generations.sampling.logits import logits as sampling
+from dm_generations.sampling.methods import GumbelSampler, Sampler, settings_of
 
 AXIS = "rows"  # of a mesh of devices, each of which has a batch of its own
 
@@ -38,50 +38,6 @@ class DecodeState(NamedTuple):
     cache: Any  # of the model, S sequences
     tokens: jax.Array  # (R, L) int32, those sampled so far
     last: RowState
-
-
-class Sampler(Protocol):
-    """How logits become a token. Hashable: a program is compiled for each."""
-
-    columns: int  # of the logits, among which is sampled
-
-    def init_noise(self, rows: RowInputs) -> Any:
-        """Return its state before the first step: arrays of R rows."""
-
-    def sample(
-        self, guided: jax.Array, step: jax.Array, rows: RowInputs, noise: Any
-    ) -> tuple[jax.Array, jax.Array, Any]:
-        """Sample one token of each row.
-
-        Args:
-            guided: Logits (R, V) float32 after guidance.
-            step: () int32.
-            rows: Settings of the rows.
-            noise: The state of the sampler.
-
-        Returns:
-            Tokens (R,) int32, whether there was one to sample (R,) bool, and the state for the next step.
-        """
-
-
-@dataclass(frozen=True)
-class GumbelSampler:
-    """Samples with this program's own noise, a function of the row's key, the step and the token; see `sampling`."""
-
-    columns: int
-    order: str
-
-    def init_noise(self, rows: RowInputs) -> tuple[()]:
-        return ()
-
-    def sample(self, guided, step, rows, noise):
-        token = sampling.sample(guided, step, *settings_of(rows), self.columns, self.order)
-        return token, sampling.is_drawable(guided, self.columns), noise
-
-
-def settings_of(rows: RowInputs) -> tuple[jax.Array, ...]:
-    """Return what `sampling` takes of each row."""
-    return rows.keys, rows.top_k, rows.top_p, rows.temperature
 
 
 # The model is static, so generators of one configuration share their compiled programs.
