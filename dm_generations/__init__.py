@@ -1,23 +1,28 @@
 """An archive of text-to-image generations, and the pipeline around it.
 
-In Python: `MinDalle`, the methods of the package min-dalle, and `Generator` with `RowSettings`, the sampling loop. They
-are imported when they are asked for, and JAX with them.
+In Python: `Generator` with `RowSettings`, prompts to tokens; `Decoder`, tokens to images; `Scorer`, images to CLIP
+scores; and `MinDalle`, the methods of the package min-dalle. They are imported when they are asked for, and JAX with
+them.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dm_generations.inference.decoder import Decoder
     from dm_generations.inference.generator import Generator, RowSettings
+    from dm_generations.inference.scorer import Scorer
     from dm_generations.min_dalle import MinDalle
 
 __version__ = "0.1.0"
-__all__ = ["Generator", "MinDalle", "RowSettings"]
+__all__ = ["Decoder", "Generator", "MinDalle", "RowSettings", "Scorer"]
 
 _MODULES = {
+    "Decoder": "dm_generations.inference.decoder",
     "Generator": "dm_generations.inference.generator",
     "MinDalle": "dm_generations.min_dalle",
     "RowSettings": "dm_generations.inference.generator",
+    "Scorer": "dm_generations.inference.scorer",
 }
 
 

@@ -366,7 +366,7 @@ class Generator:
         return self._decode_steps(self._params, inputs, state, *steps)
 
     def _stream(self, batch: list[Sequence[Row]], every: int) -> Iterator[Samples]:
-        """Return tokens (m, count) and log-probabilities of a batch's m rows after every `every` steps, and at the end."""
+        """Return tokens (m, count) and log-probabilities of m rows after every `every` steps, and at the end."""
         inputs = self._inputs(batch)
         state = self._init_cache(self._params, inputs)
         for first in range(0, self.token_count, every):

@@ -298,8 +298,8 @@ class _ToLogits(nn.Module):
 class DallePytorch(nn.Module):
     """The network. Activations are in `dtype`; attention weights and logits are computed in float32.
 
-    Generation: `encode_prompt`, `init_cache`, then `decode_step` for step 0, 1, ..., image_length - 1; each is a method for
-    `model.apply(..., method=...)`. Ids must be in range; nothing checks that here.
+    Generation: `encode_prompt`, `init_cache`, then `decode_step` for step 0, 1, ..., image_length - 1; each is a
+    method for `model.apply(..., method=...)`. Ids must be in range; nothing checks that here.
     """
 
     config: DallePytorchConfig

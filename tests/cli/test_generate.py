@@ -114,7 +114,7 @@ def test_dry_run_leaves_nothing_behind(models, tmp_path, capsys):
     assert draw(models, tmp_path / "a.db", "--prompts", "a boat", "a cat", "--n", 3, "--dry-run") == 0
     assert "0 there already, 6 to draw" in (told := capsys.readouterr().out)
     assert f"they take about 1.6 kB in the archive, of which {6 * GRID**2 * 2} bytes are codes" in told
-    assert "\n2 batches of 4 beside each other take " in told and "MB of memory besides the weights" in told
+    assert "\npeak memory of 2 concurrent batches of 4, " in told and " MB" in told
     assert "drawing and scoring takes about 00:" in told
     assert draw(models, tmp_path / "a.db", "--prompts", "a boat", "--dry-run", "--no-score") == 0
     assert "\ndrawing takes about 00:" in capsys.readouterr().out
