@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dm_generations.sampling.logits import logits as sampling
+from dm_generations.sampling import logits as sampling
 
 SHAPES = ((64, 1024), (64, 16416))
 SETTINGS = {  # top_k, top_p, temperature

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dm_generations.sampling.logits import logits as sampling
+from dm_generations.sampling import logits as sampling
 
 SAMPLE = jax.jit(sampling.sample, static_argnames=("codebook_size", "order"))
 FILTER = jax.jit(sampling.filter_logits, static_argnames=("codebook_size", "order"))

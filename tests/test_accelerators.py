@@ -43,14 +43,14 @@ def test_drawing(models, dtype):
     rows = generator._rows(
         ["a cat"] * 2, SamplingParams(256, cond_scale=3.0), np.zeros((2, 2), np.uint32), None, None, 0
     )
-    inputs = generator._inputs(generator._next_batch(rows))
-    static, params = (generator._model, generator._drawing, None), generator._params
-    state = jax.eval_shape(lambda params, inputs: loop.begin(*static, params, inputs), params, inputs)
+    inputs = generator._inputs(generator._next_batch(rows, 2))
+    static, params = (generator._model, generator._sampler, None), generator._params
+    state = jax.eval_shape(lambda params, inputs: loop.init_cache(*static, params, inputs), params, inputs)
     steps = jnp.int32(0), jnp.int32(GRID**2)
     for traced in (
-        loop.begin.trace(*static, params, inputs),
-        loop.advance.trace(*static, params, inputs, state, *steps),
-        loop.replay.trace(*static, params, inputs, state),
+        loop.init_cache.trace(*static, params, inputs),
+        loop.decode_steps.trace(*static, params, inputs, state, *steps),
+        loop.teacher_forced_margins.trace(*static, params, inputs, state),
     ):
         lines = products(traced)
         if dtype == "float32":
@@ -61,12 +61,12 @@ def test_drawing(models, dtype):
 
 def test_decoding(models):
     codec = Decoder.from_checkpoint(load_checkpoint(models.vqgan, "codec"), batch_size=2)
-    assert not rounded(products(codec._to_uint8.function.trace(codec._params, jnp.zeros((2, GRID**2), jnp.uint16))))
+    assert not rounded(products(codec._to_uint8.trace(codec._params, jnp.zeros((2, GRID**2), jnp.uint16))))
 
 
 def test_scoring(models):
     checkpoint = load_checkpoint(models.clip, "clip")
     scorer = Scorer(checkpoint, PromptTokenizer(checkpoint.folder), batch_size=2)
     pictures, ids = jnp.zeros((2, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.uint8), jnp.zeros((2, 16), jnp.int32)
-    assert not rounded(products(scorer._image_tower.function.trace(scorer._params, pictures)))
-    assert not rounded(products(scorer._text_tower.function.trace(scorer._params, ids, ids)))
+    assert not rounded(products(scorer._image_tower.trace(scorer._params, pictures)))
+    assert not rounded(products(scorer._text_tower.trace(scorer._params, ids, ids)))

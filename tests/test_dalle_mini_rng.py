@@ -69,9 +69,9 @@ def generate(case, keys, indices=None, **values):
         init_tokens=np.zeros((count, config.image_length), np.int32),
         init_count=np.zeros(count, np.int32),
     )
-    drawing = DalleMiniSampler(config.image_vocab_size + 1, config.eos_token_id, config.pad_token_id)
-    fixed = model, drawing, None, params, rows
-    state = loop.advance(*fixed, loop.begin(*fixed), np.int32(0), np.int32(config.image_length))
+    sampler = DalleMiniSampler(config.image_vocab_size + 1, config.eos_token_id, config.pad_token_id)
+    fixed = model, sampler, None, params, rows
+    state = loop.decode_steps(*fixed, loop.init_cache(*fixed), np.int32(0), np.int32(config.image_length))
     assert state.last.is_drawable.all()
     return np.asarray(state.tokens)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from dm_generations.runtime import device as memory
+from dm_generations.runtime import device as devices
 
 
 def no_proc(self, *arguments, **options):
@@ -20,7 +20,7 @@ def mac(name):
     return found[name]
 
 
-@pytest.mark.parametrize(("sysconf", "expected"), [(mac, 1 << 33), (None, memory._UNKNOWN_HOST_BYTES)])
+@pytest.mark.parametrize(("sysconf", "expected"), [(mac, 1 << 33), (None, devices._UNKNOWN_HOST_BYTES)])
 def test_free_bytes_where_there_is_no_proc(monkeypatch, sysconf, expected):
     device = jax.devices("cpu")[0]  # JAX starts here, and reads files of the system too
     monkeypatch.setattr(Path, "read_text", no_proc)
@@ -28,4 +28,4 @@ def test_free_bytes_where_there_is_no_proc(monkeypatch, sysconf, expected):
         monkeypatch.setattr(os, "sysconf", sysconf, raising=False)
     else:  # Windows
         monkeypatch.delattr(os, "sysconf", raising=False)
-    assert memory.free_bytes(device) == expected
+    assert devices.free_bytes(device) == expected

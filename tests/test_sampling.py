@@ -12,7 +12,7 @@ import pytest
 from helpers import golden
 from sampling_kit import FILTER, GUMBEL, LOG_PROB, OFF, SAMPLE, draw, keep, reference_distribution, settings_arrays
 
-from dm_generations.sampling.logits import logits as sampling
+from dm_generations.sampling import logits as sampling
 from dm_generations.sampling.prng import row_key, threefry2x32
 
 # Random123 1.14, tests/kat_vectors, threefry2x32 20 rounds: counter, key, output

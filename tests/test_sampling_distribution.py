@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sampling_kit import draw, reference_distribution
 
-from dm_generations.sampling.logits import logits as sampling
+from dm_generations.sampling import logits as sampling
 from dm_generations.sampling.prng import row_key
 
 

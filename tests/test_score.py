@@ -76,13 +76,13 @@ def test_towers_are_compiled_once_and_texts_run_once(scorer, images, monkeypatch
     scorer.score(images, PROMPTS)
     with jax.transfer_guard("disallow"):  # every copy to the device is one that was asked for
         scorer.score(images[:3], ["new", "words", "a cat"])
-    assert scorer._image_tower.function._cache_size() == scorer._text_tower.function._cache_size() == 1
+    assert scorer._image_tower._cache_size() == scorer._text_tower._cache_size() == 1
     monkeypatch.setattr(scorer, "_text_tower", None)
     scorer.score(images[:1], ["words"])
 
 
 def test_remembered_texts_are_bounded(scorer, monkeypatch):
-    monkeypatch.setattr("dm_generations.inference.scorer.TEXTS_KEPT", 3)
+    monkeypatch.setattr("dm_generations.inference.scorer.MAX_CACHED_TEXTS", 3)
     texts = [c * 2 for c in "abcdefghijk"]
     assert scorer.text_features(texts + texts).shape == (22, 24)
     assert list(scorer._text_features) == texts[-3:]
@@ -134,7 +134,7 @@ def test_preprocessing_is_read_from_beside_the_model(checkpoint, tmp_path):
         ('{"do_resize": false}', "do_resize is false"),
         ('{"rescale_factor": 1}', "rescale_factor is 1.0 and not 1/255"),
         ('{"rescale_factor": null}', "not a CLIP preprocessor config"),
-        ('{"size": 224}', "pictures of \\[224\\] pixels, but the model reads 32"),
+        ('{"size": 224}', "\\[224\\] pixels, but the model reads 32"),
     ],
 )
 def test_bad_preprocessor_config_is_refused(checkpoint, tmp_path, text, message):

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from dm_generations.runtime.params import matmul_precision
+from dm_generations.sampling import logits as sampling
 from dm_generations.sampling.batching import OF_ROWS, TEXT_BATCH, RowInputs
-from dm_generations.sampling.logits import logits as sampling
 from dm_generations.sampling.methods import GumbelSampler, Sampler, settings_of
 
 AXIS = "rows"  # of a mesh of devices, each of which has a batch of its own

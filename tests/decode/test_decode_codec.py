@@ -1,4 +1,4 @@
-"""The codec on the device: exact, compiled once, a row in any company the same."""
+"""The decoder on the device: exact, compiled once, batch-invariant."""
 
 import os
 import subprocess
@@ -14,7 +14,6 @@ from helpers import ROOT
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import load_checkpoint
-from dm_generations.runtime import device as memory
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +28,12 @@ def test_decodes_the_golden_tokens(codec):
         assert np.abs(decoded.astype(int) - arrays["decoded_uint8"]).max() <= 1
 
 
-def test_a_row_decodes_alike_in_any_company_and_compiles_once(codec):
+def test_decoding_is_batch_invariant_and_compiles_once(codec):
     tokens = random_tokens(4, codec.token_count, codec.codebook_size)
     with jax.transfer_guard("disallow"):  # every copy to or from the device is one that was asked for
         together, alone = codec.decode(tokens), codec.decode(tokens[3:])
     np.testing.assert_array_equal(together[3:], alone)
-    assert codec._to_uint8.function._cache_size() == 1
+    assert codec._to_uint8._cache_size() == 1
 
 
 def test_pixels_are_truncated_not_rounded(codec):
@@ -70,7 +69,7 @@ def test_auto_takes_what_memory_holds(monkeypatch):
     """A picture of 32x32 pixels is small, so a CPU takes many; with next to no memory it takes one."""
     checkpoint = load_checkpoint(GOLDEN_CODEC, "codec")
     assert Decoder.from_checkpoint(checkpoint, "auto").batch_size >= 64
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
+    monkeypatch.setattr("dm_generations.runtime.device.free_bytes", lambda device: 1)
     assert Decoder.from_checkpoint(checkpoint, "auto").batch_size == 1
 
 
@@ -112,7 +111,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch, when_fetched):
     assert tried == [4] * 6  # what it learned, it keeps
 
 
-def test_what_goes_wrong_with_a_batch_beside_another_is_raised(monkeypatch):
+def test_an_error_in_one_of_two_concurrent_batches_is_raised(monkeypatch):
     codec = Decoder.from_checkpoint(load_checkpoint(GOLDEN_CODEC, "codec"), batch_size=2)
     tokens = random_tokens(6, codec.token_count, codec.codebook_size)
     expected, decode, calls = codec.decode(tokens), codec._to_uint8, []
@@ -133,7 +132,7 @@ def test_what_goes_wrong_with_a_batch_beside_another_is_raised(monkeypatch):
 def test_no_memory_for_one_picture_is_an_error(monkeypatch):
     codec = Decoder.from_checkpoint(load_checkpoint(GOLDEN_CODEC, "codec"), batch_size=4)
     failing(codec, monkeypatch, 0)
-    with pytest.raises(UserError, match="not enough memory to decode one picture"):
+    with pytest.raises(UserError, match="not enough memory"):
         codec.decode(random_tokens(1, codec.token_count, codec.codebook_size))
 
 

@@ -23,7 +23,7 @@ from dm_generations.models.dalle_pytorch.network import DallePytorch, DallePytor
 from dm_generations.models.dvae.discrete import DiscreteVAE
 from dm_generations.models.loading import check_names_and_shapes
 from dm_generations.models.registry import parameter_shapes
-from dm_generations.sampling.logits import logits as sampling
+from dm_generations.sampling import logits as sampling
 from dm_generations.weights.native import flatten
 
 GOLDEN = golden("dalle_pytorch")

@@ -20,7 +20,7 @@ from dm_generations.models.kakao_mindalle.network import KakaoMinDalle, KakaoMin
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.registry import parameter_shapes
 from dm_generations.models.vqgan.network import VQGAN
-from dm_generations.sampling.logits import logits as sampling
+from dm_generations.sampling import logits as sampling
 from dm_generations.weights.native import flatten, unflatten
 
 CASES = sorted(path.parents[1] for path in golden("mindalle_kakao").glob("**/ckpt/stage2_last.ckpt"))

@@ -11,7 +11,7 @@ import pytest
 from dm_generations.models.dalle_mini.network import DalleBart
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.tokenization import PromptTokenizer
-from dm_generations.sampling.logits import logits as sampling
+from dm_generations.sampling import logits as sampling
 from dm_generations.weights import native
 from recipes.emoji.captions import train_tokenizer
 from recipes.emoji.common import to_float32
