@@ -27,10 +27,9 @@ from tiny import CODEBOOK_SIZE, GRID, tiny_vqgan
 from dm_generations.archive import Archive
 from dm_generations.cli import main as run_command
 from dm_generations.decode.codec import Codec
-from dm_generations.decode.encode import Encoding
-from dm_generations.decode.options import Options
-from dm_generations.decode.run import decode_archive
 from dm_generations.decode.tokens import tokens_of
+from dm_generations.export.encoders import Encoding
+from dm_generations.export.exporter import ExportOptions, export_archive
 from dm_generations.files import write_atomic
 from dm_generations.models.checkpoints import Checkpoint, load, save
 from dm_generations.models.vqgan import VQGAN, VQGANConfig
@@ -67,9 +66,11 @@ def pipeline_process(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
         peak = peak_memory()
     else:
-        options = Options(folder / "images", codec=str(folder / "codec"), dtype=args.dtype, batch_size=args.batch_size)
+        options = ExportOptions(
+            folder / "images", codec=str(folder / "codec"), dtype=args.dtype, batch_size=args.batch_size
+        )
         with Archive.open(folder / "archive.db") as archive:
-            report = decode_archive(archive, options, warn=print)
+            report = export_archive(archive, options, warn=print)
         assert report.written == args.count, report.problems
         seconds = time.perf_counter() - started
         peak = peak_memory()

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dm_generations.decode.captions import without_accents
 from dm_generations.decode.codec import Codec
+from dm_generations.export.captions import without_accents
 from dm_generations.generate.generator import Generator, RowSettings
 from dm_generations.models import checkpoints
 from dm_generations.models.vqgan import VQGAN

@@ -262,11 +262,11 @@ def _fill(archive: Archive, work: sweeps.Plan, pipeline, args: argparse.Namespac
 
 def _write_npy(archive: Archive, sweep: sweeps.Sweep, out_dir: Path) -> bool:
     """Write the tokens of the sweep's prompts; whether all are written."""
-    from dm_generations.decode.plan import Layout, Selection
-    from dm_generations.decode.run import Options, decode_archive
+    from dm_generations.export.exporter import ExportOptions, export_archive
+    from dm_generations.export.plan import Layout, Selection
 
-    options = Options(out_dir, Layout("npy", 1, 1), Selection(prompt_texts=sweep.prompts))
-    report = decode_archive(archive, options, lambda line: print(f"warning: {line}", file=sys.stderr))
+    options = ExportOptions(out_dir, Layout("npy", 1, 1), Selection(prompt_texts=sweep.prompts))
+    report = export_archive(archive, options, lambda line: print(f"warning: {line}", file=sys.stderr))
     print(f"{counted(report.written, 'file')} of tokens written to {out_dir}, {report.already_there:,} there already")
     return not report.problems
 

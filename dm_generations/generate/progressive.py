@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dm_generations.decode import names
 from dm_generations.decode.codec import Codec
-from dm_generations.decode.png import encode_png
 from dm_generations.errors import UserError
+from dm_generations.export import filenames
+from dm_generations.export.encoders import Encoding
 from dm_generations.files import write_atomic
 from dm_generations.generate.sweep import Draw
 
@@ -39,7 +39,7 @@ def write_progress(out_dir: Path, draws: Sequence[Draw], tokens: np.ndarray, cod
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for path, picture in zip(paths, pictures, strict=True):
-            write_atomic(path, encode_png(picture, "fast"))
+            write_atomic(path, Encoding().encode(picture))
     except OSError as error:
         raise UserError(f"cannot write into {str(out_dir)!r}: {error.strerror}; choose another folder") from error
     return paths
@@ -52,4 +52,4 @@ def progress_file(draw: Draw, count: int) -> str:
     other in the order of names.
     """
     combination = hashlib.sha256(repr(draw.combination).encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return names.step_file(combination, draw.key0, draw.key1, count, draw.combination.prompt)
+    return filenames.step_file(combination, draw.key0, draw.key1, count, draw.combination.prompt)
