@@ -5,8 +5,7 @@ import threading
 
 import pytest
 
-from dm_generations.decode.shards import Shard, ShardWriter
-from dm_generations.decode.writer import FileWriter
+from dm_generations.export.writers import FileWriter, Shard, ShardWriter
 from dm_generations.interrupts import uninterrupted
 
 

@@ -31,7 +31,7 @@ from dm_generations.files import write_atomic
 JOURNAL = ".journal.jsonl"
 _EARLIER = (".others.json", ".under-way.jsonl")  # with manifest.js, the lists before there was a journal
 
-_MAX_BYTES = 1 << 29
+MAX_BYTES = 1 << 29
 _LOCK_OFFSET = 1 << 30  # Windows locks bytes, and others may not read them: one beyond the end of the file
 _OPEN_FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 
@@ -184,9 +184,9 @@ def _open_regular(path: Path, flags: int) -> io.FileIO:
     if not stat.S_ISREG(status.st_mode):
         file.close()
         raise OSError(errno.EINVAL, "it is not a regular file")
-    if status.st_size > _MAX_BYTES:
+    if status.st_size > MAX_BYTES:
         file.close()
-        raise OSError(errno.EFBIG, f"it has more than {_MAX_BYTES:,} bytes")
+        raise OSError(errno.EFBIG, f"it has more than {MAX_BYTES:,} bytes")
     return file
 
 
@@ -195,7 +195,7 @@ def _open_locked(path: Path, create: bool) -> io.FileIO:
     while True:
         file = _open_regular(path, os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0))
         try:
-            _lock(file)
+            lock_file(file)
             if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
                 return file
         except FileNotFoundError:  # removed by the decode that ended meanwhile
@@ -206,7 +206,7 @@ def _open_locked(path: Path, create: bool) -> io.FileIO:
         file.close()  # replaced by the decode that ended meanwhile
 
 
-def _lock(file: io.FileIO) -> None:
+def lock_file(file: io.FileIO) -> None:
     """Raise BlockingIOError if another process holds the lock. A file system that has no locks goes without."""
     try:
         if os.name == "nt":

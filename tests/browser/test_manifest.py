@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from dm_generations.browser.manifest import PAGE, GalleryEntry, build_manifest, unusual, write_manifest
+from dm_generations.export.manifest import PAGE, GalleryEntry, build_manifest, unusual, write_manifest
 from dm_generations.generate.run import SAMPLER_VERSIONS
 from dm_generations.resources import shipped
 from dm_generations.sampling import SAMPLER_VERSION

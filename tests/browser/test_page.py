@@ -15,9 +15,9 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from dm_generations.browser.manifest import GalleryEntry, build_manifest, write_manifest
 from dm_generations.cli import build_parser
 from dm_generations.cli.generate import parse_key
+from dm_generations.export.manifest import GalleryEntry, build_manifest, write_manifest
 from dm_generations.resources import shipped
 
 HOSTILE = {

@@ -11,8 +11,8 @@ from PIL import Image
 from tiny import tiny_dalle_bart, tiny_vqgan
 
 from dm_generations.decode.codec import Codec
-from dm_generations.decode.npy import encode_npy
 from dm_generations.errors import UserError
+from dm_generations.export.encoders import encode_npy
 from dm_generations.generate import given
 from dm_generations.generate.generator import Generator, RowSettings
 from dm_generations.models import checkpoints

@@ -20,6 +20,7 @@ from decode_kit import (
 from helpers import golden_dirs
 
 from dm_generations.cli import main
+from dm_generations.export.journal import JOURNAL
 from dm_generations.models import checkpoints
 
 CASES = {
@@ -92,7 +93,7 @@ def test_a_gallery_holds_the_pictures_in_order_of_rank(source, tmp_path):
 def test_leaves_nothing_but_pictures_and_the_page(decoded):
     _, out_dir = decoded
     others = {path for path in all_files(out_dir) if not path.endswith(".png")}
-    assert others == {"manifest.js", "samplebrowser.html"}
+    assert others == {"manifest.js", "samplebrowser.html", JOURNAL}
 
 
 def test_the_manifest_lists_every_file(decoded):
