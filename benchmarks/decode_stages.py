@@ -25,12 +25,11 @@ from decode_kit import write_archive_2022
 from tiny import CODEBOOK_SIZE, GRID, tiny_vqgan
 
 from dm_generations.archive import Archive
+from dm_generations.archive.records import tokens_from_blob
 from dm_generations.atomic_io import write_atomic
 from dm_generations.cli import main as run_command
-from dm_generations.decode.encode import Encoding
-from dm_generations.decode.options import Options
-from dm_generations.decode.run import decode_archive
-from dm_generations.decode.tokens import tokens_of
+from dm_generations.export.encoders import Encoding
+from dm_generations.export.exporter import ExportOptions, export_archive
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
@@ -68,9 +67,11 @@ def pipeline_process(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
         peak = peak_memory()
     else:
-        options = Options(folder / "images", codec=str(folder / "codec"), dtype=args.dtype, batch_size=args.batch_size)
+        options = ExportOptions(
+            folder / "images", codec=str(folder / "codec"), dtype=args.dtype, batch_size=args.batch_size
+        )
         with Archive.open(folder / "archive.db") as archive:
-            report = decode_archive(archive, options, warn=print)
+            report = export_archive(archive, options, warn=print)
         assert report.written == args.count, report.problems
         seconds = time.perf_counter() - started
         peak = peak_memory()
@@ -146,7 +147,7 @@ def our_stages(checkpoint: Checkpoint, batch_size: int, dtype: str, folder: Path
         with Archive.open(folder / "archive.db") as archive:
             rows = (row for group in archive.groups() for row in archive.rows(group.settings))
             expected = codec.token_count, codec.codebook_size
-            return np.stack([tokens_of(row.quantvec, row.quantvec_md5, *expected) for row in rows])
+            return np.stack([tokens_from_blob(row.quantvec, row.quantvec_md5, *expected) for row in rows])
 
     return {
         "read": read,

@@ -21,14 +21,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dm_generations.decode.encode import Encoding
+from dm_generations.export.encoders import Encoding
 
 ROOT = Path(__file__).resolve().parent.parent
 ENCODERS: dict[str, Callable] = {
     "Pillow PNG, default": lambda pixels: pillow_png(pixels),
-    "Pillow PNG, level 1, runs": lambda pixels: pillow_png(pixels, compress_level=1, compress_type=3),
+    "Pillow PNG, level 1, Huffman only": lambda pixels: pillow_png(pixels, compress_level=1, compress_type=2),
     "--png default": Encoding().encode,
-    "--png fast": Encoding(png="fast").encode,
     "--png small": Encoding(png="small").encode,
     "--format webp": Encoding("webp").encode,
     "--format webp --quality 90": Encoding("webp", 90).encode,

@@ -1,8 +1,8 @@
 """An archive of text-to-image generations, and the pipeline around it.
 
-In Python: `Archive`; `Generator` with `SamplingParams`, prompts to tokens; `Decoder`, tokens to images; `Scorer`, images to
-CLIP scores; `load_checkpoint` for the models; and `MinDalle`, the methods of the package min-dalle. They are imported on
-first use, and JAX with those that need it.
+In Python: `Archive`; `Generator` with `SamplingParams`, prompts to tokens; `Decoder`, tokens to images; `Scorer`,
+images to CLIP scores; `load_checkpoint` for the models; and `MinDalle`, the methods of the package min-dalle. They are
+imported on first use, and JAX with those that need it.
 """
 
 import importlib

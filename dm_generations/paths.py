@@ -1,10 +1,17 @@
 """Where files that ship with the project lie, and where its caches go."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
+from pathvalidate import sanitize_filename
+
 from dm_generations.errors import UserError
+
+NAME_BYTES = 255  # the longest name that common file systems take
+STEM_CHARACTERS = 250  # where the 2022 script cut, before it added ".png"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -47,3 +54,15 @@ def _cache_base() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
         raise UserError("this user has no home folder; set HOME or XDG_CACHE_HOME") from error
+
+
+def sanitize_name(text: str) -> str:
+    """Return `text`, which starts with a digit or a letter, as a file name; lone surrogates become U+FFFD."""
+    # The encoding in which names are cut to 255 bytes must not depend on this machine's locale.
+    return sanitize_filename(_SURROGATE.sub("\ufffd", text), fs_encoding="utf-8")
+
+
+def sanitize_file_name(text: str, extension: str) -> str:
+    """Return `text` with an extension as a file name of at most 255 bytes; see `sanitize_name`."""
+    stem = sanitize_name(text)[:STEM_CHARACTERS].encode()
+    return stem[: NAME_BYTES - len(extension)].decode(errors="ignore") + extension

@@ -13,8 +13,8 @@ import pytest
 from decode_kit import all_files
 from helpers import ROOT
 
-from dm_generations.browser.shown import NOTES
 from dm_generations.cli import main
+from dm_generations.export.journal import JOURNAL
 
 CANNOT_MOUNT = 77
 MODES = {
@@ -24,7 +24,7 @@ MODES = {
     "tar": ("--mode", "tar", "--shard-size", "64"),
     "zip": ("--mode", "zip"),
 }
-PAGE = {"manifest.js", "samplebrowser.html"}
+PAGE = {"manifest.js", "samplebrowser.html", JOURNAL}
 
 
 class Command:
@@ -68,7 +68,7 @@ def bytes_under(folder: Path) -> int:
     """Of all files, unfinished ones too; 0 if there is no such folder."""
     total = 0
     for root, _, names in os.walk(folder):
-        for name in set(names) - {NOTES}:
+        for name in set(names) - {JOURNAL}:
             try:
                 total += os.stat(os.path.join(root, name)).st_size
             except FileNotFoundError:  # renamed or removed since it was listed
@@ -77,8 +77,8 @@ def bytes_under(folder: Path) -> int:
 
 
 def files_left(folder: Path) -> dict[str, bytes]:
-    """Files of a decode that did not come to its end, by path: all but its notes."""
-    return {path: data for path, data in all_files(folder).items() if path != NOTES}
+    """Files of a decode that did not come to its end, by path: all but its journal."""
+    return {path: data for path, data in all_files(folder).items() if path != JOURNAL}
 
 
 def run_with_mounts(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

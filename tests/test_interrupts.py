@@ -5,9 +5,8 @@ import threading
 
 import pytest
 
-from dm_generations.decode.shards import Shard, ShardWriter
-from dm_generations.decode.writer import FileWriter
 from dm_generations.errors import defer_sigint
+from dm_generations.export.writers import FileWriter, Shard, ShardWriter
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,12 @@ import json
 import math
 import sys
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from dm_generations.archive.connection import ArchiveError, Row
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DType = Literal["float32", "bfloat16", "float16"]
 ModelKind = Literal["generator", "codec", "clip"]
@@ -24,7 +27,12 @@ DTYPES: Final[tuple[DType, ...]] = ("float32", "bfloat16", "float16")
 # What a column of images refers to.
 MODEL_KINDS: Final[dict[str, ModelKind]] = {"generator_id": "generator", "codec_id": "codec", "clip_id": "clip"}
 BYTES_PER_TOKEN: Final = 2
+TOKEN_DTYPE = "<u2"  # of NumPy: little-endian uint16, also on big-endian machines
 _ALL_BYTES: Final = bytes(range(256))
+
+
+class BadTokensError(Exception):
+    """A stored token vector that cannot be decoded; the text says why."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -255,3 +263,42 @@ def check_tokens(quantvec: bytes, codec: ModelInfo) -> None:
         raise ArchiveError(
             f"a token vector holds a token that codec {codec.name!r:.100} ({codec.codebook_size} tokens) lacks"
         )
+
+
+def tokens_from_blob(
+    blob: object, md5: str | None, token_count: int | None, codebook_size: int
+) -> "np.ndarray[Any, np.dtype[np.uint16]]":
+    """Read the tokens of one image, checked.
+
+    An archive may come from anywhere, so `blob` may be whatever SQLite stores.
+
+    Args:
+        blob: The image's `quantvec`.
+        md5: Its `quantvec_md5`; None is not checked.
+        token_count: How many tokens there must be; None is any count but 0.
+        codebook_size: Every token must be below it.
+
+    Returns:
+        (token_count,) uint16.
+
+    Raises:
+        BadTokensError: The tokens cannot be decoded; the text says why.
+    """
+    import numpy as np
+
+    if not isinstance(blob, bytes):
+        raise BadTokensError(f"its tokens are stored as {type(blob).__name__}, not as a blob")
+    if token_count is None:
+        if not blob or len(blob) % BYTES_PER_TOKEN:
+            raise BadTokensError(f"its token blob of {len(blob):,} bytes is not a row of uint16")
+        token_count = len(blob) // BYTES_PER_TOKEN
+    expected = token_count * BYTES_PER_TOKEN
+    if len(blob) != expected:
+        raise BadTokensError(f"its token blob is {len(blob):,} bytes, not {expected:,} ({token_count:,} x uint16)")
+    if md5 is not None and quantvec_md5(blob) != str(md5).lower():
+        raise BadTokensError("its tokens do not match their MD5")
+    tokens = np.frombuffer(blob, TOKEN_DTYPE)
+    largest = int(tokens.max())
+    if largest >= codebook_size:
+        raise BadTokensError(f"it holds token {largest:,}, the codebook ends at {codebook_size - 1:,}")
+    return tokens

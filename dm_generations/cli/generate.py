@@ -3,16 +3,20 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dm_generations.cli._text import counted, file_size
-from dm_generations.cli._types import at_least_one
-from dm_generations.cli.model_options import (
+from dm_generations.archive import Archive
+from dm_generations.cli.common import (
     STOPPED,
     add_model_options,
+    at_least_one,
+    counted,
     dalle_pytorch_overrides,
+    file_size,
     prepare_device,
+    print_warning,
     show_progress,
 )
 from dm_generations.errors import UserError
@@ -197,14 +201,29 @@ def _generate(args: argparse.Namespace) -> int:
         init_count=args.init_count,
         progressive_every=args.progressive,
         progressive_dir=args.progressive_dir,
-        npy_dir=args.out_dir if args.output == "npy" else None,
     )
     if args.dry_run:
         _print_estimate(estimate(sweep, options))
         return 0
     with show_progress() as on_progress:
         report = generate(sweep, options, on_progress)
-    return _print_report(report, args)
+    status = _print_report(report, args)
+    if args.output == "npy":
+        status |= _write_token_files(args.db, sweep.prompts, args.out_dir)
+    return status
+
+
+def _write_token_files(db: Path, prompts: Sequence[str], out_dir: Path) -> int:
+    """Write the tokens of these prompts' images as `.npy` files; 1 if something could not be written."""
+    from dm_generations.export.exporter import ExportOptions, export_archive
+    from dm_generations.export.plan import Layout, Selection
+
+    options = ExportOptions(out_dir, Layout("npy", 1, 1), Selection(prompt_texts=prompts))
+    with Archive.open(db) as archive:
+        report = export_archive(archive, options, print_warning)
+    files = counted(report.written, "token file")
+    print(f"Wrote {files} to {out_dir} ({report.already_there:,} skipped, already present)")
+    return 1 if report.problems else 0
 
 
 def _print_estimate(found: "Estimate") -> None:
@@ -239,10 +258,7 @@ def _print_report(report: "GenerateReport", args: argparse.Namespace) -> int:
     print(summary)
     words = ["python", "-m", "dm_generations", "decode", "--db", str(args.db)]
     print(f"To view them:\n  {shlex.join(words + ([] if report.codec is None else ['--codec', report.codec]))}")
-    if args.output == "npy":
-        files = counted(report.npy_written_count, "token file")
-        print(f"Wrote {files} to {args.out_dir} ({report.npy_existing_count:,} skipped, already present)")
     if report.invalid_count:
         what = f"{counted(report.invalid_count, 'image')} left out, with a token outside the codebook"
         print(f"error: {what}: dalle-mini's noise also samples its end token", file=sys.stderr)
-    return 1 if report.invalid_count or report.has_npy_errors else 0
+    return 1 if report.invalid_count else 0

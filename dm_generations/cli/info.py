@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from dm_generations.archive import Archive, ArchiveInfo, LogProbInfo, PromptInfo, ScoreInfo, info
-from dm_generations.cli._text import counted, file_size, printable, utc_time
+from dm_generations.cli.common import counted, file_size, printable, utc_time
 from dm_generations.paths import shipped
 
 HELP = "show what an archive holds"

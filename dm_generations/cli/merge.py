@@ -3,7 +3,7 @@
 import argparse
 
 from dm_generations.archive import merge
-from dm_generations.cli._text import counted, printable
+from dm_generations.cli.common import counted, printable
 
 HELP = "join archives"
 DESCRIPTION = """\

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dm_generations.archive import Archive
-from dm_generations.cli._text import counted
-from dm_generations.cli.model_options import STOPPED, add_model_options, prepare_device, show_progress
+from dm_generations.cli.common import STOPPED, add_model_options, counted, prepare_device, show_progress
 
 if TYPE_CHECKING:
     from dm_generations.pipelines.rescore import ScoreReport

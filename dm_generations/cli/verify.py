@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 from dm_generations.archive import Archive, verify
-from dm_generations.cli._text import counted, printable
-from dm_generations.cli._types import at_least_one
-from dm_generations.cli.model_options import (
+from dm_generations.cli.common import (
     add_dalle_pytorch_options,
+    at_least_one,
+    counted,
     dalle_pytorch_overrides,
     prepare_device,
+    printable,
     show_progress,
 )
 from dm_generations.errors import UserError

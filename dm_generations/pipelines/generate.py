@@ -20,14 +20,14 @@ import numpy as np
 from PIL import Image
 
 from dm_generations.archive import Archive, NewImage
+from dm_generations.archive.records import BYTES_PER_TOKEN, TOKEN_DTYPE
 from dm_generations.atomic_io import write_atomic
-from dm_generations.decode import names
-from dm_generations.decode.tokens import TOKEN_DTYPE
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
 from dm_generations.inference.scorer import Scorer
 from dm_generations.models.loading import Checkpoint, Models, load_models
+from dm_generations.paths import sanitize_file_name
 from dm_generations.pipelines.init_tokens import InitTokens, load_init_tokens
 from dm_generations.pipelines.model_records import add_model, find_model_id, model_info
 from dm_generations.pipelines.sweep import (
@@ -43,7 +43,7 @@ from dm_generations.pipelines.sweep import (
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors
 from dm_generations.sampling.batching import sequence_count
-from dm_generations.sampling.logits.logits import SAMPLER_VERSION
+from dm_generations.sampling.logits import SAMPLER_VERSION
 from dm_generations.sampling.params import SamplingParams
 
 SAMPLER_VERSIONS = {"rows": SAMPLER_VERSION, "dalle-mini": 1001}  # stored with each row
@@ -73,7 +73,6 @@ class GenerateOptions:
         init_tokens: `.npy` file of tokens to continue, in place of `init_image`.
         init_count: How many of these tokens are kept; None is the default share.
         progressive_every: Tokens after which unfinished images are written to `progressive_dir`; None for never.
-        npy_dir: Folder for a `.npy` file of tokens of each image; None writes none.
     """
 
     db: Path
@@ -92,7 +91,6 @@ class GenerateOptions:
     init_count: int | None = None
     progressive_every: int | None = None
     progressive_dir: Path = Path("progressive")
-    npy_dir: Path | None = None
 
 
 @dataclasses.dataclass
@@ -106,9 +104,6 @@ class GenerateReport:
         invalid_count: Left out, because dalle-mini's noise sampled a token outside the codebook.
         seconds: Time of sampling, scoring and storing.
         codec: Folder, file or hub name that has the codec; None: it is the one that ships.
-        npy_written_count: Token files written.
-        npy_existing_count: Token files that were there before.
-        has_npy_errors: Whether a token file could not be written.
     """
 
     added_count: int = 0
@@ -117,9 +112,6 @@ class GenerateReport:
     invalid_count: int = 0
     seconds: float = 0.0
     codec: str | None = None
-    npy_written_count: int = 0
-    npy_existing_count: int = 0
-    has_npy_errors: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +158,6 @@ def generate(
         logger.info("%s combinations x %s images, %s to generate", *_counts(sweep, plan))
         report = pipeline.fill(archive, plan, on_progress)
         report.codec = pipeline.models.codec_from
-        if options.npy_dir is not None:
-            _write_token_files(archive, sweep, options.npy_dir, report)
     return report
 
 
@@ -181,7 +171,7 @@ def estimate(sweep: Sweep, options: GenerateOptions) -> Estimate:
     with Archive.open(options.db) if os.path.exists(options.db) else contextlib.nullcontext() as archive:
         plan = pipeline.plan(sweep, archive, options.shard)
     generator = pipeline.generator
-    token_bytes = plan.missing_count * generator.token_count * TOKEN_DTYPE.itemsize
+    token_bytes = plan.missing_count * generator.token_count * BYTES_PER_TOKEN
     return Estimate(
         plan,
         token_bytes,
@@ -400,7 +390,8 @@ def partial_image_name(sample: Sample, count: int) -> str:
     other in the order of names.
     """
     combination = hashlib.sha256(repr(sample.combination).encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return names.step_file(combination, sample.key0, sample.key1, count, sample.combination.prompt)
+    name = f"{combination}_{sample.key0}_{sample.key1}_{count:04d}_{sample.combination.prompt}"
+    return sanitize_file_name(name, ".png")
 
 
 def make_scorer(clip: Checkpoint, batch_size: int) -> Scorer:
@@ -457,14 +448,3 @@ def _prepare(sweep: Sweep, options: GenerateOptions, mode: str) -> tuple[Pipelin
 
 def _counts(sweep: Sweep, plan: Plan) -> tuple[str, str, str]:
     return f"{sweep.combination_count:,}", f"{sweep.count:,}", f"{plan.missing_count:,}"
-
-
-def _write_token_files(archive: Archive, sweep: Sweep, out_dir: Path, report: GenerateReport) -> None:
-    """Write the tokens of the sweep's prompts as `.npy` files, and count them in `report`."""
-    from dm_generations.decode.plan import Layout, Selection
-    from dm_generations.decode.run import Options, decode_archive
-
-    options = Options(out_dir, Layout("npy", 1, 1), Selection(prompt_texts=sweep.prompts))
-    written = decode_archive(archive, options, logger.warning)
-    report.npy_written_count, report.npy_existing_count = written.written, written.already_there
-    report.has_npy_errors = bool(written.problems)

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dm_generations.archive import init_md5
-from dm_generations.decode.tokens import TOKEN_DTYPE
+from dm_generations.archive.records import TOKEN_DTYPE
 from dm_generations.errors import UserError, one_line
 from dm_generations.models.loading import Checkpoint
 from dm_generations.runtime.params import matmul_precision, put_params

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 
 from dm_generations.archive import Archive, ImageRow
-from dm_generations.decode.tokens import BadTokens, tokens_of
+from dm_generations.archive.records import BadTokensError, tokens_from_blob
 from dm_generations.errors import UserError
 from dm_generations.inference.generator import Generator
 from dm_generations.models.loading import Checkpoint
@@ -142,9 +142,11 @@ def find_mismatches(
         for row in batch:
             row_params = SamplingParams(*(getattr(row, setting.name) for setting in fields(SamplingParams)))
             try:
-                row_tokens = tokens_of(row.quantvec, row.quantvec_md5, generator.token_count, generator.codebook_size)
+                row_tokens = tokens_from_blob(
+                    row.quantvec, row.quantvec_md5, generator.token_count, generator.codebook_size
+                )
                 row_params.validate()
-            except (BadTokens, UserError) as error:
+            except (BadTokensError, UserError) as error:
                 found.append(Mismatch(row.id, 0, str(error)))
                 continue
             usable.append(row)

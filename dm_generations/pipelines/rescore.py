@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dm_generations.archive import Archive, ImageRow
-from dm_generations.decode.tokens import BadTokens, tokens_of
+from dm_generations.archive.records import BadTokensError, tokens_from_blob
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import Checkpoint
 from dm_generations.pipelines.generate import SMALLER_BATCH, finite_or_none, make_scorer
@@ -79,8 +79,8 @@ def score_archive(
                 report.count_by_other_codec[model_names.get(row.codec_id, f"id {row.codec_id}")] += 1
                 continue
             try:
-                tokens = tokens_of(row.quantvec, row.quantvec_md5, decoder.token_count, decoder.codebook_size)
-            except BadTokens as error:
+                tokens = tokens_from_blob(row.quantvec, row.quantvec_md5, decoder.token_count, decoder.codebook_size)
+            except BadTokensError as error:
                 report.bad_rows.append(f"image {row.id} was not scored: {error}")
                 continue
             usable.append((row, tokens))

@@ -12,7 +12,7 @@ from helpers import ROOT, golden
 
 from dm_generations.archive import Archive, ArchiveError, init_md5
 from dm_generations.cli import build_parser
-from dm_generations.cli._text import file_size, printable
+from dm_generations.cli.common import file_size, printable
 
 
 def command(*words) -> int:

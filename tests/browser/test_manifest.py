@@ -5,11 +5,11 @@ import random
 import re
 
 import pytest
-from dm_generations.sampling.logits.logits import SAMPLER_VERSION
 
-from dm_generations.browser.manifest import PAGE, GalleryEntry, build_manifest, unusual, write_manifest
+from dm_generations.export.manifest import PAGE, GalleryEntry, build_manifest, unusual, write_manifest
 from dm_generations.paths import shipped
 from dm_generations.pipelines.generate import SAMPLER_VERSIONS
+from dm_generations.sampling.logits import SAMPLER_VERSION
 
 
 def read(out_dir):

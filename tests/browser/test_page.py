@@ -15,8 +15,8 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from dm_generations.browser.manifest import GalleryEntry, build_manifest, write_manifest
 from dm_generations.cli import build_parser
+from dm_generations.export.manifest import GalleryEntry, build_manifest, write_manifest
 from dm_generations.paths import shipped
 from dm_generations.pipelines.sweep import parse_key
 

@@ -11,6 +11,7 @@ from faults_kit import error_line
 from tiny import CODEBOOK_SIZE, GRID, IMAGE_SIZE, tiny_vqgan
 
 from dm_generations.archive import Archive, ModelInfo, NewImage
+from dm_generations.export.journal import JOURNAL, Journal
 
 TOKENS = random_tokens(6, GRID**2, CODEBOOK_SIZE)
 
@@ -144,7 +145,7 @@ def test_an_archive_without_pictures(decode, archive):
     change(archive, "DELETE FROM images")
     status, errors = decode()
     assert status == 1
-    assert_one_error(errors, "holds no pictures")
+    assert_one_error(errors, "holds no images")
 
 
 def test_a_codec_folder_that_is_not_there(decode, tmp_path):
@@ -161,6 +162,44 @@ def test_an_output_folder_that_is_a_file(decode, tmp_path):
         assert status == 1
         assert_one_error(errors, "--out-dir")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+@pytest.mark.parametrize("mode", ["images", "gallery", "npy"])
+def test_a_prompt_folder_that_is_a_link_is_refused(decode, tmp_path, mode):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0001_a boat").symlink_to(tmp_path / "elsewhere")
+    status, errors = decode("--mode", mode)
+    assert status == 1
+    assert_one_error(errors, "0001_a boat is a symbolic link")
+    assert not any((tmp_path / "elsewhere").iterdir()) and len(list((tmp_path / "out").iterdir())) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+def test_a_journal_that_is_a_link_is_refused(decode, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / JOURNAL).symlink_to(tmp_path / "mine")
+    status, errors = decode()
+    assert status == 1
+    assert_one_error(errors, JOURNAL)
+    assert (tmp_path / "mine").read_text() == "mine" and len(list((tmp_path / "out").iterdir())) == 1
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_second_decode_into_a_folder_is_refused(decode, tmp_path, is_new):
+    if not is_new:
+        assert decode("--n-best", "1") == (0, "")
+    (tmp_path / "out").mkdir(exist_ok=True)
+    before = set(all_files(tmp_path / "out")) | {JOURNAL}
+    with Journal(tmp_path / "out") as first:
+        first.open(create=True)
+        status, errors = decode()
+    assert status == 1
+    assert_one_error(errors, "another decode writes into .*out")
+    assert set(all_files(tmp_path / "out")) == before
+    assert decode() == (0, "") and len(pictures(tmp_path / "out")) == 6
 
 
 def test_a_gallery_too_large_to_hold(decode, tmp_path):

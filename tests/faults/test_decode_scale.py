@@ -11,8 +11,7 @@ from faults_kit import MODES, Command
 from helpers import ROOT
 from tiny import CODEBOOK_SIZE, GRID
 
-from dm_generations.decode import shards as shards_module
-from dm_generations.decode import writer as writer_module
+from dm_generations.export import writers as writers_module
 from dm_generations.inference.decoder import Decoder
 
 
@@ -28,8 +27,8 @@ def test_a_disk_that_stands_still_holds_the_device_back(command, tmp_path, monke
         started.append(len(tokens))
         return start(codec, tokens)
 
-    monkeypatch.setattr(writer_module, "write_atomic", once_it_moves(writer_module.write_atomic))
-    for container in shards_module.CONTAINERS.values():
+    monkeypatch.setattr(writers_module, "write_atomic", once_it_moves(writers_module.write_atomic))
+    for container in writers_module.CONTAINERS.values():
         monkeypatch.setattr(container, "add", once_it_moves(container.add))
     monkeypatch.setattr(Decoder, "start", counting_start)
     run = threading.Thread(target=lambda: statuses.append(command.run(tmp_path / "out", *MODES[mode])))

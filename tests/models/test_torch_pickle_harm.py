@@ -191,7 +191,7 @@ def test_doubling_structure_in_a_message_is_cut(tmp_path):
 
 
 def test_number_of_names_is_limited(tmp_path, monkeypatch):
-    monkeypatch.setattr("dm_generations.models.checkpoints.inert_pickle.MAX_NAMES", 100)
+    monkeypatch.setattr("dm_generations.weights.inert_pickle.MAX_NAMES", 100)
     data = b"".join(b"cm\nC%d\n0" % index for index in range(101))
     with pytest.raises(UserError, match=r"a\.pt"):
         read_torch(in_zip(tmp_path / "a.pt", data + b"N."))

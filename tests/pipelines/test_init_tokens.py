@@ -10,8 +10,8 @@ from decode_kit import GOLDEN_CODEC
 from PIL import Image
 from tiny import tiny_dalle_bart, tiny_vqgan
 
-from dm_generations.decode.npy import encode_npy
 from dm_generations.errors import UserError
+from dm_generations.export.encoders import encode_npy
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
 from dm_generations.models.loading import load_checkpoint

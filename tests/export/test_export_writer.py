@@ -12,15 +12,14 @@ from PIL import Image
 
 from dm_generations import atomic_io as files
 from dm_generations.atomic_io import remove_stale_temporaries, write_atomic
-from dm_generations.decode import writer as writer_module
-from dm_generations.decode.png import encode_png
-from dm_generations.decode.writer import FileWriter
+from dm_generations.export.encoders import Encoding
+from dm_generations.export.writers import FileWriter
 
 PIXELS = np.random.default_rng(0).integers(256, size=(16, 16, 3), dtype=np.uint8)
 
 
 def encoding(pixels):
-    return functools.partial(encode_png, pixels)
+    return functools.partial(Encoding().encode, pixels)
 
 
 def test_writes_what_it_was_given(tmp_path):
@@ -44,14 +43,17 @@ def test_an_error_surfaces_and_the_rest_is_written(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["0.png", "1.png", "2.png"]
 
 
-def test_the_queue_is_bounded(tmp_path, monkeypatch):
+def test_the_queue_is_bounded(tmp_path):
     may_write = threading.Event()
-    monkeypatch.setattr(writer_module, "_write_file", lambda *_: may_write.wait(10))
     submitted = []
+
+    def encode():
+        may_write.wait(10)
+        return b"x"
 
     def submit_all(writer):
         for number in range(100):
-            writer.submit(tmp_path / f"{number}.png", encoding(PIXELS), lambda error: None)
+            writer.submit(tmp_path / f"{number}.png", encode, lambda error: None)
             submitted.append(number)
 
     with FileWriter(2) as writer:

@@ -4,9 +4,9 @@ import pytest
 from decode_kit import GOLDEN_DECODE, SETTINGS
 
 from dm_generations.archive import Archive, ImageRow, ModelInfo
-from dm_generations.decode.piece import entry
-from dm_generations.decode.plan import GroupPlan, Layout, Selection, is_finished, select_groups
 from dm_generations.errors import UserError
+from dm_generations.export.output_file import make_entry
+from dm_generations.export.plan import GroupPlan, Layout, Selection, is_finished, select_groups
 from dm_generations.models.loading import load_checkpoint
 
 
@@ -80,7 +80,7 @@ def test_the_page_is_told_of_a_model_only_if_it_still_draws_the_picture():
 
     def drawn_by(name: str, sha256: str) -> str | None:
         models = {1: ModelInfo("generator", name, sha256, {})}
-        return entry(plan, target, target.path, [row], models).model
+        return make_entry(plan, target, target.path, [row], models).model
 
     embedded = load_checkpoint(None, "generator")
     assert drawn_by(embedded.name, embedded.sha256) == embedded.name

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pathvalidate import sanitize_filename
 
-from dm_generations.decode.names import picture_file, prompt_folder
+from dm_generations.export.filenames import image_file, prompt_folder
 
 HOSTILE = [
     "",
@@ -56,9 +56,9 @@ def same_to_a_file_system(name: str) -> str:
 
 def test_reads_as_in_2022():
     assert prompt_folder(7, "a cute avocado") == "0007_a cute avocado"
-    assert picture_file(1, 50, 1.0, 0.7, 10.0, None, rank=3) == "0001_k=50,p=1.0,t=0.7,c=10.0_03_None.png"
-    assert picture_file(2, 0, 0.95, 3.0, 1.0, "blurry") == "0002_k=0,p=0.95,t=3.0,c=1.0_blurry.png"
-    assert picture_file(1, 0, 1.0, 1.0, 1.0, "x", page=1) == "0001_k=0,p=1.0,t=1.0,c=1.0,page=2_x.png"
+    assert image_file(1, 50, 1.0, 0.7, 10.0, None, rank=3) == "0001_k=50,p=1.0,t=0.7,c=10.0_03_None.png"
+    assert image_file(2, 0, 0.95, 3.0, 1.0, "blurry") == "0002_k=0,p=0.95,t=3.0,c=1.0_blurry.png"
+    assert image_file(1, 0, 1.0, 1.0, 1.0, "x", page=1) == "0001_k=0,p=1.0,t=1.0,c=1.0,page=2_x.png"
 
 
 @given(prompt_id=ids, prompt=texts)
@@ -70,7 +70,7 @@ def test_a_folder_name_is_one_safe_path_component(prompt_id, prompt):
 
 @given(settings, texts, places)
 def test_a_file_name_is_one_safe_path_component(values, sc_prompt, place):
-    name = picture_file(*values, sc_prompt, **place)
+    name = image_file(*values, sc_prompt, **place)
     assert_safe(name)
     assert name.endswith(".png")
 
@@ -99,8 +99,8 @@ def test_two_pictures_never_share_a_name(values, text, place, values_2, text_2, 
         place, place_2 = ({"rank": one["rank"] or 0} for one in (place, place_2))
     keys = {(repr(values), *sorted(place.items())), (repr(values_2), *sorted(place_2.items()))}
     names = {
-        same_to_a_file_system(picture_file(*values, text, **place)),
-        same_to_a_file_system(picture_file(*values_2, text_2, **place_2)),
+        same_to_a_file_system(image_file(*values, text, **place)),
+        same_to_a_file_system(image_file(*values_2, text_2, **place_2)),
     }
     assert len(names) == len(keys)
 
@@ -110,7 +110,7 @@ def test_names_are_pathvalidates_where_those_can_exist(number, text, rank):
     assert prompt_folder(number, text) == sanitize_filename(f"{number:04d}_{text}")
     settings_text = f"{number:04d}_k=50,p=1.0,t=0.7,c=10.0_{rank:02d}"
     name_2022 = sanitize_filename(f"{settings_text}_{text}")[:250] + ".png"
-    name = picture_file(number, 50, 1.0, 0.7, 10.0, text, rank=rank)
+    name = image_file(number, 50, 1.0, 0.7, 10.0, text, rank=rank)
     if len(name_2022.encode()) <= 255:
         assert name == name_2022
     else:

@@ -1,11 +1,11 @@
-"""`manifest.js`: which pictures a folder holds, for `samplebrowser.html` beside it.
+"""`manifest.js`: which images a folder holds, for `samplebrowser.html` next to it.
 
-A page opened from disk may load scripts and pictures but not JSON, so the manifest is a script of one
+A page opened from disk may load scripts and images but not JSON, so the manifest is a script of one
 statement, `window.DM_MANIFEST = {...};`, in ASCII:
 
     version      1
-    mode         "images" (a file holds one picture) or "gallery" (a file holds many)
-    archive      name of the archive that the pictures come from, without its folder
+    mode         "images" (a file holds one image) or "gallery" (a file holds many)
+    archive      name of the archive that the images come from, without its folder
     prompts      [[prompt_id, prompt or null], ...]            each listed once
     sc_prompts   [[sc_prompt_id, sc_prompt or null], ...]      null: the model's own empty prompt
     groups       [[prompt, sc_prompt, top_k, top_p, temperature, cond_scale, prefix, suffix, files], ...]
@@ -14,13 +14,13 @@ statement, `window.DM_MANIFEST = {...};`, in ASCII:
 "/" between its parts, is prefix + middle + suffix: they only save repeating what paths share. `files` are
 
     images       [middle, rank, score or null, key0, key1]     best first; then what is not "", 1, 0, "float32" of
-                 [model, sampler_version, init_count, dtype], up to the last of them: the name of the model that drew
-                 the picture, "" for the one that ships and null for one that is not known; which noise it drew with;
-                 how many codes were given; and what it computed in
-    gallery      [middle, page, [score or null, ...], identity]    by page; pictures best first; identity: some
-                 letters that differ from those of other pictures, or left out
+                 [model, sampler_version, init_count, dtype], up to the last of them: the name of the model that sampled
+                 the image, "" for the one that ships and null for one that is not known; which noise it sampled with;
+                 how many tokens were given; and the dtype of its activations
+    gallery      [middle, page, [score or null, ...], identity]    by page; images best first; identity: hex digits
+                 that differ from those of other images, or left out
 
-top_k 0 and top_p 1.0 mean "off"; scores are CLIP logits of picture and prompt as typed; numbers that JSON
+top_k 0 and top_p 1.0 mean "off"; scores are CLIP logits of image and prompt as typed; numbers that JSON
 lacks (NaN, infinities) are null.
 """
 
@@ -46,7 +46,7 @@ _USUAL = ("", 1, 0, "float32")
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A file of pictures of one group. `file` is relative to the output folder, with "/" between parts."""
+    """A file of images of one group. `file` is relative to the output folder, with "/" between parts."""
 
     file: str
     prompt_id: int
@@ -60,14 +60,14 @@ class _File:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry(_File):
-    """One picture in a file of its own."""
+class ImageEntry(_File):
+    """One image in a file of its own. `model` is the name of the one that sampled it; None: not known."""
 
     rank: int
     score: float | None
     key0: int
     key1: int
-    model: str | None  # that drew it; None: not known
+    model: str | None
     sampler_version: int | None = None
     init_count: int = 0
     dtype: str | None = None
@@ -75,20 +75,23 @@ class Entry(_File):
 
 @dataclass(frozen=True, slots=True)
 class GalleryEntry(_File):
-    """One file that shows several pictures; `scores` has one value for each, best first."""
+    """One file that shows several images; `scores` has one value for each, best first."""
 
     scores: tuple[float | None, ...]
     page: int = 0
-    identity: str | None = None  # tells these pictures from others, where there are no scores
+    identity: str | None = None  # tells these images from others, where there are no scores
 
 
-Entries = TypeVar("Entries", Entry, GalleryEntry)
+Entries = TypeVar("Entries", ImageEntry, GalleryEntry)
 
 
 def build_manifest(mode: str, archive_name: str, entries: Iterable[Entries]) -> dict[str, Any]:
-    """The manifest described above, for files that exist; mode is "images" or "gallery".
+    """Return the manifest described above.
 
-    Groups keep the order in which they first appear; files within one are put in order here.
+    Args:
+        mode: "images" or "gallery".
+        archive_name: Without its folder.
+        entries: Files that exist. Groups keep the order in which they first appear; files of one are sorted here.
     """
     if mode not in ("images", "gallery"):
         raise ValueError(f"mode is {mode!r}, expected 'images' or 'gallery'")
@@ -119,9 +122,11 @@ def build_manifest(mode: str, archive_name: str, entries: Iterable[Entries]) -> 
 
 
 def write_manifest(out_dir: Path, manifest: dict[str, Any]) -> Path:
-    """Write `manifest.js` and the page into an existing folder; returns the path of the page to open.
+    """Write `manifest.js` and the page into an existing folder; return the path of the page to open.
 
-    Raises OSError, and UserError if the installation lacks the page.
+    Raises:
+        OSError: They cannot be written.
+        UserError: The installation lacks the page.
     """
     for name, content in manifest_files(manifest).items():
         write_atomic(out_dir / name, content)
@@ -129,13 +134,13 @@ def write_manifest(out_dir: Path, manifest: dict[str, Any]) -> Path:
 
 
 def manifest_files(manifest: dict[str, Any]) -> dict[str, bytes]:
-    """What goes beside the pictures, by name: `manifest.js` and the page. UserError if the page is not installed."""
+    """Return `manifest.js` and the page, content by name. Raises UserError if the page is not installed."""
     text = f"{MANIFEST_START}{_script_json(manifest)};\n"
     return {MANIFEST: text.encode("ascii"), PAGE: shipped(PAGE).read_bytes()}
 
 
 def _pack(mode: str, members: list[Entries]) -> tuple[str, str, list[list]]:
-    """prefix, suffix and files of one group."""
+    """Return prefix, suffix and files of one group."""
     members = sorted(members, key=lambda entry: entry.rank if mode == "images" else entry.page)
     paths = [entry.file for entry in members]
     prefix = commonprefix(paths)
@@ -152,8 +157,8 @@ def _pack(mode: str, members: list[Entries]) -> tuple[str, str, list[list]]:
     return prefix, suffix, [[middle, *row] for middle, row in zip(middles, rows, strict=True)]
 
 
-def unusual(entry: Entry) -> list[int | str | None]:
-    """What it takes to draw a picture again besides its settings and key; most of the shipped model need no more."""
+def unusual(entry: ImageEntry) -> list[int | str | None]:
+    """Return what sampling an image again takes besides its settings and key; for the shipped model mostly nothing."""
     if entry.model is None or entry.sampler_version is None:
         return [None]
     model = "" if entry.model.startswith(_SHIPPED) else entry.model
@@ -168,10 +173,10 @@ def _finite(number: float | None) -> float | None:
 
 
 def rounded_score(score: float | None) -> float | None:
-    """Rounded to what the page shows, and a digit more: the manifest is read whole at each start."""
+    """Return a score rounded to what the page shows and a digit more: the page reads the manifest whole."""
     return None if _finite(score) is None else round(score, 3)
 
 
 def _script_json(value: Any) -> str:
-    """JSON that is safe as a script: all but ASCII is escaped (U+2028 and lone surrogates too), and `<`."""
+    """Return JSON that is safe as a script: all but ASCII is escaped (U+2028 and lone surrogates too), and `<`."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

@@ -20,6 +20,7 @@ from decode_kit import (
 from helpers import golden_dirs
 
 from dm_generations.cli import main
+from dm_generations.export.journal import JOURNAL
 
 CASES = {
     "images": ["--mode", "images"],
@@ -91,7 +92,7 @@ def test_a_gallery_holds_the_pictures_in_order_of_rank(source, tmp_path):
 def test_leaves_nothing_but_pictures_and_the_page(decoded):
     _, out_dir = decoded
     others = {path for path in all_files(out_dir) if not path.endswith(".png")}
-    assert others == {"manifest.js", "samplebrowser.html"}
+    assert others == {"manifest.js", "samplebrowser.html", JOURNAL}
 
 
 def test_the_manifest_lists_every_file(decoded):
@@ -106,7 +107,9 @@ def test_the_manifest_lists_every_file(decoded):
 def test_a_second_run_touches_nothing_and_needs_no_codec(decoded, monkeypatch, capsys):
     case, out_dir = decoded
     before = {path: path.stat().st_mtime_ns for path in out_dir.rglob("*.png")}
-    monkeypatch.setattr("dm_generations.decode.run.load_checkpoint", lambda *_: pytest.fail("the codec was loaded"))
+    monkeypatch.setattr(
+        "dm_generations.export.exporter.load_checkpoint", lambda *_: pytest.fail("the codec was loaded")
+    )
     assert decode_golden(out_dir, *CASES[case]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in out_dir.rglob("*.png")}
     assert f"{len(before)} there already" in capsys.readouterr().out

@@ -1,16 +1,29 @@
-"""What commands that compute share: options of models and batches, the device, and progress."""
+"""What several commands share: types and options of flags, the device, progress, and values as text for a terminal."""
 
 import argparse
 import contextlib
+import datetime
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dm_generations.archive import DTYPES
-from dm_generations.cli._types import at_least_one
 from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
 
+MAX_TEXT = 100  # characters of a prompt
 STOPPED = 130  # the exit status of a program that Ctrl-C ended
+
+
+def at_least_one(text: str) -> int:
+    """Raises ArgumentTypeError for a number below 1, ValueError for what is no whole number."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+at_least_one.__name__ = "whole number"  # as argparse names it when int() fails
 
 
 def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
@@ -107,3 +120,38 @@ def show_progress() -> Iterator[Callable[[int, int], None]]:
                 shown = done
 
         yield on_progress
+
+
+def print_warning(line: str) -> None:
+    """Print a warning on stderr."""
+    print(f"warning: {line}", file=sys.stderr)
+
+
+def printable(text: str, limit: int = MAX_TEXT) -> str:
+    """Text of a stranger, fit for a terminal: control characters escaped, cut to `limit` characters."""
+    shown = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text[: limit + 1]
+    )
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def file_size(byte_count: int) -> str:
+    """12,345,678 -> "12.3 MB"."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if byte_count >= size:
+            return f"{byte_count / size:.1f} {unit}"
+    return f"{byte_count} bytes"
+
+
+def utc_time(seconds: float) -> str:
+    """UTC Unix seconds as "2022-07-12 10:06:41 UTC"; the number itself where it is no date."""
+    try:
+        return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (OverflowError, OSError, ValueError):
+        return str(seconds)
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """1, "image" -> "1 image"; 2,000 -> "2,000 images"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {plural or noun + 's'}"

@@ -7,8 +7,8 @@ from decode_kit import all_files, change, pictures, random_tokens, write_archive
 from tiny import CODEBOOK_SIZE, GRID, IMAGE_SIZE, tiny_vqgan
 
 from dm_generations.cli import main
-from dm_generations.decode.gallery import sheet_tokens
 from dm_generations.errors import UserError
+from dm_generations.export.output_file import fill_cells
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.dvae.discrete import DiscreteVAEConfig
 from dm_generations.models.dvae.openai import OpenAIVAEConfig
@@ -92,7 +92,7 @@ def test_a_sheet_that_no_memory_holds_is_refused(tiny_codec):
 
 
 def test_cells_without_a_picture_get_another():
-    rows = sheet_tokens({1: np.array([7, 7]), 2: np.array([8, 8])}, 4)
+    rows = fill_cells({1: np.array([7, 7]), 2: np.array([8, 8])}, 4)
     assert rows.tolist() == [[7, 7], [7, 7], [8, 8], [8, 8]]
 
 
@@ -100,7 +100,7 @@ def test_a_seamless_gallery_is_decoded_as_one(decode, tiny_codec):
     assert decode("--seamless") == 0
     (sheet,) = pictures(decode.out).values()
     tokens = random_tokens(5, GRID**2, CODEBOOK_SIZE)
-    expected = tiny_codec.tiled(ROWS, COLS).decode(sheet_tokens(dict(enumerate(tokens)), 6)[None])[0].copy()
+    expected = tiny_codec.tiled(ROWS, COLS).decode(fill_cells(dict(enumerate(tokens)), 6)[None])[0].copy()
     expected[IMAGE_SIZE:, 2 * IMAGE_SIZE :] = 0  # there is no sixth picture
     np.testing.assert_array_equal(sheet, expected)
 

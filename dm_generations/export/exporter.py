@@ -1,0 +1,483 @@
+"""Decode the images of an archive into files: read -> decode -> encode -> write.
+
+Rows are read, checked and packed into batches of one size; while the device computes a batch, threads encode and write
+the one before it. What is finished on disk is not decoded again, unless its rank went to another image.
+
+H, W: pixels of one image   L: tokens of one image
+"""
+
+import contextlib
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from dm_generations.archive import Archive, ImageRow
+from dm_generations.archive.records import BadTokensError, tokens_from_blob
+from dm_generations.atomic_io import remove_stale_temporaries
+from dm_generations.errors import UserError
+from dm_generations.export.captions import Strips
+from dm_generations.export.codec_check import check_codec
+from dm_generations.export.encoders import Encoding, encode_npy
+from dm_generations.export.journal import Journal, identify
+from dm_generations.export.manifest import GalleryEntry, ImageEntry, build_manifest, manifest_files, write_manifest
+from dm_generations.export.output_file import EncodeContext, OutputFile, fill_cells, make_entry
+from dm_generations.export.plan import GroupPlan, Layout, Selection, Target, is_finished, select_groups
+from dm_generations.export.writers import FileWriter, Member, Shard, ShardSet, ShardWriter, fingerprint
+from dm_generations.inference.decoder import Decoder
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.progress import Progress
+from dm_generations.runtime import compile_cache
+from dm_generations.runtime.device import core_count
+
+_MAX_FILE_PIXELS = 1 << 28  # 800 MB in memory, and each worker may hold several
+_LEAST_BATCH = 64  # a larger one is cut down to the power of two that holds all images
+
+# What is decoded as one: its file, its cell there and its tokens (L,) uint16; or no cell, and those of all (cells, L).
+Item = tuple[OutputFile, int | None, np.ndarray]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to decode an archive into files.
+
+    Attributes:
+        codec: A folder, a file or a name on the hub; None is the embedded one.
+        dtype: Of the decoder's activations.
+        batch_size: Images decoded at a time; None is as many as the device has memory for.
+        num_workers: Threads that encode; None is one for each core.
+        overwrite: Decode what is on disk already.
+        encoding: Of image files, whose names end in its extension.
+        has_metadata: Whether image files carry their rows.
+        strips: The text on galleries.
+    """
+
+    out_dir: Path
+    layout: Layout = Layout("images", 8, 4)
+    selection: Selection = Selection()
+    codec: str | None = None
+    dtype: str = "float32"
+    batch_size: int | None = 32
+    num_workers: int | None = None
+    overwrite: bool = False
+    encoding: Encoding = Encoding()
+    has_metadata: bool = False
+    strips: Strips = Strips()
+
+
+@dataclass
+class ExportReport:
+    """What an export did.
+
+    Attributes:
+        written: Files written.
+        already_there: Files that were finished before.
+        problems: A line for each bad row and each file that could not be written.
+        page: To open in a browser.
+    """
+
+    written: int = 0
+    already_there: int = 0
+    problems: list[str] = field(default_factory=list)
+    page: Path | None = None
+
+
+class Decoded(Protocol):
+    """Images that are being decoded."""
+
+    def images(self) -> np.ndarray:
+        """Wait for the images (n, H, W, 3) uint8."""
+
+
+class TokenDecoder(Protocol):
+    """What turns tokens into images: a codec, or PassthroughDecoder."""
+
+    batch_size: int
+
+    def start(self, tokens: np.ndarray) -> Decoded:
+        """Begin decoding (n, L) uint16."""
+
+
+@dataclass
+class PassthroughDecoder:
+    """Stands for a codec where tokens are written as they are: its images are their tokens (n, L)."""
+
+    batch_size = 1  # rows of an archive may differ in length
+    tokens: np.ndarray | None = None
+
+    def start(self, tokens: np.ndarray) -> "PassthroughDecoder":
+        """Take tokens (n, L)."""
+        return PassthroughDecoder(tokens)
+
+    def images(self) -> np.ndarray:
+        """Give them back."""
+        assert self.tokens is not None, "started"
+        return self.tokens
+
+
+def export_archive(archive: Archive, options: ExportOptions, warn: Callable[[str], None]) -> ExportReport:
+    """Write the selected images under `options.out_dir`, with the page to look at them.
+
+    Bad rows and files that cannot be written are reported, on stderr too, and the rest is done.
+
+    Args:
+        warn: Called with a line for each thing that looks wrong and stops nothing.
+
+    Raises:
+        UserError: There is nothing to decode, the codec is not one for these rows, or another decode writes there
+            (before anything is written); or the folder or disk takes nothing more.
+    """
+    plans = select_groups(archive, options.selection)
+    folders = [] if options.layout.is_sharded else sorted({plan.folder for plan in plans})
+    _check_folders(options.out_dir, folders)
+    with Journal(options.out_dir) as journal:
+        if options.layout.has_page:
+            journal.open()
+        exporter = Exporter(archive, plans, options, journal)
+        due_count = exporter.count_due()
+        decoder = _load_decoder(archive, plans, options, due_count, warn) if due_count else None
+        for folder in ("", *folders):
+            remove_stale_temporaries(options.out_dir / folder)
+        with Progress(due_count) as progress:
+            exporter.run(decoder, progress)
+        exporter.write_page()
+    return exporter.report
+
+
+class Exporter:
+    """One export: what is to be written, and what is known of it by now."""
+
+    def __init__(self, archive: Archive, plans: list[GroupPlan], options: ExportOptions, journal: Journal):
+        self.archive, self.plans, self.options, self.journal = archive, plans, options, journal
+        self.layout = replace(options.layout, image_extension=options.encoding.extension)
+        self.out_dir = options.out_dir
+        self.report = ExportReport()
+        self._entries: dict[str, ImageEntry | GalleryEntry] = {}  # by path, for files that are there or will be
+        self._models = archive.models()
+        self._context = EncodeContext(
+            self.layout.mode, options.encoding, options.strips, options.has_metadata, self._models
+        )
+        self._stale_paths = set(self._find_stale_tokens() if self.layout.mode == "npy" else self._find_stale())
+        self._set_id = fingerprint(self._describe_set()) if self.layout.is_sharded else ""
+
+    def count_due(self) -> int:
+        """Return the number of images that are to be decoded."""
+        return sum(len(target.ranks) for _, target, shard in self._files() if self._is_due(target, shard))
+
+    def run(self, decoder: TokenDecoder | None, progress: Progress) -> None:
+        """Decode and write what is due; `decoder` may be None when nothing is."""
+        if self.layout.has_page:
+            self.journal.open(create=True)
+        workers = self.options.num_workers or core_count()
+        files = _fill(_decode(decoder, self._read(decoder, progress)))
+        if self.layout.is_sharded:
+            added, ended = partial(progress.advance, 1), partial(self._when_shard_ended, progress=progress)
+            with ShardWriter(self.out_dir, self.layout.mode, workers, added, ended, self._last_members) as shards:
+                for file in files:
+                    assert file.shard is not None, "all files have one"
+                    shards.submit(file.shard, partial(file.encode_members, self._context))
+        else:
+            with FileWriter(workers) as writer:
+                for file in files:
+                    done = self._when_written(file, progress)
+                    writer.submit(self.out_dir / file.path, partial(file.encode, self._context), done)
+
+    def write_page(self) -> None:
+        """Write `manifest.js`, the page and the compacted journal, for the files that are there.
+
+        Raises:
+            UserError: They cannot be written.
+        """
+        if not self.layout.has_page:
+            return
+        try:
+            if self._entries:
+                self.report.page = write_manifest(self.out_dir, self._manifest())
+            self.journal.compact()
+        except OSError as error:
+            raise UserError(f"cannot write the page into {self.out_dir}: {error.strerror}") from error
+
+    # Which files.
+
+    def _files(self) -> Iterator[tuple[GroupPlan, Target, Shard | None]]:
+        """Yield all files asked for; those that are parts of shards, with the shard."""
+        shards = ShardSet(self.layout.mode, self.layout.shard_size, self._set_id, self._is_path_due)
+        targets = ((plan, target) for plan in self.plans for target in plan.targets(self.layout))
+        for position, (plan, target) in enumerate(targets):
+            yield plan, target, shards.at(position) if self.layout.is_sharded else None
+
+    def _is_due(self, target: Target, shard: Shard | None) -> bool:
+        return self._is_path_due(target.path) if shard is None else shard.is_due
+
+    def _is_path_due(self, path: str) -> bool:
+        is_due = self.options.overwrite or path in self._stale_paths
+        return is_due or not is_finished(os.path.join(self.out_dir, path))
+
+    def _find_stale(self) -> Iterator[str]:
+        """Yield paths of files whose ranks belong to other images by now."""
+        for plan in self.plans if self.layout.has_page and not self.journal.is_empty else ():
+            rows = self.archive.rows(plan.settings, plan.count)
+            for target in plan.targets(self.layout):
+                members = list(islice(rows, len(target.ranks)))
+                if members and self._is_stale(self._entry(plan, target, target.path, members), members):
+                    yield target.path
+
+    def _is_stale(self, entry: ImageEntry | GalleryEntry, members: list[ImageRow]) -> bool:
+        """Return whether the file of an entry, whose rows are `members`, is known to show other images."""
+        if not all(row.quantvec for row in members):
+            return False  # a row that cannot be read could not be decoded either
+        return self.layout.has_page and self.journal.is_stale(entry.file, identify(entry))
+
+    def _find_stale_tokens(self) -> Iterator[str]:
+        """Yield paths of files of tokens that hold others than the image of their rank has. They have no journal."""
+        for plan in self.plans:
+            rows = self.archive.rows(plan.settings, plan.count)
+            for target, row in zip(plan.targets(self.layout), rows, strict=False):  # fewer if the archive changes
+                with contextlib.suppress(OSError, ValueError, BadTokensError):
+                    if (self.out_dir / target.path).read_bytes() != encode_npy(self._tokens(row, None)):
+                        yield target.path
+
+    def _describe_set(self) -> Iterator[object]:
+        """Yield what tells one set of shards from another."""
+        yield self.layout.mode, self.layout.extension, self.layout.shard_size if self.layout.mode == "tar" else None
+        for plan in self.plans:
+            yield plan
+            for row in self.archive.rows(plan.settings, plan.count):
+                yield row.id, row.quantvec_md5, row.clip_score_input, row.clip_score_tokenized
+
+    # Read: rows to tokens.
+
+    def _read(self, decoder: TokenDecoder | None, progress: Progress) -> Iterator[Item]:
+        """Yield the tokens to decode, with the place of each image."""
+        current_plan, rows = None, iter(())
+        finished_shard: Shard | None = None
+        for plan, target, shard in self._files():
+            if plan is not current_plan:
+                current_plan, rows = plan, self.archive.rows(plan.settings, plan.count)
+            members = list(islice(rows, len(target.ranks)))
+            is_due = self._is_due(target, shard)
+            if shard is None and members and not is_due:
+                entry = self._entry(plan, target, target.path, members)
+                is_due = self._is_stale(entry, members)  # since this export began: others may add to the archive
+            if decoder is not None and is_due:
+                yield from self._read_file(plan, target, members, shard, decoder, progress)
+            elif is_due or not members:
+                self._report_change(target, progress)
+            elif shard is None:
+                self.report.already_there += 1
+                self._entries[target.path] = entry
+                self.journal.assume(target.path, identify(entry))
+            elif shard is not finished_shard:
+                finished_shard = shard
+                self.report.already_there += 1
+
+    def _read_file(
+        self,
+        plan: GroupPlan,
+        target: Target,
+        members: list[ImageRow],
+        shard: Shard | None,
+        decoder: TokenDecoder,
+        progress: Progress,
+    ) -> Iterator[Item]:
+        """Yield the tokens of one file."""
+        tokens_by_cell = {}
+        for cell, row in enumerate(members):
+            try:
+                tokens_by_cell[cell] = self._tokens(row, decoder)
+            except BadTokensError as error:
+                self._report_problem(f"image {row.id} was not decoded: {error}", progress)
+        if len(members) < len(target.ranks):
+            self._report_change(target, progress)
+        progress.advance(len(target.ranks) - len(tokens_by_cell))
+        is_whole = len(tokens_by_cell) == len(target.ranks)
+        if shard is not None and not is_whole:
+            shard.is_whole = False
+        if not tokens_by_cell:
+            return
+        path = target.path if is_whole or not target.incomplete_path else target.incomplete_path
+        self._entries[path] = entry = self._entry(plan, target, path, members)
+        if self.layout.has_page:
+            self.journal.begin(path, identify(entry))
+        grid = (self.layout.cols, self.layout.rows) if self.layout.is_gallery else (1, 1)
+        replaced_path = target.incomplete_path if is_whole else None
+        file_rows = [(cell, members[cell]) for cell in tokens_by_cell]
+        file = OutputFile(path, replaced_path, plan, target, file_rows, shard, grid)
+        if self.layout.is_seamless:
+            yield file, None, fill_cells(tokens_by_cell, self.layout.images_per_file)
+        else:
+            yield from ((file, cell, tokens) for cell, tokens in tokens_by_cell.items())
+
+    def _tokens(self, row: ImageRow, decoder: TokenDecoder | None) -> np.ndarray:
+        """Return (L,) uint16. Raises BadTokensError for what the codec, or the one that the row records, cannot decode.
+
+        Without a codec or a record, tokens may be of any number and any value.
+        """
+        if isinstance(decoder, Decoder):
+            return tokens_from_blob(row.quantvec, row.quantvec_md5, decoder.token_count, decoder.codebook_size)
+        recorded = None if row.codec_id is None else self._models.get(row.codec_id)
+        if recorded is not None and recorded.grid and recorded.codebook_size:
+            return tokens_from_blob(row.quantvec, row.quantvec_md5, recorded.grid**2, recorded.codebook_size)
+        return tokens_from_blob(row.quantvec, row.quantvec_md5, None, 1 << 16)
+
+    def _entry(self, plan: GroupPlan, target: Target, path: str, members: list[ImageRow]) -> ImageEntry | GalleryEntry:
+        return make_entry(plan, target, path, members, self._models)
+
+    # Written, or not.
+
+    def _when_written(self, file: OutputFile, progress: Progress) -> Callable[[Exception | None], None]:
+        # Not the file itself: it holds pixels.
+        path, replaced_path, image_count = file.path, file.replaced_path, len(file.rows)
+
+        def done(error: Exception | None) -> None:
+            progress.advance(image_count)
+            if error is not None:
+                del self._entries[path]
+                self._report_unwritten(path, error, progress)
+                return
+            self.report.written += 1
+            if self.layout.has_page:
+                self.journal.confirm(path, identify(self._entries[path]))
+            if replaced_path is not None:
+                with contextlib.suppress(OSError):
+                    (self.out_dir / replaced_path).unlink()
+
+        return done
+
+    def _when_shard_ended(self, shard: Shard, error: Exception | None, progress: Progress) -> None:
+        if error is not None:
+            self._report_unwritten(shard.final_path, error, progress)
+        else:
+            self.report.written += 1
+
+    def _report_unwritten(self, path: str, error: Exception, progress: Progress) -> None:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+        self._report_problem(f"{self.out_dir / path} was not written: {reason}", progress)
+
+    def _report_change(self, target: Target, progress: Progress) -> None:
+        self._report_problem(f"{target.path}: {self.archive.path} changed while it was read; run again", progress)
+
+    def _report_problem(self, line: str, progress: Progress) -> None:
+        self.report.problems.append(line)
+        progress.say(f"error: {line}")
+
+    def _manifest(self) -> dict:
+        mode = "gallery" if self.layout.is_gallery else "images"
+        return build_manifest(mode, self.archive.path.name, self._entries.values())
+
+    def _last_members(self) -> list[Member]:
+        """Return the page for a zip, which is the tree that separate files would be."""
+        return list(manifest_files(self._manifest()).items()) if self.layout.mode == "zip" else []
+
+
+# Decode: tokens to pixels.
+
+
+def _decode(decoder: TokenDecoder | None, items: Iterator[Item]) -> Iterator[Item]:
+    """Yield each item with pixels (H, W, 3) uint8 for its tokens; one batch is computed while another is yielded."""
+    running: tuple[list[Item], Decoded] | None = None
+    while batch := list(islice(items, decoder.batch_size if decoder else 1)):
+        assert decoder is not None, "there are no items without one"
+        started = batch, decoder.start(np.stack([tokens for _, _, tokens in batch]))
+        if running is not None:
+            yield from _wait(*running)
+        running = started
+    if running is not None:
+        yield from _wait(*running)
+
+
+def _wait(batch: list[Item], decoded: Decoded) -> Iterator[Item]:
+    for (file, cell, _), image in zip(batch, decoded.images(), strict=True):
+        yield file, cell, image
+
+
+def _fill(items: Iterable[Item]) -> Iterator[OutputFile]:
+    """Yield each file when its last image is on it."""
+    for file, cell, pixels in items:
+        if cell is None:
+            file.place_all(pixels)
+        else:
+            file.place(cell, pixels)
+        if file.is_full:
+            yield file
+
+
+# Before anything is read.
+
+
+def _load_decoder(
+    archive: Archive, plans: list[GroupPlan], options: ExportOptions, due_count: int, warn: Callable[[str], None]
+) -> TokenDecoder:
+    """Return what decodes the rows of `plans`, once the output folder is there. Raises UserError."""
+    layout = options.layout
+    if layout.mode == "npy":
+        _make_folder(options.out_dir)
+        return PassthroughDecoder()
+    checkpoint = load_checkpoint(options.codec, "codec")
+    grid, warnings = check_codec(archive, plans, checkpoint)
+    for warning in warnings:
+        warn(warning)
+    codec = Decoder.from_checkpoint(checkpoint, _limit_batch(options.batch_size, due_count), options.dtype, grid=grid)
+    _check_gallery_size(options, codec.image_size)
+    if layout.is_seamless:
+        codec = codec.tiled(layout.rows, layout.cols)
+    _make_folder(options.out_dir)
+    compile_cache.enable()
+    return codec
+
+
+def _limit_batch(batch_size: int | None, due_count: int) -> int | str:
+    """Return not many more than are due: all of a batch is decoded, filled or not. Each size is compiled anew."""
+    if batch_size is None:
+        return "auto"
+    return min(batch_size, max(_LEAST_BATCH, 1 << (due_count - 1).bit_length()))
+
+
+def _check_folders(out_dir: Path, folders: Iterable[str]) -> None:
+    """Raise UserError where the output folder is not one, or a prompt's folder is a link to somewhere else."""
+    try:
+        is_folder = stat.S_ISDIR(out_dir.stat().st_mode)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise _bad_folder(out_dir, error) from error
+    if not is_folder:
+        raise UserError(f"{out_dir} is a file, not a folder; choose another with --out-dir")
+    for folder in folders:
+        if os.path.islink(out_dir / folder):
+            raise UserError(f"{out_dir / folder} is a symbolic link; remove it, or choose another --out-dir")
+
+
+def _make_folder(out_dir: Path) -> None:
+    """Make it where it is missing, and find out now whether it can be written."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass
+    except (OSError, ValueError) as error:
+        raise _bad_folder(out_dir, error) from error
+
+
+def _bad_folder(out_dir: Path, error: OSError | ValueError) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return UserError(f"cannot write into {str(out_dir)!r}: {reason}; choose another folder with --out-dir")
+
+
+def _check_gallery_size(options: ExportOptions, image_size: int) -> None:
+    if not options.layout.is_gallery:
+        return
+    options.strips.check()
+    cols, rows = options.layout.cols, options.layout.rows
+    width, height = options.strips.size(cols, rows, image_size)
+    if width * height > _MAX_FILE_PIXELS or max(width, height) > options.encoding.max_side:
+        raise UserError(
+            f"a gallery of {cols} x {rows} would have {width:,} x {height:,} pixels, too many for memory or for "
+            f"{options.encoding.format}; use smaller --gallery-cols and --gallery-rows"
+        )
