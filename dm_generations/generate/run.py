@@ -56,6 +56,7 @@ class Pipeline:
         self.sampler_version = SAMPLER_VERSIONS[rng]
         self.generator = Generator(models.generator, tokenizer_of(models.generator), batch_size, dtype=dtype, rng=rng)
         self._codec = self._scorer = None
+        self._is_compiled = False
         if models.clip is not None or progress is not None:
             self._codec = Decoder.from_checkpoint(models.codec, batch_size, grid=models.grid)
         if models.clip is not None:
@@ -85,16 +86,22 @@ class Pipeline:
 
         combinations = [draw.combination for draw in draws]
         time_start = time.time()
-        tokens, log_probs = self.generator.draw(
+        rows = (
             [combination.prompt for combination in combinations],
             _row_settings(combinations),
             np.array([(draw.key0, draw.key1) for draw in draws], np.uint32),
             [combination.sc_prompt for combination in combinations],
             None if self.given is None else np.tile(self.given.tokens, (count, 1)),
             init_count,
-            None if self.progress is None else self.progress.every,
-            write,
         )
+        if self.progress is None:
+            sampling = self.generator.start(*rows)
+            if self._scorer is not None and not self._is_compiled:  # while the devices sample
+                self._scorer.compile(self._codec.compile(), rows[0])
+                self._is_compiled = True
+            tokens, log_probs = sampling.samples()
+        else:
+            tokens, log_probs = self.generator.draw(*rows, self.progress.every, write)
         time_end = time.time()
         images = [
             NewImage(
