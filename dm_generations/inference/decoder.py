@@ -75,6 +75,7 @@ class Decoder:
         self._item_shape, self._sheet_shape, self._item_name = (self.token_count,), (1, 1), "image"
         self._devices = jax.local_devices()
         self._mesh = Mesh(self._devices, (_AXIS,))
+        self._shard_batch = NamedSharding(self._mesh, PartitionSpec(_AXIS))
         decoder = get_kind(kind).make_decoder(config, np.dtype(dtype), self._devices[0].platform)
         self._params = decoder.prepare_params(params, NamedSharding(self._mesh, PartitionSpec()))
 
@@ -140,6 +141,10 @@ class Decoder:
         size = max(1, -(-wanted // count)) * count
         self._runner = BatchRunner(size, batch_concurrency(self._devices), message, step=count)
 
+    def compile(self) -> jax.ShapeDtypeStruct:
+        """Compile ahead of the first batch, and return the shape of a batch of images, (B, H, W, 3) uint8."""
+        return self._to_uint8.lower(self._params, self._batch_shape(self.batch_size)).compile().out_info
+
     def start(self, tokens: np.ndarray) -> "Decoding":
         """Begin decoding; does not wait for the images.
 
@@ -169,7 +174,10 @@ class Decoder:
 
     def _decode_batch(self, tokens: np.ndarray) -> jax.Array:
         """(B, L) uint16 on the host to (B, H, W, 3) uint8 on the devices, which may still be on their way."""
-        return self._to_uint8(self._params, jax.device_put(tokens, NamedSharding(self._mesh, PartitionSpec(_AXIS))))
+        return self._to_uint8(self._params, jax.device_put(tokens, self._shard_batch))
+
+    def _batch_shape(self, batch_size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *self._item_shape), np.uint16, sharding=self._shard_batch)
 
     def _set_function(self, to_uint8: Callable) -> None:
         """Take (params, tokens of a batch) -> images, of one device, as what this decoder computes."""
@@ -205,8 +213,7 @@ class Decoder:
 
         JAX traces the program for it, and remembers that for the first batch.
         """
-        tokens = jax.ShapeDtypeStruct((batch_size, *self._item_shape), np.uint16)
-        return largest_array_bytes(self._to_uint8.trace(self._params, tokens).jaxpr.jaxpr)
+        return largest_array_bytes(self._to_uint8.trace(self._params, self._batch_shape(batch_size)).jaxpr.jaxpr)
 
 
 class Decoding:

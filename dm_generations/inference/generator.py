@@ -6,7 +6,7 @@ n: rows asked for   L: tokens of an image, row-major over its grid
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -40,6 +40,12 @@ class Samples(NamedTuple):
     # (n, L) uint16, each below the codebook size; with dalle-mini's noise int32, and ids that are no tokens among them
     tokens: np.ndarray
     log_probs: np.ndarray  # (n,) float32, of the tokens, summed: natural, guided, before temperature and filters
+
+
+class Sampling(NamedTuple):
+    """Samples on their way from a generator."""
+
+    samples: Callable[[], Samples]  # waits for them, once
 
 
 class _Batch(NamedTuple):
@@ -201,19 +207,37 @@ class Generator:
                 one image.
             ValueError: Arguments do not match each other, or are out of range.
         """
-        if every is not None:
-            _check_every(every)
+        if every is None:
+            return self.start(prompts, settings, keys, sc_prompts, init_tokens, init_count).samples()
+        _check_every(every)
         rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
 
         def sample(batch: _Batch) -> Samples:
-            for samples in self._stream(batch.rows, every or self.token_count):
-                if every:
-                    on_tokens(batch.first, samples.tokens)
+            for samples in self._stream(batch.rows, every):
+                on_tokens(batch.first, samples.tokens)
             return samples
 
-        nothing = Samples(np.empty((0, self.token_count), self._token_dtype), np.empty(0, np.float32))
-        parts = [nothing, *self._in_batches(rows, sample, "sample", in_turn=every is not None)]
-        return Samples(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        return self._joined(self._in_batches(rows, sample, "sample", in_turn=True))
+
+    def start(
+        self,
+        prompts: Sequence[str],
+        settings: SamplingParams | Sequence[SamplingParams],
+        keys: np.ndarray,
+        sc_prompts: Sequence[str | None] | None = None,
+        init_tokens: np.ndarray | None = None,
+        init_count: np.ndarray | int = 0,
+    ) -> "Sampling":
+        """Begin sampling; does not wait for the tokens. The arguments and errors are those of `draw`."""
+        rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
+
+        def sample(batch: _Batch) -> tuple[loop.DecodeState, list[int]]:
+            inputs = self._inputs(batch.rows)
+            state = self._advance(inputs, self._init_cache(self._params, inputs), 0, self.token_count)
+            return state, list(map(len, batch.rows))
+
+        batches = self._in_batches(rows, sample, "sample")
+        return Sampling(lambda: self._joined(self._samples(state, counts) for state, counts in batches))
 
     def stream(
         self,
@@ -259,7 +283,8 @@ class Generator:
         def measure(batch: _Batch) -> np.ndarray:
             inputs = self._inputs(batch.rows)
             state = self._init_cache(self._params, inputs)
-            return self._in_use(self._teacher_forced_margins(self._params, inputs, state), batch.rows)
+            margins = self._teacher_forced_margins(self._params, inputs, state)
+            return self._in_use(margins, list(map(len, batch.rows)))
 
         margins = [np.empty((0, self.token_count), np.float32), *self._in_batches(rows, measure, "margins")]
         is_sampled = np.arange(self.token_count) >= np.reshape(init_count, (-1, 1))
@@ -363,15 +388,24 @@ class Generator:
         for first in range(0, self.token_count, every):
             end = min(first + every, self.token_count)
             state = self._advance(inputs, state, first, end)
-            if not self._in_use(state.last.is_drawable, batch).all():
-                raise UserError(f"model {self._name!r} gives no numbers for some rows: its weights are damaged")
-            tokens = self._in_use(state.tokens, batch)[:, :end].astype(self._token_dtype)
-            yield Samples(tokens, self._in_use(state.last.log_prob, batch))
+            samples = self._samples(state, list(map(len, batch)))
+            yield Samples(samples.tokens[:, :end], samples.log_probs)
 
-    def _in_use(self, array: jax.Array, batch: list[Sequence[Row]]) -> np.ndarray:
-        """Return the rows of a batch, of an array with 2 x batch_size for each device."""
-        parts = np.split(jax.device_get(array), len(batch))
-        return np.concatenate([part[: len(rows)] for part, rows in zip(parts, batch, strict=True)])
+    def _samples(self, state: loop.DecodeState, counts: list[int]) -> Samples:
+        """Wait for the samples of a batch, so many rows of each device."""
+        if not self._in_use(state.last.is_drawable, counts).all():
+            raise UserError(f"model {self._name!r} gives no numbers for some rows: its weights are damaged")
+        tokens = self._in_use(state.tokens, counts).astype(self._token_dtype)
+        return Samples(tokens, self._in_use(state.last.log_prob, counts))
+
+    def _joined(self, parts: Iterable[Samples]) -> Samples:
+        nothing = Samples(np.empty((0, self.token_count), self._token_dtype), np.empty(0, np.float32))
+        return Samples(*(np.concatenate(arrays) for arrays in zip(nothing, *parts, strict=True)))
+
+    def _in_use(self, array: jax.Array, counts: list[int]) -> np.ndarray:
+        """Return the first `counts` rows of each device, of an array with 2 x batch_size for each."""
+        parts = np.split(jax.device_get(array), len(counts))
+        return np.concatenate([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @property
     def _token_dtype(self) -> type:

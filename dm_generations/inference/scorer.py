@@ -126,6 +126,16 @@ class Scorer:
 
         self._image_tower, self._text_tower = image_tower, text_tower
 
+    def compile(self, images: jax.ShapeDtypeStruct, prompts: Sequence[str]) -> None:
+        """Compile ahead of the first batch.
+
+        Args:
+            images: The shape of a batch of images, as `Decoder.compile` returns it.
+            prompts: Of that batch; their features are computed now.
+        """
+        self._image_tower.lower(self._params, images).compile()
+        self.text_features(prompts)
+
     def score(self, images: np.ndarray | Decoding, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Score image i against prompt i.
 

@@ -206,6 +206,7 @@ class Pipeline:
         )
         self._init = init
         self._options = options
+        self._is_compiled = False
         self._codec = self._scorer = None
         if models.clip is not None or options.progressive_every is not None:
             self._codec = Decoder.from_checkpoint(models.codec, options.batch_size, grid=models.grid)
@@ -225,16 +226,24 @@ class Pipeline:
         count, init_count = len(samples), 0 if self._init is None else self._init.count
         combinations = [sample.combination for sample in samples]
         time_start = time.time()
-        tokens, log_probs = self.generator.draw(
+        rows = (
             [combination.prompt for combination in combinations],
             [combination.params for combination in combinations],
             np.array([(sample.key0, sample.key1) for sample in samples], np.uint32),
             [combination.sc_prompt for combination in combinations],
             None if self._init is None else np.tile(self._init.tokens, (count, 1)),
             init_count,
-            self._options.progressive_every,
-            lambda first, partial: self._write_partial(samples[first : first + len(partial)], partial),
         )
+        if self._options.progressive_every is None:
+            sampling = self.generator.start(*rows)
+            self._compile_scoring(rows[0])  # while the devices sample
+            tokens, log_probs = sampling.samples()
+        else:
+            tokens, log_probs = self.generator.draw(
+                *rows,
+                self._options.progressive_every,
+                lambda first, partial: self._write_partial(samples[first : first + len(partial)], partial),
+            )
         time_end = time.time()
         images = [
             NewImage(
@@ -332,6 +341,12 @@ class Pipeline:
             )
             for image, score_input, score_tokenized in zip(images, *scores, strict=True)
         ]
+
+    def _compile_scoring(self, prompts: Sequence[str]) -> None:
+        """Compile what scores the images, once."""
+        if self._scorer is not None and self._codec is not None and not self._is_compiled:
+            self._scorer.compile(self._codec.compile(), prompts)
+            self._is_compiled = True
 
     def _write_partial(self, samples: Sequence[Sample], tokens: np.ndarray) -> None:
         if self._codec is not None:

@@ -108,7 +108,7 @@ class BatchRunner:
 
     def _start(self, work: Work[_Batch, _Result], jobs: collections.deque[_Job], first: int) -> int:
         """Start as many batches as may be under way, from item `first` on; return the first item that is left."""
-        limit = 1 if work.in_turn else self.concurrency + 1
+        limit = 1 if work.in_turn else self.concurrency
         while first < work.count and len(jobs) < limit:
             batch, end = work.take(first, self.size)
             future = self._submit(work, batch)
