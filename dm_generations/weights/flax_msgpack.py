@@ -5,13 +5,12 @@ extension type 1, whose payload is itself MessagePack: [shape, dtype name, littl
 NumPy scalar is extension type 3 with the same payload. Arrays above 1 GiB are cut into flat chunks:
 {"__msgpack_chunked_array__": true, "shape": {"0": ..}, "chunks": {"0": array, ..}}.
 
-Flax's own reader needs the file and a copy of all arrays in memory. Here msgpack reads one array at a time; as the
-content is what an array ends with, its place in the file is known, and the copy is dropped for a view.
+Flax's own reader, and msgpack's, copy all arrays. Here msgpack reads what lies between their contents.
 """
 
 import math
 import os
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import msgpack
@@ -28,7 +27,10 @@ DTYPES = {
 } | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MAX_DEPTH = 64
 MAX_ENTRIES = 1_000_000  # of all maps together
-MAX_NAME = 10_000  # characters
+MAX_NAME = 10_000  # bytes
+_WINDOW = 16 << 10  # bytes that msgpack is given at once: a name, or what an array begins with
+_LENGTH_BYTES = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xC7: 1, 0xC8: 2, 0xC9: 4}  # by first byte: bytes, extensions
+_FIXED_LENGTHS = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}  # extensions
 
 
 def read_flax_msgpack(path: str | os.PathLike) -> dict[str, Any]:
@@ -46,67 +48,84 @@ def read_flax_msgpack(path: str | os.PathLike) -> dict[str, Any]:
     """
     file = MappedFile(path)
     try:
-        with open(path, "rb") as stream:
-            return _join_chunks(_Reader(file, stream).read_tree(), "")
-    except (Malformed, msgpack.UnpackException, ValueError) as error:
+        return _join_chunks(_Reader(file).read_tree(), "")
+    except (Malformed, msgpack.UnpackException, LookupError, ValueError) as error:
         what = error if isinstance(error, Malformed) else "it is cut short or wrong"
         raise UserError(f"{path} is damaged or not a Flax msgpack file: {what}; download it again") from error
 
 
 class _Reader:
-    """Walks the maps of a file; msgpack reads what is in them."""
+    """Reads values from `position` on."""
 
-    def __init__(self, file: MappedFile, stream: BinaryIO) -> None:
-        self.file, self.entries = file, 0
-        # no list or bytes are outside of arrays
-        limits = {"max_str_len": MAX_NAME, "max_array_len": 0, "max_bin_len": 0}
-        self.unpacker = msgpack.Unpacker(stream, max_buffer_size=max(file.size, 1 << 20), **limits)
+    def __init__(self, file: MappedFile) -> None:
+        self.file, self.position, self.entries = file, 0, 0
+
+    def unpack(self, *methods: str) -> list[Any]:
+        """Return what these methods of msgpack's unpacker read one after another."""
+        limits = {"max_str_len": MAX_NAME, "max_bin_len": MAX_NAME, "max_array_len": MAX_DIMENSIONS}
+        unpacker = msgpack.Unpacker(max_buffer_size=_WINDOW, max_map_len=MAX_ENTRIES, **limits)
+        unpacker.feed(self.file.content[self.position : self.position + _WINDOW])
+        values = [getattr(unpacker, method)() for method in methods]
+        self.position += unpacker.tell()
+        return values
 
     def read_tree(self) -> dict[str, Any]:
         tree = self.read("", 0)
         if not isinstance(tree, dict):
             raise Malformed("it holds no tree of parameters")
-        if self.unpacker.tell() != self.file.size:
+        if self.position != self.file.size:
             raise Malformed("more follows behind the tree")
         return tree
 
     def read(self, name: str, depth: int) -> Any:
         """Read a map, an array, or the size or boolean that tells of an array in chunks."""
-        position = self.unpacker.tell()
-        first = self.file.content[position : position + 1]
-        if b"\x80" <= first <= b"\x8f" or first in (b"\xde", b"\xdf"):
+        first = self.file.content[self.position]
+        if 0x80 <= first <= 0x8F or first in (0xDE, 0xDF):
             return self.read_map(name, depth)
-        value = self.unpacker.unpack()
-        return self.view(value, name) if isinstance(value, msgpack.ExtType) else value
+        if 0xC7 <= first <= 0xC9 or first in _FIXED_LENGTHS:
+            return self.read_array(name)
+        return self.unpack("unpack")[0]
 
     def read_map(self, name: str, depth: int) -> dict[str, Any]:
-        count = self.unpacker.read_map_header()
+        (count,) = self.unpack("read_map_header")
         self.entries += count
         if depth > MAX_DEPTH or self.entries > MAX_ENTRIES:
             raise Malformed(f"its tree is deeper than {MAX_DEPTH} levels or has more than {MAX_ENTRIES} entries")
         tree: dict[str, Any] = {}
         for _ in range(count):
-            key = self.unpacker.unpack()
+            (key,) = self.unpack("unpack")
             if not isinstance(key, str) or key in tree:
                 raise Malformed(f"{name!r:.200} has a name twice, or one that is not text")
             tree[key] = self.read(f"{name}/{key}" if name else key, depth + 1)
         return tree
 
-    def view(self, extension: msgpack.ExtType, name: str) -> np.ndarray:
-        """Return the array that was just read as a view of the file, where its content ends at this position."""
-        if extension.code not in (NDARRAY, NUMPY_SCALAR):
-            raise Malformed(f"{name!r:.200} has the unknown extension type {extension.code}")
-        fields = msgpack.unpackb(extension.data, max_array_len=MAX_DIMENSIONS, max_map_len=0)
-        if not isinstance(fields, list) or len(fields) != 3 or not _are_sizes(fields[0]):
-            raise Malformed(f"{name!r:.200} is not [shape, dtype, bytes]")
-        shape, dtype_name, content = fields
+    def read_array(self, name: str) -> np.ndarray:
+        """Read an extension: its length, its type, then a list of shape, dtype and content."""
+        end = self.read_length() + self.position + 1
+        code = self.file.content[self.position]
+        self.position += 1
+        if code not in (NDARRAY, NUMPY_SCALAR):
+            raise Malformed(f"{name!r:.200} has the unknown extension type {code}")
+        field_count, shape, dtype_name = self.unpack("read_array_header", "unpack", "unpack")
         dtype_name = dtype_name.decode() if isinstance(dtype_name, bytes) else dtype_name
-        if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
+        if field_count != 3 or not _are_sizes(shape) or not isinstance(dtype_name, str):
+            raise Malformed(f"{name!r:.200} is not [shape, dtype, bytes]")
+        if dtype_name not in DTYPES:
             raise Malformed(f"{name!r:.200} has the unknown dtype {dtype_name!r:.40}")
-        dtype = DTYPES[dtype_name]
-        if not isinstance(content, bytes) or math.prod(shape) * dtype.itemsize != len(content):
+        length, dtype = self.read_length(), DTYPES[dtype_name]
+        if math.prod(shape) * dtype.itemsize != length or self.position + length != end:
             raise Malformed(f"{name!r:.200} of dtype {dtype_name} has another number of bytes than its shape")
-        return self.file.array(self.unpacker.tell() - len(content), dtype, tuple(shape))
+        array = self.file.array(self.position, dtype, tuple(shape))
+        self.position = end
+        return array
+
+    def read_length(self) -> int:
+        """Read the first bytes of an extension or of bytes."""
+        first = self.file.content[self.position]
+        size = _LENGTH_BYTES.get(first, 0)
+        self.position += 1 + size
+        length = int.from_bytes(self.file.content[self.position - size : self.position], "big")
+        return length if size else _FIXED_LENGTHS[first]
 
 
 def _join_chunks(node: dict[str, Any], name: str) -> Any:

@@ -235,7 +235,8 @@ def _check_opcodes(stream: io.BytesIO) -> None:
     """
     stack: list[int] = []
     memo: dict[int, int] = {}
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+    frame_end = 0
+    for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
         name = opcode.name
         if count > MAX_OPCODES:
             raise Malformed(f"its pickle has more than {MAX_OPCODES} steps")
@@ -243,6 +244,11 @@ def _check_opcodes(stream: io.BytesIO) -> None:
             raise Malformed(f"its pickle uses {name}, which weight files do not")
         if type(argument) is int and argument.bit_length() > 8 * MAX_INT_BYTES:
             raise Malformed(f"its pickle has an integer of more than {MAX_INT_BYTES} bytes")
+        # Here the unpickler would go on at another byte than pickletools.
+        if position < frame_end and (name == "FRAME" or stream.tell() > frame_end):
+            raise Malformed("its pickle goes on within a value where a frame ends")
+        if name == "FRAME":
+            frame_end = stream.tell() + argument
         taken = _take(stack, opcode)
         if name in _KEYS and any(cost > MAX_KEY for cost in taken[_KEYS[name]]):
             raise Malformed("its pickle has a key that is too long to be one")

@@ -142,6 +142,7 @@ def save(
 
 
 def _write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: np.dtype | type | None) -> None:
+    """Write tensors, the largest first, one at a time; the library sorts by name, aligns to 8 bytes and takes all."""
     order = sorted(tensors, key=lambda name: (-np.asarray(tensors[name]).nbytes, name))
     header, offset = {}, 0
     for name in order:

@@ -243,6 +243,21 @@ def test_wrong_pickle_is_an_error_that_names_the_file_and_takes_no_memory(tmp_pa
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"N\x96" + struct.pack("<Q", 2) + b"ab.", id="bytes"),
+        pytest.param(b"NX\x01\0\0\0a.", id="text"),
+        pytest.param(b"Ncos\nsystem\n.", id="name"),
+        pytest.param(b"N\x95" + struct.pack("<Q", 2) + b"K\x01.", id="frame"),
+    ],
+)
+def test_value_across_the_end_of_a_frame(tmp_path, data):
+    """What the standard library's unpickler and pickletools read differently."""
+    with pytest.raises(UserError, match=r"a\.pt"):
+        read_torch(in_zip(tmp_path / "a.pt", b"\x80\x04\x95" + struct.pack("<Q", 2) + data))
+
+
 def test_huge_memo_index_takes_no_memory(tmp_path):
     path = in_zip(tmp_path / "a.pt", b"\x80\x02K\x07r\xff\xff\xff\xff0j\xff\xff\xff\xff.")
     tracemalloc.start()
