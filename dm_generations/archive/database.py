@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -52,7 +53,7 @@ from dm_generations.archive.schema import (
 
 LOCK_TIMEOUT: Final = 10.0  # seconds to wait for another program's lock
 CHUNK_ROWS: Final = 512  # read by one query, or fewer
-CHUNK_BYTES: Final = 32 * 2**20  # of tokens
+CHUNK_BYTES: Final = 32 * 2**20  # of their values
 
 
 class Archive:
@@ -441,7 +442,7 @@ class Archive:
         byte_count = 0
         for row in self.connection.rows(queries.SELECT_IMAGES, [json.dumps(ids)]):
             found[row[0]] = row
-            byte_count += _byte_count(row)
+            byte_count += sum(map(sys.getsizeof, row))
             if byte_count > CHUNK_BYTES and len(ids) > 1:
                 return None
         return found
@@ -465,14 +466,10 @@ class Archive:
         byte_count = 0
         for row in self.connection.rows(query, parameters):
             found.append(row)
-            byte_count += _byte_count(row)
+            byte_count += sum(map(sys.getsizeof, row))
             if byte_count > CHUNK_BYTES:
                 break
         return found
-
-
-def _byte_count(row: Row) -> int:
-    return sum(len(value) for value in row if isinstance(value, bytes | str))
 
 
 def _json_ids(ids: Collection[int] | None) -> str | None:
