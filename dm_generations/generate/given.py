@@ -115,7 +115,7 @@ def encode_picture(path: Path, codec: Checkpoint, token_count: int) -> np.ndarra
 
 def has_encoder(codec: Checkpoint) -> bool:
     """Whether it makes codes of pictures too: min-dalle's `detoker.pt`, for one, only has a decoder."""
-    return not codec.params.keys() <= set(codec.network_class.DECODER_PARTS)
+    return codec.params.keys() >= set(codec.network_class.ENCODER_PARTS)
 
 
 def encode_pixels(pixels: np.ndarray, codec: Checkpoint) -> np.ndarray:
