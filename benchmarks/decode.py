@@ -55,7 +55,7 @@ def network(args: argparse.Namespace) -> None:
     tokens = random_tokens(config, args.batch_size)
     peak = {dtype: matrix_peak(dtype) / 1e9 for dtype in DTYPES}  # GFLOP/s
     model = VQGAN(config)
-    decoder_params = {name: params[name] for name in VQGAN.DECODER_PARTS}
+    decoder_params = {name: part for name, part in params.items() if name not in VQGAN.ENCODER_PARTS}
     written = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, method="decode_code"))
     gflop = written.lower(decoder_params, tokens).cost_analysis()["flops"] / args.batch_size / 1e9
     print(f"{gflop:.0f} GFLOP a picture")

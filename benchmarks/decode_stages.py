@@ -113,7 +113,9 @@ def in_turn(stages: dict[str, Callable], batch_size: int) -> Counter[str]:
 def simple_stages(checkpoint: Checkpoint, batch_size: int, folder: Path) -> dict[str, Callable]:
     """What one would write first: the network as it is written, float pictures, Pillow's defaults."""
     model = VQGAN(checkpoint.config)
-    params = jax.tree.map(jnp.asarray, {name: checkpoint.params[name] for name in VQGAN.DECODER_PARTS})
+    params = jax.tree.map(
+        jnp.asarray, {name: part for name, part in checkpoint.params.items() if name not in VQGAN.ENCODER_PARTS}
+    )
     decode = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, method="decode_code"))
 
     def read() -> np.ndarray:

@@ -103,7 +103,7 @@ class ImageCodec(Protocol):
     Pixels are RGB, 0 is black and 1 is white.
     """
 
-    DECODER_PARTS: ClassVar[tuple[str, ...]]  # top-level names of the parameters that `decode_code` needs
+    ENCODER_PARTS: ClassVar[tuple[str, ...]]  # top-level names of the parameters that `encode` alone needs
 
     config: Any  # a CodecConfig
     dtype: Any  # of activations
@@ -137,7 +137,8 @@ class NetworkDecoder:
 
     def prepare_params(self, params: dict, sharding: jax.sharding.Sharding | None = None) -> dict:
         """Put the decoder's parameters on the default device, or where `sharding` says, in float32."""
-        return put_params({name: params[name] for name in self.network.DECODER_PARTS}, sharding=sharding)
+        parts = self.network.ENCODER_PARTS
+        return put_params({name: part for name, part in params.items() if name not in parts}, sharding=sharding)
 
     def decode(self, params: dict, tokens: jax.Array) -> jax.Array:
         """See `ImageCodec.decode_code`."""

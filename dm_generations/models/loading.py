@@ -97,7 +97,7 @@ def load_checkpoint(path_or_name: str | os.PathLike | None, role: str) -> Checkp
         path = _find_path(str(path_or_name))
         others = [other for other in ROLES if other != role and _read(path, other) is not None]
         what = f"a {others[0]}, not a {role}" if others else "no model that this program knows"
-        formats = ", or ".join([_NATIVE_FILES, *(kind.files for kind in kinds_of_role(role))])
+        formats = ", or ".join([_NATIVE_FILES, *(kind.files for kind in kinds_of_role(role) if kind.files)])
         raise UserError(f"{path} holds {what}; a {role} is {formats}")
     return found
 
@@ -266,9 +266,10 @@ def _expected_shapes(raw: RawCheckpoint, path: Path) -> dict[str, Shape]:
         shapes = parameter_shapes(raw.kind, raw.config)
     except (TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"the config of {path} does not describe a {raw.kind}: {one_line(error)}") from error
-    parts = getattr(get_kind(raw.kind).network_class, "DECODER_PARTS", None)
-    if parts is not None and raw.params.keys() <= set(parts):  # a file of a decoder alone
-        shapes = {name: shape for name, shape in shapes.items() if name.split("/")[0] in parts}
+    kind = get_kind(raw.kind)
+    encoder_parts = kind.network_class.ENCODER_PARTS if kind.role == "codec" else ()
+    if raw.params.keys().isdisjoint(encoder_parts):  # a file of a decoder alone
+        shapes = {name: shape for name, shape in shapes.items() if name.split("/")[0] not in encoder_parts}
     return shapes
 
 

@@ -30,8 +30,8 @@ class ModelKind:
     role: str  # one of ROLES
     config: str  # a frozen dataclass with `from_dict`
     network: str  # a Linen module, called with the config and a dtype
-    readers: tuple[str, ...]  # a path to a RawCheckpoint, or to None for what is not of the reader's format
-    files: str  # what these formats consist of, for messages
+    readers: tuple[str, ...] = ()  # a path to a RawCheckpoint, or to None for what is not of the reader's format
+    files: str = ""  # what these formats consist of, for messages
     decoder: str | None = None  # codecs: an ImageDecoder, if not the network as it is
     tokenizers: Mapping[str, str] = dataclasses.field(
         default_factory=dict

@@ -135,7 +135,7 @@ class Decoder(nn.Module):
 class DiscreteVAE(nn.Module):
     """Encoder, codebook and decoder. Parameters are float32; `dtype` is what the network computes in."""
 
-    DECODER_PARTS: ClassVar[tuple[str, ...]] = ("codebook", "decoder")
+    ENCODER_PARTS: ClassVar[tuple[str, ...]] = ("encoder",)
 
     config: DiscreteVAEConfig
     dtype: jnp.dtype = jnp.float32

@@ -152,7 +152,7 @@ class Decoder(nn.Module):
 class OpenAIVAE(nn.Module):
     """Encoder and decoder. Parameters are float32; `dtype` is what the network computes in."""
 
-    DECODER_PARTS: ClassVar[tuple[str, ...]] = ("decoder",)
+    ENCODER_PARTS: ClassVar[tuple[str, ...]] = ("encoder",)
 
     config: OpenAIVAEConfig
     dtype: jnp.dtype = jnp.float32

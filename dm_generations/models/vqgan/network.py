@@ -273,11 +273,7 @@ class GumbelQuantize(nn.Module):
 class VQGAN(nn.Module):
     """Encoder, codebook and decoder. Parameters are float32; `dtype` is what the network computes in."""
 
-    DECODER_PARTS: ClassVar[tuple[str, ...]] = (
-        "decoder",
-        "post_quant_conv",
-        "quantize",
-    )
+    ENCODER_PARTS: ClassVar[tuple[str, ...]] = ("encoder", "quant_conv")
 
     config: VQGANConfig
     dtype: jnp.dtype = jnp.float32
