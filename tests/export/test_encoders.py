@@ -11,8 +11,7 @@ from PIL import Image
 
 from dm_generations.archive import Archive
 from dm_generations.export.encoders import PNG_EFFORTS, Encoding
-from dm_generations.inference.decoder import Codec
-from dm_generations.models import loading as checkpoints
+from dm_generations.inference.decoder import Decoder
 
 RNG = np.random.default_rng(0)
 
@@ -62,11 +61,11 @@ def test_the_pixels_of_any_image_come_back(height, width, seed, effort, bits):
 
 def test_sizes_against_pillows_default():
     """On three images of 16 unlike ones of the shipped archive each."""
-    checkpoint = checkpoints.load(None, "codec")
+    checkpoint = load_checkpoint(None, "codec")
     with Archive.open(ROOT / "archive" / "emoji.db") as archive:
         different = list(dict.fromkeys(row.quantvec for row in archive.read_rows(range(1, 6049))))
     tokens = np.stack([np.frombuffer(quantvec, "<u2") for quantvec in different[:: len(different) // 48][:48]])
-    cells = Codec.from_checkpoint(checkpoint, len(tokens)).decode(tokens)
+    cells = Decoder.from_checkpoint(checkpoint, len(tokens)).decode(tokens)
     size = cells.shape[1]
     images = cells.reshape(3, 4, 4, size, size, 3).swapaxes(2, 3).reshape(3, 4 * size, 4 * size, 3)
     default, small = (
