@@ -139,7 +139,7 @@ def encode_image_file(path: Path, codec: Checkpoint, token_count: int) -> np.nda
 
 def has_encoder(codec: Checkpoint) -> bool:
     """Return whether a codec also encodes images: min-dalle's `detoker.pt`, for one, has only a decoder."""
-    return not codec.params.keys() <= set(codec.network_class.DECODER_PARTS)
+    return codec.params.keys() >= set(codec.network_class.ENCODER_PARTS)
 
 
 def encode_images(pixels: np.ndarray, codec: Checkpoint) -> np.ndarray:

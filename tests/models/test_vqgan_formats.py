@@ -130,7 +130,7 @@ def test_what_macos_writes_next_to_files_is_passed_over(tmp_path, flat):
     (tmp_path / "a.yaml").write_text(YAML)
     for name in ("._a.ckpt", "._a.yaml"):
         (tmp_path / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
-    assert taming.codec(tmp_path).config == CONFIG
+    assert read_taming(tmp_path).config == CONFIG
 
 
 def test_of_several_files_the_names_decide(tmp_path, flat):
