@@ -12,6 +12,7 @@ from PIL import Image
 from dm_generations.archive import Archive
 from dm_generations.export.encoders import PNG_EFFORTS, Encoding
 from dm_generations.inference.decoder import Decoder
+from dm_generations.models.loading import load_checkpoint
 
 RNG = np.random.default_rng(0)
 
