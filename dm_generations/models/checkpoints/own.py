@@ -117,7 +117,7 @@ def read_json_object(path: Path) -> dict:
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, np.ndarray]:
     """{"a": {"b": x}} to {"a/b": x}."""
-    flat = {}
+    flat: dict[str, np.ndarray] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}/")
@@ -177,5 +177,5 @@ def _write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: np.dty
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             array = np.asarray(tensors[name])
-            file.write(np.ascontiguousarray(array, dtype or array.dtype).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(array, dtype or array.dtype).reshape(-1).view(np.uint8).data)
             release([array])
