@@ -9,7 +9,6 @@ import pytest
 from dm_generations.export.manifest import PAGE, GalleryEntry, build_manifest, write_manifest
 from dm_generations.paths import shipped
 from dm_generations.pipelines.generate import SAMPLER_VERSIONS
-from dm_generations.sampling import SAMPLER_VERSION
 from dm_generations.sampling.logits import SAMPLER_VERSION
 
 
