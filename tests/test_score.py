@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from dm_generations.errors import UserError
 from dm_generations.models.clip.checkpoint import flax_from_torch
-from dm_generations.models.clip.network import CLIP, CLIPConfig, preprocess
+from dm_generations.models.clip.network import CLIP, CLIPConfig
+from dm_generations.models.clip.preprocessing import preprocess
 from dm_generations.score import Preprocessing, Scorer
 from dm_generations.text import PromptTokenizer
 

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dm_generations.models.clip.network import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, normalise, unit
+from dm_generations.models.clip.network import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, unit
+from dm_generations.models.clip.preprocessing import normalise
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.vqgan.network import VQGAN
 from dm_generations.score import Scorer

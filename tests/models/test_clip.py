@@ -14,7 +14,8 @@ from helpers import golden as golden_folder
 
 from dm_generations.errors import UserError
 from dm_generations.models.clip.checkpoint import flax_from_torch
-from dm_generations.models.clip.network import ACTIVATIONS, CLIP, CLIPConfig, preprocess, resize_and_crop
+from dm_generations.models.clip.network import ACTIVATIONS, CLIP, CLIPConfig
+from dm_generations.models.clip.preprocessing import preprocess, resize_and_crop
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.registry import parameter_shapes
 from dm_generations.weights.native import flatten
