@@ -4,7 +4,6 @@ import hashlib
 import sys
 
 import numpy as np
-from dm_generations.threefry import row_key
 
 from dm_generations import Generator, RowSettings
 
