@@ -43,7 +43,9 @@ class DecodeState(NamedTuple):
 class Sampler(Protocol):
     """How logits become a token. Hashable: a program is compiled for each."""
 
-    columns: int  # of the logits, among which is sampled
+    @property
+    def columns(self) -> int:
+        """Columns of the logits, among which is sampled."""
 
     def init_noise(self, rows: RowInputs) -> Any:
         """Return its state before the first step: arrays of R rows."""

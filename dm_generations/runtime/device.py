@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -31,7 +32,8 @@ def batch_concurrency(devices: Sequence[jax.Device]) -> int:
     return _CPU_CONCURRENCY if len(devices) == 1 and devices[0].platform == "cpu" else 1
 
 
-class Work(NamedTuple, Generic[_Batch, _Result]):
+@dataclass(frozen=True)
+class Work(Generic[_Batch, _Result]):
     """What `BatchRunner` computes.
 
     Attributes:
