@@ -7,7 +7,6 @@ import math
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -26,15 +25,15 @@ from dm_generations.archive.connection import (
 from dm_generations.archive.records import (
     IMAGE_COLUMNS,
     Group,
+    GroupKey,
     ImageRow,
     ModelInfo,
     NewImage,
-    Settings,
     check_init,
     check_tokens,
+    parse_group_key,
     parse_image,
     parse_model,
-    parse_settings,
     parse_text,
     quantvec_md5,
 )
@@ -203,13 +202,13 @@ class Archive:
         parameters = {"prompt_ids": _json_ids(prompt_ids), "sc_prompt_ids": _json_ids(sc_prompt_ids)}
         rows = self.connection.rows(queries.COUNT_GROUPS.format(table=self._indexed_table()), parameters)
         try:
-            return [Group(parse_settings(row[:-1]), row[-1]) for row in rows]
+            return [Group(parse_group_key(row[:-1]), row[-1]) for row in rows]
         except ArchiveError as error:
             raise self._named(error) from error
 
-    def image_ids(self, settings: Settings, limit: int | None = None) -> Sequence[int]:
+    def image_ids(self, key: GroupKey, limit: int | None = None) -> Sequence[int]:
         """Returns ids of a group's images: highest clip_score_input first, unscored ones last, ties by id."""
-        parameters = [*astuple(settings), -1 if limit is None else limit]
+        parameters = [*key.values(), -1 if limit is None else limit]
         query = queries.IDS_BEST_FIRST.format(table=self._indexed_table())
         ids = array.array("q")
         for (row_id,) in self.connection.rows(query, parameters):
@@ -218,9 +217,9 @@ class Archive:
             ids.append(row_id)
         return ids
 
-    def rows(self, settings: Settings, limit: int | None = None) -> Iterator[ImageRow]:
+    def rows(self, key: GroupKey, limit: int | None = None) -> Iterator[ImageRow]:
         """Yields a group's images, in the order of `image_ids`."""
-        return self.read_rows(self.image_ids(settings, limit))
+        return self.read_rows(self.image_ids(key, limit))
 
     def read_rows(self, ids: Iterable[int]) -> Iterator[ImageRow]:
         """Yields these images, in the order of `ids`; ids that do not exist are left out.
@@ -252,17 +251,17 @@ class Archive:
         return self.connection.value(f"SELECT count(*) FROM images WHERE {queries.TO_SCORE}", parameters)
 
     def existing_keys(
-        self, settings: Settings, generator_id: int | None, sampler_version: int | None = None, init_md5: str = ""
+        self, key: GroupKey, generator_id: int | None, sampler_version: int | None = None, init_md5: str = ""
     ) -> set[tuple[int, int]]:
         """Returns (key0, key1) of the images of a group that this generator sampled.
 
         Args:
-            settings: of the group.
+            key: of the group.
             generator_id: the model's id.
             sampler_version: None for any.
             init_md5: of the initial tokens; "" is for images without.
         """
-        parameters = [*astuple(settings), generator_id, sampler_version, sampler_version, init_md5]
+        parameters = [*key.values(), generator_id, sampler_version, sampler_version, init_md5]
         return {(key0, key1) for key0, key1 in self.connection.rows(queries.KEYS_OF_GROUP, parameters)}
 
     def scan(self, columns: Sequence[str], last_id: int | None = None) -> Iterator[Row]:
@@ -363,7 +362,7 @@ class Archive:
                     check_tokens(quantvec, codec)
                 check_init(quantvec, image.init_count, image.init_md5)
                 yield (
-                    *(prompt_id, sc_prompt_id, image.top_k, image.top_p, image.temperature, image.cond_scale),
+                    *GroupKey(prompt_id, sc_prompt_id, image.params).values(),
                     *(image.key0, image.key1, quantvec, quantvec_md5(quantvec)),
                     *(image.clip_score_input, image.clip_score_tokenized),
                     *(image.time_start, image.time_end, image.time_scored),

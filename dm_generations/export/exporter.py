@@ -223,7 +223,7 @@ class Exporter:
     def _find_stale(self) -> Iterator[str]:
         """Yield paths of files whose ranks belong to other images by now."""
         for plan in self.plans if self.layout.has_page and not self.journal.is_empty else ():
-            rows = self.archive.rows(plan.settings, plan.count)
+            rows = self.archive.rows(plan.key, plan.count)
             for target in plan.targets(self.layout):
                 members = list(islice(rows, len(target.ranks)))
                 if members and self._is_stale(self._entry(plan, target, target.path, members), members):
@@ -238,7 +238,7 @@ class Exporter:
     def _find_stale_tokens(self) -> Iterator[str]:
         """Yield paths of files of tokens that hold others than the image of their rank has. They have no journal."""
         for plan in self.plans:
-            rows = self.archive.rows(plan.settings, plan.count)
+            rows = self.archive.rows(plan.key, plan.count)
             for target, row in zip(plan.targets(self.layout), rows, strict=False):  # fewer if the archive changes
                 with contextlib.suppress(OSError, ValueError, BadTokensError):
                     if (self.out_dir / target.path).read_bytes() != encode_npy(self._tokens(row, None)):
@@ -249,7 +249,7 @@ class Exporter:
         yield self.layout.mode, self.layout.extension, self.layout.shard_size if self.layout.mode == "tar" else None
         for plan in self.plans:
             yield plan
-            for row in self.archive.rows(plan.settings, plan.count):
+            for row in self.archive.rows(plan.key, plan.count):
                 yield row.id, row.quantvec_md5, row.clip_score_input, row.clip_score_tokenized
 
     # Read: rows to tokens.
@@ -261,7 +261,7 @@ class Exporter:
         finished_shard: Shard | None = None
         for plan, target, shard in self._files():
             if plan is not current_plan:
-                current_plan, rows = plan, self.archive.rows(plan.settings, plan.count)
+                current_plan, rows = plan, self.archive.rows(plan.key, plan.count)
             members = list(islice(rows, len(target.ranks)))
             is_due = self._is_due(target, shard)
             if shard is None and members and not is_due:

@@ -249,7 +249,7 @@ class Pipeline:
             NewImage(
                 sample.combination.prompt,
                 sample.combination.sc_prompt,
-                **dataclasses.asdict(sample.combination.params),
+                sample.combination.params,
                 key0=sample.key0,
                 key1=sample.key1,
                 quantvec=row.astype(TOKEN_DTYPE).tobytes(),
