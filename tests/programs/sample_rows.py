@@ -5,10 +5,11 @@ import sys
 
 import numpy as np
 
-from dm_generations import Generator, RowSettings
+from dm_generations import Generator, SamplingParams
+from dm_generations.sampling.prng import row_key
 
 KEYS = np.array([row_key(0, index) for index in range(3)])
-ROWS = ["a rocket"] * 3, RowSettings(cond_scale=np.array([1.0, 3.0, 10.0])), KEYS
+ROWS = ["a rocket"] * 3, [SamplingParams(256, cond_scale=scale) for scale in (1.0, 3.0, 10.0)], KEYS
 
 generator = Generator.load(sys.argv[1], batch_size=2)
 samples = generator.draw(*ROWS)
