@@ -74,7 +74,8 @@ class Decoder:
         self.codebook_size = config.codebook_size
         self.image_size = config.image_size // config.grid * self.grid
         # What is decoded as one: the shape of its tokens, its rows and columns of images, and a name.
-        self._item_shape, self._sheet_shape, self._item_name = (self.token_count,), (1, 1), "image"
+        self._item_shape: tuple[int, ...] = (self.token_count,)
+        self._sheet_shape, self._item_name = (1, 1), "image"
         self._devices = jax.local_devices()
         self._mesh = Mesh(self._devices, (_AXIS,))
         self._shard_batch = NamedSharding(self._mesh, PartitionSpec(_AXIS))

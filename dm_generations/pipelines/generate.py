@@ -341,7 +341,7 @@ def prepare(sweep: Sweep, options: GenerateOptions, mode: Literal["r", "w"]) -> 
     generator.check_texts([*sweep.prompts, *sweep.sc_prompts])
     if generator.batch_size < options.batch_size:
         logger.warning("memory holds batches of %s images, not of %s", generator.batch_size, options.batch_size)
-    if options.rng == "dalle-mini":  # whose `generate` takes what it is not given from config.json
+    if options.rng == "dalle-mini":  # whose `generate` has its defaults from config.json
         defaults = SamplingParams(config.top_k, config.top_p, config.temperature, DEFAULT_PARAMS.cond_scale)
         sweep = sweep.with_defaults(defaults)
     return pipeline, sweep

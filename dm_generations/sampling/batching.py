@@ -9,7 +9,7 @@ T: text tokens   L: tokens of an image
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -101,14 +101,14 @@ def pack_batch(rows: Sequence[Row], capacity: int, tokenizer: Tokenizer, text_le
     padding = [None] * (-(-capacity // TEXT_BATCH) * TEXT_BATCH - len(texts))
     init_tokens = np.zeros((capacity, length), np.int32)
     for number, row in enumerate(rows):
-        if row.init_count:
+        if row.init_tokens is not None:
             init_tokens[number, : row.init_count] = row.init_tokens[: row.init_count]
 
-    def column(values: Sequence, dtype: type) -> np.ndarray:
-        values = np.asarray(values, dtype)
-        return np.concatenate([values, np.zeros((capacity - len(values), *values.shape[1:]), dtype)])
+    def column(values: Sequence | np.ndarray, dtype: type) -> np.ndarray:
+        array: np.ndarray = np.asarray(values, dtype)
+        return np.concatenate([array, np.zeros((capacity - len(array), *array.shape[1:]), dtype)])
 
-    return RowInputs(
+    arrays: list[Any] = [
         *tokenizer.encode([*texts, *padding], text_length),
         np.array([len(texts)], np.int32),
         np.array([len(rows)], np.int32),
@@ -123,4 +123,5 @@ def pack_batch(rows: Sequence[Row], capacity: int, tokenizer: Tokenizer, text_le
         column([row.params.cond_scale for row in rows], np.float32),
         init_tokens,
         column([row.init_count for row in rows], np.int32),
-    )
+    ]
+    return RowInputs(*arrays)
