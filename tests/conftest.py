@@ -4,7 +4,9 @@ import os
 import tempfile
 
 import jax
+import pytest
 from helpers import golden, golden_dirs
+from tiny import TinyModels, tiny_models
 
 __all__ = ["golden", "golden_dirs"]
 
@@ -25,3 +27,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """The long files first, the rest as it was."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> TinyModels:
+    """A text-to-image model, a codec and a CLIP, which tests share so that each program is compiled once."""
+    return tiny_models(tmp_path_factory.mktemp("models"))

@@ -170,7 +170,7 @@ class Pipeline:
         if models.clip is not None or options.progressive_every is not None:
             self.decoder = Decoder.from_checkpoint(models.codec, options.batch_size, grid=models.grid)
         if models.clip is not None:
-            self.scorer = Scorer(models.clip, models.clip.load_tokenizer(), options.batch_size)
+            self.scorer = Scorer.from_checkpoint(models.clip, options.batch_size)
         self._sampler_version = SAMPLER_VERSIONS[options.rng]
         self._init = init
         self._init_md5 = "" if init is None else init.md5
