@@ -22,7 +22,7 @@ BAD_BLOBS = {
     "odd": (b"\0" * 33, "33 bytes, not 32"),
     "empty": (b"", "0 bytes"),
     "text": ("0" * 32, "0 bytes"),  # not a blob: the archive gives none
-    "outside": (CODEBOOK_SIZE.to_bytes(2, "little") * 16, "it holds code 32, the codebook ends at 31"),
+    "outside": (CODEBOOK_SIZE.to_bytes(2, "little") * 16, "it holds token 32, the codebook ends at 31"),
 }
 
 
