@@ -45,6 +45,7 @@ from dm_generations.archive.schema import (
     check_tables,
     create_images_view,
     guard_triggers,
+    is_newest,
     needed_columns,
     read_version,
     upgrade,
@@ -136,7 +137,7 @@ class Archive:
     def _prepare_to_write(self) -> None:
         self.check_appendable()
         guard_triggers(self.connection)
-        if self.version < SCHEMA_VERSION:
+        if not is_newest(self.connection):
             with self.transaction():
                 upgrade(self.connection)
             self.version = read_version(self.connection)
@@ -312,16 +313,15 @@ class Archive:
 
     def text_id(self, table: str, text: str) -> int:
         """Returns the id of a text in `prompts` or `sc_prompts`, which is added if it is new."""
-        found = self.connection.value(f"SELECT id FROM {table} WHERE desc = ?", (text,))
-        return self._insert(f"INSERT INTO {table} (desc) VALUES (?)", (text,)) if found is None else found
+        find = f"SELECT id FROM {table} WHERE desc = ?"
+        return self._find_or_insert(find, (text,), f"INSERT INTO {table} (desc) VALUES (?)", (text,))
 
     def model_id(self, model: ModelInfo) -> int:
         """Returns the id of a model, which is added if it is new."""
         config = json.dumps(model.config, sort_keys=True, separators=(",", ":"))
         identity = (model.kind, model.sha256, config)
-        found = self.connection.value(queries.FIND_MODEL, identity)
-        sizes = (model.grid, model.codebook_size, model.image_size)
-        return self._insert(queries.INSERT_MODEL, (*identity, model.name, *sizes)) if found is None else found
+        values = (*identity, model.name, model.grid, model.codebook_size, model.image_size)
+        return self._find_or_insert(queries.FIND_MODEL, identity, queries.INSERT_MODEL, values)
 
     def add_images(
         self,
@@ -399,11 +399,16 @@ class Archive:
             raise ArchiveError(f"{self.path}: a prompt holds a NUL byte: {text!r:.100}")
         return text
 
-    def _insert(self, query: str, parameters: tuple[Any, ...]) -> int:
-        assert self.connection.in_transaction, "written outside a transaction"
-        row_id = self.connection.execute(query, parameters).lastrowid
-        assert row_id is not None
-        return row_id
+    def _find_or_insert(self, find: str, identity: Row, insert: str, values: Row) -> int:
+        """Returns the id that `find` selects, after `insert` where there is none."""
+        found = self.connection.value(find, identity)
+        if found is None:
+            assert self.connection.in_transaction, "written outside a transaction"
+            self.connection.execute(insert, values)
+            found = self.connection.value(find, identity)
+        if found is None:
+            raise ArchiveError(f"{self.path}: a trigger in this file refuses new rows; drop it")
+        return found
 
     def _texts(self, table: str) -> dict[int, str | None]:
         rows = self.connection.rows(f"SELECT id, desc FROM {table} ORDER BY id")

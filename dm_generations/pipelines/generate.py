@@ -27,7 +27,7 @@ from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
 from dm_generations.inference.scorer import Scorer
 from dm_generations.models.loading import Checkpoint, Models, load_models
-from dm_generations.paths import sanitize_file_name
+from dm_generations.paths import sanitize_file_name, utf8_path
 from dm_generations.pipelines.init_tokens import InitTokens, load_init_tokens
 from dm_generations.pipelines.model_records import add_model, find_model_id, model_info
 from dm_generations.pipelines.sweep import (
@@ -385,7 +385,7 @@ def write_partial_images(out_dir: Path, samples: Sequence[Sample], tokens: np.nd
     Raises:
         UserError: The folder cannot be written.
     """
-    paths = [out_dir / partial_image_name(sample, tokens.shape[1]) for sample in samples]
+    paths = [utf8_path(out_dir, partial_image_name(sample, tokens.shape[1])) for sample in samples]
     images = codec.decode(pad_tokens(tokens, codec.token_count))
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
