@@ -187,6 +187,10 @@ class Archive:
                 raise ArchiveError(f"{self.path}: model {row_id!r:.40}: {error}; run `verify`") from error
         return models
 
+    def find_model(self, model: ModelInfo) -> int | None:
+        """Returns the id of the first model that matches; see `ModelInfo.matches`."""
+        return next((row_id for row_id, stored in self.models().items() if stored.matches(model)), None)
+
     def count(self) -> int:
         """Returns the number of images."""
         return self.connection.value("SELECT count(*) FROM images")
@@ -316,8 +320,13 @@ class Archive:
         find = f"SELECT id FROM {table} WHERE desc = ?"
         return self._find_or_insert(find, (text,), f"INSERT INTO {table} (desc) VALUES (?)", (text,))
 
+    def add_model(self, model: ModelInfo) -> int:
+        """Returns the id of a model that matches, which is added if there is none; see `ModelInfo.matches`."""
+        found = self.find_model(model)
+        return self.model_id(model) if found is None else found
+
     def model_id(self, model: ModelInfo) -> int:
-        """Returns the id of a model, which is added if it is new."""
+        """Returns the id of this very model, which is added if it is new."""
         config = json.dumps(model.config, sort_keys=True, separators=(",", ":"))
         identity = (model.kind, model.sha256, config)
         values = (*identity, model.name, model.grid, model.codebook_size, model.image_size)

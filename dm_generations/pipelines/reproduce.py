@@ -13,7 +13,6 @@ from dm_generations.errors import UserError
 from dm_generations.inference.generator import Generator
 from dm_generations.models.loading import Checkpoint
 from dm_generations.pipelines.generate import SAMPLER_VERSIONS
-from dm_generations.pipelines.model_records import find_model_id, model_info
 from dm_generations.runtime import compile_cache
 
 logger = logging.getLogger(__name__)
@@ -94,7 +93,7 @@ def select_ids(archive: Archive, checkpoint: Checkpoint, sample_count: int | Non
     Returns:
         The rows' ids by dtype, and how many other rows there are.
     """
-    generator_id = find_model_id(archive, model_info(checkpoint))
+    generator_id = archive.find_model(checkpoint.model_info())
     own: list[tuple[int, str]] = []
     other_count = 0
     columns = ("id", "generator_id", "sampler_version", "dtype")
