@@ -13,11 +13,7 @@ LONG = ("test_readme.py", "test_emoji_runs.py", "test_public_models.py", "test_g
 
 
 def pytest_configure(config):
-    """Compiled programs go into a cache of this run's own, never into the user's.
-
-    Commands that tests start keep them as a user's do. Of what tests compute themselves JAX keeps what it has compiled,
-    and traces it anew.
-    """
+    """Compiled programs go into a cache of this run's own, never into the user's."""
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="dm-generations-tests-")
         config.add_cleanup(folder.cleanup)

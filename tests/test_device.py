@@ -1,11 +1,14 @@
-"""The memory of hosts that tell less than Linux does."""
+"""Memory of hosts that tell less than Linux does, and batches that shrink when memory runs out."""
 
+import contextlib
 import os
+import threading
 from pathlib import Path
 
 import jax
 import pytest
 
+from dm_generations.errors import UserError
 from dm_generations.runtime import device as devices
 
 
@@ -29,3 +32,74 @@ def test_free_bytes_where_there_is_no_proc(monkeypatch, sysconf, expected):
     else:  # Windows
         monkeypatch.delattr(os, "sysconf", raising=False)
     assert devices.free_bytes(device) == expected
+
+
+def run(runner, count, compute, **options):
+    def take(first, size):
+        return list(range(first, min(first + size, count))), first + size
+
+    return [item for batch in runner.run(devices.Work(count, take, compute, **options)) for item in batch]
+
+
+def exhausted():
+    return jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_a_batch_that_does_not_fit_is_computed_again_in_smaller_ones(concurrency, in_turn):
+    runner, sizes = devices.BatchRunner(8, concurrency, "too large", step=2), []
+
+    def compute(batch):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise exhausted()
+        return batch
+
+    assert run(runner, 21, compute, in_turn=in_turn) == list(range(21))
+    assert runner.size == 2 and sizes[0] == 8
+    sizes.clear()
+    assert run(runner, 21, compute, in_turn=in_turn) == list(range(21))
+    assert max(sizes) == 2  # what it learned, it keeps
+
+
+def test_batches_fit_one_at_a_time():
+    """Two at the same time do not: they are computed one after the other, as large as they were."""
+    runner, running, most = devices.BatchRunner(4, 2, "too large"), set(), []
+    lock, meeting = threading.Lock(), threading.Barrier(2)
+
+    def compute(batch):
+        with lock:
+            running.add(batch[0])
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meeting.wait(1)
+        with lock:
+            most.append(len(running))
+            running.remove(batch[0])
+        if most[-1] > 1:
+            raise exhausted()
+        return batch
+
+    assert run(runner, 4, compute) == list(range(4))  # compiled, alone
+    assert run(runner, 20, compute) == list(range(20))
+    assert (runner.size, runner.concurrency) == (4, 1) and max(most) == 2
+
+
+def test_memory_that_does_not_hold_the_smallest_batch_is_an_error():
+    def compute(batch):
+        raise exhausted()
+
+    with pytest.raises(UserError, match="too large"):
+        run(devices.BatchRunner(8, 2, "too large"), 3, compute)
+    with pytest.raises(UserError, match="use less"), devices.memory_errors("use less"):
+        raise exhausted()
+
+
+def test_other_errors_are_passed_on():
+    def compute(batch):
+        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
+        run(devices.BatchRunner(8, 2, "too large"), 20, compute)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="broken"), devices.memory_errors("use less"):
+        compute([])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from dm_generations.export.captions import Strips
 from dm_generations.export.codec_check import check_codec
 from dm_generations.export.encoders import Encoding, encode_npy
 from dm_generations.export.journal import Journal, identify
-from dm_generations.export.manifest import GalleryEntry, ImageEntry, build_manifest, manifest_files, write_manifest
+from dm_generations.export.manifest import Entry, build_manifest, manifest_files, write_manifest
 from dm_generations.export.output_file import EncodeContext, OutputFile, fill_cells, make_entry
 from dm_generations.export.plan import GroupPlan, Layout, Selection, Target, is_finished, select_groups
 from dm_generations.export.writers import FileWriter, Member, Shard, ShardSet, ShardWriter, fingerprint
@@ -159,7 +159,7 @@ class Exporter:
         self.layout = replace(options.layout, image_extension=options.encoding.extension)
         self.out_dir = options.out_dir
         self.report = ExportReport()
-        self._entries: dict[str, ImageEntry | GalleryEntry] = {}  # by path, for files that are there or will be
+        self._entries: dict[str, Entry] = {}  # by path, for files that are there or will be
         self._models = archive.models()
         self._context = EncodeContext(
             self.layout.mode, options.encoding, options.strips, options.has_metadata, self._models
@@ -229,7 +229,7 @@ class Exporter:
                 if members and self._is_stale(self._entry(plan, target, target.path, members), members):
                     yield target.path
 
-    def _is_stale(self, entry: ImageEntry | GalleryEntry, members: list[ImageRow]) -> bool:
+    def _is_stale(self, entry: Entry, members: list[ImageRow]) -> bool:
         """Return whether the file of an entry, whose rows are `members`, is known to show other images."""
         if not all(row.quantvec for row in members):
             return False  # a row that cannot be read could not be decoded either
@@ -256,7 +256,8 @@ class Exporter:
 
     def _read(self, decoder: TokenDecoder | None, progress: Progress) -> Iterator[Item]:
         """Yield the tokens to decode, with the place of each image."""
-        current_plan, rows = None, iter(())
+        current_plan: GroupPlan | None = None
+        rows: Iterator[ImageRow] = iter(())
         finished_shard: Shard | None = None
         for plan, target, shard in self._files():
             if plan is not current_plan:
@@ -327,7 +328,7 @@ class Exporter:
             return tokens_from_blob(row.quantvec, row.quantvec_md5, recorded.grid**2, recorded.codebook_size)
         return tokens_from_blob(row.quantvec, row.quantvec_md5, None, 1 << 16)
 
-    def _entry(self, plan: GroupPlan, target: Target, path: str, members: list[ImageRow]) -> ImageEntry | GalleryEntry:
+    def _entry(self, plan: GroupPlan, target: Target, path: str, members: list[ImageRow]) -> Entry:
         return make_entry(plan, target, path, members, self._models)
 
     # Written, or not.
@@ -433,7 +434,7 @@ def _load_decoder(
     return codec
 
 
-def _limit_batch(batch_size: int | None, due_count: int) -> int | str:
+def _limit_batch(batch_size: int | None, due_count: int) -> int | Literal["auto"]:
     """Return not many more than are due: all of a batch is decoded, filled or not. Each size is compiled anew."""
     if batch_size is None:
         return "auto"

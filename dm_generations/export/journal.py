@@ -20,12 +20,13 @@ import io
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dm_generations.atomic_io import write_atomic
 from dm_generations.errors import UserError
-from dm_generations.export.manifest import MANIFEST, MANIFEST_START, GalleryEntry, ImageEntry, rounded_score, unusual
+from dm_generations.export.manifest import MANIFEST, MANIFEST_START, Entry, GalleryEntry
 from dm_generations.export.plan import is_finished
 
 JOURNAL = ".journal.jsonl"
@@ -137,7 +138,7 @@ class Journal:
 
     def _rewrite(self) -> None:
         """Write all lines anew, or remove a journal that would have none; close it."""
-        if os.name == "nt":  # which replaces no open file
+        if sys.platform == "win32":  # which replaces no open file
             self.close()
         if self._identities:
             write_atomic(self._path, b"".join(_line(*item) for item in sorted(self._identities.items())))
@@ -146,15 +147,14 @@ class Journal:
         self.close()
 
 
-def identify(entry: ImageEntry | GalleryEntry) -> str:
+def identify(entry: Entry) -> str:
     """Return 16 hex digits that tell the images of a file, and what is written on it or inside it, from others.
 
     A key alone does not: images that start from two sets of given tokens have the same keys, and so do those of two
     models.
     """
-    if isinstance(entry, ImageEntry):
-        return _digest([rounded_score(entry.score), entry.key0, entry.key1, *unusual(entry)])
-    return _digest([*map(rounded_score, entry.scores), *filter(None, [entry.identity])])
+    facts = entry.facts()
+    return _digest([*facts[0], *facts[1:]] if isinstance(entry, GalleryEntry) else facts)
 
 
 def _digest(values: list) -> str:
@@ -209,7 +209,7 @@ def _open_locked(path: Path, create: bool) -> io.FileIO:
 def lock_file(file: io.FileIO) -> None:
     """Raise BlockingIOError if another process holds the lock. A file system that has no locks goes without."""
     try:
-        if os.name == "nt":
+        if sys.platform == "win32":
             import msvcrt
 
             file.seek(_LOCK_OFFSET)

@@ -30,7 +30,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dm_generations.atomic_io import write_atomic
 from dm_generations.paths import shipped
@@ -72,6 +72,25 @@ class ImageEntry(_File):
     init_count: int = 0
     dtype: str | None = None
 
+    @property
+    def position(self) -> int:
+        """Among the files of its group."""
+        return self.rank
+
+    def facts(self) -> list[Any]:
+        """Return what the manifest says of it, after its path and position."""
+        return [round_score(self.score), self.key0, self.key1, *self._provenance()]
+
+    def _provenance(self) -> list[int | str | None]:
+        """Return what sampling it again takes besides settings and key; for the shipped model mostly nothing."""
+        if self.model is None or self.sampler_version is None:
+            return [None]
+        model = "" if self.model.startswith(_SHIPPED) else self.model
+        values: list[int | str | None] = [model, self.sampler_version, self.init_count, self.dtype or "float32"]
+        while values and values[-1] == _USUAL[len(values) - 1]:
+            values.pop()
+        return values
+
 
 @dataclass(frozen=True, slots=True)
 class GalleryEntry(_File):
@@ -81,11 +100,20 @@ class GalleryEntry(_File):
     page: int = 0
     identity: str | None = None  # tells these images from others, where there are no scores
 
+    @property
+    def position(self) -> int:
+        """Among the files of its group."""
+        return self.page
 
-Entries = TypeVar("Entries", ImageEntry, GalleryEntry)
+    def facts(self) -> list[Any]:
+        """Return what the manifest says of it, after its path and position."""
+        return [list(map(round_score, self.scores)), *filter(None, [self.identity])]
 
 
-def build_manifest(mode: str, archive_name: str, entries: Iterable[Entries]) -> dict[str, Any]:
+Entry = ImageEntry | GalleryEntry
+
+
+def build_manifest(mode: str, archive_name: str, entries: Iterable[Entry]) -> dict[str, Any]:
     """Return the manifest described above.
 
     Args:
@@ -97,7 +125,7 @@ def build_manifest(mode: str, archive_name: str, entries: Iterable[Entries]) -> 
         raise ValueError(f"mode is {mode!r}, expected 'images' or 'gallery'")
     prompts: dict[int, str | None] = {}
     sc_prompts: dict[int, str | None] = {}
-    entries_by_group: dict[tuple, list[Entries]] = {}
+    entries_by_group: dict[tuple, list[Entry]] = {}
     for entry in entries:
         prompts.setdefault(entry.prompt_id, entry.prompt)
         sc_prompts.setdefault(entry.sc_prompt_id, entry.sc_prompt)
@@ -108,9 +136,9 @@ def build_manifest(mode: str, archive_name: str, entries: Iterable[Entries]) -> 
     prompt_positions = {prompt_id: position for position, prompt_id in enumerate(prompts)}
     sc_prompt_positions = {sc_prompt_id: position for position, sc_prompt_id in enumerate(sc_prompts)}
     groups = []
-    for (prompt_id, sc_prompt_id, *settings), members in entries_by_group.items():
+    for (prompt_id, sc_prompt_id, *numbers), members in entries_by_group.items():
         positions = (prompt_positions[prompt_id], sc_prompt_positions[sc_prompt_id])
-        groups.append([*positions, *map(_finite, settings), *_pack(mode, members)])
+        groups.append([*positions, *map(_finite, numbers), *_pack(members)])
     return {
         "version": MANIFEST_VERSION,
         "mode": mode,
@@ -139,42 +167,26 @@ def manifest_files(manifest: dict[str, Any]) -> dict[str, bytes]:
     return {MANIFEST: text.encode("ascii"), PAGE: shipped(PAGE).read_bytes()}
 
 
-def _pack(mode: str, members: list[Entries]) -> tuple[str, str, list[list]]:
+def _pack(members: list[Entry]) -> tuple[str, str, list[list[Any]]]:
     """Return prefix, suffix and files of one group."""
-    members = sorted(members, key=lambda entry: entry.rank if mode == "images" else entry.page)
+    members = sorted(members, key=lambda entry: entry.position)
     paths = [entry.file for entry in members]
     prefix = commonprefix(paths)
     rests = [path[len(prefix) :] for path in paths]
     suffix = commonprefix([rest[::-1] for rest in rests])[::-1]
     middles = [rest[: len(rest) - len(suffix)] for rest in rests]
-    if mode == "images":
-        rows = [[entry.rank, rounded_score(entry.score), entry.key0, entry.key1, *unusual(entry)] for entry in members]
-    else:
-        rows = [
-            [entry.page, [rounded_score(score) for score in entry.scores], *filter(None, [entry.identity])]
-            for entry in members
-        ]
-    return prefix, suffix, [[middle, *row] for middle, row in zip(middles, rows, strict=True)]
-
-
-def unusual(entry: ImageEntry) -> list[int | str | None]:
-    """Return what sampling an image again takes besides its settings and key; for the shipped model mostly nothing."""
-    if entry.model is None or entry.sampler_version is None:
-        return [None]
-    model = "" if entry.model.startswith(_SHIPPED) else entry.model
-    values = [model, entry.sampler_version, entry.init_count, entry.dtype or "float32"]
-    while values and values[-1] == _USUAL[len(values) - 1]:
-        values.pop()
-    return values
+    files = [[middle, entry.position, *entry.facts()] for middle, entry in zip(middles, members, strict=True)]
+    return prefix, suffix, files
 
 
 def _finite(number: float | None) -> float | None:
     return None if number is None or not math.isfinite(number) else number
 
 
-def rounded_score(score: float | None) -> float | None:
+def round_score(score: float | None) -> float | None:
     """Return a score rounded to what the page shows and a digit more: the page reads the manifest whole."""
-    return None if _finite(score) is None else round(score, 3)
+    finite = _finite(score)
+    return None if finite is None else round(finite, 3)
 
 
 def _script_json(value: Any) -> str:

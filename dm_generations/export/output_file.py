@@ -22,7 +22,7 @@ from dm_generations.export.encoders import (
     json_value,
     record_json,
 )
-from dm_generations.export.manifest import GalleryEntry, ImageEntry
+from dm_generations.export.manifest import Entry, GalleryEntry, ImageEntry
 from dm_generations.export.plan import GroupPlan, Target
 from dm_generations.export.writers import Member, Shard, fingerprint
 from dm_generations.models.loading import is_other_embedded
@@ -160,7 +160,7 @@ def fill_cells(tokens_by_cell: Mapping[int, np.ndarray], cell_count: int) -> np.
 
 def make_entry(
     plan: GroupPlan, target: Target, path: str, members: list[ImageRow], models: Mapping[int, ModelInfo]
-) -> ImageEntry | GalleryEntry:
+) -> Entry:
     """Return what the page shows of a file.
 
     Args:

@@ -11,7 +11,7 @@ import pickletools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pickletools import markobject
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from dm_generations.weights.mmap import Malformed
 
@@ -91,7 +91,7 @@ class _Dict(dict):
         pass
 
 
-def is_class(value: Any) -> bool:
+def is_class(value: Any) -> TypeGuard[type[Opaque]]:
     """Whether `value` stands for a class or function that a pickle names."""
     return isinstance(value, type) and issubclass(value, Opaque)
 
@@ -236,7 +236,8 @@ def _check_opcodes(stream: io.BytesIO) -> None:
     stack: list[int] = []
     memo: dict[int, int] = {}
     frame_end = 0
-    for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
+    steps: Iterable[tuple[Any, Any, Any]] = pickletools.genops(stream)
+    for count, (opcode, argument, position) in enumerate(steps):
         name = opcode.name
         if count > MAX_OPCODES:
             raise Malformed(f"its pickle has more than {MAX_OPCODES} steps")

@@ -9,6 +9,7 @@ import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def release(arrays: Iterable[np.ndarray]) -> None:
 
 
 def _mapping(array: np.ndarray) -> _Mapping | None:
-    base = array
+    base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
     return base if isinstance(base, _Mapping) else None

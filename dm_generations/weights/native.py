@@ -161,5 +161,5 @@ def _write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: np.dty
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             array = np.asarray(tensors[name])
-            file.write(np.ascontiguousarray(array, dtype or array.dtype).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(array, dtype or array.dtype).reshape(-1).view(np.uint8).data)
             release([array])

@@ -27,8 +27,10 @@ __all__ = ["Opaque", "read_torch", "state_of"]
 MAGIC_NUMBER, FORMAT_VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before the zip archives
 MAX_PICKLE = 64 << 20  # bytes; tensors lie outside of it
 SMALL = 1 << 20  # bytes that a tensor may always have; more, only in a file of that size
-MAX_MODULES = 100_000  # of one network, and how deep they may be nested:
+MAX_PARTS = 1_000_000  # modules and tensors of one network
 MAX_MODULE_DEPTH = 64
+MAX_NAME = 1000  # characters of a tensor's name
+_PARTS = ("_parameters", "_buffers", "_modules")
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, ..., lengths of the name and of the extra field
 
 _NAMES = (
@@ -86,21 +88,24 @@ def state_of(value: Any) -> dict[str, np.ndarray]:
     if isinstance(value, dict):
         return value
     tensors: dict[str, np.ndarray] = {}
-    modules = [("", 0, value)]
-    for count in range(MAX_MODULES):
-        if not modules:
-            return tensors
+    modules, part_count = [("", 0, value)], 0
+    while modules:
         prefix, depth, module = modules.pop()
         state = _module_state(module)
-        if state is None or depth > MAX_MODULE_DEPTH:
-            what = f"its part {prefix[:-1]!r:.200}" if count else "the value"
+        if state is None or depth > MAX_MODULE_DEPTH or len(prefix) > MAX_NAME:
+            what = f"its part {prefix[:-1]!r:.200}" if prefix else "the value"
             raise UserError(f"{what} is not a network that torch pickled")
-        skipped = state.get("_non_persistent_buffers_set") or ()
-        named = [*state["_parameters"].items(), *((k, v) for k, v in state["_buffers"].items() if k not in skipped)]
+        part_count += 1 + sum(len(state[kind]) for kind in _PARTS)
+        if part_count > MAX_PARTS:
+            raise UserError(f"the network has more than {MAX_PARTS} parts")
+        skipped = state.get("_non_persistent_buffers_set")
+        skipped = skipped if isinstance(skipped, (set, list, tuple)) else ()
+        buffers = {name: buffer for name, buffer in state["_buffers"].items() if name not in skipped}
+        named = (state["_parameters"] | buffers).items()
         tensors |= {f"{prefix}{name}": tensor for name, tensor in named if isinstance(tensor, np.ndarray)}
         children = [(f"{prefix}{name}.", depth + 1, child) for name, child in state["_modules"].items()]
         modules += [child for child in reversed(children) if child[2] is not None]
-    raise UserError(f"the network has more than {MAX_MODULES} modules")
+    return tensors
 
 
 def _module_state(module: Any) -> dict | None:
@@ -108,10 +113,10 @@ def _module_state(module: Any) -> dict | None:
     state = module.state if isinstance(module, Opaque) else None
     if isinstance(state, tuple) and state:  # (attributes, slots)
         state = state[0]
-    parts = ("_parameters", "_buffers", "_modules")
-    if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) for part in parts):
+    if not isinstance(state, dict) or not all(isinstance(state.get(kind), dict) for kind in _PARTS):
         return None
-    return state
+    names = (name for kind in _PARTS for name in state[kind])
+    return state if all(isinstance(name, str) and len(name) <= MAX_NAME for name in names) else None
 
 
 # the zip format
@@ -287,13 +292,14 @@ def _calls(file: MappedFile) -> dict[str, Callable[..., Any]]:
             raise Malformed("it holds a torch.Size that is not one")
         return sizes
 
-    rebuilds = {
+    rebuilds: dict[str, Callable[..., Any]] = {
         "torch._utils._rebuild_tensor": tensor,
         "torch._utils._rebuild_tensor_v2": tensor,
         "torch._utils._rebuild_tensor_v3": typed_tensor,
         "torch._utils._rebuild_parameter": parameter,
         "torch._utils._rebuild_parameter_with_state": parameter,
-    } | {f"torch._utils._rebuild_{name}": _refusal(what) for name, what in UNREADABLE.items()}
+    }
+    rebuilds |= {f"torch._utils._rebuild_{name}": _refusal(what) for name, what in UNREADABLE.items()}
     return rebuilds | {"torch._tensor._rebuild_from_type_v2": of_type, "torch.Size": size}
 
 

@@ -260,10 +260,10 @@ def test_a_prompt_is_needed(models, tmp_path):
 
 def test_a_codec_that_does_not_fit_is_refused(models, tmp_path):
     coarse = tiny_vqgan(tmp_path / "coarse", ch_mult=[1, 1, 1])
-    with pytest.raises(UserError, match="'dalle_bart' samples 16 tokens an image, codec 'coarse' takes 2x2"):
+    with pytest.raises(UserError, match="'dalle_bart' makes 16 tokens an image, codec 'coarse' takes 2x2"):
         draw(dataclasses.replace(models, vqgan=coarse), tmp_path / "a.db", "--prompts", "a boat")
     small = tiny_vqgan(tmp_path / "small", n_embed=CODEBOOK_SIZE - 1)
-    with pytest.raises(UserError, match="samples tokens below 32, codec 'small' has 31"):
+    with pytest.raises(UserError, match="makes tokens below 32, codec 'small' has 31"):
         draw(dataclasses.replace(models, vqgan=small), tmp_path / "a.db", "--prompts", "a boat")
     assert not (tmp_path / "a.db").exists()
 

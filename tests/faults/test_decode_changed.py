@@ -62,7 +62,7 @@ def test_a_decode_of_others_into_the_folder_forgets_nothing(decode, tmp_path, ot
     add_best(archive)
     assert decode(db=archive) == (0, "") and decode(db=archive, out=tmp_path / "fresh") == (0, "")
     fresh, found = all_files(tmp_path / "fresh"), all_files(tmp_path / "out")
-    assert {path for path in fresh if found[path] != fresh[path]} == set()
+    assert {path for path in fresh if found[path] != fresh[path]} <= {JOURNAL}  # which lists the others too
 
 
 @pytest.fixture

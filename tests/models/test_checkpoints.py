@@ -238,7 +238,7 @@ def test_clip_loads_from_pieces(tmp_path, name):
         with pytest.raises(UserError, match=f"{file} has unexpected text_model.extra"):
             load_checkpoint(folder, "clip")
     (folder / file).unlink()
-    with pytest.raises(UserError, match=f"lacks a piece of its weights: {file}"):
+    with pytest.raises(UserError, match=f"lacks .*{file}"):
         load_checkpoint(folder, "clip")
     for broken in ({}, {"weight_map": {"a": "../elsewhere.bin"}}, {"weight_map": [1]}):
         index.write_text(json.dumps(broken))

@@ -173,7 +173,7 @@ def test_the_encoder_alone_is_refused(folder):
     [
         (module("dall_e.decoder.Decoder", {"blocks.input.w": torch_files.tensor(np.zeros(3))}), "has shape"),
         (Call(Global("os", "system"), ("touch ran",)), "is not a network that torch pickled"),
-        ({"blocks.input.w": 3}, "blocks.input.w is no tensor"),
+        ({"blocks.input.w": 3}, "blocks.input.w is not a tensor"),
     ],
 )
 def test_what_is_no_decoder_is_one_line(folder, monkeypatch, value, message):

@@ -186,3 +186,11 @@ def test_state_of_a_module_that_holds_itself(tmp_path):
     looped.state["_modules"] |= {"x": looped, "y": looped}
     with pytest.raises(UserError, match="not a network"):
         state_of(read_torch(save(tmp_path / "a.pt", looped)))
+
+
+def test_state_of_a_module_with_shared_parts_is_limited(tmp_path):
+    part = module([(f"w{i}", None) for i in range(1000)])
+    for _ in range(20):
+        part = module(modules=[("a", part), ("b", part)])
+    with pytest.raises(UserError, match="parts"):
+        state_of(read_torch(save(tmp_path / "a.pt", part)))

@@ -4,24 +4,27 @@ The arithmetic is that of lucidrains/DALLE-pytorch 1.6.6 (`dalle_pytorch/dalle_p
 `attention.py`) and of Jack000's fork of it. Left out: gMLP layers, sampling, and reading files.
 
 The sequence is <bos>, the text, the image tokens; the last token is never fed. Padding (0) at text position p is the
-id num_text_tokens + p, so a prompt of zeros is the unconditional one, and no attention mask is needed.
+id num_text_tokens + p, so a prompt of zeros is the unconditional one, and no attention mask is needed. Full
+sequences and cached steps use the same masks of the attention types, so they agree by construction.
 
 B: batch   T: text_seq_len   L: image_length   S: positions, T + L   n: positions of this call   d: dim   H: heads
 D: dim_head   F: image_fmap_size   R: rotary_width   V: text and image columns of the logits
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
 from dm_generations.models.base import example_ids
-from dm_generations.models.dalle_pytorch.config import DallePytorchConfig
-from dm_generations.models.dalle_pytorch.masks import visible
+from dm_generations.models.dalle_pytorch.config import SPARSE_BLOCK, DallePytorchConfig
 
 MASKED = jnp.finfo(jnp.float32).min  # as in DALLE-pytorch, for attention and for logits of the other kind of token
+_CONV_KERNEL = 5
 
 
 class LayerCache(NamedTuple):
@@ -38,6 +41,38 @@ class Cache(NamedTuple):
 
     layers: tuple[LayerCache, ...]
     last_text: jax.Array  # (B, d) embedding of the last text token, which step 0 feeds
+
+
+@functools.lru_cache(maxsize=16)
+def make_mask(config: DallePytorchConfig, attn_type: str) -> np.ndarray:
+    """The mask of an attention type: (S, S) bool, true if the query (row) sees the key (column); read-only."""
+    position = np.arange(config.sequence_length, dtype=np.int32)
+    query, key = position[:, None], position[None, :]
+    mask = key <= query
+    if attn_type == "sparse":
+        assert config.sparse_layout is not None  # the config checks that
+        layout = np.array([[block == "1" for block in row] for row in config.sparse_layout])
+        mask = mask & layout[query // SPARSE_BLOCK, key // SPARSE_BLOCK]
+    elif attn_type != "full":
+        text_length = config.text_seq_len + 1  # <bos> belongs to the text, which every later position sees
+        query_row, query_column = np.divmod(query - text_length, config.image_fmap_size)
+        key_row, key_column = np.divmod(key - text_length, config.image_fmap_size)
+        rows_up, columns_left = query_row - key_row, query_column - key_column
+        near = _is_near(config, attn_type, rows_up, columns_left)
+        mask = mask & ((key < text_length) | near)
+    mask.flags.writeable = False
+    return mask
+
+
+def _is_near(config: DallePytorchConfig, attn_type: str, rows_up: np.ndarray, columns_left: np.ndarray) -> np.ndarray:
+    """Whether a token is in reach of another one, by their distances; later tokens are hidden elsewhere."""
+    if attn_type == "axial_row":
+        return rows_up == 0
+    if attn_type == "axial_col":
+        return columns_left == 0
+    first = 0 if config.conv_like == "causal" else -(_CONV_KERNEL // 2)
+    last = first + _CONV_KERNEL - 1
+    return (rows_up >= first) & (rows_up <= last) & (columns_left >= first) & (columns_left <= last)
 
 
 def _norm(dtype: Any) -> nn.Module:
@@ -169,7 +204,7 @@ class _Transformer(nn.Module):
             attention = self._attention(layer)
             queries, keys, values = self._rotate(attention.queries_keys_values(x), 0, length)
             remembered[layer] |= {"keys": keys, "values": values}
-            mask = visible(self.config, self.config.attn_type(layer))[:length, :length]
+            mask = make_mask(self.config, self.config.attn_type(layer))[:length, :length]
             return attention.attend(queries, keys, values, jnp.asarray(mask))
 
         x = self._through_layers(x, shift, attend)
@@ -196,7 +231,7 @@ class _Transformer(nn.Module):
             keys = lax.dynamic_update_slice_in_dim(caches[layer].keys, keys, position, axis=2)
             values = lax.dynamic_update_slice_in_dim(caches[layer].values, values, position, axis=2)
             remembered[layer] |= {"keys": keys, "values": values}
-            mask = jnp.asarray(visible(self.config, self.config.attn_type(layer)))
+            mask = jnp.asarray(make_mask(self.config, self.config.attn_type(layer)))
             return attention.attend(queries, keys, values, lax.dynamic_slice_in_dim(mask, position, 1))
 
         x = self._through_layers(x, shift, attend)

@@ -10,7 +10,7 @@ from codec_kit import random_params
 from helpers import golden
 
 from dm_generations.models.loading import load_checkpoint
-from dm_generations.models.vqgan import fast_decoder as vqgan_decoder
+from dm_generations.models.vqgan import fast_decoder
 from dm_generations.models.vqgan.fast_decoder import VQGANDecoder
 from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
 from dm_generations.weights.native import unflatten
@@ -56,7 +56,7 @@ def fast(config, params, tokens, dtype="float32", platform="cpu"):
 def platform(request, monkeypatch):
     """The networks of these tests are too small for Winograd's convolutions unless told otherwise."""
     if request.param == "winograd":
-        monkeypatch.setattr(vqgan_decoder, "_WINOGRAD_CH", 1)
+        monkeypatch.setattr(fast_decoder, "_WINOGRAD_CH", 1)
     return "gpu" if request.param == "elsewhere" else "cpu"
 
 
@@ -83,7 +83,7 @@ def test_decodes_the_golden_tokens(platform):
 
 def test_pictures_do_not_depend_on_the_batch(monkeypatch):
     """On a CPU: bit for bit, so that a run with another batch size writes the same files."""
-    monkeypatch.setattr(vqgan_decoder, "_WINOGRAD_CH", 1)
+    monkeypatch.setattr(fast_decoder, "_WINOGRAD_CH", 1)
     tokens = tokens_of(CONFIG, 3)
     decoder = VQGANDecoder(CONFIG, np.dtype("float32"), "cpu")
     weights, decode = decoder.prepare_params(params_of(CONFIG)), jax.jit(decoder.decode)
