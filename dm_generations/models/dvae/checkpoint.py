@@ -15,7 +15,7 @@ from dm_generations.errors import UserError
 from dm_generations.models.base import RawCheckpoint
 from dm_generations.models.dvae.discrete import DiscreteVAEConfig
 from dm_generations.models.dvae.openai import OpenAIVAEConfig
-from dm_generations.weights.inert_pickle import Opaque
+from dm_generations.weights.unpickler import Opaque
 from dm_generations.weights.native import unflatten
 from dm_generations.weights.state_dict import (
     Shape,
