@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from dm_generations.runtime.params import matmul_precision
 from dm_generations.sampling import logits as sampling
 from dm_generations.sampling.batching import OF_ROWS, TEXT_BATCH, RowInputs
-from dm_generations.sampling.methods import GumbelSampler, Sampler, settings_of
+from dm_generations.sampling.methods import GumbelSampler, Sampler, row_settings
 
 AXIS = "rows"  # of a mesh of devices, each of which has a batch of its own
 
@@ -134,7 +134,7 @@ def teacher_forced_margins(
             step, tokens = step_and_tokens
             logits, cache = _logits(model, params, rows, cache, token, step)
             guided = _guided(model, rows, logits, step)
-            margin = sampling.margin(guided, tokens, step, *settings_of(rows), sampler.columns, sampler.order)
+            margin = sampling.margin(guided, tokens, step, *row_settings(rows), sampler.columns, sampler.order)
             return (cache, tokens), jnp.where(sampling.is_drawable(guided, sampler.columns), margin, jnp.nan)
 
         steps = jnp.arange(model.config.image_length, dtype=jnp.int32)

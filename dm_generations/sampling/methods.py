@@ -62,7 +62,7 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class GumbelSampler:
-    """Samples with this program's own noise, a function of the row's key, the step and the token; see `sampling`."""
+    """Samples with this program's own noise, a function of the row's key, the step and the token; see `logits`."""
 
     columns: int
     order: str
@@ -71,12 +71,12 @@ class GumbelSampler:
         return ()
 
     def sample(self, guided, step, rows, noise):
-        token = logits.sample(guided, step, *settings_of(rows), self.columns, self.order)
+        token = logits.sample(guided, step, *row_settings(rows), self.columns, self.order)
         return token, logits.is_drawable(guided, self.columns), noise
 
 
-def settings_of(rows: RowInputs) -> tuple[jax.Array, ...]:
-    """Return what `sampling` takes of each row."""
+def row_settings(rows: RowInputs) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return keys, top_k, top_p and temperature of the rows, as `logits.sample` takes them."""
     return rows.keys, rows.top_k, rows.top_p, rows.temperature
 
 
