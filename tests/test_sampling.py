@@ -280,7 +280,7 @@ def test_nan_is_never_drawn_and_infinity_always():
 def test_a_row_without_numbers_gives_code_0_and_is_not_drawable():
     logits = np.array([[np.nan, np.nan, -np.inf, 4], [np.nan, 0, -np.inf, 4]], np.float32)
     assert draw(logits, codebook_size=3).tolist() == [0, 1]
-    assert np.asarray(sampling.is_drawable(jnp.asarray(logits), 3)).tolist() == [False, True]
+    assert np.asarray(sampling.can_sample(jnp.asarray(logits), 3)).tolist() == [False, True]
 
 
 def test_log_prob_is_the_log_softmax_over_the_real_codes():
