@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 INTERRUPTED = 128 + signal.SIGINT  # exit status of a program that Ctrl-C ended
-INTERRUPTED_LINE = "interrupted; repeat the command to do the rest"
+INTERRUPTED_LINE = "interrupted; repeat the command to go on"
 
 # Callbacks that remove temporary files when the process ends, also when it ends without Python's own clean-up.
 EXIT_CALLBACKS = contextlib.ExitStack()

@@ -391,7 +391,9 @@ class Archive:
 
         return self.connection.write_many(queries.INSERT_IMAGE, insert_values())
 
-    def set_scores(self, rows: Iterable[tuple[int, float, float]], clip_id: int | None, time_scored: float) -> int:
+    def set_scores(
+        self, rows: Iterable[tuple[int, float | None, float | None]], clip_id: int | None, time_scored: float
+    ) -> int:
         """Store scores, inside a transaction.
 
         Args:
