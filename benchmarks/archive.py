@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dm_generations.archive import Archive, ModelInfo, NewImage, merge, verify
+from dm_generations.sampling.params import SamplingParams
 
 SEEDS_PER_GROUP = 32
 AXES = ((50, 256, 0), (0.9, 1.0), (0.7, 1.0, 3.0), (1.0, 3.0, 10.0))  # top_k, top_p, temperature, cond_scale
@@ -32,14 +33,14 @@ def new_images(count: int, token_count: int) -> Iterator[NewImage]:
     while True:
         prompt = f"prompt number {next(prompt_numbers)}"
         for _ in range(len(list(itertools.product(*AXES)))):
-            top_k, top_p, temperature, cond_scale = next(settings)
+            params = SamplingParams(*next(settings))
             for _ in range(SEEDS_PER_GROUP):
                 if made == count:
                     return
                 made += 1
                 quantvec = random.randbytes(2 * token_count)
                 yield NewImage(
-                    prompt, None, top_k, top_p, temperature, cond_scale,
+                    prompt, None, params,
                     random.getrandbits(32), random.getrandbits(32), quantvec, 1.7e9, 1.7e9 + 1,
                     random.random() * 30, random.random() * 30, 1.7e9 + 2,
                 )  # fmt: skip
@@ -108,7 +109,7 @@ def main() -> None:
 
         with Archive.open(path) as archive:
             with (timer := Timer()):
-                read = sum(len(row.quantvec) > 0 for group in groups for row in archive.rows(group.settings))
+                read = sum(len(row.quantvec) > 0 for group in groups for row in archive.rows(group.key))
             timer.report("read every group, best first", read)
             with (timer := Timer()):
                 problem_count = sum(1 for _ in verify(archive))

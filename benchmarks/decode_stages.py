@@ -147,7 +147,7 @@ def our_stages(checkpoint: Checkpoint, batch_size: int, dtype: str, folder: Path
 
     def read() -> np.ndarray:
         with Archive.open(folder / "archive.db") as archive:
-            rows = (row for group in archive.groups() for row in archive.rows(group.settings))
+            rows = (row for group in archive.groups() for row in archive.rows(group.key))
             expected = codec.token_count, codec.codebook_size
             return np.stack([tokens_from_blob(row.quantvec, row.quantvec_md5, *expected) for row in rows])
 

@@ -49,7 +49,7 @@ def shipped_pictures(count: int) -> list[np.ndarray]:
 
     codec = Decoder.from_checkpoint(load_checkpoint(None, "codec"), 64)
     with Archive.open(ROOT / "archive" / "emoji.db") as archive:
-        rows = (row for group in archive.groups() for row in archive.rows(group.settings))
+        rows = (row for group in archive.groups() for row in archive.rows(group.key))
         different = list(dict.fromkeys(row.quantvec for row in rows))
     if 16 * count > len(different):
         raise SystemExit(f"--count {count}: the archive that ships suffices for {len(different) // 16}")

@@ -1,6 +1,7 @@
 """Small archives for tests."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import sqlite3
@@ -10,6 +11,7 @@ from pathlib import Path
 from helpers import ROOT
 
 from dm_generations.archive import Archive, ModelInfo, NewImage
+from dm_generations.sampling.params import SamplingParams
 
 GENERATOR = ModelInfo("generator", "tiny", "a" * 64, {"layers": 1})
 CODEC = ModelInfo("codec", "tiny", "b" * 64, {}, grid=2, codebook_size=300, image_size=16)
@@ -22,13 +24,12 @@ COLUMNS_2022 = """id INTEGER PRIMARY KEY, prompt_id INTEGER, sc_prompt_id INTEGE
 
 def new_image(key: int = 0, **changes) -> NewImage:
     """A picture whose tokens follow from its key."""
+    params = {"top_k": 50, "top_p": 0.9, "temperature": 1.0, "cond_scale": 3.0}
+    params |= {name: changes.pop(name) for name in params.keys() & changes.keys()}
     values = {
         "prompt": "a red cube",
         "sc_prompt": None,
-        "top_k": 50,
-        "top_p": 0.9,
-        "temperature": 1.0,
-        "cond_scale": 3.0,
+        "params": SamplingParams(**params),
         "key0": 1,
         "key1": key,
         "quantvec": bytes([key % 256, 0, 2, 0, 3, 0, 4, 0]),
@@ -70,7 +71,7 @@ def insert_v1(connection: sqlite3.Connection, image: NewImage) -> int:
         """INSERT INTO images (prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, key0, key1, quantvec,
             quantvec_md5, time_start, time_end, generator_id, codec_id, sampler_version)
         VALUES (1, 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 2, 1) ON CONFLICT DO NOTHING""",
-        (image.top_k, image.top_p, image.temperature, image.cond_scale, image.key0, image.key1, image.quantvec)
+        (*dataclasses.astuple(image.params), image.key0, image.key1, image.quantvec)
         + (hashlib.md5(image.quantvec).hexdigest(), image.time_start, image.time_end),
     ).rowcount
 

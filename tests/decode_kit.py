@@ -11,14 +11,15 @@ from flax.serialization import msgpack_serialize
 from flax.traverse_util import unflatten_dict
 from PIL import Image
 
-from dm_generations.archive import Settings
+from dm_generations.archive import GroupKey
 from dm_generations.models.registry import parameter_shapes
 from dm_generations.models.vqgan.network import VQGANConfig
+from dm_generations.sampling.params import SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_DECODE = GOLDEN / "original_script"  # what the 2022 script read and wrote
 GOLDEN_CODEC = GOLDEN / "vqgan_jax" / "a"  # 8x8 codes below its codebook size, 32x32 pixels
-SETTINGS = Settings(prompt_id=1, sc_prompt_id=1, top_k=50, top_p=1.0, temperature=1.0, cond_scale=10.0)
+SETTINGS = GroupKey(1, 1, SamplingParams(50, cond_scale=10.0))
 LAYOUT_2022 = """
 CREATE TABLE prompts (id INTEGER PRIMARY KEY, desc TEXT);
 CREATE TABLE sc_prompts (id INTEGER PRIMARY KEY, desc TEXT);

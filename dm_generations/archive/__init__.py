@@ -2,7 +2,7 @@
 
 with Archive.open("archive/emoji.db") as archive:
     for group in archive.groups():
-        best = next(archive.rows(group.settings, limit=1))
+        best = next(archive.rows(group.key, limit=1))
 """
 
 from dm_generations.archive.connection import ArchiveError
@@ -13,11 +13,11 @@ from dm_generations.archive.records import (
     DTYPES,
     DType,
     Group,
+    GroupKey,
     ImageRow,
     ModelInfo,
     ModelKind,
     NewImage,
-    Settings,
     init_md5,
     quantvec_md5,
 )
@@ -30,6 +30,7 @@ __all__ = [
     "ArchiveInfo",
     "DType",
     "Group",
+    "GroupKey",
     "ImageRow",
     "LogProbInfo",
     "ModelInfo",
@@ -39,7 +40,6 @@ __all__ = [
     "Problem",
     "PromptInfo",
     "ScoreInfo",
-    "Settings",
     "SourceReport",
     "TokenInfo",
     "info",

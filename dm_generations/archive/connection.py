@@ -23,6 +23,7 @@ APPLICATION_ID: Final = 0x444D4731  # "DMG1"
 HEADER_BYTES: Final = 100  # https://www.sqlite.org/fileformat.html#the_database_header
 MAGIC: Final = b"SQLite format 3\x00"
 JOURNAL: Final = "-journal"
+LOG: Final = "-wal"
 JOURNAL_MAGIC: Final = bytes.fromhex("d9d505f920a163d7")
 MAX_NAME_BYTES: Final = 255  # of one name, on nearly every file system
 COMMIT_TIMEOUT: Final = 60.0  # seconds to wait for another program's lock when finished work would be lost
@@ -157,6 +158,11 @@ def connect(path: Path, mode: Mode, timeout: float) -> Connection:
         try:
             sqlite.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except sqlite3.OperationalError as error:
+            if _has_log(path, header) and error.sqlite_errorname.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
+                raise ArchiveError(
+                    f"{path}: its last commits are in {path.resolve().name}{LOG}, which SQLite reads only where it can"
+                    f" write; copy the archive and its {LOG} to a folder of yours"
+                ) from error
             if error.sqlite_errorname != "SQLITE_READONLY_ROLLBACK":
                 raise
             _check_undoable(path, header)
@@ -207,7 +213,7 @@ def _page_bytes(header: bytes) -> int:
 
 
 def _is_being_written(path: Path) -> bool:
-    return any(_companion(path, suffix).exists() for suffix in (JOURNAL, "-wal"))
+    return any(_companion(path, suffix).exists() for suffix in (JOURNAL, LOG))
 
 
 def _companion(path: Path, suffix: str) -> Path:
@@ -222,6 +228,12 @@ def _application_id(header: bytes) -> int:
 
 def _is_wal(header: bytes) -> bool:
     return 2 in header[18:20]
+
+
+def _has_log(path: Path, header: bytes) -> bool:
+    """Whether commits lie in a log next to the file, in WAL mode."""
+    log = _companion(path, LOG)
+    return _is_wal(header) and log.exists() and log.stat().st_size > 0
 
 
 def _check_journal(path: Path) -> None:
@@ -252,8 +264,7 @@ def _check_journal(path: Path) -> None:
 
 def _open(path: Path, header: bytes, mode: Mode, timeout: float) -> sqlite3.Connection:
     uri = f"{path.resolve().as_uri()}?mode={'ro' if mode == 'r' else 'rw'}"
-    log = _companion(path, "-wal")
-    if mode == "r" and _is_wal(header) and not (log.exists() and log.stat().st_size):
+    if mode == "r" and _is_wal(header) and not _has_log(path, header):
         # Reading a file in WAL mode would create -wal and -shm next to it. Without a log nobody is writing.
         uri += "&immutable=1"
     sqlite = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)

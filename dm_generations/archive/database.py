@@ -7,7 +7,6 @@ import math
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -26,15 +25,15 @@ from dm_generations.archive.connection import (
 from dm_generations.archive.records import (
     IMAGE_COLUMNS,
     Group,
+    GroupKey,
     ImageRow,
     ModelInfo,
     NewImage,
-    Settings,
     check_init,
     check_tokens,
+    parse_group_key,
     parse_image,
     parse_model,
-    parse_settings,
     parse_text,
     quantvec_md5,
 )
@@ -46,6 +45,7 @@ from dm_generations.archive.schema import (
     check_tables,
     create_images_view,
     guard_triggers,
+    is_newest,
     needed_columns,
     read_version,
     upgrade,
@@ -137,7 +137,7 @@ class Archive:
     def _prepare_to_write(self) -> None:
         self.check_appendable()
         guard_triggers(self.connection)
-        if self.version < SCHEMA_VERSION:
+        if not is_newest(self.connection):
             with self.transaction():
                 upgrade(self.connection)
             self.version = read_version(self.connection)
@@ -187,6 +187,10 @@ class Archive:
                 raise ArchiveError(f"{self.path}: model {row_id!r:.40}: {error}; run `verify`") from error
         return models
 
+    def find_model(self, model: ModelInfo) -> int | None:
+        """Returns the id of the first model that matches; see `ModelInfo.matches`."""
+        return next((row_id for row_id, stored in self.models().items() if stored.matches(model)), None)
+
     def count(self) -> int:
         """Returns the number of images."""
         return self.connection.value("SELECT count(*) FROM images")
@@ -203,13 +207,13 @@ class Archive:
         parameters = {"prompt_ids": _json_ids(prompt_ids), "sc_prompt_ids": _json_ids(sc_prompt_ids)}
         rows = self.connection.rows(queries.COUNT_GROUPS.format(table=self._indexed_table()), parameters)
         try:
-            return [Group(parse_settings(row[:-1]), row[-1]) for row in rows]
+            return [Group(parse_group_key(row[:-1]), row[-1]) for row in rows]
         except ArchiveError as error:
             raise self._named(error) from error
 
-    def image_ids(self, settings: Settings, limit: int | None = None) -> Sequence[int]:
+    def image_ids(self, key: GroupKey, limit: int | None = None) -> Sequence[int]:
         """Returns ids of a group's images: highest clip_score_input first, unscored ones last, ties by id."""
-        parameters = [*astuple(settings), -1 if limit is None else limit]
+        parameters = [*key.values(), -1 if limit is None else limit]
         query = queries.IDS_BEST_FIRST.format(table=self._indexed_table())
         ids = array.array("q")
         for (row_id,) in self.connection.rows(query, parameters):
@@ -218,9 +222,9 @@ class Archive:
             ids.append(row_id)
         return ids
 
-    def rows(self, settings: Settings, limit: int | None = None) -> Iterator[ImageRow]:
+    def rows(self, key: GroupKey, limit: int | None = None) -> Iterator[ImageRow]:
         """Yields a group's images, in the order of `image_ids`."""
-        return self.read_rows(self.image_ids(settings, limit))
+        return self.read_rows(self.image_ids(key, limit))
 
     def read_rows(self, ids: Iterable[int]) -> Iterator[ImageRow]:
         """Yields these images, in the order of `ids`; ids that do not exist are left out.
@@ -252,17 +256,17 @@ class Archive:
         return self.connection.value(f"SELECT count(*) FROM images WHERE {queries.TO_SCORE}", parameters)
 
     def existing_keys(
-        self, settings: Settings, generator_id: int | None, sampler_version: int | None = None, init_md5: str = ""
+        self, key: GroupKey, generator_id: int | None, sampler_version: int | None = None, init_md5: str = ""
     ) -> set[tuple[int, int]]:
         """Returns (key0, key1) of the images of a group that this generator sampled.
 
         Args:
-            settings: of the group.
+            key: of the group.
             generator_id: the model's id.
             sampler_version: None for any.
             init_md5: of the initial tokens; "" is for images without.
         """
-        parameters = [*astuple(settings), generator_id, sampler_version, sampler_version, init_md5]
+        parameters = [*key.values(), generator_id, sampler_version, sampler_version, init_md5]
         return {(key0, key1) for key0, key1 in self.connection.rows(queries.KEYS_OF_GROUP, parameters)}
 
     def scan(self, columns: Sequence[str], last_id: int | None = None) -> Iterator[Row]:
@@ -313,16 +317,20 @@ class Archive:
 
     def text_id(self, table: str, text: str) -> int:
         """Returns the id of a text in `prompts` or `sc_prompts`, which is added if it is new."""
-        found = self.connection.value(f"SELECT id FROM {table} WHERE desc = ?", (text,))
-        return self._insert(f"INSERT INTO {table} (desc) VALUES (?)", (text,)) if found is None else found
+        find = f"SELECT id FROM {table} WHERE desc = ?"
+        return self._find_or_insert(find, (text,), f"INSERT INTO {table} (desc) VALUES (?)", (text,))
+
+    def add_model(self, model: ModelInfo) -> int:
+        """Returns the id of a model that matches, which is added if there is none; see `ModelInfo.matches`."""
+        found = self.find_model(model)
+        return self.model_id(model) if found is None else found
 
     def model_id(self, model: ModelInfo) -> int:
-        """Returns the id of a model, which is added if it is new."""
+        """Returns the id of this very model, which is added if it is new."""
         config = json.dumps(model.config, sort_keys=True, separators=(",", ":"))
         identity = (model.kind, model.sha256, config)
-        found = self.connection.value(queries.FIND_MODEL, identity)
-        sizes = (model.grid, model.codebook_size, model.image_size)
-        return self._insert(queries.INSERT_MODEL, (*identity, model.name, *sizes)) if found is None else found
+        values = (*identity, model.name, model.grid, model.codebook_size, model.image_size)
+        return self._find_or_insert(queries.FIND_MODEL, identity, queries.INSERT_MODEL, values)
 
     def add_images(
         self,
@@ -363,7 +371,7 @@ class Archive:
                     check_tokens(quantvec, codec)
                 check_init(quantvec, image.init_count, image.init_md5)
                 yield (
-                    *(prompt_id, sc_prompt_id, image.top_k, image.top_p, image.temperature, image.cond_scale),
+                    *GroupKey(prompt_id, sc_prompt_id, image.params).values(),
                     *(image.key0, image.key1, quantvec, quantvec_md5(quantvec)),
                     *(image.clip_score_input, image.clip_score_tokenized),
                     *(image.time_start, image.time_end, image.time_scored),
@@ -400,11 +408,16 @@ class Archive:
             raise ArchiveError(f"{self.path}: a prompt holds a NUL byte: {text!r:.100}")
         return text
 
-    def _insert(self, query: str, parameters: tuple[Any, ...]) -> int:
-        assert self.connection.in_transaction, "written outside a transaction"
-        row_id = self.connection.execute(query, parameters).lastrowid
-        assert row_id is not None
-        return row_id
+    def _find_or_insert(self, find: str, identity: Row, insert: str, values: Row) -> int:
+        """Returns the id that `find` selects, after `insert` where there is none."""
+        found = self.connection.value(find, identity)
+        if found is None:
+            assert self.connection.in_transaction, "written outside a transaction"
+            self.connection.execute(insert, values)
+            found = self.connection.value(find, identity)
+        if found is None:
+            raise ArchiveError(f"{self.path}: a trigger in this file refuses new rows; drop it")
+        return found
 
     def _texts(self, table: str) -> dict[int, str | None]:
         rows = self.connection.rows(f"SELECT id, desc FROM {table} ORDER BY id")

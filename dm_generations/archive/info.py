@@ -6,9 +6,7 @@ from typing import Any
 
 from dm_generations.archive import queries
 from dm_generations.archive.database import Archive
-from dm_generations.archive.records import MODEL_KINDS, SETTINGS, grid_side
-
-AXES = SETTINGS[2:]  # top_k, top_p, temperature, cond_scale
+from dm_generations.archive.records import MODEL_KINDS, PARAM_COLUMNS, grid_side
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,8 @@ def info(archive: Archive) -> ArchiveInfo:
     image_count_by_prompt: Counter[int] = Counter()
     image_count_by_sc_prompt: Counter[int] = Counter()
     for group in groups:
-        image_count_by_prompt[group.settings.prompt_id] += group.count
-        image_count_by_sc_prompt[group.settings.sc_prompt_id] += group.count
+        image_count_by_prompt[group.key.prompt_id] += group.count
+        image_count_by_sc_prompt[group.key.sc_prompt_id] += group.count
     connection = archive.connection
     return ArchiveInfo(
         path=str(archive.path),
@@ -107,7 +105,7 @@ def info(archive: Archive) -> ArchiveInfo:
         largest_group=max(sizes, default=0),
         prompts=[PromptInfo(i, text or "", image_count_by_prompt[i]) for i, text in archive.prompts().items()],
         sc_prompts=[PromptInfo(i, text, image_count_by_sc_prompt[i]) for i, text in archive.sc_prompts().items()],
-        axes={name: sorted({getattr(group.settings, name) for group in groups}) for name in AXES},
+        axes={name: sorted({getattr(group.key.params, name) for group in groups}) for name in PARAM_COLUMNS},
         models=_model_uses(archive),
         scores={name: ScoreInfo(*_range(archive, name)) for name in ("clip_score_input", "clip_score_tokenized")},
         log_prob=LogProbInfo(*_range(archive, "log_prob")),

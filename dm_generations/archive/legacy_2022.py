@@ -7,20 +7,20 @@ other columns. No other module knows them: after `normalise` the same queries re
 from typing import Final
 
 from dm_generations.archive.connection import ArchiveError, Connection
-from dm_generations.archive.records import SETTINGS, ModelInfo
+from dm_generations.archive.records import GROUP_COLUMNS, ModelInfo
 from dm_generations.archive.schema import ADDED, ALL_COLUMNS, create_images_view, read_columns
 
 # Nothing is impossible without the others.
 NEEDED_COLUMNS: Final = {
     "prompts": frozenset({"id", "desc"}),
     "sc_prompts": frozenset({"id", "desc"}),
-    "images": frozenset({*SETTINGS, "key0", "key1", "quantvec"}),
+    "images": frozenset({*GROUP_COLUMNS, "key0", "key1", "quantvec"}),
 }
 _MODEL_COLUMNS: Final = ", ".join(f"NULL AS {name}" for name in ("id", *ModelInfo.__dataclass_fields__))
 # Without an index each group would cost a pass over all tokens. Temporary tables lie outside the archive.
 _GROUP_INDEX: Final = f"""
-CREATE TEMP TABLE image_order AS SELECT id, {", ".join(SETTINGS)}, clip_score_input FROM images;
-CREATE INDEX temp.image_order_by_group ON image_order ({", ".join(SETTINGS)}, clip_score_input DESC, id);
+CREATE TEMP TABLE image_order AS SELECT id, {", ".join(GROUP_COLUMNS)}, clip_score_input FROM images;
+CREATE INDEX temp.image_order_by_group ON image_order ({", ".join(GROUP_COLUMNS)}, clip_score_input DESC, id);
 """
 
 

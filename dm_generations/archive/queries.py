@@ -2,10 +2,10 @@
 
 from typing import Final
 
-from dm_generations.archive.records import IMAGE_COLUMNS, INSERT_COLUMNS, SETTINGS, ModelInfo
+from dm_generations.archive.records import GROUP_COLUMNS, IMAGE_COLUMNS, INSERT_COLUMNS, ModelInfo
 
-_GROUP: Final = ", ".join(SETTINGS)
-_IN_GROUP: Final = " AND ".join(f"{name} = ?" for name in SETTINGS)
+_GROUP: Final = ", ".join(GROUP_COLUMNS)
+_IN_GROUP: Final = " AND ".join(f"{name} = ?" for name in GROUP_COLUMNS)
 _VALUES: Final = ", ".join("?" * len(INSERT_COLUMNS))
 _INSERT_IMAGE: Final = f"INSERT INTO images ({', '.join(INSERT_COLUMNS)}) VALUES ({_VALUES})"
 

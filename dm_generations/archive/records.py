@@ -1,10 +1,10 @@
 """What goes in and out of an archive: frozen values, and token vectors as bytes with their checks. No NumPy.
 
-Units: `top_k` 0 and `top_p` 1.0 mean no limit, `cond_scale` 1.0 no super conditioning; `key0` and `key1` are the
-uint32 words of the image's PRNG key; times are UTC Unix seconds; scores are CLIP logits. `quantvec` holds the tokens:
-little-endian uint16, row-major over the square token grid. `log_prob` is the natural logarithm of the probability of
-the sampled tokens, `dtype` what the model computed in, one of DTYPES. The first `init_count` tokens were copied from an
-initial image, not sampled, and `init_md5` is the hex MD5 of their bytes, "" where there are none.
+Units: `key0` and `key1` are the uint32 words of the image's PRNG key; times are UTC Unix seconds; scores are CLIP
+logits. `quantvec` holds the tokens: little-endian uint16, row-major over the square token grid. `log_prob` is the
+natural logarithm of the probability of the sampled tokens, `dtype` what the model computed in, one of DTYPES. The first
+`init_count` tokens were copied from an initial image, not sampled, and `init_md5` is the hex MD5 of their bytes, ""
+where there are none.
 """
 
 import array
@@ -12,10 +12,11 @@ import hashlib
 import json
 import math
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from dm_generations.archive.connection import ArchiveError, Row
+from dm_generations.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,23 +36,24 @@ class BadTokensError(Exception):
     """A stored token vector that cannot be decoded; the text says why."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Settings:
+@dataclass(frozen=True, slots=True)
+class GroupKey:
     """What all images of a group share."""
 
     prompt_id: int
     sc_prompt_id: int
-    top_k: int
-    top_p: float
-    temperature: float
-    cond_scale: float
+    params: SamplingParams
+
+    def values(self) -> Row:
+        """Returns the values of GROUP_COLUMNS."""
+        return self.prompt_id, self.sc_prompt_id, *astuple(self.params)
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """The images of one prompt and one setting."""
 
-    settings: Settings
+    key: GroupKey
     count: int
 
 
@@ -62,10 +64,7 @@ class ImageRow:
     id: int
     prompt_id: int
     sc_prompt_id: int
-    top_k: int
-    top_p: float
-    temperature: float
-    cond_scale: float
+    params: SamplingParams
     key0: int
     key1: int
     quantvec: bytes
@@ -87,10 +86,7 @@ class NewImage:
 
     prompt: str
     sc_prompt: str | None  # None: the model's own empty unconditional prompt
-    top_k: int
-    top_p: float
-    temperature: float
-    cond_scale: float
+    params: SamplingParams
     key0: int
     key1: int
     quantvec: bytes
@@ -117,44 +113,62 @@ class ModelInfo:
     codebook_size: int | None = None  # number of tokens,
     image_size: int | None = None  # side of the image in pixels
 
+    def matches(self, other: "ModelInfo") -> bool:
+        """Returns whether both are the same model: the same weights, and no option that has another value.
 
-SETTINGS: Final = tuple(Settings.__dataclass_fields__)
-IMAGE_COLUMNS: Final = tuple(ImageRow.__dataclass_fields__)
+        Options that only one of them has do not count, so that an archive of an older version can be filled further.
+
+        Args:
+            other: the model to compare with; a codec without a grid matches one with any.
+        """
+        if (self.kind, self.sha256) != (other.kind, other.sha256):
+            return False
+        if other.grid not in (None, self.grid):
+            return False
+        if not isinstance(self.config, dict) or not isinstance(other.config, dict):  # of a damaged archive
+            return False
+        return all(self.config[name] == other.config[name] for name in self.config.keys() & other.config.keys())
+
+
+PARAM_COLUMNS: Final = tuple(SamplingParams.__dataclass_fields__)
+GROUP_COLUMNS: Final = ("prompt_id", "sc_prompt_id", *PARAM_COLUMNS)
+_ROW_FIELDS: Final = tuple(ImageRow.__dataclass_fields__)
+IMAGE_COLUMNS: Final = (*_ROW_FIELDS[:3], *PARAM_COLUMNS, *_ROW_FIELDS[4:])
 INSERT_COLUMNS: Final = (
-    *SETTINGS,
+    *GROUP_COLUMNS,
     *("key0", "key1", "quantvec", "quantvec_md5", "clip_score_input", "clip_score_tokenized"),
     *("time_start", "time_end", "time_scored"),
     *MODEL_KINDS,
     *("sampler_version", "log_prob", "dtype", "init_count", "init_md5"),
 )
-_SETTINGS_TYPES: Final = (int, int, int, float, float, float)
-_REAL_SETTINGS: Final = ("top_p", "temperature", "cond_scale")
+_GROUP_TYPES: Final = (int, int, int, float, float, float)  # of GROUP_COLUMNS
 
 
-def parse_settings(values: Row) -> Settings:
+def parse_group_key(values: Row) -> GroupKey:
     """Reads the six columns of a group.
 
     Args:
-        values: in the order of `Settings`; whole numbers may be stored as reals and the other way round.
+        values: of GROUP_COLUMNS; whole numbers may be stored as reals and the other way round.
 
     Raises:
         ArchiveError: a value is not a number.
     """
-    if tuple(map(type, values)) == _SETTINGS_TYPES:
-        return Settings(*values)
-    for name, value in zip(SETTINGS, values, strict=True):
-        is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if not is_whole and not (isinstance(value, float) and name in _REAL_SETTINGS):
-            raise ArchiveError(f"some images have {name} {value!r:.40}; `verify` lists them")
-    try:
-        return Settings(*(convert(value) for convert, value in zip(_SETTINGS_TYPES, values, strict=True)))
-    except OverflowError as error:
-        raise ArchiveError("some images have a setting that is too large; `verify` lists them") from error
+    if tuple(map(type, values)) != _GROUP_TYPES:
+        for name, to_type, value in zip(GROUP_COLUMNS, _GROUP_TYPES, values, strict=True):
+            is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+            if not is_whole and not (isinstance(value, float) and to_type is float):
+                raise ArchiveError(f"some images have {name} {value!r:.40}; `verify` lists them")
+        try:
+            values = tuple(to_type(value) for to_type, value in zip(_GROUP_TYPES, values, strict=True))
+        except OverflowError as error:
+            raise ArchiveError("some images have a setting that is too large; `verify` lists them") from error
+    prompt_id, sc_prompt_id, *params = values
+    return GroupKey(prompt_id, sc_prompt_id, SamplingParams(*params))
 
 
 def parse_image(values: Row) -> ImageRow:
-    """Reads an image from its columns, in the order of `ImageRow`; tokens that are not a blob become b""."""
-    row = ImageRow(*values)
+    """Reads an image from the values of IMAGE_COLUMNS; tokens that are not a blob become b""."""
+    row = ImageRow(*values[:3], SamplingParams(*values[3:7]), *values[7:])
     # No bytes at all fail every length check of the callers.
     return row if isinstance(row.quantvec, bytes) else replace(row, quantvec=b"")
 

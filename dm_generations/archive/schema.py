@@ -1,11 +1,12 @@
 """The format's versions as SQL: `schema/0001.sql` makes version 1 of an empty file, each later file the next."""
 
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping
 from typing import Final
 
 from dm_generations.archive.connection import APPLICATION_ID, ArchiveError, Connection
-from dm_generations.archive.records import IMAGE_COLUMNS, INSERT_COLUMNS, ModelInfo
+from dm_generations.archive.records import IMAGE_COLUMNS, INSERT_COLUMNS, MODEL_KINDS, ModelInfo
 from dm_generations.errors import one_line
 from dm_generations.paths import shipped
 
@@ -18,6 +19,20 @@ ADDED: Final[Mapping[str, str]] = {"log_prob": "NULL", "dtype": "NULL", "init_co
 
 _READS: Final = frozenset({sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_FUNCTION})
 _WRITES: Final = frozenset({sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE})
+# Virtual tables and triggers as sqlite-utils makes them (`enable-counts`; `enable-fts --create-triggers`), normalised.
+_TEXT_INDEX: Final = re.compile(
+    r"create virtual table \w+_fts using fts[45]\(\w+(,\w+)*(,tokenize='[\w ]+')?,content=\w+\)"
+)
+_INDEX_TEXT: Final = r"insert into \w+_fts\(rowid(,\w+)+\)values\(new\.rowid(,new\.\w+)+\);"
+_FORGET_TEXT: Final = r"insert into \w+_fts\(\w+_fts,rowid(,\w+)+\)values\('delete',old\.rowid(,old\.\w+)+\);"
+_COUNT_ROW: Final = (
+    r"insert or replace into _counts values\('\w+',"
+    r"coalesce\(\(select count from _counts where table='\w+'\),0\)[+-]1\);"
+)
+_TOOL_TRIGGER: Final = re.compile(
+    r"create trigger \w+ after (insert|update|delete) on \w+ begin"
+    rf"( ?({_INDEX_TEXT}|{_FORGET_TEXT}|{_COUNT_ROW}))+ ?end"
+)
 # Between them they set off every trigger that our statements can set off.
 _TRIGGERING: Final = (
     *(f"INSERT INTO {table} DEFAULT VALUES" for table in TABLES),
@@ -26,13 +41,17 @@ _TRIGGERING: Final = (
 
 
 def read_version(connection: Connection) -> int:
-    """Returns the format's version of a file, 0 for one that does not say that it is an archive.
+    """Returns the format's version of a file, 0 for one that is not of ours.
+
+    A file that has lost its identifiers, as `.dump` of the program `sqlite3` loses them, is known by its tables.
 
     Raises:
         ArchiveError: a version newer than this program's.
     """
     if connection.value("PRAGMA application_id") != APPLICATION_ID:
-        return 0
+        columns = read_columns(connection, "images")
+        is_ours = MODEL_KINDS.keys() <= columns or needed_columns(1)["models"] <= read_columns(connection, "models")
+        return 0 if not is_ours else 2 if ADDED.keys() <= columns else 1
     version = max(connection.value("PRAGMA user_version"), 1)
     if version > SCHEMA_VERSION:
         raise ArchiveError(
@@ -89,12 +108,20 @@ def create_images_view(connection: Connection, expressions: Mapping[str, str]) -
     connection.execute(f"CREATE TEMP VIEW images AS SELECT {columns} FROM main.images")
 
 
+def is_newest(connection: Connection) -> bool:
+    """Tells whether a file has the newest version, and says so."""
+    identifiers = connection.value("PRAGMA application_id"), connection.value("PRAGMA user_version")
+    return identifiers == (APPLICATION_ID, SCHEMA_VERSION)
+
+
 def upgrade(connection: Connection) -> None:
     """Takes a database from its version, 0 for an empty file, to the newest. Inside a transaction."""
     assert connection.in_transaction, "upgraded outside a transaction"
-    for version in range(connection.value("PRAGMA user_version") + 1, SCHEMA_VERSION + 1):
+    for version in range(read_version(connection) + 1, SCHEMA_VERSION + 1):
         for statement in _statements(shipped(f"schema/{version:04d}.sql").read_text(encoding="utf-8")):
             connection.execute(statement)
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def _statements(script: str) -> Iterator[str]:
@@ -110,8 +137,8 @@ def _statements(script: str) -> Iterator[str]:
 def guard_triggers(connection: Connection) -> None:
     """Makes sure that triggers in the file change nothing of the archive. Reading sets off no trigger.
 
-    A trigger may read, and write to tables that are not the archive's, as those do that count rows. The guard stays on
-    while the connection is open; what is in the file now is compiled at once.
+    A trigger may read, and write to tables that are not the archive's, as those do that count rows or index the prompts
+    for a search. The guard stays on while the connection is open; what is in the file now is compiled at once.
 
     Raises:
         ArchiveError: a trigger does more, or what SQLite refuses in an untrusted file. None of it has run.
@@ -126,6 +153,9 @@ def guard_triggers(connection: Connection) -> None:
         return sqlite3.SQLITE_DENY
 
     connection.set_authorizer(authorize)
+    if _is_made_by_tools(connection):
+        # Otherwise an older SQLite does not let a trigger write to the tables of a full-text search.
+        connection.execute("PRAGMA trusted_schema = ON")
     for statement in _TRIGGERING:
         try:
             connection.execute(f"EXPLAIN {statement}").close()
@@ -135,3 +165,16 @@ def guard_triggers(connection: Connection) -> None:
                 f"{connection.path}: {which} in this file would change the archive, or cannot run here"
                 f" (SQLite: {one_line(error.__cause__ or error)}); drop it, or `merge` the archive into a new one"
             ) from error
+
+
+def _is_made_by_tools(connection: Connection) -> bool:
+    """Tells whether all virtual tables and triggers of a file are those that sqlite-utils makes."""
+    sql = "SELECT type, sql FROM main.sqlite_master WHERE type = 'trigger' OR (type = 'table' AND rootpage = 0)"
+    patterns = {"table": _TEXT_INDEX, "trigger": _TOOL_TRIGGER}
+    return all(patterns[kind].fullmatch(_normalise_sql(text)) for kind, text in connection.rows(sql))
+
+
+def _normalise_sql(text: str) -> str:
+    """Returns a statement in lower case, without quotes around plain names and without needless spaces."""
+    text = re.sub(r'\[(\w+)\]|"(\w+)"|`(\w+)`', r"\1\2\3", text)
+    return re.sub(r"\s*([(),=+;-])\s*", r"\1", re.sub(r"\s+", " ", text)).strip().lower()

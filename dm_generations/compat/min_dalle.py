@@ -28,7 +28,7 @@ from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
 from dm_generations.models.loading import load_models
-from dm_generations.pipelines.generate import pad_tokens
+from dm_generations.pipelines.progressive import pad_tokens
 from dm_generations.pipelines.sweep import MAX_SEED
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors

@@ -54,7 +54,7 @@ def _find_recorded_codecs(
         return [None]
     if len(codec_ids) == 1:
         return codec_ids
-    named = {row.codec_id for plan in plans for row in archive.rows(plan.settings, plan.count)}
+    named = {row.codec_id for plan in plans for row in archive.rows(plan.key, plan.count)}
     return [codec_id for codec_id in codec_ids if codec_id in named] + ([None] if None in named else [])
 
 
@@ -81,7 +81,7 @@ def _check_tokens(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoin
 
 def _read_unrecorded(archive: Archive, plan: GroupPlan) -> list[ImageRow]:
     """Return those of the best rows of a group that name no codec."""
-    return [row for row in archive.rows(plan.settings, min(plan.count, _SAMPLE_ROWS)) if row.codec_id is None]
+    return [row for row in archive.rows(plan.key, min(plan.count, _SAMPLE_ROWS)) if row.codec_id is None]
 
 
 def _mismatch(archive: Archive, codec: Checkpoint, theirs: str) -> UserError:

@@ -13,7 +13,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -117,9 +117,9 @@ def image_record(
         rank: In its group, from 0.
         models: Those of the archive, by id.
     """
-    texts = {"prompt": prompt, "sc_prompt": sc_prompt}
-    record: Record = {"id": row.id}
-    record |= {name: texts[name] if name in texts else json_value(getattr(row, name)) for name in _SHARED}
+    texts = {"prompt_id": row.prompt_id, "prompt": prompt, "sc_prompt_id": row.sc_prompt_id, "sc_prompt": sc_prompt}
+    shared = texts | asdict(row.params)
+    record: Record = {"id": row.id} | {name: json_value(shared[name]) for name in _SHARED}
     record |= {"rank": rank} | {name: json_value(getattr(row, name)) for name in _OWN}
     return record | {"generator": _model(row.generator_id, models), "codec": _model(row.codec_id, models)}
 

@@ -5,7 +5,7 @@ H, W: pixels of one image   L: tokens of one image
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -128,8 +128,8 @@ class OutputFile:
         return records[0] if self.target.incomplete_path is None else gallery_record(records)
 
     def _caption(self) -> tuple[str, str]:
-        settings, sc_prompt = self.plan.settings, self.plan.sc_prompt
-        line = f"k={settings.top_k}, p={settings.top_p}, t={settings.temperature}, c={settings.cond_scale}"
+        params, sc_prompt = self.plan.key.params, self.plan.sc_prompt
+        line = f"k={params.top_k}, p={params.top_p}, t={params.temperature}, c={params.cond_scale}"
         if sc_prompt is not None:
             line += f", against: {sc_prompt}"
         return self.plan.prompt or "", line
@@ -168,17 +168,13 @@ def make_entry(
         members: The rows of the target's ranks.
         models: Those of the archive, by id.
     """
-    settings = plan.settings
     shared: dict[str, Any] = {
         "file": path,
-        "prompt_id": settings.prompt_id,
+        "prompt_id": plan.key.prompt_id,
         "prompt": plan.prompt,
-        "sc_prompt_id": settings.sc_prompt_id,
+        "sc_prompt_id": plan.key.sc_prompt_id,
         "sc_prompt": plan.sc_prompt,
-        "top_k": settings.top_k,
-        "top_p": settings.top_p,
-        "temperature": settings.temperature,
-        "cond_scale": settings.cond_scale,
+        **asdict(plan.key.params),
     }
     scores = tuple(map(_finite_score, members))
     if target.incomplete_path:

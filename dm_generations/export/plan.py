@@ -1,15 +1,15 @@
 """What a decode is to write: which groups, which files, and which of those are finished already."""
 
 import functools
-import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from dm_generations.archive import Archive, Settings
+from dm_generations.archive import Archive, GroupKey
 from dm_generations.errors import UserError
 from dm_generations.export import filenames
+from dm_generations.paths import utf8_path
 
 _MAX_IDS_LISTED = 20
 
@@ -94,7 +94,7 @@ class Target:
 class GroupPlan:
     """The images of one prompt and one setting, best first, up to `count`."""
 
-    settings: Settings
+    key: GroupKey
     prompt: str | None
     sc_prompt: str | None
     count: int
@@ -102,19 +102,12 @@ class GroupPlan:
     @property
     def folder(self) -> str:
         """The group's folder in the output folder."""
-        return filenames.prompt_folder(self.settings.prompt_id, self.prompt)
+        return filenames.prompt_folder(self.key.prompt_id, self.prompt)
 
     def targets(self, layout: Layout) -> Iterator[Target]:
         """Yield the files of this group, best images first."""
-        folder, settings = self.folder, self.settings
-        fields = (
-            settings.sc_prompt_id,
-            settings.top_k,
-            settings.top_p,
-            settings.temperature,
-            settings.cond_scale,
-            self.sc_prompt,
-        )
+        folder = self.folder
+        fields = (self.key.sc_prompt_id, *astuple(self.key.params), self.sc_prompt)
         name = functools.partial(filenames.image_file, *fields, extension=layout.extension)
         for page, first in enumerate(range(0, self.count, layout.images_per_file)):
             ranks = range(first, min(first + layout.images_per_file, self.count))
@@ -142,22 +135,22 @@ def select_groups(archive: Archive, selection: Selection) -> list[GroupPlan]:
         raise UserError(f"{archive.path} holds {found}; `python -m dm_generations info` shows what it holds")
     return [
         GroupPlan(
-            group.settings,
-            prompts.get(group.settings.prompt_id),
-            sc_prompts.get(group.settings.sc_prompt_id),
+            group.key,
+            prompts.get(group.key.prompt_id),
+            sc_prompts.get(group.key.sc_prompt_id),
             group.count if selection.n_best is None else min(group.count, selection.n_best),
         )
         for group in groups
     ]
 
 
-def is_finished(path: str) -> bool:
+def is_finished(out_dir: Path, path: str) -> bool:
     """Return whether a file stands at its final name: it is whole then, since files are put there by renaming.
 
     An empty one is not, which a power cut may leave.
     """
     try:
-        status = os.stat(path)
+        status = utf8_path(out_dir, path).stat()
     except (OSError, ValueError):
         return False
     return stat.S_ISREG(status.st_mode) and status.st_size > 0

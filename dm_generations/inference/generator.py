@@ -395,8 +395,8 @@ class Generator:
         """Wait for the samples of a batch, so many rows of each device."""
         if not self._in_use(state.last.is_drawable, counts).all():
             raise UserError(f"model {self._name!r} gives no numbers for some rows: its weights are damaged")
-        tokens = self._in_use(state.tokens, counts).astype(self._token_dtype)
-        return Samples(tokens, self._in_use(state.last.log_prob, counts))
+        tokens = self._in_use(state.tokens, counts)
+        return Samples(tokens.astype(self._token_dtype), self._in_use(state.last.log_prob, counts))
 
     def _joined(self, parts: Iterable[Samples]) -> Samples:
         nothing = Samples(np.empty((0, self.token_count), self._token_dtype), np.empty(0, np.float32))

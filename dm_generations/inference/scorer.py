@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -77,7 +78,7 @@ class Preprocessing:
         return cls(image_size, mean, std, resample)
 
 
-def _side(size: int | dict) -> int:
+def _side(size: Any) -> int:
     """Return pixels, of any of the ways in which preprocessor configs write a size."""
     if isinstance(size, dict):
         size = size["shortest_edge"] if "shortest_edge" in size else max(size["height"], size["width"])

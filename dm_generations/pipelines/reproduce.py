@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,9 +13,7 @@ from dm_generations.errors import UserError
 from dm_generations.inference.generator import Generator
 from dm_generations.models.loading import Checkpoint
 from dm_generations.pipelines.generate import SAMPLER_VERSIONS
-from dm_generations.pipelines.model_records import find_model_id, model_info
 from dm_generations.runtime import compile_cache
-from dm_generations.sampling.params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +93,7 @@ def select_ids(archive: Archive, checkpoint: Checkpoint, sample_count: int | Non
     Returns:
         The rows' ids by dtype, and how many other rows there are.
     """
-    generator_id = find_model_id(archive, model_info(checkpoint))
+    generator_id = archive.find_model(checkpoint.model_info())
     own: list[tuple[int, str]] = []
     other_count = 0
     columns = ("id", "generator_id", "sampler_version", "dtype")
@@ -137,23 +135,21 @@ def find_mismatches(
     while batch := list(itertools.islice(rows, sum(generator.capacities))):
         found: list[Mismatch] = []
         usable: list[ImageRow] = []
-        params: list[SamplingParams] = []
         tokens: list[np.ndarray] = []
         for row in batch:
-            row_params = SamplingParams(*(getattr(row, setting.name) for setting in fields(SamplingParams)))
             try:
                 row_tokens = tokens_from_blob(
                     row.quantvec, row.quantvec_md5, generator.token_count, generator.codebook_size
                 )
-                row_params.validate()
+                row.params.validate()
             except (BadTokensError, UserError) as error:
                 found.append(Mismatch(row.id, 0, str(error)))
                 continue
             usable.append(row)
-            params.append(row_params)
             tokens.append(row_tokens)
         if usable:
             stored = np.stack(tokens)
+            params = [row.params for row in usable]
             texts = [prompts[row.prompt_id] or "" for row in usable]
             keys = np.array([(row.key0, row.key1) for row in usable], np.uint32)
             sc_texts = [sc_prompts[row.sc_prompt_id] for row in usable]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dm_generations.archive import Archive, Settings
+from dm_generations.archive import Archive, GroupKey
 from dm_generations.errors import UserError, one_line
 from dm_generations.sampling.params import SamplingParams, check_range
 from dm_generations.sampling.prng import row_key
@@ -310,8 +310,8 @@ def plan_sweep(
         indices: Sequence[int] = of_shard
         if archive is not None and combination.prompt in prompt_ids and combination.sc_prompt in sc_prompt_ids:
             ids = prompt_ids[combination.prompt], sc_prompt_ids[combination.sc_prompt]
-            settings = Settings(*ids, *dataclasses.astuple(combination.params))
-            existing = archive.existing_keys(settings, generator_id, sampler_version, init_md5)
+            group_key = GroupKey(*ids, combination.params)
+            existing = archive.existing_keys(group_key, generator_id, sampler_version, init_md5)
             keys = sweep.keys(combination) if existing else ()
             indices = [index for index in of_shard if keys[index] not in existing] if existing else of_shard
         existing_count += len(of_shard) - len(indices)

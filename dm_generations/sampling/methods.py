@@ -37,7 +37,9 @@ _TINY = 2.0**-126  # the smallest normal float32: stands for a uniform number of
 class Sampler(Protocol):
     """How logits become a token. Hashable: a program is compiled for each."""
 
-    columns: int  # of the logits, among which is sampled
+    @property
+    def columns(self) -> int:
+        """Columns of the logits, among which is sampled."""
 
     def init_noise(self, rows: RowInputs) -> Any:
         """Return its state before the first step: arrays of R rows."""

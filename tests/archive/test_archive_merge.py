@@ -21,7 +21,7 @@ def draws(path) -> list[tuple]:
         assert [str(problem) for problem in verify(archive)] == []
         prompts, sc_prompts = archive.prompts(), archive.sc_prompts()
         return [
-            (prompts[row.prompt_id], sc_prompts[row.sc_prompt_id], row.top_k, row.key1, row.quantvec)
+            (prompts[row.prompt_id], sc_prompts[row.sc_prompt_id], row.params.top_k, row.key1, row.quantvec)
             for row in archive.rows_to_score(rescore=True)
         ]
 

@@ -15,7 +15,8 @@ import pytest
 from archive_kit import COLUMNS_2022, archive_2022, execute, fill, new_image
 from helpers import ROOT, golden
 
-from dm_generations.archive import Archive, ArchiveError, Settings, database, merge, verify
+from dm_generations.archive import Archive, ArchiveError, GroupKey, database, merge, verify
+from dm_generations.sampling.params import SamplingParams
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_a_locked_archive(ours):
 
 def test_readers_between_two_rows_do_not_hold_off_a_writer(ours):
     with Archive.open(ours) as reader, Archive.open(ours, "w", timeout=0.1) as writer:
-        rows = reader.rows(Settings(1, 1, 50, 0.9, 1.0, 3.0))
+        rows = reader.rows(GroupKey(1, 1, SamplingParams(50, 0.9, 1.0, 3.0)))
         next(rows)
         assert fill(writer, new_image(1000)) == 1
         assert sum(1 for _ in rows) == 99
@@ -175,6 +176,7 @@ import os, signal, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 from archive_kit import fill, new_image
 from dm_generations.archive import Archive
+from dm_generations.sampling.params import SamplingParams
 archive = Archive.open(sys.argv[2], "w")
 archive.connection.execute("PRAGMA cache_size = 10")  # pages, so that half a batch reaches the file
 key = 1000
@@ -236,11 +238,11 @@ def test_the_2022_layout_is_read_and_never_touched(tmp_path):
         groups = archive.groups()
         assert (len(groups), sum(group.count for group in groups), archive.count()) == (25, 101, 101)
         for group in groups:
-            rows = list(archive.rows(group.settings))
+            rows = list(archive.rows(group.key))
             assert len(rows) == group.count
             assert rows == sorted(rows, key=lambda row: (-row.clip_score_input, row.id))
         assert os.listdir(tmp_path) == ["archive.db"]
-        assert archive.existing_keys(groups[0].settings, None)
+        assert archive.existing_keys(groups[0].key, None)
     assert (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns) == before
     assert os.listdir(tmp_path) == ["archive.db"]
     tmp_path.chmod(0o755)
@@ -256,8 +258,8 @@ def test_the_2022_layout_with_other_columns(tmp_path):
     execute(path, "INSERT INTO images VALUES ('text', 3, 1, 50, 1, 1, 10, 5, 7, NULL)")
     with Archive.open(path) as archive:
         (group,) = archive.groups()
-        assert repr(group.settings.top_p) == "1.0"  # as the file names of the 2022 script have it
-        first, second = archive.rows(group.settings)
+        assert repr(group.key.params.top_p) == "1.0"  # as the file names of the 2022 script have it
+        first, second = archive.rows(group.key)
     assert (first.id, first.quantvec, first.clip_score_input, first.codec_id) == (1, b"\1\0", None, None)
     assert (second.id, second.quantvec) == (2, b"")
 
@@ -435,7 +437,7 @@ def test_ids_that_do_not_ascend_end_a_scan(ours):
             assert any("reading stopped" in str(problem) for problem in verify(archive))
             if value != "7":  # numbers, if the wrong ones, can be read
                 with pytest.raises(ArchiveError, match="not a whole number"):
-                    archive.rows(Settings(1, 1, 50, 0.9, 1.0, 3.0))
+                    archive.rows(GroupKey(1, 1, SamplingParams(50, 0.9, 1.0, 3.0)))
 
 
 def test_large_tokens_are_read_a_few_at_a_time(tmp_path, monkeypatch):
@@ -447,7 +449,7 @@ def test_large_tokens_are_read_a_few_at_a_time(tmp_path, monkeypatch):
     with Archive.open(path) as archive:
         (group,) = archive.groups()
         tracemalloc.start()
-        assert [row.id for row in archive.rows(group.settings)] == list(range(1, 21))
+        assert [row.id for row in archive.rows(group.key)] == list(range(1, 21))
         assert [values[0] for values in archive.scan(["id", "quantvec"])] == list(range(1, 21))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -10,11 +10,12 @@ import sqlite3
 import pytest
 from archive_kit import CLIP, CODEC, GENERATOR, execute, fill, new_image
 
-from dm_generations.archive import Archive, ArchiveError, ModelInfo, Settings, init_md5
+from dm_generations.archive import Archive, ArchiveError, GroupKey, ModelInfo, init_md5
 from dm_generations.archive.queries import COUNT_GROUPS, IDS_BEST_FIRST
 from dm_generations.archive.records import grid_side, tokens_below
+from dm_generations.sampling.params import SamplingParams
 
-GROUP = Settings(1, 1, 50, 0.9, 1.0, 3.0)
+GROUP = GroupKey(1, 1, SamplingParams(50, 0.9, 1.0, 3.0))
 
 
 @pytest.fixture
@@ -27,8 +28,9 @@ def test_a_row_comes_back_as_it_was_stored(archive):
     fill(archive, new_image(7, clip_score_input=20.5, clip_score_tokenized=19.5, time_scored=102.0))
     (row,) = archive.rows(GROUP)
     assert dataclasses.asdict(row) == {
-        **{"id": 1, "prompt_id": 1, "sc_prompt_id": 1, "top_k": 50, "top_p": 0.9, "temperature": 1.0},
-        **{"cond_scale": 3.0, "key0": 1, "key1": 7, "quantvec": b"\x07\x00\x02\x00\x03\x00\x04\x00"},
+        **{"id": 1, "prompt_id": 1, "sc_prompt_id": 1},
+        "params": {"top_k": 50, "top_p": 0.9, "temperature": 1.0, "cond_scale": 3.0},
+        **{"key0": 1, "key1": 7, "quantvec": b"\x07\x00\x02\x00\x03\x00\x04\x00"},
         "quantvec_md5": hashlib.md5(b"\x07\x00\x02\x00\x03\x00\x04\x00").hexdigest(),
         **{"clip_score_input": 20.5, "clip_score_tokenized": 19.5, "generator_id": 1, "codec_id": 2},
         **{"sampler_version": 1, "log_prob": None, "dtype": None, "init_count": 0, "init_md5": ""},
@@ -70,11 +72,11 @@ def test_groups_are_ordered_counted_and_selected(archive):
         *(new_image(i, prompt="a", sc_prompt="blurry") for i in range(2)),
         new_image(9, prompt="b", temperature=0.5),
     )
-    groups = [(group.settings, group.count) for group in archive.groups()]
+    groups = [(group.key, group.count) for group in archive.groups()]
     assert groups == [
-        (Settings(1, 1, 0, 0.9, 1.0, 3.0), 3),
-        (Settings(1, 1, 50, 0.9, 0.5, 3.0), 1),
-        (Settings(2, 2, 50, 0.9, 1.0, 3.0), 2),
+        (GroupKey(1, 1, SamplingParams(0, 0.9, 1.0, 3.0)), 3),
+        (GroupKey(1, 1, SamplingParams(50, 0.9, 0.5, 3.0)), 1),
+        (GroupKey(2, 2, SamplingParams(50, 0.9, 1.0, 3.0)), 2),
     ]
     assert [group.count for group in archive.groups(prompt_ids=[1, 99])] == [3, 1]
     assert [group.count for group in archive.groups(sc_prompt_ids={2})] == [2]

@@ -12,10 +12,11 @@ import pytest
 from archive_kit import archive_v1, execute, fill, insert_v1, new_image
 from helpers import ROOT
 
-from dm_generations.archive import Archive, ArchiveError, Settings, info, verify
+from dm_generations.archive import Archive, ArchiveError, GroupKey, info, verify
 from dm_generations.archive.schema import ADDED
+from dm_generations.sampling.params import SamplingParams
 
-GROUP = Settings(1, 1, 50, 0.9, 1.0, 3.0)
+GROUP = GroupKey(1, 1, SamplingParams(50, 0.9, 1.0, 3.0))
 SCHEMA = "SELECT type, name, sql FROM sqlite_master ORDER BY name"
 
 
@@ -117,6 +118,7 @@ OPENED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from dm_generations.archive import Archive
+from dm_generations.sampling.params import SamplingParams
 sys.stdin.readline()  # all of them start at once
 print(Archive.open(sys.argv[2], "w").version)
 """

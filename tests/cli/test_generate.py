@@ -65,7 +65,7 @@ def test_a_sweep_lands_whole_and_a_second_run_adds_nothing(models, tmp_path, cap
         assert [group.count for group in groups] == [3] * 16
         assert {model.kind for model in archive.models().values()} == {"generator", "codec", "clip"}
         for group in groups:
-            rows = list(archive.rows(group.settings))
+            rows = list(archive.rows(group.key))
             assert {(row.key0, row.key1) for row in rows} == {row_key(7, index) for index in range(3)}
             assert None not in {row.clip_score_input for row in rows}
             assert {len(row.quantvec) for row in rows} == {GRID**2 * 2}

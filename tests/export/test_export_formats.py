@@ -14,12 +14,18 @@ from dm_generations.archive import ImageRow, ModelInfo
 from dm_generations.cli import main
 from dm_generations.export.captions import Strips, without_accents
 from dm_generations.export.encoders import EXTENSIONS, Encoding, gallery_record, image_record
+from dm_generations.sampling.params import SamplingParams
 
 PIXELS = np.asarray(
     Image.fromarray(np.random.default_rng(0).integers(256, size=(4, 5, 3), dtype=np.uint8)).resize((80, 64))
 )
 ROW = ImageRow(
-    *(7, 3, 1, 50, 1.0, 1.0, 10.0, 0, 5, b"\1\0", "ab" * 16, 31.5, 30.25, 1, 2), 1, -12.5, "bfloat16", 7, "cd" * 16
+    *(7, 3, 1, SamplingParams(50, cond_scale=10.0), 0, 5, b"\1\0", "ab" * 16, 31.5, 30.25, 1, 2),
+    1,
+    -12.5,
+    "bfloat16",
+    7,
+    "cd" * 16,
 )
 MODELS = {
     1: ModelInfo("generator", "mega", "0" * 64, {}),
@@ -156,7 +162,7 @@ def test_a_jpeg_gallery_of_too_many_rows_leaves_out_the_list():
 
 
 def test_whatever_a_2022_row_holds_becomes_json():
-    row = ImageRow(1, 1, 1, 50, 1.0, 1.0, 1.0, 0, 1, b"", b"\xff", math.nan, math.inf, None, None)
+    row = ImageRow(1, 1, 1, SamplingParams(50), 0, 1, b"", b"\xff", math.nan, math.inf, None, None)
     record = image_record(row, "a", None, 0, {})
     assert (record["quantvec_md5"], record["clip_score_input"], record["codec"]) == ("\ufffd", None, None)
     Encoding().encode(PIXELS, record)

@@ -17,9 +17,7 @@ def archive():
 
 
 def chosen(archive, **filters):
-    return {
-        (plan.settings.prompt_id, plan.settings.sc_prompt_id) for plan in select_groups(archive, Selection(**filters))
-    }
+    return {(plan.key.prompt_id, plan.key.sc_prompt_id) for plan in select_groups(archive, Selection(**filters))}
 
 
 def test_ids_and_texts_add_up_and_the_two_kinds_both_have_to_match(archive):
@@ -67,15 +65,13 @@ def test_only_a_file_with_content_is_finished(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "whole.png").write_bytes(b"x")
-    assert [is_finished(str(tmp_path / name)) for name in ("empty.png", "folder.png", "none.png", "a\0b")] == [
-        False
-    ] * 4
-    assert is_finished(str(tmp_path / "whole.png"))
+    assert [is_finished(tmp_path, name) for name in ("empty.png", "folder.png", "none.png", "a\0b")] == [False] * 4
+    assert is_finished(tmp_path, "whole.png")
 
 
 def test_the_page_is_told_of_a_model_only_if_it_still_draws_the_picture():
     plan = GroupPlan(SETTINGS, "a boat", None, 1)
-    row = ImageRow(1, 1, 1, 50, 1.0, 1.0, 10.0, 0, 5, b"\1\0", "ab" * 16, 31.5, 30.25, generator_id=1, codec_id=None)
+    row = ImageRow(1, 1, 1, SETTINGS.params, 0, 5, b"\1\0", "ab" * 16, 31.5, 30.25, generator_id=1, codec_id=None)
     (target,) = plan.targets(Layout("images", 1, 1))
 
     def drawn_by(name: str, sha256: str) -> str | None:

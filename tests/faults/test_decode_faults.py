@@ -12,6 +12,7 @@ from tiny import CODEBOOK_SIZE, GRID, IMAGE_SIZE, tiny_vqgan
 
 from dm_generations.archive import Archive, ModelInfo, NewImage
 from dm_generations.export.journal import JOURNAL, Journal
+from dm_generations.sampling.params import SamplingParams
 
 TOKENS = random_tokens(6, GRID**2, CODEBOOK_SIZE)
 
@@ -21,7 +22,7 @@ BAD_BLOBS = {
     "odd": (b"\0" * 33, "33 bytes, not 32"),
     "empty": (b"", "0 bytes"),
     "text": ("0" * 32, "0 bytes"),  # not a blob: the archive gives none
-    "outside": (CODEBOOK_SIZE.to_bytes(2, "little") * 16, "it holds code 32, the codebook ends at 31"),
+    "outside": (CODEBOOK_SIZE.to_bytes(2, "little") * 16, "it holds token 32, the codebook ends at 31"),
 }
 
 
@@ -97,11 +98,11 @@ def recorded(tmp_path):
         path = tmp_path / "recorded.db"
         fields = {"grid": GRID, "codebook_size": CODEBOOK_SIZE, "image_size": IMAGE_SIZE} | codec_fields
         images = [
-            NewImage("a boat", None, 0, 1.0, 1.0, 1.0, 0, rank, row.astype("<u2").tobytes(), 0.0, 1.0)
+            NewImage("a boat", None, SamplingParams(), 0, rank, row.astype("<u2").tobytes(), 0.0, 1.0)
             for rank, row in enumerate(TOKENS)
         ]
         if fields["grid"] != GRID:
-            images = [NewImage("a boat", None, 0, 1.0, 1.0, 1.0, 0, 0, bytes(2 * fields["grid"] ** 2), 0.0, 1.0)]
+            images = [NewImage("a boat", None, SamplingParams(), 0, 0, bytes(2 * fields["grid"] ** 2), 0.0, 1.0)]
         with Archive.create(path) as archive, archive.transaction():
             generator, clip = (archive.model_id(ModelInfo(kind, kind, "a" * 64, {})) for kind in ("generator", "clip"))
             codec_id = archive.model_id(ModelInfo("codec", "sea", "b" * 64, {}, **fields))

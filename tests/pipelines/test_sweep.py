@@ -1,6 +1,5 @@
 """Combinations, their order and keys, and what an archive lacks of them; no model is needed."""
 
-import dataclasses
 import hashlib
 import subprocess
 import sys
@@ -21,7 +20,7 @@ def store(archive, combination, keys, sampler_version=1):
         NewImage(
             combination.prompt,
             combination.sc_prompt,
-            **dataclasses.asdict(combination.params),
+            combination.params,
             key0=key[0],
             key1=key[1],
             quantvec=b"\0\0",
