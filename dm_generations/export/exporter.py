@@ -241,7 +241,9 @@ class Exporter:
             rows = self.archive.rows(plan.key, plan.count)
             for target, row in zip(plan.targets(self.layout), rows, strict=False):  # fewer if the archive changes
                 with contextlib.suppress(OSError, ValueError, BadTokensError):
-                    if utf8_path(self.out_dir, target.path).read_bytes() != encode_npy(self._tokens(row, None)):
+                    path, content = utf8_path(self.out_dir, target.path), encode_npy(self._tokens(row, None))
+                    is_there = is_finished(self.out_dir, target.path)
+                    if is_there and (path.stat().st_size != len(content) or path.read_bytes() != content):
                         yield target.path
 
     def _describe_set(self) -> Iterator[object]:

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import re
 import sys
 
@@ -175,6 +176,18 @@ def test_a_prompt_folder_that_is_a_link_is_refused(decode, tmp_path, mode):
     assert status == 1
     assert_one_error(errors, "0001_a boat is a symbolic link")
     assert not any((tmp_path / "elsewhere").iterdir()) and len(list((tmp_path / "out").iterdir())) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes")
+@pytest.mark.parametrize("mode", ["images", "npy"])
+def test_a_pipe_at_the_place_of_a_file_is_replaced(decode, tmp_path, mode):
+    assert decode("--mode", mode) == (0, "")
+    extension = ".npy" if mode == "npy" else ".png"
+    path = next((tmp_path / "out").rglob(f"*{extension}"))
+    path.unlink()
+    os.mkfifo(path)
+    assert decode("--mode", mode) == (0, "")
+    assert path.is_file()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs links")
