@@ -3,13 +3,12 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden
+from helpers import ROOT, golden
 from sampling_kit import FILTER, GUMBEL, LOG_PROB, OFF, SAMPLE, draw, keep, reference_distribution, settings_arrays
 
 from dm_generations.sampling import logits as sampling
@@ -21,7 +20,7 @@ KNOWN_ANSWERS = [
     ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
     ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
 ]
-FORMAT_PAGE = Path(__file__).parents[1] / "schema" / "sampling.md"
+FORMAT_PAGE = ROOT / "schema" / "sampling.md"
 RECORDED = sorted(path.parent for path in golden("dalle_bart").glob("**/sample_settings.json"))
 
 
