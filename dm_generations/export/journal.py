@@ -93,15 +93,9 @@ class Journal:
         Raises:
             UserError: The disk takes no more.
         """
-<<<<<<< HEAD
         is_sure = self._identities.get(path) == identity or not is_finished(self._out_dir, path)
-||||||| 423bce0
-        is_sure = self._identities.get(path) == identity or not is_finished(os.path.join(self._out_dir, path))
-=======
-        is_sure = self._identities.get(path) == identity or not is_finished(os.path.join(self._out_dir, path))
         if not is_sure:
             self._replacing[path] = identity
->>>>>>> export
         self._append(path, identity if is_sure else None)
 
     def confirm(self, path: str) -> None:
