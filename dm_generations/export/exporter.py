@@ -60,16 +60,16 @@ class ExportOptions:
     """
 
     out_dir: Path
-    layout: Layout = Layout("images", 8, 4)
-    selection: Selection = Selection()
+    layout: Layout = field(default_factory=lambda: Layout("images", 8, 4))
+    selection: Selection = field(default_factory=Selection)
     codec: str | None = None
     dtype: str = "float32"
     batch_size: int | None = 32
     num_workers: int | None = None
     overwrite: bool = False
-    encoding: Encoding = Encoding()
+    encoding: Encoding = field(default_factory=Encoding)
     has_metadata: bool = False
-    strips: Strips = Strips()
+    strips: Strips = field(default_factory=Strips)
 
 
 @dataclass
