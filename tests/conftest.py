@@ -10,9 +10,6 @@ from tiny import TinyModels, tiny_models
 
 __all__ = ["golden", "golden_dirs"]
 
-# Files of minutes. A process takes a whole file, so that one of them at the end would leave the other processes idle.
-LONG = ("test_readme.py", "test_emoji_runs.py", "test_public_models.py", "test_generate.py", "test_notebook.py")
-
 
 def pytest_configure(config):
     """Compiled programs go into a cache of this run's own, never into the user's."""
@@ -22,11 +19,6 @@ def pytest_configure(config):
         os.environ["XDG_CACHE_HOME"] = folder.name
     jax.config.update("jax_compilation_cache_dir", f"{os.environ['XDG_CACHE_HOME']}/jax-{os.getpid()}")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
-def pytest_collection_modifyitems(items):
-    """The long files first, the rest as it was."""
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

@@ -203,7 +203,7 @@ class Pipeline:
             self._compile_scoring(rows[0])  # while the devices sample
             tokens, log_probs = sampling.samples()
         else:
-            tokens, log_probs = self.generator.draw(
+            tokens, log_probs = self.generator.sample(
                 *rows,
                 self._options.progressive_every,
                 lambda first, tokens: self._write_unfinished(samples[first : first + len(tokens)], tokens),

@@ -14,7 +14,7 @@ from PIL import Image
 from dm_generations.atomic_io import write_atomic
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
-from dm_generations.paths import sanitize_file_name
+from dm_generations.paths import sanitize_file_name, utf8_path
 from dm_generations.pipelines.sweep import Sample
 
 
@@ -50,7 +50,7 @@ def write_partial_images(out_dir: Path, samples: Sequence[Sample], tokens: np.nd
     Raises:
         UserError: The folder cannot be written.
     """
-    paths = [out_dir / partial_image_name(sample, tokens.shape[1]) for sample in samples]
+    paths = [utf8_path(out_dir, partial_image_name(sample, tokens.shape[1])) for sample in samples]
     images = decoder.decode(pad_tokens(tokens, decoder.token_count))
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
