@@ -1,11 +1,21 @@
 """Errors that a user can cause, which the command line prints as one line, and deferring of SIGINT (Ctrl-C)."""
 
+import atexit
 import contextlib
+import os
 import reprlib
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
+
+INTERRUPTED = 128 + signal.SIGINT  # exit status of a program that Ctrl-C ended
+INTERRUPTED_LINE = "interrupted; repeat the command to go on"
+
+# Callbacks that remove temporary files when the process ends, also when it ends without Python's own clean-up.
+EXIT_CALLBACKS = contextlib.ExitStack()
+atexit.register(EXIT_CALLBACKS.close)
 
 
 class UserError(Exception):
@@ -32,6 +42,36 @@ class _ShortRepr(reprlib.Repr):
 def short_repr(value: Any) -> str:
     """Return the `repr` of a value from a file, shortened to one line of at most 80 characters."""
     return " ".join(_ShortRepr().repr(value).split())[:80]
+
+
+def handle_sigint() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt once, and end the process at once after that or within an import."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the caller has it ignored
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def exit_interrupted(signal_number: int = signal.SIGINT, frame: FrameType | None = None) -> NoReturn:
+    """End the process with a line on stderr, without waiting for threads; also a signal handler."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.write(2, f"{INTERRUPTED_LINE}\n".encode())
+    EXIT_CALLBACKS.close()
+    os._exit(INTERRUPTED)
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> None:
+    if _is_importing(frame):  # a module in C can crash of an exception there, or lose it
+        exit_interrupted()
+    signal.signal(signal.SIGINT, exit_interrupted)
+    raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager

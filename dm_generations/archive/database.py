@@ -197,6 +197,10 @@ class Archive:
                 raise ArchiveError(f"{self.path}: model {row_id!r:.40}: {error}; run `verify`") from error
         return models
 
+    def find_model(self, model: ModelInfo) -> int | None:
+        """Return the id of the first model that matches; see `ModelInfo.matches`."""
+        return next((row_id for row_id, stored in self.models().items() if stored.matches(model)), None)
+
     def count(self) -> int:
         """Return the number of images."""
         return self.connection.value("SELECT count(*) FROM images")
@@ -326,6 +330,11 @@ class Archive:
         find = f"SELECT id FROM {table} WHERE desc = ?"
         return self._find_or_insert(find, (text,), f"INSERT INTO {table} (desc) VALUES (?)", (text,))
 
+    def add_model(self, model: ModelInfo) -> int:
+        """Return the id of a model that matches, which is added if there is none; see `ModelInfo.matches`."""
+        found = self.find_model(model)
+        return self.model_id(model) if found is None else found
+
     def model_id(self, model: ModelInfo) -> int:
         """Return the id of a model, which is added if it is new."""
         config = json.dumps(model.config, sort_keys=True, separators=(",", ":"))
@@ -382,7 +391,9 @@ class Archive:
 
         return self.connection.write_many(queries.INSERT_IMAGE, insert_values())
 
-    def set_scores(self, rows: Iterable[tuple[int, float, float]], clip_id: int | None, time_scored: float) -> int:
+    def set_scores(
+        self, rows: Iterable[tuple[int, float | None, float | None]], clip_id: int | None, time_scored: float
+    ) -> int:
         """Store scores, inside a transaction.
 
         Args:

@@ -123,6 +123,22 @@ class ModelInfo:
     codebook_size: int | None = None
     image_size: int | None = None
 
+    def matches(self, other: "ModelInfo") -> bool:
+        """Returns whether both are the same model: the same weights, and no option that has another value.
+
+        Options that only one of them has do not count, so that an archive of an older version can be filled further.
+
+        Args:
+            other: the model to compare with; a codec without a grid matches one with any.
+        """
+        if (self.kind, self.sha256) != (other.kind, other.sha256):
+            return False
+        if other.grid not in (None, self.grid):
+            return False
+        if not isinstance(self.config, dict) or not isinstance(other.config, dict):  # of a damaged archive
+            return False
+        return all(self.config[name] == other.config[name] for name in self.config.keys() & other.config.keys())
+
 
 PARAM_COLUMNS: Final = tuple(SamplingParams.__dataclass_fields__)
 GROUP_COLUMNS: Final = ("prompt_id", "sc_prompt_id", *PARAM_COLUMNS)

@@ -29,12 +29,13 @@ def enable() -> None:
     """
     import jax
 
+    config: Any = jax.config
     try:
         jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # the latter for CUDA, where JAX's plugin for it is not installed
-        wanted = f"JAX_PLATFORMS={jax.config.jax_platforms}"
+        wanted = f"JAX_PLATFORMS={config.jax_platforms}"
         raise UserError(f"JAX finds no device for {wanted}: unset it, or install JAX for that platform") from error
-    if jax.config.jax_compilation_cache_dir is not None:
+    if config.jax_compilation_cache_dir is not None:
         return
     try:
         folder = cache_dir("xla") / _machine()
@@ -44,9 +45,9 @@ def enable() -> None:
     except (OSError, UserError) as error:
         print(f"warning: compiled programs are not kept: {error}", file=sys.stderr)
         return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    config.update("jax_compilation_cache_dir", str(folder))
+    config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def cpu_features() -> str:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -17,6 +18,7 @@ from dm_generations.errors import UserError, defer_sigint
 _Batch = TypeVar("_Batch")
 _Result = TypeVar("_Result")
 _CPU_CONCURRENCY = 2  # the layers of a small model leave cores idle: two batches take little longer than one
+WEIGHTS_ADVICE = "the weights of a model do not fit: use a smaller model, --dtype bfloat16 or --cpu-only"
 _UNKNOWN_HOST_BYTES = 4 << 30  # of a small machine
 
 
@@ -30,7 +32,8 @@ def batch_concurrency(devices: Sequence[jax.Device]) -> int:
     return _CPU_CONCURRENCY if len(devices) == 1 and devices[0].platform == "cpu" else 1
 
 
-class Work(NamedTuple, Generic[_Batch, _Result]):
+@dataclass(frozen=True)
+class Work(Generic[_Batch, _Result]):
     """What `BatchRunner` computes.
 
     Attributes:
@@ -51,6 +54,7 @@ class Work(NamedTuple, Generic[_Batch, _Result]):
 class _Job(NamedTuple):
     first: int
     size: int
+    in_pool: bool
     future: Future
 
 
@@ -93,11 +97,11 @@ class BatchRunner:
                 try:
                     result = jax.block_until_ready(job.future.result())
                 except jax.errors.JaxRuntimeError as error:
-                    count = 1 + len(jobs)
+                    was_alone = not job.in_pool and not jobs
                     while jobs:  # else they would share the memory with what is computed again
                         with contextlib.suppress(jax.errors.JaxRuntimeError):
                             jax.block_until_ready(jobs.popleft().future.result())
-                    self._shrink(error, job.size, count)
+                    self._shrink(error, job.size, was_alone)
                     ahead = self._start(work, jobs, job.first)
                 else:
                     ahead = self._start(work, jobs, ahead)
@@ -111,15 +115,16 @@ class BatchRunner:
         limit = 1 if work.in_turn else self.concurrency
         while first < work.count and len(jobs) < limit:
             batch, end = work.take(first, self.size)
-            future = self._submit(work, batch)
-            jobs.append(_Job(first, self.size, future))
+            in_pool = self.concurrency > 1 and not work.in_turn and (work.program, self.size) in self._compiled
+            future = self._submit(work, batch, in_pool)
+            jobs.append(_Job(first, self.size, in_pool, future))
             first = end
             if future.done() and future.exception() is not None:
                 break
         return first
 
-    def _submit(self, work: Work[_Batch, _Result], batch: _Batch) -> Future:
-        if self.concurrency > 1 and not work.in_turn and (work.program, self.size) in self._compiled:
+    def _submit(self, work: Work[_Batch, _Result], batch: _Batch, in_pool: bool) -> Future:
+        if in_pool:
             with defer_sigint():
                 return self._pool.submit(lambda: jax.block_until_ready(work.compute(batch)))
         future: Future = Future()
@@ -130,11 +135,11 @@ class BatchRunner:
             future.set_exception(error)
         return future
 
-    def _shrink(self, error: jax.errors.JaxRuntimeError, size: int, count: int) -> None:
-        """Compute less at a time, after one of `count` batches of `size` failed."""
+    def _shrink(self, error: jax.errors.JaxRuntimeError, size: int, was_alone: bool) -> None:
+        """Compute less at a time, after a batch of `size` failed, alone or among others."""
         if not is_out_of_memory(error):
             raise error
-        if count > 1 and self.concurrency > 1:
+        if not was_alone and self.concurrency > 1:
             self.concurrency = 1
         elif size <= self._step:
             raise UserError(self._error_message) from error
@@ -149,13 +154,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
-    """Turn a device's lack of memory into a UserError.
+    """Turn a lack of memory, of a device or of the host, into a UserError. Also a decorator.
 
     Args:
         advice: What to do about it.
+
+    Raises:
+        UserError: Memory ran out.
     """
     try:
         yield
+    except MemoryError as error:
+        raise UserError(f"not enough memory on this machine; {advice}") from error
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise

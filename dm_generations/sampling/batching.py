@@ -9,13 +9,15 @@ T: text tokens   L: tokens of an image
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
-from dm_generations.models.base import Tokenizer
 from dm_generations.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from dm_generations.models.base import Tokenizer
 
 TEXT_BATCH = 8  # texts encoded at a time: a batch has few distinct ones
 _INT32_MAX = 2**31 - 1
@@ -76,7 +78,7 @@ def take_until_full(rows: Sequence[_T], sequences: Sequence[int], capacity: int)
     return rows[: max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= capacity, used)))]
 
 
-def pack_batch(rows: Sequence[Row], capacity: int, tokenizer: Tokenizer, text_length: int, length: int) -> RowInputs:
+def pack_batch(rows: Sequence[Row], capacity: int, tokenizer: "Tokenizer", text_length: int, length: int) -> RowInputs:
     """Pack rows into the arrays of one device's batch.
 
     Args:
@@ -101,14 +103,14 @@ def pack_batch(rows: Sequence[Row], capacity: int, tokenizer: Tokenizer, text_le
     padding = [None] * (-(-capacity // TEXT_BATCH) * TEXT_BATCH - len(texts))
     init_tokens = np.zeros((capacity, length), np.int32)
     for number, row in enumerate(rows):
-        if row.init_count:
+        if row.init_tokens is not None:
             init_tokens[number, : row.init_count] = row.init_tokens[: row.init_count]
 
-    def column(values: Sequence, dtype: type) -> np.ndarray:
-        values = np.asarray(values, dtype)
-        return np.concatenate([values, np.zeros((capacity - len(values), *values.shape[1:]), dtype)])
+    def column(values: Sequence | np.ndarray, dtype: type) -> np.ndarray:
+        array: np.ndarray = np.asarray(values, dtype)
+        return np.concatenate([array, np.zeros((capacity - len(array), *array.shape[1:]), dtype)])
 
-    return RowInputs(
+    arrays: list[Any] = [
         *tokenizer.encode([*texts, *padding], text_length),
         np.array([len(texts)], np.int32),
         np.array([len(rows)], np.int32),
@@ -123,4 +125,5 @@ def pack_batch(rows: Sequence[Row], capacity: int, tokenizer: Tokenizer, text_le
         column([row.params.cond_scale for row in rows], np.float32),
         init_tokens,
         column([row.init_count for row in rows], np.int32),
-    )
+    ]
+    return RowInputs(*arrays)

@@ -3,7 +3,6 @@
 No name or link in the archive decides where anything is written.
 """
 
-import atexit
 import functools
 import shutil
 import tarfile
@@ -12,7 +11,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from dm_generations.errors import UserError
+from dm_generations.errors import EXIT_CALLBACKS, UserError
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar")
 _FREE_BYTES = 1 << 28  # left on the disk for others
@@ -37,10 +36,10 @@ def unpacked(path: Path, wanted: Mapping[str, str]) -> Path:
 
 @functools.cache
 def _unpack(path: Path, size: int, mtime_ns: int, wanted: tuple[tuple[str, str], ...]) -> Path:
-    """size and mtime_ns tell one state of the file from another."""
+    """Size and mtime_ns tell one state of the file from another."""
     targets, folder = dict(wanted), Path(tempfile.mkdtemp(prefix=f"dm-generations-{path.name[:100]}-"))
     # Mapped files stay readable after this where a file in use can be removed at all.
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    EXIT_CALLBACKS.callback(shutil.rmtree, folder, ignore_errors=True)
     try:
         with tarfile.open(path, "r|*") as archive:
             for member in archive:

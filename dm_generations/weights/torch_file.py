@@ -18,9 +18,9 @@ import ml_dtypes  # noqa: F401
 import numpy as np
 
 from dm_generations.errors import UserError
-from dm_generations.weights import inert_pickle
-from dm_generations.weights.inert_pickle import Opaque, is_class
+from dm_generations.weights import unpickler
 from dm_generations.weights.mmap import MAX_DIMENSIONS, Malformed, MappedFile, short_shape
+from dm_generations.weights.unpickler import Opaque, is_class
 
 __all__ = ["Opaque", "read_torch", "state_of"]
 
@@ -149,7 +149,7 @@ def _read_zip(file: MappedFile) -> Any:
             raise Malformed(f"its tensor data {key!r:.100} are {size} bytes, too few")
         return file.array(offset, dtype, (count,))
 
-    return inert_pickle.load(io.BytesIO(pickled), _calls(file), lambda saved_id: _storage_of_id(saved_id, storage))
+    return unpickler.load(io.BytesIO(pickled), _calls(file), lambda saved_id: _storage_of_id(saved_id, storage))
 
 
 def _entries(file: MappedFile) -> dict[str, tuple[int, int]]:
@@ -189,11 +189,11 @@ def _entries(file: MappedFile) -> dict[str, tuple[int, int]]:
 
 def _read_legacy(file: MappedFile) -> Any:
     stream = io.BytesIO(file.content[:MAX_PICKLE])
-    if inert_pickle.load(stream) != MAGIC_NUMBER:
+    if unpickler.load(stream) != MAGIC_NUMBER:
         raise Malformed("it is a pickle, but torch.save did not write it")
-    if inert_pickle.load(stream) != FORMAT_VERSION:
+    if unpickler.load(stream) != FORMAT_VERSION:
         raise Malformed("torch.save wrote it in a format that this program does not know")
-    inert_pickle.load(stream)  # sizes of C's types on the machine of the writer
+    unpickler.load(stream)  # sizes of C's types on the machine of the writer
     start = stream.tell()
     # The storages lie behind the pickle that says how many elements of which type they have, so it is read twice: first
     # for the storages alone, then, once they are found, for the tensors.
@@ -204,8 +204,8 @@ def _read_legacy(file: MappedFile) -> Any:
             raise Malformed(f"its tensor data {key!r:.100} have two types or sizes")
         return Opaque()
 
-    inert_pickle.load(stream, persistent_load=lambda saved_id: _storage_of_id(saved_id, want))
-    keys = inert_pickle.load(stream)
+    unpickler.load(stream, persistent_load=lambda saved_id: _storage_of_id(saved_id, want))
+    keys = unpickler.load(stream)
     position = stream.tell()
     storages: dict[str, np.ndarray] = {}
     for key in keys if isinstance(keys, list) else ():
@@ -223,7 +223,7 @@ def _read_legacy(file: MappedFile) -> Any:
         return storages[key]
 
     stream.seek(start)
-    return inert_pickle.load(stream, _calls(file), lambda saved_id: _storage_of_id(saved_id, storage))
+    return unpickler.load(stream, _calls(file), lambda saved_id: _storage_of_id(saved_id, storage))
 
 
 # storages and tensors

@@ -15,7 +15,6 @@ from dm_generations.errors import UserError
 from dm_generations.models.base import RawCheckpoint
 from dm_generations.models.dvae.discrete import DiscreteVAEConfig
 from dm_generations.models.dvae.openai import OpenAIVAEConfig
-from dm_generations.weights.inert_pickle import Opaque
 from dm_generations.weights.native import unflatten
 from dm_generations.weights.state_dict import (
     Shape,
@@ -27,6 +26,7 @@ from dm_generations.weights.state_dict import (
     torch_name,
 )
 from dm_generations.weights.torch_file import read_torch, state_of
+from dm_generations.weights.unpickler import Opaque
 
 ENCODER_FILE, DECODER_FILE = "encoder.pkl", "decoder.pkl"
 

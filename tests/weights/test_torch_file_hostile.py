@@ -191,7 +191,7 @@ def test_doubling_structure_in_a_message_is_cut(tmp_path):
 
 
 def test_number_of_names_is_limited(tmp_path, monkeypatch):
-    monkeypatch.setattr("dm_generations.weights.inert_pickle.MAX_NAMES", 100)
+    monkeypatch.setattr("dm_generations.weights.unpickler.MAX_NAMES", 100)
     data = b"".join(b"cm\nC%d\n0" % index for index in range(101))
     with pytest.raises(UserError, match=r"a\.pt"):
         read_torch(in_zip(tmp_path / "a.pt", data + b"N."))
@@ -268,7 +268,7 @@ def test_huge_memo_index_takes_no_memory(tmp_path):
 
 
 def test_data_copied_over_and_over(tmp_path, monkeypatch):
-    monkeypatch.setattr("dm_generations.weights.inert_pickle.MAX_COPIED", 1000)
+    monkeypatch.setattr("dm_generations.weights.unpickler.MAX_COPIED", 1000)
     numbers = b"(" + b"K\x01" * 100 + b"lq\x00"
     copies = b"0c__builtin__\nset\nq\x01" + b"0h\x01h\x00\x85R" * 11
     with pytest.raises(UserError, match="over and over"):
@@ -276,7 +276,7 @@ def test_data_copied_over_and_over(tmp_path, monkeypatch):
 
 
 def test_number_of_steps_is_limited(tmp_path, monkeypatch):
-    monkeypatch.setattr("dm_generations.weights.inert_pickle.MAX_OPCODES", 100)
+    monkeypatch.setattr("dm_generations.weights.unpickler.MAX_OPCODES", 100)
     with pytest.raises(UserError, match="steps"):
         read_torch(in_zip(tmp_path / "a.pt", b"\x80\x02" + b"]" * 200 + b"."))
 
