@@ -253,7 +253,7 @@ class Exporter:
         """Yield what tells one set of shards from another."""
         yield self.layout.mode, self.layout.extension, self.layout.shard_size if self.layout.mode == "tar" else None
         for plan in self.plans:
-            yield plan
+            yield _describe_plan(plan)
             for row in self.archive.rows(plan.key, plan.count):
                 yield row.id, row.quantvec_md5, row.clip_score_input, row.clip_score_tokenized
 
@@ -386,6 +386,16 @@ class Exporter:
 
 
 # Decode: tokens to pixels.
+
+
+def _describe_plan(plan: GroupPlan) -> str:
+    """Return what stands for a group in the names of shards. It never changes, so that finished shards are found."""
+    params = plan.key.params
+    settings = (
+        f"Settings(prompt_id={plan.key.prompt_id!r}, sc_prompt_id={plan.key.sc_prompt_id!r}, top_k={params.top_k!r}, "
+        f"top_p={params.top_p!r}, temperature={params.temperature!r}, cond_scale={params.cond_scale!r})"
+    )
+    return f"GroupPlan(settings={settings}, prompt={plan.prompt!r}, sc_prompt={plan.sc_prompt!r}, count={plan.count!r})"
 
 
 def _decode(decoder: TokenDecoder | None, items: Iterator[Item]) -> Iterator[Item]:

@@ -146,10 +146,10 @@ class ShardSet:
 
 
 def fingerprint(parts: Iterable[object]) -> str:
-    """Return eight hex digits that tell one list of things from another; `parts` print the same in every run."""
+    """Return eight hex digits that tell one list of things from another, by how they print."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(f"{part!r}\n".encode("utf-8", "surrogatepass"))
+        digest.update(f"{part}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:8]
 
 
