@@ -21,10 +21,10 @@ from tiny import CODEBOOK_SIZE, GRID, tiny_clip, tiny_dalle_bart, tiny_models, t
 
 from dm_generations.archive import Archive, verify
 from dm_generations.cli import build_parser
+from dm_generations.cli.common import Progress
 from dm_generations.errors import UserError
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.pipelines import generate
-from dm_generations.progress import Progress
 from dm_generations.sampling.prng import row_key
 from dm_generations.weights import native
 
@@ -376,12 +376,13 @@ def test_score_fills_in_what_no_score_left_out(models, tmp_path, capsys, monkeyp
     assert "nothing to do" in capsys.readouterr().out
     assert unscored.read_bytes() == content
 
-    def stop(progress, pictures):
-        raise KeyboardInterrupt
+    def stop(progress, done, total):
+        if done:
+            raise KeyboardInterrupt
 
     options[3:] = [tiny_clip(tmp_path / "clip", seed=1), "--batch-size", 1, "--all"]
     with monkeypatch.context() as stopping:
-        stopping.setattr(Progress, "advance", stop)
+        stopping.setattr(Progress, "__call__", stop)
         assert command("score", "--db", unscored, *options) == 130
     assert capsys.readouterr().err.startswith("stopped;")
     assert command("score", "--db", unscored, *options) == 0
