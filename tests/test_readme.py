@@ -1,4 +1,4 @@
-"""Every command and every Python example of the documents, run as they stand there, in order, in one copy of the checkout.
+"""Every command and Python example of the documents, run as they stand there, in order, in one copy of the checkout.
 
 A block of `text` after the commands is what they print, line by line. Setting up an environment is left out, except in
 the slow test and in `.ci/run`.
