@@ -59,13 +59,13 @@ CREATE TABLE images (
     sampler_version INTEGER CHECK (sampler_version IS NULL OR typeof(sampler_version) = 'integer')
 );
 
--- For the images of a prompt and setting, best first (ties by id, which ends every index), and for counts of groups.
+-- Serves "this prompt, these settings, best first" (ties by id, which ends every index), and counts per group.
 CREATE INDEX images_by_group ON images (
     prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, clip_score_input DESC
 );
 
--- The identity of a sample: the same sample is never stored twice. NULLs differ from each other in a UNIQUE index,
--- hence the coalesce. Where the generator is unknown the key is not enough, so the MD5 of the tokens is part of it.
+-- What makes a sample: the same one is never stored twice. NULLs differ from each other in a UNIQUE index,
+-- hence the coalesce; where the generator is unknown the key alone says little, so the tokens' MD5 joins in.
 CREATE UNIQUE INDEX images_draw ON images (
     prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, key0, key1,
     coalesce(generator_id, 0), coalesce(sampler_version, 0),

@@ -1,4 +1,4 @@
-"""The format's versions as SQL: `schema/0001.sql` makes version 1 of an empty file, each later file the next."""
+"""The versions of the format, whose SQL is in `schema/`: 0001.sql makes version 1, each later file the next one."""
 
 import re
 import sqlite3
@@ -14,7 +14,7 @@ SCHEMA_VERSION: Final = 2
 INDEXES: Final = frozenset({"images_by_group", "images_draw"})
 TABLES: Final = ("prompts", "sc_prompts", "models", "images")
 ALL_COLUMNS: Final = tuple(dict.fromkeys((*IMAGE_COLUMNS, *INSERT_COLUMNS)))  # of images
-# Columns of version 2, and their values in an older archive, where such a name would mean something else.
+# Columns of version 2 with their values for an older archive, in which such a name would mean something else.
 ADDED: Final[Mapping[str, str]] = {"log_prob": "NULL", "dtype": "NULL", "init_count": "0", "init_md5": "''"}
 
 _READS: Final = frozenset({sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_FUNCTION})
@@ -33,7 +33,7 @@ _TOOL_TRIGGER: Final = re.compile(
     r"create trigger \w+ after (insert|update|delete) on \w+ begin"
     rf"( ?({_INDEX_TEXT}|{_FORGET_TEXT}|{_COUNT_ROW}))+ ?end"
 )
-# Between them they set off every trigger that our statements can set off.
+# Together they run every trigger that the statements of `Archive` can run.
 _TRIGGERING: Final = (
     *(f"INSERT INTO {table} DEFAULT VALUES" for table in TABLES),
     "UPDATE images SET clip_score_input = 0, clip_score_tokenized = 0, clip_id = 0, time_scored = 0",
@@ -41,18 +41,20 @@ _TRIGGERING: Final = (
 
 
 def read_version(connection: Connection) -> int:
-    """Returns the format's version of a file, 0 for one that is not of ours.
+    """Return the format's version of a file, 0 for one that is not of this format.
 
-    A file that has lost its identifiers, as `.dump` of the program `sqlite3` loses them, is known by its tables.
+    A file that has lost its identifiers, as in a `.dump` of the program `sqlite3`, is recognised by its tables.
 
     Raises:
-        ArchiveError: a version newer than this program's.
+        ArchiveError: The version is newer than this program's.
     """
+    version = max(connection.value("PRAGMA user_version"), 1)
     if connection.value("PRAGMA application_id") != APPLICATION_ID:
         columns = read_columns(connection, "images")
-        is_ours = MODEL_KINDS.keys() <= columns or needed_columns(1)["models"] <= read_columns(connection, "models")
-        return 0 if not is_ours else 2 if ADDED.keys() <= columns else 1
-    version = max(connection.value("PRAGMA user_version"), 1)
+        if not MODEL_KINDS.keys() <= columns and not needed_columns(1)["models"] <= read_columns(connection, "models"):
+            return 0
+        if ADDED.keys() <= columns:
+            version = max(version, 2)
     if version > SCHEMA_VERSION:
         raise ArchiveError(
             f"{connection.path}: this archive has format {version}, this program reads up to {SCHEMA_VERSION};"
@@ -62,7 +64,7 @@ def read_version(connection: Connection) -> int:
 
 
 def needed_columns(version: int) -> dict[str, frozenset[str]]:
-    """Returns the columns by table that a file of this version has at least."""
+    """Return the columns by table that a file of this version has at least."""
     images = frozenset({"id", *INSERT_COLUMNS})
     return {
         "prompts": frozenset({"id", "desc"}),
@@ -73,10 +75,10 @@ def needed_columns(version: int) -> dict[str, frozenset[str]]:
 
 
 def check_tables(connection: Connection, needed: Mapping[str, frozenset[str]]) -> None:
-    """Checks that a file has these columns by table.
+    """Check that a file has these columns by table.
 
     Raises:
-        ArchiveError: it has not, so it is another program's database.
+        ArchiveError: A column is missing, so it is another program's database.
     """
     for table, names in needed.items():
         missing = names - read_columns(connection, table)
@@ -88,7 +90,7 @@ def check_tables(connection: Connection, needed: Mapping[str, frozenset[str]]) -
 
 
 def read_columns(connection: Connection, table: str) -> frozenset[str]:
-    """Returns the lower-case column names of a table, none if there is none; views and virtual tables do not count."""
+    """Return the lower-case column names of a table, none if there is none; views and virtual tables do not count."""
     sql = "SELECT 1 FROM main.sqlite_master WHERE type = 'table' AND lower(name) = ? AND rootpage > 0"
     if connection.value(sql, (table,)) is None:
         return frozenset()
@@ -96,12 +98,12 @@ def read_columns(connection: Connection, table: str) -> frozenset[str]:
 
 
 def create_images_view(connection: Connection, expressions: Mapping[str, str]) -> None:
-    """Shows `images` of an older file with the columns of the newest version: a temporary view of that name.
+    """Make a temporary view `images` of an older file, with the columns of the newest version.
 
-    Temporary names hide those of the file, so every query reads the view. It lies outside the archive.
+    Temporary names hide those of the file, so every query reads the view. It is not in the archive's file.
 
     Args:
-        connection: open for reading.
+        connection: Open for reading.
         expressions: SQL by column, in terms of the file's own table; a column that is left out is NULL.
     """
     columns = ", ".join(f"{expressions.get(name, ADDED.get(name, 'NULL'))} AS {name}" for name in ALL_COLUMNS)
@@ -109,13 +111,13 @@ def create_images_view(connection: Connection, expressions: Mapping[str, str]) -
 
 
 def is_newest(connection: Connection) -> bool:
-    """Tells whether a file has the newest version, and says so."""
+    """Return whether a file has the identifiers of the newest version."""
     identifiers = connection.value("PRAGMA application_id"), connection.value("PRAGMA user_version")
     return identifiers == (APPLICATION_ID, SCHEMA_VERSION)
 
 
 def upgrade(connection: Connection) -> None:
-    """Takes a database from its version, 0 for an empty file, to the newest. Inside a transaction."""
+    """Update a database from its version, 0 for an empty file, to the newest. Call it inside a transaction."""
     assert connection.in_transaction, "upgraded outside a transaction"
     for version in range(read_version(connection) + 1, SCHEMA_VERSION + 1):
         for statement in _statements(shipped(f"schema/{version:04d}.sql").read_text(encoding="utf-8")):
@@ -125,7 +127,7 @@ def upgrade(connection: Connection) -> None:
 
 
 def _statements(script: str) -> Iterator[str]:
-    """One by one, since `executescript` would commit the transaction first."""
+    """Yield the statements of a script; `executescript` would commit the transaction first."""
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line
@@ -135,13 +137,14 @@ def _statements(script: str) -> Iterator[str]:
 
 
 def guard_triggers(connection: Connection) -> None:
-    """Makes sure that triggers in the file change nothing of the archive. Reading sets off no trigger.
+    """Make sure that triggers in the file do not change the archive's tables. Reading runs no trigger.
 
-    A trigger may read, and write to tables that are not the archive's, as those do that count rows or index the prompts
-    for a search. The guard stays on while the connection is open; what is in the file now is compiled at once.
+    A trigger may read, and write to other tables: some count rows, or index the prompts for full-text search. The
+    guard stays on while the connection is open; the triggers that are in the file now are checked at once.
 
     Raises:
-        ArchiveError: a trigger does more, or what SQLite refuses in an untrusted file. None of it has run.
+        ArchiveError: A trigger does more, or something that SQLite does not allow in an untrusted file. No trigger has
+            run.
     """
     denied: list[str] = []
 
@@ -168,13 +171,13 @@ def guard_triggers(connection: Connection) -> None:
 
 
 def _is_made_by_tools(connection: Connection) -> bool:
-    """Tells whether all virtual tables and triggers of a file are those that sqlite-utils makes."""
+    """Return whether all virtual tables and triggers of a file are those that sqlite-utils makes."""
     sql = "SELECT type, sql FROM main.sqlite_master WHERE type = 'trigger' OR (type = 'table' AND rootpage = 0)"
     patterns = {"table": _TEXT_INDEX, "trigger": _TOOL_TRIGGER}
     return all(patterns[kind].fullmatch(_normalise_sql(text)) for kind, text in connection.rows(sql))
 
 
 def _normalise_sql(text: str) -> str:
-    """Returns a statement in lower case, without quotes around plain names and without needless spaces."""
+    """Return a statement in lower case, without quotes around plain names and without needless spaces."""
     text = re.sub(r'\[(\w+)\]|"(\w+)"|`(\w+)`', r"\1\2\3", text)
     return re.sub(r"\s*([(),=+;-])\s*", r"\1", re.sub(r"\s+", " ", text)).strip().lower()

@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0 all done, 1 an error that a line on stderr explains, 130 interrupted, 141 output closed.
 
     Raises:
-        SystemExit: A flag is wrong, with exit status 2 and a line on stderr; or --help or --version was given.
+        SystemExit: A flag is wrong, with exit status 2 and a line on stderr; or the flag was --help or --version.
     """
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

@@ -85,7 +85,7 @@ def add_dalle_pytorch_options(add: Callable[..., argparse.Action]) -> None:
 
 
 def dalle_pytorch_overrides(args: argparse.Namespace) -> dict[str, str | bool]:
-    """Return the given ones of these options as entries of the model's config."""
+    """Return those of these options that are set, as entries of the model's config."""
     overrides: dict[str, str | bool] = {} if args.conv_like is None else {"conv_like": args.conv_like}
     if args.cond_scale_of is not None:
         overrides["guides_first_code_alone"] = args.cond_scale_of == "first"

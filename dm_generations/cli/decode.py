@@ -19,6 +19,7 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
     add = parser.add_argument
     add("--db", metavar="FILE", help="archive to decode (default: the emoji archive that ships)")
     add(
@@ -143,6 +144,7 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
     _check_flags(args)
     with Archive.open(shipped("archive/emoji.db") if args.db is None else args.db) as archive:
         return _decode(archive, args)

@@ -60,16 +60,16 @@ class ExportOptions:
     """
 
     out_dir: Path
-    layout: Layout = Layout("images", 8, 4)
-    selection: Selection = Selection()
+    layout: Layout = field(default_factory=lambda: Layout("images", 8, 4))
+    selection: Selection = field(default_factory=Selection)
     codec: str | None = None
     dtype: str = "float32"
     batch_size: int | None = 32
     num_workers: int | None = None
     overwrite: bool = False
-    encoding: Encoding = Encoding()
+    encoding: Encoding = field(default_factory=Encoding)
     has_metadata: bool = False
-    strips: Strips = Strips()
+    strips: Strips = field(default_factory=Strips)
 
 
 @dataclass
@@ -99,7 +99,9 @@ class Decoded(Protocol):
 class TokenDecoder(Protocol):
     """What turns tokens into images: a codec, or PassthroughDecoder."""
 
-    batch_size: int
+    @property
+    def batch_size(self) -> int:
+        """How many images `start` should get at a time."""
 
     def start(self, tokens: np.ndarray) -> Decoded:
         """Begin decoding (n, L) uint16."""
@@ -226,14 +228,15 @@ class Exporter:
             rows = self.archive.rows(plan.key, plan.count)
             for target in plan.targets(self.layout):
                 members = list(islice(rows, len(target.ranks)))
-                if members and self._is_stale(self._entry(plan, target, target.path, members), members):
-                    yield target.path
+                if members:
+                    identity = identify(self._entry(plan, target, target.path, members))
+                    if self._is_stale(target.path, identity, members):
+                        yield target.path
 
-    def _is_stale(self, entry: Entry, members: list[ImageRow]) -> bool:
-        """Return whether the file of an entry, whose rows are `members`, is known to show other images."""
-        if not all(row.quantvec for row in members):
-            return False  # a row that cannot be read could not be decoded either
-        return self.layout.has_page and self.journal.is_stale(entry.file, identify(entry))
+    def _is_stale(self, path: str, identity: str, members: list[ImageRow]) -> bool:
+        """Return whether a file is known to show other images than `members`."""
+        # A row that cannot be read could not be decoded either.
+        return self.journal.is_stale(path, identity) and all(row.quantvec for row in members)
 
     def _find_stale_tokens(self) -> Iterator[str]:
         """Yield paths of files of tokens that hold others than the image of their rank has. They have no journal."""
@@ -250,7 +253,7 @@ class Exporter:
         """Yield what tells one set of shards from another."""
         yield self.layout.mode, self.layout.extension, self.layout.shard_size if self.layout.mode == "tar" else None
         for plan in self.plans:
-            yield plan
+            yield _describe_plan(plan)
             for row in self.archive.rows(plan.key, plan.count):
                 yield row.id, row.quantvec_md5, row.clip_score_input, row.clip_score_tokenized
 
@@ -268,7 +271,10 @@ class Exporter:
             is_due = self._is_due(target, shard)
             if shard is None and members and not is_due:
                 entry = self._entry(plan, target, target.path, members)
-                is_due = self._is_stale(entry, members)  # since this export began: others may add to the archive
+                identity = identify(entry)
+                is_due = self._is_stale(
+                    target.path, identity, members
+                )  # since this export began: others may add to the archive
             if decoder is not None and is_due:
                 yield from self._read_file(plan, target, members, shard, decoder, progress)
             elif is_due or not members:
@@ -276,7 +282,7 @@ class Exporter:
             elif shard is None:
                 self.report.already_there += 1
                 self._entries[target.path] = entry
-                self.journal.assume(target.path, identify(entry))
+                self.journal.assume(target.path, identity)
             elif shard is not finished_shard:
                 finished_shard = shard
                 self.report.already_there += 1
@@ -346,8 +352,7 @@ class Exporter:
                 self._report_unwritten(path, error, progress)
                 return
             self.report.written += 1
-            if self.layout.has_page:
-                self.journal.confirm(path, identify(self._entries[path]))
+            self.journal.confirm(path)
             if replaced_path is not None:
                 with contextlib.suppress(OSError):
                     utf8_path(self.out_dir, replaced_path).unlink()
@@ -381,6 +386,16 @@ class Exporter:
 
 
 # Decode: tokens to pixels.
+
+
+def _describe_plan(plan: GroupPlan) -> str:
+    """Return what stands for a group in the names of shards. It never changes, so that finished shards are found."""
+    params = plan.key.params
+    settings = (
+        f"Settings(prompt_id={plan.key.prompt_id!r}, sc_prompt_id={plan.key.sc_prompt_id!r}, top_k={params.top_k!r}, "
+        f"top_p={params.top_p!r}, temperature={params.temperature!r}, cond_scale={params.cond_scale!r})"
+    )
+    return f"GroupPlan(settings={settings}, prompt={plan.prompt!r}, sc_prompt={plan.sc_prompt!r}, count={plan.count!r})"
 
 
 def _decode(decoder: TokenDecoder | None, items: Iterator[Item]) -> Iterator[Item]:

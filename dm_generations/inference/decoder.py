@@ -228,7 +228,7 @@ class Decoding:
         self._count, self._image_shape, self._batches = count, image_shape, batches
 
     def __len__(self) -> int:
-        """n."""
+        """N."""
         return self._count
 
     def images(self) -> np.ndarray:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -114,18 +114,32 @@ class Scorer:
         self._scale = float(np.exp(np.float32(checkpoint.params["logit_scale"])))
         self._text_features: dict[str, np.ndarray] = {}
 
+        def apply(params: dict, *inputs: jax.Array, method: str) -> jax.Array:
+            return cast(jax.Array, model.apply({"params": params}, *inputs, method=method))
+
         @jax.jit
         def image_tower(params, images):
             with matmul_precision(np.float32):
                 pixels = preprocess(images, **dataclasses.asdict(preprocessing))
-                return unit(model.apply({"params": params}, pixels, method="get_image_features"))
+                return unit(apply(params, pixels, method="get_image_features"))
 
         @jax.jit
         def text_tower(params, input_ids, attention_mask):
             with matmul_precision(np.float32):
-                return unit(model.apply({"params": params}, input_ids, attention_mask, method="get_text_features"))
+                return unit(apply(params, input_ids, attention_mask, method="get_text_features"))
 
         self._image_tower, self._text_tower = image_tower, text_tower
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, batch_size: int = 32) -> "Scorer":
+        """Make the scorer of a loaded CLIP, with its own tokenizer; see `Scorer` for the arguments.
+
+        Raises:
+            UserError: The tokenizer is missing or broken, or memory does not hold the weights.
+        """
+        tokenizer = checkpoint.load_tokenizer()
+        assert isinstance(tokenizer, PromptTokenizer), "CLIP has no other"
+        return cls(checkpoint, tokenizer, batch_size)
 
     def compile(self, images: jax.ShapeDtypeStruct, prompts: Sequence[str]) -> None:
         """Compile ahead of the first batch.

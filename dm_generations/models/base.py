@@ -6,7 +6,7 @@ h, w: rows and columns of a token grid   H, W: pixels   D: width of a codebook r
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -149,7 +149,7 @@ class NetworkDecoder:
 class Tokenizer(Protocol):
     """Turns prompts into the ids that a model reads."""
 
-    def encode(self, texts: list[str | None], length: int) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: Sequence[str | None], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and attention mask, both int32 (B, length). None is the model's unconditional prompt."""
 
 

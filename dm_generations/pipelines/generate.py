@@ -170,7 +170,7 @@ class Pipeline:
         if models.clip is not None or options.progressive_every is not None:
             self.decoder = Decoder.from_checkpoint(models.codec, options.batch_size, grid=models.grid)
         if models.clip is not None:
-            self.scorer = Scorer(models.clip, models.clip.load_tokenizer(), options.batch_size)
+            self.scorer = Scorer.from_checkpoint(models.clip, options.batch_size)
         self._sampler_version = SAMPLER_VERSIONS[options.rng]
         self._init = init
         self._init_md5 = "" if init is None else init.md5
@@ -203,7 +203,7 @@ class Pipeline:
             self._compile_scoring(rows[0])  # while the devices sample
             tokens, log_probs = sampling.samples()
         else:
-            tokens, log_probs = self.generator.draw(
+            tokens, log_probs = self.generator.sample(
                 *rows,
                 self._options.progressive_every,
                 lambda first, tokens: self._write_unfinished(samples[first : first + len(tokens)], tokens),
@@ -341,7 +341,7 @@ def prepare(sweep: Sweep, options: GenerateOptions, mode: Literal["r", "w"]) -> 
     generator.check_texts([*sweep.prompts, *sweep.sc_prompts])
     if generator.batch_size < options.batch_size:
         logger.warning("memory holds batches of %s images, not of %s", generator.batch_size, options.batch_size)
-    if options.rng == "dalle-mini":  # whose `generate` takes what it is not given from config.json
+    if options.rng == "dalle-mini":  # whose `generate` has its defaults from config.json
         defaults = SamplingParams(config.top_k, config.top_p, config.temperature, DEFAULT_PARAMS.cond_scale)
         sweep = sweep.with_defaults(defaults)
     return pipeline, sweep

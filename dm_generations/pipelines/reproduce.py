@@ -1,4 +1,4 @@
-"""Check that a model reproduces the rows of an archive, by sampling them again or by scoring their stored tokens."""
+"""Check that a model reproduces the rows of an archive, by sampling them anew or by replaying their stored tokens."""
 
 import itertools
 import logging
@@ -54,7 +54,8 @@ def reproduce_archive(
     """Check the rows that a model sampled with this program's own noise, each in the dtype it was sampled in.
 
     Args:
-        checkpoint: The text model.
+        archive: Only read.
+        checkpoint: The text-to-image model.
         batch_size: Images at a time on each device, as the rows were sampled with.
         max_margin: See `find_mismatches`.
         sample_count: Check at most so many rows, evenly spread; None is all.
@@ -88,6 +89,8 @@ def select_ids(archive: Archive, checkpoint: Checkpoint, sample_count: int | Non
     """Find the rows that a model sampled with this program's own noise.
 
     Args:
+        archive: Only read.
+        checkpoint: The text-to-image model.
         sample_count: Return at most so many, evenly spread; None is all.
 
     Returns:
@@ -121,7 +124,11 @@ def find_mismatches(
     """Find the rows among `ids` that the model does not reproduce.
 
     Args:
-        max_margin: None samples every row again and compares tokens. A number feeds the stored tokens to the model, and
+        archive: Only read.
+        checkpoint: The model that sampled the rows.
+        ids: Of rows.
+        batch_size: Images at a time on each device, as the rows were sampled with.
+        max_margin: None samples every row anew and compares tokens. A number feeds the stored tokens to the model, and
             reports rows with a token that missed being sampled by more; that also serves rows made on other hardware.
         dtype: What the rows were sampled in.
 

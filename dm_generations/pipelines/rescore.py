@@ -68,7 +68,7 @@ def score_archive(
     codec_id = archive.find_model(dataclasses.replace(codec.model_info(), grid=None))
     grid = None if codec_id is None else archive.models()[codec_id].grid
     decoder = Decoder.from_checkpoint(codec, batch_size, grid=grid)
-    scorer = Scorer(clip, clip.load_tokenizer(), batch_size)
+    scorer = Scorer.from_checkpoint(clip, batch_size)
     model_names = {row_id: model.name for row_id, model in archive.models().items()}
     prompts = archive.prompts()
 

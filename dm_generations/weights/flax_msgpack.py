@@ -23,7 +23,20 @@ NDARRAY, NUMPY_SCALAR = 1, 3  # extension types
 CHUNKED = "__msgpack_chunked_array__"
 DTYPES = {
     name: np.dtype(name).newbyteorder("<")
-    for name in "bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
+    for name in [
+        "bool",
+        "float16",
+        "float32",
+        "float64",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+    ]
 } | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MAX_DEPTH = 64
 MAX_ENTRIES = 1_000_000  # of all maps together

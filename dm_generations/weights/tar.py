@@ -36,7 +36,7 @@ def unpacked(path: Path, wanted: Mapping[str, str]) -> Path:
 
 @functools.cache
 def _unpack(path: Path, size: int, mtime_ns: int, wanted: tuple[tuple[str, str], ...]) -> Path:
-    """size and mtime_ns tell one state of the file from another."""
+    """Size and mtime_ns tell one state of the file from another."""
     targets, folder = dict(wanted), Path(tempfile.mkdtemp(prefix=f"dm-generations-{path.name[:100]}-"))
     # Mapped files stay readable after this where a file in use can be removed at all.
     EXIT_CALLBACKS.callback(shutil.rmtree, folder, ignore_errors=True)

@@ -19,6 +19,8 @@ from dm_generations.archive import Archive
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.weights import native
 
+pytestmark = pytest.mark.e2e
+
 PROMPT = "a red cat"
 LETTERS = ["<s>", "<pad>", "</s>", "<unk>", "Ġ", *"abcdefghijklmnopqrstuvwxyz"]
 

@@ -15,6 +15,8 @@ from dm_generations.archive import Archive, ModelInfo, NewImage
 from dm_generations.export.journal import JOURNAL, Journal
 from dm_generations.sampling.params import SamplingParams
 
+pytestmark = pytest.mark.e2e
+
 TOKENS = random_tokens(6, GRID**2, CODEBOOK_SIZE)
 
 

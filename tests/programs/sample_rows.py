@@ -18,6 +18,6 @@ if __name__ == "__main__":
     keys = np.array([row_key(0, index) for index in range(len(params))], np.uint32)
     rows = ["a rocket"] * len(params), params, keys
     generator = Generator.load(sys.argv[1], batch_size=2)
-    samples = generator.draw(*rows)
+    samples = generator.sample(*rows)
     print(hashlib.sha256(samples.tokens.tobytes()).hexdigest(), samples.log_probs.tobytes().hex())
     print(generator.teacher_forced_margins(*rows, samples.tokens).max())

@@ -141,7 +141,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """x (B, T, D), mask (B or 1, 1, T, T) True where a query may look -> (B, T, D)."""
+        """X (B, T, D), mask (B or 1, 1, T, T) True where a query may look -> (B, T, D)."""
         width, heads = self.config.hidden_size, self.config.num_attention_heads
         inward = nn.initializers.normal(width**-0.5 * (2 * self.config.num_hidden_layers) ** -0.5)
         outward = nn.initializers.normal(width**-0.5)

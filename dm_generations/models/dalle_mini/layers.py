@@ -92,7 +92,7 @@ class FlaxBartAttention(nn.Module):
         return self._split_heads(self.k_proj(x)), self._split_heads(self.v_proj(x))
 
     def __call__(self, x, keys, values, bias, deterministic: bool):
-        """x (B, Q, d), keys and values (B, H, K, D), bias broadcastable to (B, H, Q, K) -> (B, Q, d)."""
+        """X (B, Q, d), keys and values (B, H, K, D), bias broadcastable to (B, H, Q, K) -> (B, Q, d)."""
         queries = self._split_heads(self.q_proj(x))
         queries = queries * (1.0 / math.sqrt(queries.shape[-1]))
         logits = jnp.einsum("bhqd,bhkd->bhqk", queries, keys, preferred_element_type=jnp.float32)
@@ -177,7 +177,7 @@ class _Layer(nn.Module):
         return norms[2 * block], norms[2 * block + 1]
 
     def _attention_block(self, block: int, x, keys_values, bias, deterministic: bool):
-        """x + norm(attention(norm(x))); `keys_values` maps the normed x to what is attended to."""
+        """X + norm(attention(norm(x))); `keys_values` maps the normed x to what is attended to."""
         norm_before, norm_after = self._norms(block)
         hidden = norm_before(x)
         keys, values = keys_values(hidden)
@@ -198,7 +198,7 @@ class FlaxBartEncoderLayer(_Layer):
         self._build(self.config.encoder_attention_heads, 1, self.config.encoder_ffn_dim)
 
     def __call__(self, x, bias, deterministic: bool):
-        """x (B, T, d), bias (B, 1, 1, T) -> (B, T, d), None; the pair is what a scan over layers needs."""
+        """X (B, T, d), bias (B, 1, 1, T) -> (B, T, d), None; the pair is what a scan over layers needs."""
         x = self._attention_block(0, x, self.FlaxBartAttention[0].keys_values, bias, deterministic)
         return self._ffn_block(x, deterministic), None
 

@@ -79,7 +79,7 @@ class _EncoderLayers(nn.Module):
             self.FlaxBartEncoderLayer = layers
 
     def __call__(self, x, bias, deterministic: bool):
-        """x (B, T, d), bias (B, 1, 1, T) -> (B, T, d)."""
+        """X (B, T, d), bias (B, 1, 1, T) -> (B, T, d)."""
         layers = [self.FlaxBartEncoderLayers] if self.config.use_scan else self.FlaxBartEncoderLayer
         for layer in layers:
             x, _ = layer(x, bias, deterministic)
@@ -104,7 +104,7 @@ class _DecoderLayers(nn.Module):
             self.FlaxBartDecoderLayer = layers
 
     def __call__(self, x, encoder_state, bias, cross_bias, deterministic: bool):
-        """x (B, L, d), encoder_state (B, T, d) -> (B, L, d)."""
+        """X (B, L, d), encoder_state (B, T, d) -> (B, L, d)."""
         layers = [self.FlaxBartDecoderLayers] if self.config.use_scan else self.FlaxBartDecoderLayer
         for layer in layers:
             x, _ = layer(x, encoder_state, bias, cross_bias, deterministic)
@@ -189,7 +189,7 @@ class _Decoder(_Stack):
         return self.layers.cross_keys_values(encoder_state)
 
     def decode_step(self, token, cache: Cache, step):
-        """token (B,) at position `step` -> (B, 1, d) and the layers' updated caches."""
+        """Token (B,) at position `step` -> (B, 1, d) and the layers' updated caches."""
         x = self._embed(token[:, None], step[None], deterministic=True)
         visible = jnp.arange(self.config.image_length) <= step
         bias = jnp.where(visible, 0.0, MASKED).astype(jnp.float32)[None, None, None]

@@ -80,7 +80,7 @@ def _norm(dtype: Any) -> nn.Module:
 
 
 def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x (B, H, n, D) with its first R channels turned, in pairs (0, 1), (2, 3), ...; cos and sin (1, 1, n, R)."""
+    """X (B, H, n, D) with its first R channels turned, in pairs (0, 1), (2, 3), ...; cos and sin (1, 1, n, R)."""
     width = cos.shape[-1]
     head = x[..., :width].astype(jnp.float32)
     pairs = head.reshape(*head.shape[:-1], -1, 2)
@@ -110,7 +110,7 @@ def _shifted(config: DallePytorchConfig, x: jax.Array, previous: jax.Array, abov
 
 
 def _delayed(x: jax.Array, by: int) -> jax.Array:
-    """x (B, n, d) with each position moved `by` later, zeros first."""
+    """X (B, n, d) with each position moved `by` later, zeros first."""
     return jnp.pad(x, ((0, 0), (by, 0), (0, 0)))[:, : x.shape[1]]
 
 
@@ -125,12 +125,12 @@ class _Attention(nn.Module):
         self.to_out = nn.Dense(self.config.dim, dtype=self.dtype)
 
     def queries_keys_values(self, x: jax.Array) -> list[jax.Array]:
-        """x (B, n, d) -> three of (B, H, n, D)."""
+        """X (B, n, d) -> three of (B, H, n, D)."""
         split = self.to_qkv(x).reshape(*x.shape[:2], 3, self.config.heads, self.config.dim_head)
         return [split[:, :, part].swapaxes(1, 2) for part in range(3)]
 
     def attend(self, queries, keys, values, mask):
-        """queries (B, H, n, D), keys and values (B, H, K, D), mask (n, K) true where seen -> (B, n, d)."""
+        """Queries (B, H, n, D), keys and values (B, H, K, D), mask (n, K) true where seen -> (B, n, d)."""
         queries = queries * self.config.dim_head**-0.5
         logits = jnp.einsum("bhqd,bhkd->bhqk", queries, keys, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(jnp.where(mask[None, None], logits, MASKED)).astype(self.dtype)
@@ -238,7 +238,7 @@ class _Transformer(nn.Module):
         return x, self._caches(remembered)
 
     def _through_layers(self, x, shift, attend):
-        """x (B, n, d) -> (B, n, d), where `shift(layer, block, x)` and `attend(layer, x)` see earlier positions."""
+        """X (B, n, d) -> (B, n, d), where `shift(layer, block, x)` and `attend(layer, x)` see earlier positions."""
         first = second = x  # one stream, or the two of a reversible network
         for layer in range(self.config.depth):
             wrapping = self.attn_wrapping[layer]
@@ -293,12 +293,12 @@ class _Columns(nn.Module):
         self.bias = self.param("bias", nn.initializers.zeros, (self.features,))
 
     def __call__(self, x):
-        """x (B, n, d) -> (B, n, features) float32."""
+        """X (B, n, d) -> (B, n, features) float32."""
         logits = jnp.einsum("bnd,dv->bnv", x, self.kernel.astype(self.dtype), preferred_element_type=jnp.float32)
         return logits + self.bias.astype(jnp.float32)[None, None]
 
     def embed(self, ids):
-        """ids (B, n) -> (B, n, d)."""
+        """Ids (B, n) -> (B, n, d)."""
         return jnp.moveaxis(jnp.take(self.kernel, ids, axis=1), 0, -1)
 
 
@@ -314,17 +314,17 @@ class _ToLogits(nn.Module):
         self.image = _Columns(self.config, self.config.num_image_tokens, self.dtype)
 
     def hidden(self, x):
-        """x (B, n, d) as the columns' projections take it."""
+        """X (B, n, d) as the columns' projections take it."""
         if self.config.stable:
             x = x / x.max(axis=-1, keepdims=True)
         return self.norm(x)
 
     def image_logits(self, x):
-        """x (B, n, d) -> (B, n, num_image_tokens) float32."""
+        """X (B, n, d) -> (B, n, num_image_tokens) float32."""
         return self.image(self.hidden(x))
 
     def __call__(self, x):
-        """x (B, n, d) from position 0 on -> (B, n, V) float32, MASKED for tokens of the other kind."""
+        """X (B, n, d) from position 0 on -> (B, n, V) float32, MASKED for tokens of the other kind."""
         hidden = self.hidden(x)
         predicts_image = (jnp.arange(x.shape[1]) >= self.config.text_seq_len)[None, :, None]
         text = jnp.where(predicts_image, MASKED, self.text(hidden))

@@ -125,7 +125,7 @@ class Attention(nn.Module):
         return LayerCache(self._split_heads(self.key(x)), self._split_heads(self.value(x)))
 
     def attend(self, x: jax.Array, layer: LayerCache, visible: jax.Array) -> jax.Array:
-        """x (B, Q, d) over keys and values (B, H, K, D); visible: bool, broadcastable to (B, H, Q, K)."""
+        """X (B, Q, d) over keys and values (B, H, K, D); visible: bool, broadcastable to (B, H, Q, K)."""
         queries = self._split_heads(self.query(x))
         logits = jnp.einsum("bhqd,bhkd->bhqk", queries, layer.keys, preferred_element_type=jnp.float32)
         logits = jnp.where(visible, logits / math.sqrt(queries.shape[-1]), MASKED)
@@ -273,7 +273,7 @@ class KakaoMinDalle(nn.Module):
         return self.head_img(self.ln_f(x))[:, 0], cache._replace(layers=tuple(layers))
 
     def _embed_text(self, ids, positions):
-        """ids (B, Q) at positions (Q,) of the text -> (B, Q, d)."""
+        """Ids (B, Q) at positions (Q,) of the text -> (B, Q, d)."""
         return self._sum(self.tok_emb_txt(ids), self.pos_emb_txt(positions))
 
     def _embed_image(self, tokens, positions):
