@@ -19,8 +19,8 @@ import numpy as np
 
 from dm_generations.errors import UserError
 from dm_generations.weights import unpickler
-from dm_generations.weights.unpickler import Opaque, is_class
 from dm_generations.weights.mmap import MAX_DIMENSIONS, Malformed, MappedFile, short_shape
+from dm_generations.weights.unpickler import Opaque, is_class
 
 __all__ = ["Opaque", "read_torch", "state_of"]
 
