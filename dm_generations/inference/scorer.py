@@ -53,12 +53,14 @@ class Scorer:
         def image_tower(params, images):
             with matmul_precision(np.float32):
                 pixels = preprocessing.apply(images)
-                return unit(model.apply({"params": params}, pixels, method="get_image_features"))
+                features: Any = model.apply({"params": params}, pixels, method="get_image_features")
+                return unit(features)
 
         @jax.jit
         def text_tower(params, input_ids, attention_mask):
             with matmul_precision(np.float32):
-                return unit(model.apply({"params": params}, input_ids, attention_mask, method="get_text_features"))
+                features: Any = model.apply({"params": params}, input_ids, attention_mask, method="get_text_features")
+                return unit(features)
 
         self._image_tower, self._text_tower = image_tower, text_tower
 
