@@ -1,7 +1,7 @@
 """Files that appear whole or not at all.
 
-A file is written under a temporary name in the folder where it belongs, then renamed: readers see the old
-file or the whole new one. A killed process leaves at most temporary files, which the next run removes.
+A file is written under a temporary name in its own folder, then renamed: readers see the old file or the whole new
+one. A killed process leaves at most temporary files, which the next run removes.
 """
 
 import contextlib
@@ -16,19 +16,34 @@ from pathlib import Path
 from typing import BinaryIO
 
 _TEMPORARY = re.compile(r"\.dmg-(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}\.tmp")
-_HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # a process number means something on its own host only
-_FOREIGN_STALE_S = 3600  # a file is written in far less, so an older one of another host is abandoned
+_HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # hosts that share a disk have other process numbers
+_FOREIGN_STALE_S = 3600  # writing a file takes far less, so an older one of another host is abandoned
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Write `path` whole or not at all; its folder must exist. Raises OSError."""
+    """Write a file whole or not at all.
+
+    Args:
+        path: Its folder must exist.
+        data: The content.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     with replacing(path) as file:
         file.write(data)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which becomes `path` when the block ends, and is gone after an error in it. Raises OSError."""
+    """Yield a file to write, which becomes `path` when the block ends, and is removed after an error.
+
+    Args:
+        path: Its folder must exist.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     temporary = temporary_path(path.parent)
     try:
         with open(temporary, "xb") as file:
@@ -40,17 +55,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def temporary_path(folder: Path) -> Path:
-    """Where to write a file that is to be renamed within `folder` when it is whole."""
-    # Short, whatever the length of the final name: a longer one might not fit the file system.
+    """Return a new path in `folder` for a file that is renamed when it is whole."""
+    # Short, because the final name can be as long as the file system allows.
     return folder / f".dmg-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 def remove_stale_temporaries(folder: Path) -> None:
-    """Remove what killed processes left in `folder`; call it before this process writes there."""
+    """Remove what killed processes left in `folder`. Call it before this process writes there."""
     try:
         names = [name for name in os.listdir(folder) if name.startswith(".dmg-")]
     except OSError:
-        return  # housekeeping: a folder that cannot be read is reported when it is written
+        return  # the error is reported when the folder is written
     for name in names:
         match = _TEMPORARY.fullmatch(name)
         with contextlib.suppress(OSError):
@@ -66,7 +81,7 @@ def _is_stale(path: Path, host: str, process: int) -> bool:
 
 def _is_running(process: int) -> bool:
     try:
-        os.kill(process, 0)  # sends nothing; only asks
+        os.kill(process, 0)  # sends no signal
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:

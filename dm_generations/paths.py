@@ -1,4 +1,4 @@
-"""Where files that ship with the project lie, and where its caches go."""
+"""Where shipped files and caches are, and names of files that any file system takes."""
 
 import os
 import re
@@ -17,9 +17,10 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped(relative: str) -> Path:
-    """Path of a file that ships: inside the wheel (`_shipped/`), or at the root of a checkout.
+    """Return the path of a file that ships: inside the wheel (`_shipped/`), or at the root of a checkout.
 
-    Raises UserError when the installation lacks it.
+    Raises:
+        UserError: The installation lacks it.
     """
     for root in (PACKAGE / "_shipped", PACKAGE.parent):
         path = root / relative
@@ -29,10 +30,13 @@ def shipped(relative: str) -> Path:
 
 
 def cache_dir(name: str) -> Path:
-    """A private folder (mode 0700) of this user's for `name`, created when missing.
+    """Return a private folder (mode 0700) of this user, created when it is missing.
 
     It holds executable code (compiled programs), so a folder that another user owns or may write is refused.
-    UserError: that, or a user without a home, as in a container that runs under a number of its own.
+
+    Raises:
+        UserError: The folder belongs to another user, or this user has no home, as in a container that runs under a
+            user number without a name.
     """
     path = _cache_base() / "dm-generations" / name
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -66,3 +70,13 @@ def sanitize_file_name(text: str, extension: str) -> str:
     """Return `text` with an extension as a file name of at most 255 bytes; see `sanitize_name`."""
     stem = sanitize_name(text)[:STEM_CHARACTERS].encode()
     return stem[: NAME_BYTES - len(extension)].decode(errors="ignore") + extension
+
+
+def utf8_path(folder: Path, name: str) -> Path:
+    """Return the path of a file whose name is UTF-8 on disk in every locale, also in one that lacks its characters.
+
+    Args:
+        folder: An existing or new folder.
+        name: Relative to it, with "/" between its parts.
+    """
+    return folder / os.fsdecode(name.encode())

@@ -4,12 +4,11 @@ import os
 import tempfile
 
 import jax
+import pytest
 from helpers import golden, golden_dirs
+from tiny import TinyModels, tiny_models
 
 __all__ = ["golden", "golden_dirs"]
-
-# Files of minutes. A process takes a whole file, so that one of them at the end would leave the other processes idle.
-LONG = ("test_readme.py", "test_emoji_runs.py", "test_public_models.py", "test_generate.py", "test_notebook.py")
 
 
 def pytest_configure(config):
@@ -22,6 +21,7 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def pytest_collection_modifyitems(items):
-    """The long files first, the rest as it was."""
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> TinyModels:
+    """A text-to-image model, a codec and a CLIP, which tests share so that each program is compiled once."""
+    return tiny_models(tmp_path_factory.mktemp("models"))

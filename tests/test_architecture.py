@@ -14,7 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors"},
     {"atomic_io", "paths", "progress"},
-    {"archive", "weights", "runtime"},
+    {"archive", "weights"},
+    {"runtime"},
     {"sampling", "models"},
     {"inference"},
     {"pipelines", "export"},

@@ -13,6 +13,8 @@ import pytest
 
 from dm_generations.cli import build_parser
 
+pytestmark = pytest.mark.e2e
+
 PATH = Path(__file__).resolve().parent.parent / "dm_generations_decode.ipynb"
 NOTEBOOK = json.loads(PATH.read_text(encoding="utf-8"))
 CODE = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]

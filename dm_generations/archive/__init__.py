@@ -1,4 +1,4 @@
-"""Archives of images as tokens, in SQLite. Standard library only; never imports JAX or NumPy.
+"""Archives of images as tokens, in SQLite. Needs only the standard library; never imports JAX or NumPy.
 
 with Archive.open("archive/emoji.db") as archive:
     for group in archive.groups():
@@ -7,7 +7,7 @@ with Archive.open("archive/emoji.db") as archive:
 
 from dm_generations.archive.connection import ArchiveError
 from dm_generations.archive.database import Archive
-from dm_generations.archive.info import ArchiveInfo, LogProbInfo, ModelUse, PromptInfo, ScoreInfo, TokenInfo, info
+from dm_generations.archive.info import ArchiveInfo, ModelUse, PromptInfo, TokenInfo, ValueRange, info
 from dm_generations.archive.merge import SourceReport, merge
 from dm_generations.archive.records import (
     DTYPES,
@@ -32,16 +32,15 @@ __all__ = [
     "Group",
     "GroupKey",
     "ImageRow",
-    "LogProbInfo",
     "ModelInfo",
     "ModelKind",
     "ModelUse",
     "NewImage",
     "Problem",
     "PromptInfo",
-    "ScoreInfo",
     "SourceReport",
     "TokenInfo",
+    "ValueRange",
     "info",
     "init_md5",
     "merge",

@@ -1,8 +1,8 @@
 """SQLite underneath: opening files safely, SQLite's errors as one line, and new files that appear whole.
 
-Locking: the rollback journal, not WAL. So the archive is one file whenever no batch is in flight, works on network
-disks, and is read from folders that cannot be written. The price, that a reader holds off a commit, is kept small: no
-method of `Archive` leaves a query open between two rows.
+Locking: archives use a rollback journal, not a write-ahead log (WAL). So an archive is one file whenever no batch is
+being written, works on network disks, and can be read in folders that cannot be written. The price is that a commit
+waits for readers; so no method of `Archive` leaves a query open between two rows.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ APPLICATION_ID: Final = 0x444D4731  # "DMG1"
 HEADER_BYTES: Final = 100  # https://www.sqlite.org/fileformat.html#the_database_header
 MAGIC: Final = b"SQLite format 3\x00"
 JOURNAL: Final = "-journal"
+LOG: Final = "-wal"
 JOURNAL_MAGIC: Final = bytes.fromhex("d9d505f920a163d7")
 MAX_NAME_BYTES: Final = 255  # of one name, on nearly every file system
 COMMIT_TIMEOUT: Final = 60.0  # seconds to wait for another program's lock when finished work would be lost
@@ -36,17 +37,17 @@ _EXPLANATIONS: Final = {
     "SQLITE_CANTOPEN": "the archive or its folder cannot be opened; check the permissions",
     "SQLITE_FULL": "the disk is full; free some space and run the command again",
     "SQLITE_IOERR": "reading or writing the disk failed",
-    "SQLITE_CONSTRAINT": "a value does not fit the archive's format",
+    "SQLITE_CONSTRAINT": "the archive's format does not allow a value",
 }
 
 
 class ArchiveError(UserError):
-    """An archive cannot be read or written as asked; the text is one line for the user."""
+    """An archive cannot be read or written; the text is one line for the user."""
 
 
 @contextlib.contextmanager
 def sqlite_errors(path: Path) -> Iterator[None]:
-    """Turns SQLite's exceptions into an ArchiveError that names the file and what to do."""
+    """Turn SQLite's exceptions into ArchiveErrors, which name the file and say what to do."""
     try:
         yield
     except sqlite3.Error as error:
@@ -56,7 +57,7 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     except UnicodeDecodeError as error:  # from Python's sqlite3, for a message that quotes the file
         raise ArchiveError(f"{path}: SQLite refused, in words that are not UTF-8: {error.object!r:.200}") from error
     except OverflowError as error:
-        raise ArchiveError(f"{path}: a number does not fit into 64 bits") from error
+        raise ArchiveError(f"{path}: a number needs more than 64 bits") from error
 
 
 def _explain(error: sqlite3.Error) -> str:
@@ -70,12 +71,12 @@ def _explain(error: sqlite3.Error) -> str:
 
 
 def is_damage(error: ArchiveError) -> bool:
-    """Tells whether SQLite met a page that is not what it should be."""
+    """Return whether an error was caused by a damaged page of the file."""
     return (getattr(error.__cause__, "sqlite_errorname", None) or "").startswith("SQLITE_CORRUPT")
 
 
 class Connection:
-    """An open database in autocommit mode, whose errors are ArchiveErrors. For the modules of this package."""
+    """An open database in autocommit mode, whose errors are ArchiveErrors. Only the modules of this folder use it."""
 
     def __init__(self, path: Path, sqlite: sqlite3.Connection, timeout: float):
         self.path = path
@@ -88,40 +89,40 @@ class Connection:
         return self._sqlite.in_transaction
 
     def close(self) -> None:
-        """Closes the database; an open transaction is rolled back."""
+        """Close the database; an open transaction is rolled back."""
         self._sqlite.close()
 
     def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
-        """Runs one statement."""
+        """Run one statement."""
         with sqlite_errors(self.path):
             return self._sqlite.execute(sql, parameters)
 
     def script(self, sql: str) -> None:
-        """Runs several statements."""
+        """Run several statements."""
         with sqlite_errors(self.path):
             self._sqlite.executescript(sql)
 
     def rows(self, sql: str, parameters: Any = ()) -> Iterator[Row]:
-        """Yields the rows of a query one by one. While it runs, other programs cannot commit."""
+        """Yield the rows of a query one by one. While it runs, other programs cannot commit."""
         with sqlite_errors(self.path):
             yield from self._sqlite.execute(sql, parameters)
 
     def value(self, sql: str, parameters: Any = ()) -> Any:
-        """Returns the first column of the first row, None if there is no row."""
+        """Return the first column of the first row, None if there is no row."""
         return next(self.rows(sql, parameters), (None,))[0]
 
     def write_many(self, sql: str, rows: Iterable[Row]) -> int:
-        """Runs one statement for each row of parameters; returns how many rows of the table changed."""
+        """Run one statement for each row of parameters; return how many rows of the table changed."""
         with sqlite_errors(self.path):
             return self._sqlite.executemany(sql, rows).rowcount
 
     def set_authorizer(self, authorize: Any) -> None:
-        """Sets what SQLite asks before it compiles a statement (https://www.sqlite.org/c3ref/set_authorizer.html)."""
+        """Set what SQLite asks before it compiles a statement (https://www.sqlite.org/c3ref/set_authorizer.html)."""
         self._sqlite.set_authorizer(authorize)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commits what the block writes when it ends, or undoes all of it."""
+        """Commit what the block writes when it ends, or undo all of it."""
         self.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -137,15 +138,16 @@ class Connection:
 
 
 def connect(path: Path, mode: Mode, timeout: float) -> Connection:
-    """Opens an SQLite database.
+    """Open an SQLite database.
 
     Args:
-        path: the file, which must exist.
-        mode: "r" never changes the file nor leaves another next to it.
-        timeout: seconds to wait for another program's lock.
+        path: The file, which must exist.
+        mode: "r" does not change the file, and leaves no other file next to it.
+        timeout: Seconds to wait for another program's lock.
 
     Raises:
-        ArchiveError: not an SQLite database, damaged, locked, or a killed writer's batch that cannot be undone.
+        ArchiveError: The file is not an SQLite database, is damaged or locked, or a stopped program's batch cannot be
+            rolled back here.
     """
     header = _read_header(path)
     _check_journal(path)
@@ -157,28 +159,36 @@ def connect(path: Path, mode: Mode, timeout: float) -> Connection:
         try:
             sqlite.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except sqlite3.OperationalError as error:
+            if _has_log(path, header) and error.sqlite_errorname.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
+                raise ArchiveError(
+                    f"{path}: its last commits are in {path.resolve().name}{LOG}, which SQLite reads only where it can"
+                    f" write; copy the archive and its {LOG} to a folder of yours"
+                ) from error
             if error.sqlite_errorname != "SQLITE_READONLY_ROLLBACK":
                 raise
             _check_undoable(path, header)
             _undo_interrupted_write(path, timeout)
         if mode == "w":
-            if _is_wal(header):  # another tool switched it; see the docstring of this module
+            if _is_wal(header):  # another tool switched it on; see the docstring of this module
                 sqlite.execute("PRAGMA journal_mode = DELETE")
             sqlite.execute("PRAGMA foreign_keys = ON")
-            # In KiB: room for the busy pages of the indexes while rows are added.
-            sqlite.execute("PRAGMA cache_size = -32768")
+            sqlite.execute("PRAGMA cache_size = -32768")  # KiB; holds the indexes' pages while rows are added
         on_error.pop_all()
     return Connection(path, sqlite, timeout)
 
 
 def connect_new(file: Path, path: Path, timeout: float) -> Connection:
-    """Makes an empty database in `file`, whose errors name `path`."""
+    """Make an empty database in `file`; its errors name `path`."""
     with sqlite_errors(path):
         return Connection(path, sqlite3.connect(file, timeout=timeout, isolation_level=None), timeout)
 
 
 def _read_header(path: Path) -> bytes:
-    """The first 100 bytes of an SQLite database, or an ArchiveError that says what the file is instead."""
+    """Return the first 100 bytes of an SQLite database.
+
+    Raises:
+        ArchiveError: The file is something else; the text says what.
+    """
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise ArchiveError(f"{path}: this is not a regular file")  # reading a pipe would wait for ever
@@ -195,7 +205,7 @@ def _read_header(path: Path) -> bytes:
         raise ArchiveError(f"{path}: the file is empty, not an archive")
     if not header.startswith(MAGIC):
         raise ArchiveError(f"{path}: this is not an SQLite database, so not an archive")
-    # SQLite takes the end of a page that is cut off for zeros.
+    # SQLite itself would read the missing end of a page as zeros.
     if len(header) < HEADER_BYTES or (size % _page_bytes(header) and not _is_being_written(path)):
         raise ArchiveError(f"{path}: the file is damaged or cut short; get another copy of it")
     return header
@@ -207,11 +217,11 @@ def _page_bytes(header: bytes) -> int:
 
 
 def _is_being_written(path: Path) -> bool:
-    return any(_companion(path, suffix).exists() for suffix in (JOURNAL, "-wal"))
+    return any(_companion(path, suffix).exists() for suffix in (JOURNAL, LOG))
 
 
 def _companion(path: Path, suffix: str) -> Path:
-    """The file that SQLite keeps next to a database; it resolves links first."""
+    """Return the path of a file that SQLite writes next to a database. Like SQLite, resolves links first."""
     path = path.resolve()
     return path.with_name(path.name + suffix)
 
@@ -224,11 +234,20 @@ def _is_wal(header: bytes) -> bool:
     return 2 in header[18:20]
 
 
+def _has_log(path: Path, header: bytes) -> bool:
+    """Return whether a file in WAL mode has commits in a log next to it."""
+    log = _companion(path, LOG)
+    return _is_wal(header) and log.exists() and log.stat().st_size > 0
+
+
 def _check_journal(path: Path) -> None:
-    """Refuses a rollback journal that names a super-journal: SQLite would delete the file of that name.
+    """Refuse a rollback journal that names a super-journal: SQLite would delete the file of that name.
 
     Such a journal ends with the name, its length, its checksum and the magic number
     (https://www.sqlite.org/fileformat.html#the_rollback_journal, `writeSuperJournal` in SQLite's pager.c).
+
+    Raises:
+        ArchiveError: The journal names one, or cannot be read.
     """
     journal = _companion(path, JOURNAL)
     try:
@@ -252,8 +271,7 @@ def _check_journal(path: Path) -> None:
 
 def _open(path: Path, header: bytes, mode: Mode, timeout: float) -> sqlite3.Connection:
     uri = f"{path.resolve().as_uri()}?mode={'ro' if mode == 'r' else 'rw'}"
-    log = _companion(path, "-wal")
-    if mode == "r" and _is_wal(header) and not (log.exists() and log.stat().st_size):
+    if mode == "r" and _is_wal(header) and not _has_log(path, header):
         # Reading a file in WAL mode would create -wal and -shm next to it. Without a log nobody is writing.
         uri += "&immutable=1"
     sqlite = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
@@ -264,7 +282,11 @@ def _open(path: Path, header: bytes, mode: Mode, timeout: float) -> sqlite3.Conn
 
 
 def _check_undoable(path: Path, header: bytes) -> None:
-    """ArchiveError where a killed writer's batch is not for us to undo, or cannot be undone in this place."""
+    """Check that the batch of a stopped program may be rolled back here.
+
+    Raises:
+        ArchiveError: It may not: the file has the layout of 2022, or cannot be written.
+    """
     if _application_id(header) != APPLICATION_ID:
         remedy = "the program `sqlite3` does that when it reads the file; this one changes no archive of 2022"
     elif not (os.access(path, os.W_OK) and os.access(path.resolve().parent, os.W_OK | os.X_OK)):
@@ -275,17 +297,17 @@ def _check_undoable(path: Path, header: bytes) -> None:
 
 
 def _undo_interrupted_write(path: Path, timeout: float) -> None:
-    """Lets SQLite roll back a killed writer's batch, which a read-only connection may not do."""
+    """Let SQLite roll back a stopped program's batch, which a read-only connection may not do."""
     sqlite = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=timeout)
     with contextlib.closing(sqlite):
         sqlite.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
 
 def check_writable(path: Path) -> None:
-    """Checks early that SQLite can write to `path`; it would find out after the models have been loaded.
+    """Check that SQLite can write to `path`, before models are loaded for it.
 
     Raises:
-        ArchiveError: the folder is missing, or it or the file cannot be written.
+        ArchiveError: The folder is missing, or it or the file cannot be written.
     """
     folder = path.resolve().parent
     if not folder.is_dir():
@@ -300,12 +322,12 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a path for SQLite to fill, which becomes `path` if the block succeeds and is removed if not.
+    """Yield a path for SQLite to write, which becomes `path` if the block succeeds and is removed if not.
 
-    It lies in a folder of its own next to `path`, where its journals go too.
+    It is in a temporary folder next to `path`, together with its journal. Nothing is ever overwritten.
 
     Raises:
-        ArchiveError: `path` exists, also when it appeared in the meantime. Nothing is ever overwritten.
+        ArchiveError: `path` exists, or was made in the meantime; or its folder cannot be written.
     """
     try:
         if path.exists() or path.is_symlink():

@@ -45,6 +45,7 @@ from dm_generations.archive.schema import (
     check_tables,
     create_images_view,
     guard_triggers,
+    is_newest,
     needed_columns,
     read_version,
     upgrade,
@@ -59,14 +60,14 @@ class Archive:
     """An open archive; a context manager. Use it from one thread at a time.
 
     Attributes:
-        path: the file.
+        path: The file.
         mode: "r" or "w".
-        version: of the format, 0 for the layout of 2022.
-        connection: for the modules of this package; others use the methods.
+        version: Of the format, 0 for the layout of 2022.
+        connection: For the modules of this package; others use the methods.
     """
 
     def __init__(self, path: Path, connection: Connection, mode: Mode, version: int):
-        """Not for callers, who use `open` or `create`."""
+        """Wrap an open connection; callers use `open` or `create`."""
         self.path = path
         self.mode = mode
         self.version = version
@@ -75,44 +76,54 @@ class Archive:
 
     @classmethod
     def create(cls, path: str | os.PathLike[str]) -> "Archive":
-        """Makes a new, empty archive and opens it for writing.
+        """Make a new, empty archive and open it for writing.
+
+        Args:
+            path: A path that does not exist, in a folder that does.
+
+        Returns:
+            The archive, to be closed by the caller.
 
         Raises:
-            ArchiveError: the path exists, or its folder cannot be written.
+            ArchiveError: The path exists, or its folder cannot be written.
         """
         path = Path(path)
-        with new_file(path) as temporary:
-            with contextlib.closing(connect_new(temporary, path, LOCK_TIMEOUT)) as connection, connection.transaction():
-                upgrade(connection)
+        with (
+            new_file(path) as temporary,
+            contextlib.closing(connect_new(temporary, path, LOCK_TIMEOUT)) as connection,
+            connection.transaction(),
+        ):
+            upgrade(connection)
         return cls.open(path, "w")
 
     @classmethod
     def open_or_create(cls, path: str | os.PathLike[str]) -> "Archive":
-        """Opens an archive for writing; makes it if there is none, also when several programs do so at once."""
+        """Open an archive for writing, and make it if there is none. Several programs may do so at once."""
         path = Path(path)
         if not os.path.lexists(path):
             try:
                 cls.create(path).close()
             except ArchiveError:
-                if not os.path.exists(path):  # or else another program was quicker
+                if not os.path.exists(path):  # otherwise another program has made it in the meantime
                     raise
         return cls.open(path, "w")
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], mode: Mode = "r", timeout: float = LOCK_TIMEOUT) -> "Archive":
-        """Opens an existing archive.
+        """Open an existing archive.
 
-        Do not open a file that this process is writing to: the header is read by hand, and a file that is closed by
-        hand loses SQLite's locks (https://www.sqlite.org/howtocorrupt.html, 2.2).
+        Do not open a file that this process is writing to: the header is read without SQLite, and closing a file that
+        way drops SQLite's locks on it (https://www.sqlite.org/howtocorrupt.html, 2.2).
 
         Args:
-            path: the file.
-            mode: "r" leaves the file as it is. "w" updates an older format in one transaction, so that others find the
-                old format or the new one; it refuses the layout of 2022.
-            timeout: seconds to wait, here and later, while another program has the file locked.
+            path: The file.
+            mode: "r" leaves the file as it is. "w" updates an older version of the format in one transaction, so that
+                other programs find the old version or the new one; it refuses the layout of 2022.
+            timeout: Seconds to wait, here and later, while another program has the file locked.
 
         Raises:
-            ArchiveError: no such file, not a database, damaged, other tables, newer than this program, read-only.
+            ArchiveError: There is no such file, or it is not an archive, damaged, locked, newer than this program, or
+                cannot be written.
         """
         assert mode in ("r", "w"), mode
         path = Path(path)
@@ -136,23 +147,23 @@ class Archive:
     def _prepare_to_write(self) -> None:
         self.check_appendable()
         guard_triggers(self.connection)
-        if self.version < SCHEMA_VERSION:
+        if not is_newest(self.connection):
             with self.transaction():
                 upgrade(self.connection)
             self.version = read_version(self.connection)
             check_tables(self.connection, needed_columns(self.version))
 
     def check_appendable(self) -> None:
-        """Checks that images can be added to this file, once it is open for writing.
+        """Check that images can be added to this file, once it is open for writing.
 
         Raises:
-            ArchiveError: it has the layout of 2022.
+            ArchiveError: It has the layout of 2022.
         """
         if self.version == 0:
             raise ArchiveError(f"{self.path}: the 2022 layout is only read; `merge` it into a new archive to add to it")
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self.connection.close()
 
     def __enter__(self) -> "Archive":
@@ -166,18 +177,18 @@ class Archive:
     # Reading
 
     def prompts(self) -> dict[int, str | None]:
-        """Returns texts by id, in order of id.
+        """Return texts by id, in order of id.
 
         Bytes that are not UTF-8 come back as U+FFFD; only an archive of 2022 has None.
         """
         return self._texts("prompts")
 
     def sc_prompts(self) -> dict[int, str | None]:
-        """Returns texts by id, in order of id; None is the model's own empty unconditional prompt."""
+        """Return texts by id, in order of id; None is the model's own empty unconditional prompt."""
         return self._texts("sc_prompts")
 
     def models(self) -> dict[int, ModelInfo]:
-        """Returns models by id; none for an archive of 2022, which does not say."""
+        """Return models by id; none for an archive of 2022, which does not record them."""
         models = {}
         for row_id, *values in self.connection.rows(queries.SELECT_MODELS):
             try:
@@ -186,28 +197,32 @@ class Archive:
                 raise ArchiveError(f"{self.path}: model {row_id!r:.40}: {error}; run `verify`") from error
         return models
 
+    def find_model(self, model: ModelInfo) -> int | None:
+        """Return the id of the first model that matches; see `ModelInfo.matches`."""
+        return next((row_id for row_id, stored in self.models().items() if stored.matches(model)), None)
+
     def count(self) -> int:
-        """Returns the number of images."""
+        """Return the number of images."""
         return self.connection.value("SELECT count(*) FROM images")
 
     def groups(
         self, prompt_ids: Collection[int] | None = None, sc_prompt_ids: Collection[int] | None = None
     ) -> list[Group]:
-        """Returns groups with their sizes, ordered by prompt, sc prompt, top_k, top_p, temperature, cond_scale.
+        """Return the groups, ordered by prompt, unconditional prompt, top_k, top_p, temperature, cond_scale.
 
         Args:
-            prompt_ids: only groups of these prompts, None for all; ids that do not exist select nothing.
-            sc_prompt_ids: the same for unconditional prompts.
+            prompt_ids: Only groups of these prompts, None for all; unknown ids are ignored.
+            sc_prompt_ids: The same for unconditional prompts.
         """
         parameters = {"prompt_ids": _json_ids(prompt_ids), "sc_prompt_ids": _json_ids(sc_prompt_ids)}
-        rows = self.connection.rows(queries.COUNT_GROUPS.format(table=self._indexed_table()), parameters)
+        rows = list(self.connection.rows(queries.COUNT_GROUPS.format(table=self._indexed_table()), parameters))
         try:
             return [Group(parse_group_key(row[:-1]), row[-1]) for row in rows]
         except ArchiveError as error:
-            raise self._named(error) from error
+            raise ArchiveError(f"{self.path}: {error}") from error
 
     def image_ids(self, key: GroupKey, limit: int | None = None) -> Sequence[int]:
-        """Returns ids of a group's images: highest clip_score_input first, unscored ones last, ties by id."""
+        """Return ids of a group's images: highest clip_score_input first, unscored ones last, ties by id."""
         parameters = [*key.values(), -1 if limit is None else limit]
         query = queries.IDS_BEST_FIRST.format(table=self._indexed_table())
         ids = array.array("q")
@@ -218,14 +233,14 @@ class Archive:
         return ids
 
     def rows(self, key: GroupKey, limit: int | None = None) -> Iterator[ImageRow]:
-        """Yields a group's images, in the order of `image_ids`."""
+        """Yield a group's images, in the order of `image_ids`."""
         return self.read_rows(self.image_ids(key, limit))
 
     def read_rows(self, ids: Iterable[int]) -> Iterator[ImageRow]:
-        """Yields these images, in the order of `ids`; ids that do not exist are left out.
+        """Yield these images, in the order of `ids`, without unknown ids.
 
-        Of a row on a damaged page come the id, no tokens, and None for all else: its place in the order must not pass
-        to the next.
+        A row on a damaged page is yielded with its id, no tokens, and None for all else, so that the rank of the next
+        ones stays the same.
         """
         chunk: list[int] = []
         for row_id in ids:
@@ -236,49 +251,49 @@ class Archive:
         yield from self._read_chunk(chunk)
 
     def rows_to_score(self, rescore: bool = False, clip_id: int | None = None) -> Iterator[ImageRow]:
-        """Yields images that lack a score, by id. Scores may be written while this runs.
+        """Yield images that lack a score, by id. Scores may be written while this runs.
 
         Args:
-            rescore: also images that have one, except those that the model `clip_id` scored.
+            rescore: Also images that have one, except those that the model `clip_id` scored.
             clip_id: None for a model that the archive does not have.
         """
         parameters = {"rescore": rescore, "clip_id": clip_id}
         return map(parse_image, self._scan(IMAGE_COLUMNS, queries.TO_SCORE, parameters))
 
     def count_to_score(self, rescore: bool = False, clip_id: int | None = None) -> int:
-        """Returns how many images `rows_to_score` yields."""
+        """Return how many images `rows_to_score` yields."""
         parameters = {"rescore": rescore, "clip_id": clip_id}
         return self.connection.value(f"SELECT count(*) FROM images WHERE {queries.TO_SCORE}", parameters)
 
     def existing_keys(
         self, key: GroupKey, generator_id: int | None, sampler_version: int | None = None, init_md5: str = ""
     ) -> set[tuple[int, int]]:
-        """Returns (key0, key1) of the images of a group that this generator sampled.
+        """Return (key0, key1) of the images of a group that this generator sampled.
 
         Args:
-            key: of the group.
-            generator_id: the model's id.
-            sampler_version: None for any.
-            init_md5: of the initial tokens; "" is for images without.
+            key: The group.
+            generator_id: The model's id.
+            sampler_version: Version of the sampling rules, None for any.
+            init_md5: MD5 of the initial tokens; "" for images without.
         """
         parameters = [*key.values(), generator_id, sampler_version, sampler_version, init_md5]
         return {(key0, key1) for key0, key1 in self.connection.rows(queries.KEYS_OF_GROUP, parameters)}
 
     def scan(self, columns: Sequence[str], last_id: int | None = None) -> Iterator[Row]:
-        """Yields these columns of all images, by id, in constant memory.
+        """Yield these columns of all images, by id, in constant memory.
 
         Args:
-            columns: names of columns; those that an older file lacks have their defaults.
-            last_id: the last image to read; None reads to the end.
+            columns: Names of columns; a column that an older file lacks has its default value.
+            last_id: The last image to read; None reads to the end.
 
         Raises:
-            ArchiveError: the ids do not ascend, as they do in any archive that is not damaged.
+            ArchiveError: The ids do not ascend, as they do in any archive that is not damaged.
         """
         assert set(columns) <= set(ALL_COLUMNS), columns
         return self._scan(columns, ":last_id IS NULL OR id <= :last_id", {"last_id": last_id})
 
     def missing_indexes(self) -> list[str]:
-        """Returns names of indexes of the format that the file lacks; an archive of 2022 has none to lack."""
+        """Return names of the format's indexes that the file lacks; none for an archive of 2022."""
         if self.version == 0:
             return []
         rows = self.connection.rows("SELECT name FROM main.sqlite_master WHERE type = 'index'")
@@ -288,10 +303,10 @@ class Archive:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commits all that is written inside when the block ends, or undoes all of it.
+        """Commit what the block writes when it ends, or undo all of it.
 
         Raises:
-            ArchiveError: the archive is open for reading, or another program holds the lock.
+            ArchiveError: The archive is open for reading, or another program holds the lock.
         """
         if self.mode != "w":
             raise ArchiveError(f"{self.path}: the archive is open for reading only")
@@ -299,29 +314,33 @@ class Archive:
             yield
 
     def prompt_id(self, text: str) -> int:
-        """Returns the id of a prompt, which is added if it is new.
+        """Return the id of a prompt, which is added if it is new.
 
         Raises:
-            ArchiveError: a NUL byte or a lone surrogate in it.
+            ArchiveError: The text has a NUL byte or a lone surrogate.
         """
         return self.text_id("prompts", self._without_nul(text))
 
     def sc_prompt_id(self, text: str | None) -> int:
-        """Returns the id of an unconditional prompt, which is added if it is new; 1 for None."""
+        """Return the id of an unconditional prompt, which is added if it is new; 1 for None."""
         return 1 if text is None else self.text_id("sc_prompts", self._without_nul(text))
 
     def text_id(self, table: str, text: str) -> int:
-        """Returns the id of a text in `prompts` or `sc_prompts`, which is added if it is new."""
-        found = self.connection.value(f"SELECT id FROM {table} WHERE desc = ?", (text,))
-        return self._insert(f"INSERT INTO {table} (desc) VALUES (?)", (text,)) if found is None else found
+        """Return the id of a text in `prompts` or `sc_prompts`, which is added if it is new."""
+        find = f"SELECT id FROM {table} WHERE desc = ?"
+        return self._find_or_insert(find, (text,), f"INSERT INTO {table} (desc) VALUES (?)", (text,))
+
+    def add_model(self, model: ModelInfo) -> int:
+        """Return the id of a model that matches, which is added if there is none; see `ModelInfo.matches`."""
+        found = self.find_model(model)
+        return self.model_id(model) if found is None else found
 
     def model_id(self, model: ModelInfo) -> int:
-        """Returns the id of a model, which is added if it is new."""
+        """Return the id of a model, which is added if it is new."""
         config = json.dumps(model.config, sort_keys=True, separators=(",", ":"))
         identity = (model.kind, model.sha256, config)
-        found = self.connection.value(queries.FIND_MODEL, identity)
-        sizes = (model.grid, model.codebook_size, model.image_size)
-        return self._insert(queries.INSERT_MODEL, (*identity, model.name, *sizes)) if found is None else found
+        values = (*identity, model.name, model.grid, model.codebook_size, model.image_size)
+        return self._find_or_insert(queries.FIND_MODEL, identity, queries.INSERT_MODEL, values)
 
     def add_images(
         self,
@@ -331,20 +350,20 @@ class Archive:
         clip_id: int | None,
         sampler_version: int | None,
     ) -> int:
-        """Stores images, inside a transaction.
+        """Store images, inside a transaction.
 
         Args:
-            images: to store; one that the archive has already is left as it is.
-            generator_id: the model that sampled them, None if unknown.
-            codec_id: the model that decodes them.
-            clip_id: the model that scored those that have a score.
-            sampler_version: of the sampling rules.
+            images: The images; one that the archive has already is left as it is.
+            generator_id: Id of the model that sampled them, None if unknown.
+            codec_id: Id of the model that decodes them, None if unknown.
+            clip_id: Id of the model that scored those that have a score.
+            sampler_version: Version of the sampling rules.
 
         Returns:
             How many were new.
 
         Raises:
-            ArchiveError: tokens that do not fit the codec, settings out of range, an `init_md5` of other tokens.
+            ArchiveError: The codec cannot decode the tokens, a setting is out of range, or `init_md5` is wrong.
         """
         assert self.connection.in_transaction, "add_images outside a transaction"
         codec = None if codec_id is None else self.models()[codec_id]
@@ -372,51 +391,53 @@ class Archive:
 
         return self.connection.write_many(queries.INSERT_IMAGE, insert_values())
 
-    def set_scores(self, rows: Iterable[tuple[int, float, float]], clip_id: int | None, time_scored: float) -> int:
-        """Stores scores, inside a transaction.
+    def set_scores(
+        self, rows: Iterable[tuple[int, float | None, float | None]], clip_id: int | None, time_scored: float
+    ) -> int:
+        """Store scores, inside a transaction.
 
         Args:
             rows: (id, clip_score_input, clip_score_tokenized) of each image.
-            clip_id: the model that scored them.
-            time_scored: UTC Unix seconds.
+            clip_id: Id of the model that scored them.
+            time_scored: When, in UTC Unix seconds.
 
         Returns:
-            How many of the images there are.
+            How many of the images the archive has.
         """
         assert self.connection.in_transaction, "set_scores outside a transaction"
         values = ((score, tokenized, clip_id, time_scored, row_id) for row_id, score, tokenized in rows)
         return self.connection.write_many(queries.SET_SCORES, values)
 
-    # Underneath
-
-    def _named(self, error: ArchiveError) -> ArchiveError:
-        """The same error with the file's name in front, if it has none yet."""
-        text = str(error)
-        return error if text.startswith(f"{self.path}: ") else ArchiveError(f"{self.path}: {text}")
+    # Private
 
     def _without_nul(self, text: str) -> str:
         if "\x00" in text:
             raise ArchiveError(f"{self.path}: a prompt holds a NUL byte: {text!r:.100}")
         return text
 
-    def _insert(self, query: str, parameters: tuple[Any, ...]) -> int:
-        assert self.connection.in_transaction, "written outside a transaction"
-        row_id = self.connection.execute(query, parameters).lastrowid
-        assert row_id is not None
-        return row_id
+    def _find_or_insert(self, find: str, identity: Row, insert: str, values: Row) -> int:
+        """Return the id that `find` selects, after `insert` where there is none."""
+        found = self.connection.value(find, identity)
+        if found is None:
+            assert self.connection.in_transaction, "written outside a transaction"
+            self.connection.execute(insert, values)
+            found = self.connection.value(find, identity)
+        if found is None:
+            raise ArchiveError(f"{self.path}: a trigger in this file refuses new rows; drop it")
+        return found
 
     def _texts(self, table: str) -> dict[int, str | None]:
         rows = self.connection.rows(f"SELECT id, desc FROM {table} ORDER BY id")
         return {row_id: parse_text(text) for row_id, text in rows}
 
     def _indexed_table(self) -> str:
-        """The table that serves groups, best first."""
+        """Return the table that has an index by group, best first."""
         if self._group_table is None:
             self._group_table = legacy_2022.create_group_index(self.connection)
         return self._group_table
 
     def _read_chunk(self, ids: list[int]) -> Iterator[ImageRow]:
-        """Yields rows in the order of `ids`; by halves around a damaged page, or where they are too large together."""
+        """Yield rows in the order of `ids`, in halves where a page is damaged or the rows are too large together."""
         try:
             rows = self._find_rows(ids)
         except ArchiveError as error:
@@ -436,7 +457,7 @@ class Archive:
                 yield parse_image(rows[row_id])
 
     def _find_rows(self, ids: list[int]) -> dict[int, Row] | None:
-        """Rows by id; None where they are more than CHUNK_BYTES and more than one."""
+        """Return rows by id; None if they are more than one and more than CHUNK_BYTES."""
         found: dict[int, Row] = {}
         byte_count = 0
         for row in self.connection.rows(queries.SELECT_IMAGES, [json.dumps(ids)]):
@@ -460,7 +481,7 @@ class Archive:
             yield from (row[1:] for row in rows)
 
     def _limited(self, query: str, parameters: dict[str, Any]) -> list[Row]:
-        """The first rows of a query, up to CHUNK_BYTES and at least one."""
+        """Return the first rows of a query, up to CHUNK_BYTES and at least one."""
         found: list[Row] = []
         byte_count = 0
         for row in self.connection.rows(query, parameters):

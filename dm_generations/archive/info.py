@@ -1,8 +1,7 @@
-"""What an archive holds, as one value: `info`."""
+"""`info`: what an archive holds, as one value."""
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from dm_generations.archive import queries
 from dm_generations.archive.database import Archive
@@ -19,18 +18,8 @@ class PromptInfo:
 
 
 @dataclass(frozen=True)
-class ScoreInfo:
-    """Smallest, mean and largest score, None where no image has one."""
-
-    scored_count: int
-    smallest: float | None
-    mean: float | None
-    largest: float | None
-
-
-@dataclass(frozen=True)
-class LogProbInfo:
-    """The same for the log-probabilities of the sampled tokens."""
+class ValueRange:
+    """How many images have a value; the smallest, mean and largest one, None if no image has one."""
 
     image_count: int
     smallest: float | None
@@ -54,7 +43,7 @@ class ModelUse:
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """Images with token vectors of one length; grid is None where they fill no square."""
+    """The images with token vectors of one length; `grid` is None if these do not fill a square."""
 
     byte_count: int
     grid: int | None
@@ -63,10 +52,31 @@ class TokenInfo:
 
 @dataclass(frozen=True)
 class ArchiveInfo:
-    """Sizes, prompts, settings, models and scores of an archive."""
+    """Sizes, prompts, settings, models and scores of an archive.
+
+    Attributes:
+        path: The file.
+        layout: Version of the format, as "2", or "2022".
+        file_bytes: Size of the file.
+        image_count: Images.
+        group_count: Groups: combinations of prompt and settings.
+        smallest_group: Images in the smallest group.
+        largest_group: Images in the largest group.
+        prompts: In order of id.
+        sc_prompts: Unconditional prompts, in order of id.
+        axes: Values by setting, ascending.
+        models: In order of id.
+        scores: By column.
+        log_prob: Log-probabilities of the sampled tokens.
+        image_count_by_dtype: Of the images that record what they were computed in.
+        continued_count: Images with initial tokens.
+        tokens: By length of the token vectors.
+        first_time: When the first batch started, UTC Unix seconds.
+        last_time: When the last batch ended.
+    """
 
     path: str
-    layout: str  # "2" for instance, the version of our format, or "2022"
+    layout: str
     file_bytes: int
     image_count: int
     group_count: int
@@ -74,19 +84,19 @@ class ArchiveInfo:
     largest_group: int
     prompts: list[PromptInfo]
     sc_prompts: list[PromptInfo]
-    axes: dict[str, list[float]]  # values by setting, ascending
+    axes: dict[str, list[float]]
     models: list[ModelUse]
-    scores: dict[str, ScoreInfo]  # by column
-    log_prob: LogProbInfo
-    image_count_by_dtype: dict[str, int]  # of the images that tell what they were computed in
-    continued_count: int  # images with initial tokens
+    scores: dict[str, ValueRange]
+    log_prob: ValueRange
+    image_count_by_dtype: dict[str, int]
+    continued_count: int
     tokens: list[TokenInfo]
-    first_time: float | None  # UTC Unix seconds: when the first batch started
-    last_time: float | None  # and the last one ended
+    first_time: float | None
+    last_time: float | None
 
 
 def info(archive: Archive) -> ArchiveInfo:
-    """Sums up an archive in a few passes over the images; memory does not grow with their number."""
+    """Return what an archive holds, in a few passes over its images and in constant memory."""
     groups = archive.groups()
     sizes = [group.count for group in groups]
     image_count_by_prompt: Counter[int] = Counter()
@@ -107,8 +117,8 @@ def info(archive: Archive) -> ArchiveInfo:
         sc_prompts=[PromptInfo(i, text, image_count_by_sc_prompt[i]) for i, text in archive.sc_prompts().items()],
         axes={name: sorted({getattr(group.key.params, name) for group in groups}) for name in PARAM_COLUMNS},
         models=_model_uses(archive),
-        scores={name: ScoreInfo(*_range(archive, name)) for name in ("clip_score_input", "clip_score_tokenized")},
-        log_prob=LogProbInfo(*_range(archive, "log_prob")),
+        scores={name: _value_range(archive, name) for name in ("clip_score_input", "clip_score_tokenized")},
+        log_prob=_value_range(archive, "log_prob"),
         image_count_by_dtype=dict(connection.rows(queries.COUNT_DTYPES)),
         continued_count=connection.value(queries.COUNT_CONTINUED),
         tokens=[
@@ -120,9 +130,8 @@ def info(archive: Archive) -> ArchiveInfo:
     )
 
 
-def _range(archive: Archive, column: str) -> tuple[Any, ...]:
-    """Count, smallest, mean, largest."""
-    return next(archive.connection.rows(queries.RANGE.format(column=column)))
+def _value_range(archive: Archive, column: str) -> ValueRange:
+    return ValueRange(*next(archive.connection.rows(queries.RANGE.format(column=column))))
 
 
 def _model_uses(archive: Archive) -> list[ModelUse]:
@@ -132,14 +141,10 @@ def _model_uses(archive: Archive) -> list[ModelUse]:
         image_count_by_model.update(dict(archive.connection.rows(queries.COUNT_BY_MODEL.format(column=column))))
     return [
         ModelUse(
-            i,
-            m.kind,
-            m.name,
-            m.sha256,
-            m.grid,
-            m.codebook_size,
-            m.image_size,
-            image_count=image_count_by_model[i],
+            model_id,
+            *(model.kind, model.name, model.sha256),
+            *(model.grid, model.codebook_size, model.image_size),
+            image_count=image_count_by_model[model_id],
         )
-        for i, m in models.items()
+        for model_id, model in models.items()
     ]

@@ -1,4 +1,4 @@
-"""Several archives into one: `merge`."""
+"""`merge`: adds the images of several archives to one."""
 
 import contextlib
 import os
@@ -17,28 +17,35 @@ from dm_generations.errors import one_line
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of the images of one source; those neither added nor scored were there already."""
+    """What `merge` did with one source.
+
+    Attributes:
+        path: The source.
+        image_count: Its images.
+        added_count: Those that the target did not have.
+        scored_count: Images that the target had, but without the scores that this source has.
+    """
 
     path: str
     image_count: int
     added_count: int
-    scored_count: int  # images of the target that got this source's scores
+    scored_count: int
 
 
 def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str]) -> list[SourceReport]:
-    """Adds the images of all sources to `target`, all of them or none.
+    """Add the images of all sources to `target`, all of them or none.
 
-    Prompts and models get the target's own ids; an image that is there already is not added twice.
+    Prompts and models get new ids; an image that the target has already is not added twice.
 
     Args:
-        sources: archives of any version, or of 2022.
-        target: an archive, made if it does not exist.
+        sources: Archives of any version, or of 2022.
+        target: An archive, made if it does not exist.
 
     Returns:
         A report for each source.
 
     Raises:
-        ArchiveError: a source that cannot be opened, a row that `verify` would report.
+        ArchiveError: A source cannot be opened, or has a row that `verify` would report.
     """
     target = Path(target)
     with contextlib.ExitStack() as stack:
@@ -66,20 +73,20 @@ def _add(source: Archive, target: Archive) -> SourceReport:
     except ArchiveError as error:
         if isinstance(error.__cause__, sqlite3.IntegrityError):
             reason = one_line(error.__cause__)
-            raise ArchiveError(f"{source.path}: image {rows.current_id} does not fit: {reason}") from error
+            raise ArchiveError(f"{source.path}: image {rows.current_id} is not valid: {reason}") from error
         raise
     added_count = target.count() - count_before
     return SourceReport(str(source.path), rows.count, added_count, changed_count - added_count)
 
 
 class _Rows:
-    """The rows of a source with the target's ids, to be inserted; knows which one came last."""
+    """The rows of a source with the ids of the target, to be inserted; `current_id` is the last row's own id."""
 
     def __init__(self, source: Archive, target: Archive):
         self.source = source
         self.current_id: int | None = None
         self.count = 0
-        # As they are, with NUL bytes too: an archive can hold prompts that `generate` refuses.
+        # Unchanged, also with NUL bytes: an archive can have prompts that `generate` refuses.
         self.prompt_ids = {i: target.text_id("prompts", text or "") for i, text in source.prompts().items()}
         self.sc_prompt_ids = {
             i: 1 if text is None else target.text_id("sc_prompts", text) for i, text in source.sc_prompts().items()
@@ -106,7 +113,7 @@ class _Rows:
 
     def _new_id(self, new_ids: Mapping[Any, int | None], row: dict[str, Any], name: str) -> int | None:
         if row[name] not in new_ids:
-            raise self._error(f"{name} {row[name]!r:.40} points nowhere")
+            raise self._error(f"{name} {row[name]!r:.40} has no row")
         return new_ids[row[name]]
 
     def _checked_md5(self, row: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The SQL of an archive. Older files are shown with the same columns, so that there is one form of each query."""
+"""The SQL of an archive. Older files are read through views with the same columns, so each query has one form."""
 
 from typing import Final
 
@@ -15,7 +15,7 @@ INSERT_MODEL: Final = """
 INSERT INTO models (kind, sha256, config, name, grid, codebook_size, image_size) VALUES (?, ?, ?, ?, ?, ?, ?)
 """
 
-# By group. `{table}` is images, or what stands for its index in a file without one.
+# By group. `{table}` is images, or a temporary table with the same index where a file has none.
 COUNT_GROUPS: Final = f"""
 SELECT {_GROUP}, count(*) FROM {{table}}
 WHERE (:prompt_ids IS NULL OR prompt_id IN (SELECT value FROM json_each(:prompt_ids)))
@@ -39,10 +39,10 @@ clip_score_input IS NULL OR clip_score_tokenized IS NULL
     OR (:rescore AND (:clip_id IS NULL OR clip_id IS NOT :clip_id))
 """
 
-# Writing. The same draw is stored once; unlike OR IGNORE, this still refuses bad values.
+# Writing. The same sample is stored once; unlike OR IGNORE, this still refuses bad values.
 INSERT_IMAGE: Final = f"{_INSERT_IMAGE} ON CONFLICT DO NOTHING"
-# A draw that the target has already still gives its scores where the target has none of the same tokens: other
-# hardware, or another dtype, can turn one draw into two images.
+# A sample that the target has without scores gets the source's, if the tokens are the same: on other hardware, or with
+# another dtype, the same key can give other tokens.
 INSERT_OR_FILL_SCORES: Final = f"""
 {_INSERT_IMAGE}
 ON CONFLICT DO UPDATE SET clip_score_input = excluded.clip_score_input,

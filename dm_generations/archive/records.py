@@ -1,4 +1,4 @@
-"""What goes in and out of an archive: frozen values, and token vectors as bytes with their checks. No NumPy.
+"""The values that an archive stores and returns, and the checks of token vectors. Importing it imports no NumPy.
 
 Units: `key0` and `key1` are the uint32 words of the image's PRNG key; times are UTC Unix seconds; scores are CLIP
 logits. `quantvec` holds the tokens: little-endian uint16, row-major over the square token grid. `log_prob` is the
@@ -33,7 +33,7 @@ _ALL_BYTES: Final = bytes(range(256))
 
 
 class BadTokensError(Exception):
-    """A stored token vector that cannot be decoded; the text says why."""
+    """A stored token vector cannot be decoded; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class GroupKey:
     params: SamplingParams
 
     def values(self) -> Row:
-        """Returns the values of GROUP_COLUMNS."""
+        """Return the values of GROUP_COLUMNS."""
         return self.prompt_id, self.sc_prompt_id, *astuple(self.params)
 
 
@@ -59,7 +59,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
-    """One image as stored. `quantvec` is always bytes; in a damaged or foreign file the rest can be of any type."""
+    """One image as stored. `quantvec` is always bytes; the other values of a damaged file can have any type."""
 
     id: int
     prompt_id: int
@@ -82,7 +82,7 @@ class ImageRow:
 
 @dataclass(frozen=True, slots=True)
 class NewImage:
-    """One image to store; prompts are texts here, and their ids are found or made."""
+    """One image to store. Its prompts are texts, whose ids the archive finds or makes."""
 
     prompt: str
     sc_prompt: str | None  # None: the model's own empty unconditional prompt
@@ -103,15 +103,41 @@ class NewImage:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Which weights made or judged an image. Two are the same when kind, sha256 and config are."""
+    """Which weights sample, decode or score an image. Two are the same model if kind, sha256 and config are equal.
 
-    kind: str  # a ModelKind
+    Attributes:
+        kind: A ModelKind.
+        name: For people; models can share it.
+        sha256: Of the weight file, 64 lower-case hex digits.
+        config: The model's configuration.
+        grid: Side of the token grid; like the next two, only for codecs.
+        codebook_size: Number of tokens in the codebook.
+        image_size: Side of the image in pixels.
+    """
+
+    kind: str
     name: str
-    sha256: str  # of the weight file, 64 lower-case hex digits
+    sha256: str
     config: dict[str, Any] = field(hash=False)
-    grid: int | None = None  # codecs only: side of the token grid,
-    codebook_size: int | None = None  # number of tokens,
-    image_size: int | None = None  # side of the image in pixels
+    grid: int | None = None
+    codebook_size: int | None = None
+    image_size: int | None = None
+
+    def matches(self, other: "ModelInfo") -> bool:
+        """Returns whether both are the same model: the same weights, and no option that has another value.
+
+        Options that only one of them has do not count, so that an archive of an older version can be filled further.
+
+        Args:
+            other: the model to compare with; a codec without a grid matches one with any.
+        """
+        if (self.kind, self.sha256) != (other.kind, other.sha256):
+            return False
+        if other.grid not in (None, self.grid):
+            return False
+        if not isinstance(self.config, dict) or not isinstance(other.config, dict):  # of a damaged archive
+            return False
+        return all(self.config[name] == other.config[name] for name in self.config.keys() & other.config.keys())
 
 
 PARAM_COLUMNS: Final = tuple(SamplingParams.__dataclass_fields__)
@@ -129,13 +155,13 @@ _GROUP_TYPES: Final = (int, int, int, float, float, float)  # of GROUP_COLUMNS
 
 
 def parse_group_key(values: Row) -> GroupKey:
-    """Reads the six columns of a group.
+    """Read the six columns of a group.
 
     Args:
-        values: of GROUP_COLUMNS; whole numbers may be stored as reals and the other way round.
+        values: Of GROUP_COLUMNS. Whole numbers may be stored as reals, and reals as whole numbers.
 
     Raises:
-        ArchiveError: a value is not a number.
+        ArchiveError: A value is not a number.
     """
     if tuple(map(type, values)) != _GROUP_TYPES:
         for name, to_type, value in zip(GROUP_COLUMNS, _GROUP_TYPES, values, strict=True):
@@ -151,17 +177,18 @@ def parse_group_key(values: Row) -> GroupKey:
 
 
 def parse_image(values: Row) -> ImageRow:
-    """Reads an image from the values of IMAGE_COLUMNS; tokens that are not a blob become b""."""
-    row = ImageRow(*values[:3], SamplingParams(*values[3:7]), *values[7:])
-    # No bytes at all fail every length check of the callers.
+    """Read an image from the values of IMAGE_COLUMNS; tokens that are not a blob become b""."""
+    row_id, prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, *rest = values
+    row = ImageRow(row_id, prompt_id, sc_prompt_id, SamplingParams(top_k, top_p, temperature, cond_scale), *rest)
+    # Every length check of the callers fails for b"".
     return row if isinstance(row.quantvec, bytes) else replace(row, quantvec=b"")
 
 
 def parse_model(values: Row) -> ModelInfo:
-    """Reads a model from its columns, in the order of `ModelInfo`.
+    """Read a model from its columns, in the order of `ModelInfo`.
 
     Raises:
-        ArchiveError: the config is not a JSON object, or another value has the wrong type.
+        ArchiveError: The config is not a JSON object, or another value has the wrong type.
     """
     kind, name, sha256, config, *sizes = values
     if not (isinstance(kind, str) and isinstance(name, str) and isinstance(sha256, str)):
@@ -172,10 +199,10 @@ def parse_model(values: Row) -> ModelInfo:
 
 
 def parse_config(text: object) -> dict[str, Any]:
-    """Reads a model's configuration.
+    """Read a model's configuration.
 
     Raises:
-        ArchiveError: not a JSON object.
+        ArchiveError: Not a JSON object.
     """
     try:
         config = json.loads(cast(str, text))
@@ -187,31 +214,31 @@ def parse_config(text: object) -> dict[str, Any]:
 
 
 def parse_text(value: object) -> str | None:
-    """Reads a prompt: bytes that are not UTF-8 become U+FFFD; NULL is None."""
+    """Read a prompt: bytes that are not UTF-8 become U+FFFD; NULL is None."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return None if value is None else str(value)
 
 
 def quantvec_md5(quantvec: bytes) -> str:
-    """Returns the hex MD5 of a token vector; a checksum, not a signature."""
+    """Return the hex MD5 of a token vector, a checksum."""
     return hashlib.md5(quantvec, usedforsecurity=False).hexdigest()
 
 
 def init_md5(quantvec: bytes, init_count: int) -> str:
-    """Returns the hex MD5 of the first `init_count` tokens, "" if there are none."""
+    """Return the hex MD5 of the first `init_count` tokens, "" if there are none."""
     return quantvec_md5(quantvec[: BYTES_PER_TOKEN * init_count]) if init_count else ""
 
 
 def grid_side(byte_count: int) -> int | None:
-    """Returns the side of the square grid that a token vector of this many bytes fills, None if there is none."""
+    """Return the side of the square grid that a token vector of this many bytes fills, None if there is none."""
     token_count, odd = divmod(byte_count, BYTES_PER_TOKEN)
     side = math.isqrt(token_count)
     return side if side and not odd and side * side == token_count else None
 
 
 def max_token(quantvec: bytes) -> int:
-    """Returns the largest token of a non-empty vector."""
+    """Return the largest token of a non-empty vector."""
     tokens = array.array("H", quantvec)
     if sys.byteorder == "big":
         tokens.byteswap()
@@ -219,10 +246,10 @@ def max_token(quantvec: bytes) -> int:
 
 
 def tokens_below(quantvec: bytes, codebook_size: int) -> bool:
-    """Tells whether every token is below `codebook_size`.
+    """Return whether every token is below `codebook_size`.
 
-    The high bytes settle nearly every case, and `bytes.translate` looks at them at the speed of C:
-    this runs for each row that is written or verified.
+    Runs for each row that is written or verified. So it first looks at the high bytes alone, with `bytes.translate`,
+    which is fast; that decides nearly every case.
     """
     high_limit = codebook_size >> 8
     if not quantvec[1::2].translate(None, delete=_ALL_BYTES[:high_limit]):
@@ -231,10 +258,10 @@ def tokens_below(quantvec: bytes, codebook_size: int) -> bool:
 
 
 def check_init(quantvec: bytes, init_count: int, md5: str) -> None:
-    """Checks that a vector has `init_count` initial tokens with this MD5.
+    """Check that a vector has `init_count` initial tokens with this MD5.
 
     Raises:
-        ArchiveError: it has not.
+        ArchiveError: It does not have them.
     """
     token_count = len(quantvec) // BYTES_PER_TOKEN
     if not 0 <= init_count <= token_count:
@@ -244,10 +271,10 @@ def check_init(quantvec: bytes, init_count: int, md5: str) -> None:
 
 
 def check_tokens(quantvec: bytes, codec: ModelInfo) -> None:
-    """Checks that a vector fills the codec's grid with tokens of its codebook.
+    """Check that a vector fills the codec's grid with tokens of its codebook.
 
     Raises:
-        ArchiveError: it does not, or the codec has no sizes.
+        ArchiveError: It does not, or the codec has no sizes.
     """
     if codec.grid is None or codec.codebook_size is None:
         raise ArchiveError(f"codec {codec.name!r:.100} has no grid and codebook size")
@@ -259,7 +286,7 @@ def check_tokens(quantvec: bytes, codec: ModelInfo) -> None:
         )
     if not tokens_below(quantvec, codec.codebook_size):
         raise ArchiveError(
-            f"a token vector holds a token that codec {codec.name!r:.100} ({codec.codebook_size} tokens) lacks"
+            f"a token vector holds a token that codec {codec.name!r:.100} ({codec.codebook_size} tokens) does not have"
         )
 
 

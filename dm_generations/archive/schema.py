@@ -1,11 +1,12 @@
-"""The format's versions as SQL: `schema/0001.sql` makes version 1 of an empty file, each later file the next."""
+"""The versions of the format, whose SQL is in `schema/`: 0001.sql makes version 1, each later file the next one."""
 
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping
 from typing import Final
 
 from dm_generations.archive.connection import APPLICATION_ID, ArchiveError, Connection
-from dm_generations.archive.records import IMAGE_COLUMNS, INSERT_COLUMNS, ModelInfo
+from dm_generations.archive.records import IMAGE_COLUMNS, INSERT_COLUMNS, MODEL_KINDS, ModelInfo
 from dm_generations.errors import one_line
 from dm_generations.paths import shipped
 
@@ -13,12 +14,26 @@ SCHEMA_VERSION: Final = 2
 INDEXES: Final = frozenset({"images_by_group", "images_draw"})
 TABLES: Final = ("prompts", "sc_prompts", "models", "images")
 ALL_COLUMNS: Final = tuple(dict.fromkeys((*IMAGE_COLUMNS, *INSERT_COLUMNS)))  # of images
-# Columns of version 2, and their values in an older archive, where such a name would mean something else.
+# Columns of version 2 with their values for an older archive, in which such a name would mean something else.
 ADDED: Final[Mapping[str, str]] = {"log_prob": "NULL", "dtype": "NULL", "init_count": "0", "init_md5": "''"}
 
 _READS: Final = frozenset({sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_FUNCTION})
 _WRITES: Final = frozenset({sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE})
-# Between them they set off every trigger that our statements can set off.
+# Virtual tables and triggers as sqlite-utils makes them (`enable-counts`; `enable-fts --create-triggers`), normalised.
+_TEXT_INDEX: Final = re.compile(
+    r"create virtual table \w+_fts using fts[45]\(\w+(,\w+)*(,tokenize='[\w ]+')?,content=\w+\)"
+)
+_INDEX_TEXT: Final = r"insert into \w+_fts\(rowid(,\w+)+\)values\(new\.rowid(,new\.\w+)+\);"
+_FORGET_TEXT: Final = r"insert into \w+_fts\(\w+_fts,rowid(,\w+)+\)values\('delete',old\.rowid(,old\.\w+)+\);"
+_COUNT_ROW: Final = (
+    r"insert or replace into _counts values\('\w+',"
+    r"coalesce\(\(select count from _counts where table='\w+'\),0\)[+-]1\);"
+)
+_TOOL_TRIGGER: Final = re.compile(
+    r"create trigger \w+ after (insert|update|delete) on \w+ begin"
+    rf"( ?({_INDEX_TEXT}|{_FORGET_TEXT}|{_COUNT_ROW}))+ ?end"
+)
+# Together they run every trigger that the statements of `Archive` can run.
 _TRIGGERING: Final = (
     *(f"INSERT INTO {table} DEFAULT VALUES" for table in TABLES),
     "UPDATE images SET clip_score_input = 0, clip_score_tokenized = 0, clip_id = 0, time_scored = 0",
@@ -26,14 +41,20 @@ _TRIGGERING: Final = (
 
 
 def read_version(connection: Connection) -> int:
-    """Returns the format's version of a file, 0 for one that does not say that it is an archive.
+    """Return the format's version of a file, 0 for one that is not of this format.
+
+    A file that has lost its identifiers, as in a `.dump` of the program `sqlite3`, is recognised by its tables.
 
     Raises:
-        ArchiveError: a version newer than this program's.
+        ArchiveError: The version is newer than this program's.
     """
-    if connection.value("PRAGMA application_id") != APPLICATION_ID:
-        return 0
     version = max(connection.value("PRAGMA user_version"), 1)
+    if connection.value("PRAGMA application_id") != APPLICATION_ID:
+        columns = read_columns(connection, "images")
+        if not MODEL_KINDS.keys() <= columns and not needed_columns(1)["models"] <= read_columns(connection, "models"):
+            return 0
+        if ADDED.keys() <= columns:
+            version = max(version, 2)
     if version > SCHEMA_VERSION:
         raise ArchiveError(
             f"{connection.path}: this archive has format {version}, this program reads up to {SCHEMA_VERSION};"
@@ -43,7 +64,7 @@ def read_version(connection: Connection) -> int:
 
 
 def needed_columns(version: int) -> dict[str, frozenset[str]]:
-    """Returns the columns by table that a file of this version has at least."""
+    """Return the columns by table that a file of this version has at least."""
     images = frozenset({"id", *INSERT_COLUMNS})
     return {
         "prompts": frozenset({"id", "desc"}),
@@ -54,10 +75,10 @@ def needed_columns(version: int) -> dict[str, frozenset[str]]:
 
 
 def check_tables(connection: Connection, needed: Mapping[str, frozenset[str]]) -> None:
-    """Checks that a file has these columns by table.
+    """Check that a file has these columns by table.
 
     Raises:
-        ArchiveError: it has not, so it is another program's database.
+        ArchiveError: A column is missing, so it is another program's database.
     """
     for table, names in needed.items():
         missing = names - read_columns(connection, table)
@@ -69,7 +90,7 @@ def check_tables(connection: Connection, needed: Mapping[str, frozenset[str]]) -
 
 
 def read_columns(connection: Connection, table: str) -> frozenset[str]:
-    """Returns the lower-case column names of a table, none if there is none; views and virtual tables do not count."""
+    """Return the lower-case column names of a table, none if there is none; views and virtual tables do not count."""
     sql = "SELECT 1 FROM main.sqlite_master WHERE type = 'table' AND lower(name) = ? AND rootpage > 0"
     if connection.value(sql, (table,)) is None:
         return frozenset()
@@ -77,28 +98,36 @@ def read_columns(connection: Connection, table: str) -> frozenset[str]:
 
 
 def create_images_view(connection: Connection, expressions: Mapping[str, str]) -> None:
-    """Shows `images` of an older file with the columns of the newest version: a temporary view of that name.
+    """Make a temporary view `images` of an older file, with the columns of the newest version.
 
-    Temporary names hide those of the file, so every query reads the view. It lies outside the archive.
+    Temporary names hide those of the file, so every query reads the view. It is not in the archive's file.
 
     Args:
-        connection: open for reading.
+        connection: Open for reading.
         expressions: SQL by column, in terms of the file's own table; a column that is left out is NULL.
     """
     columns = ", ".join(f"{expressions.get(name, ADDED.get(name, 'NULL'))} AS {name}" for name in ALL_COLUMNS)
     connection.execute(f"CREATE TEMP VIEW images AS SELECT {columns} FROM main.images")
 
 
+def is_newest(connection: Connection) -> bool:
+    """Return whether a file has the identifiers of the newest version."""
+    identifiers = connection.value("PRAGMA application_id"), connection.value("PRAGMA user_version")
+    return identifiers == (APPLICATION_ID, SCHEMA_VERSION)
+
+
 def upgrade(connection: Connection) -> None:
-    """Takes a database from its version, 0 for an empty file, to the newest. Inside a transaction."""
+    """Update a database from its version, 0 for an empty file, to the newest. Call it inside a transaction."""
     assert connection.in_transaction, "upgraded outside a transaction"
-    for version in range(connection.value("PRAGMA user_version") + 1, SCHEMA_VERSION + 1):
+    for version in range(read_version(connection) + 1, SCHEMA_VERSION + 1):
         for statement in _statements(shipped(f"schema/{version:04d}.sql").read_text(encoding="utf-8")):
             connection.execute(statement)
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def _statements(script: str) -> Iterator[str]:
-    """One by one, since `executescript` would commit the transaction first."""
+    """Yield the statements of a script; `executescript` would commit the transaction first."""
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line
@@ -108,13 +137,14 @@ def _statements(script: str) -> Iterator[str]:
 
 
 def guard_triggers(connection: Connection) -> None:
-    """Makes sure that triggers in the file change nothing of the archive. Reading sets off no trigger.
+    """Make sure that triggers in the file do not change the archive's tables. Reading runs no trigger.
 
-    A trigger may read, and write to tables that are not the archive's, as those do that count rows. The guard stays on
-    while the connection is open; what is in the file now is compiled at once.
+    A trigger may read, and write to other tables: some count rows, or index the prompts for full-text search. The
+    guard stays on while the connection is open; the triggers that are in the file now are checked at once.
 
     Raises:
-        ArchiveError: a trigger does more, or what SQLite refuses in an untrusted file. None of it has run.
+        ArchiveError: A trigger does more, or something that SQLite does not allow in an untrusted file. No trigger has
+            run.
     """
     denied: list[str] = []
 
@@ -126,6 +156,9 @@ def guard_triggers(connection: Connection) -> None:
         return sqlite3.SQLITE_DENY
 
     connection.set_authorizer(authorize)
+    if _is_made_by_tools(connection):
+        # Otherwise an older SQLite does not let a trigger write to the tables of a full-text search.
+        connection.execute("PRAGMA trusted_schema = ON")
     for statement in _TRIGGERING:
         try:
             connection.execute(f"EXPLAIN {statement}").close()
@@ -135,3 +168,16 @@ def guard_triggers(connection: Connection) -> None:
                 f"{connection.path}: {which} in this file would change the archive, or cannot run here"
                 f" (SQLite: {one_line(error.__cause__ or error)}); drop it, or `merge` the archive into a new one"
             ) from error
+
+
+def _is_made_by_tools(connection: Connection) -> bool:
+    """Return whether all virtual tables and triggers of a file are those that sqlite-utils makes."""
+    sql = "SELECT type, sql FROM main.sqlite_master WHERE type = 'trigger' OR (type = 'table' AND rootpage = 0)"
+    patterns = {"table": _TEXT_INDEX, "trigger": _TOOL_TRIGGER}
+    return all(patterns[kind].fullmatch(_normalise_sql(text)) for kind, text in connection.rows(sql))
+
+
+def _normalise_sql(text: str) -> str:
+    """Return a statement in lower case, without quotes around plain names and without needless spaces."""
+    text = re.sub(r'\[(\w+)\]|"(\w+)"|`(\w+)`', r"\1\2\3", text)
+    return re.sub(r"\s*([(),=+;-])\s*", r"\1", re.sub(r"\s+", " ", text)).strip().lower()

@@ -1,4 +1,4 @@
-"""Is an archive sound? `verify` looks at every row and at the file itself, and changes nothing."""
+"""`verify`: checks every row of an archive and the file itself, and changes nothing."""
 
 import math
 from collections import Counter
@@ -36,7 +36,7 @@ Found = Iterator[tuple[str, str]]  # kind and text of what is wrong with one row
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong: in row `id` of `table`, or in the whole table or file where these are None."""
+    """Something wrong in row `id` of `table`; in the whole table if `id` is None, in the file if both are."""
 
     table: str | None
     id: int | None
@@ -50,12 +50,12 @@ class Problem:
 
 
 def verify(archive: Archive) -> Iterator[Problem]:
-    """Yields what is wrong with the archive, as it is found; nothing if all is well.
+    """Yield what is wrong with an archive, as it is found; nothing if it is sound.
 
-    Looks at SQLite's own integrity, ids that point nowhere, types and ranges of every value, the length of
-    each token vector (its codec's grid, or where no codec is known, a square like the others), its tokens
-    (below the codec's codebook size), its MD5 and that of its initial tokens. Damage of the file is reported, never
-    raised. After PROBLEM_LIMIT problems of a kind in a table the others are counted, and reported as one at the end.
+    Checks SQLite's own integrity, ids without a row, types and ranges of every value, the length of each token vector
+    (its codec's grid, or a square like the others if no codec is known), its tokens (below the codec's codebook size),
+    its MD5 and that of its initial tokens. Damage of the file is yielded too, not raised. After PROBLEM_LIMIT problems
+    of a kind in a table the others are counted, and yielded as one at the end.
     """
     counts: Counter[tuple[str | None, str]] = Counter()
     for problem in _find_problems(archive):
@@ -70,7 +70,7 @@ def verify(archive: Archive) -> Iterator[Problem]:
 def _find_problems(archive: Archive) -> Iterator[Problem]:
     try:
         yield from _check_file(archive)
-        # Images that are added from here on may belong to prompts and models that are not read any more.
+        # Images that are added from now on may refer to prompts and models that are added after these are read.
         last_id = archive.connection.value("SELECT max(id) FROM images")
         if not isinstance(last_id, int | None):
             raise ArchiveError(f"the id of an image is {last_id!r:.40}, not a whole number")
@@ -88,12 +88,12 @@ def _check_file(archive: Archive) -> Iterator[Problem]:
         if line != "ok":
             yield Problem(None, None, f"SQLite: {line}", "integrity")
     for name in archive.missing_indexes():
-        what = f"index {name} is missing; `merge` into a new archive makes it again"
+        what = f"index {name} is missing; `merge` into a new archive makes it"
         yield Problem(None, None, what, "index")
 
 
 def _check_texts(archive: Archive, table: str) -> Generator[Problem, None, set[int]]:
-    """Returns the ids of the table."""
+    """Yield problems of a table of texts; return its ids."""
     connection = archive.connection
     encoding = TEXT_ENCODINGS[connection.value("PRAGMA encoding")]
     ids: set[int] = set()
@@ -106,25 +106,25 @@ def _check_texts(archive: Archive, table: str) -> Generator[Problem, None, set[i
         if (what := _wrong_text(table, row_id, kind, raw, encoding)) is not None:
             yield Problem(table, row_id, what, "desc")
     if table == "sc_prompts" and 1 not in ids:
-        yield Problem(table, 1, "missing; it stands for the model's own empty prompt", "id")
+        yield Problem(table, 1, "missing; it means the model's own empty prompt", "id")
     return ids
 
 
 def _wrong_text(table: str, row_id: int, kind: str, raw: bytes, encoding: str) -> str | None:
     is_empty_prompt = table == "sc_prompts" and row_id == 1
     if kind == "null" and table == "sc_prompts":
-        return None if is_empty_prompt else "the text is NULL; only row 1 stands for the model's own empty prompt"
+        return None if is_empty_prompt else "the text is NULL; only in row 1 it means the model's own empty prompt"
     if kind != "text":
         return f"the text is {kind}"
     try:
         raw.decode(encoding)
     except UnicodeDecodeError:
         return f"the text is not valid {encoding.upper()}"
-    return "row 1 has a text; NULL stands there for the model's own empty prompt" if is_empty_prompt else None
+    return "row 1 has a text; it must be NULL, the model's own empty prompt" if is_empty_prompt else None
 
 
 def _check_models(archive: Archive) -> Generator[Problem, None, dict[int, ModelInfo]]:
-    """Returns the models by id, with the sizes of those that can be used to check images."""
+    """Yield problems of the models; return them by id, with sizes where these can be used to check images."""
     models = {}
     for row_id, kind, name, sha256, config, *sizes in archive.connection.rows(SELECT_MODELS):
         if kind not in MODEL_KINDS.values():
@@ -194,7 +194,7 @@ def _wrong_values(row: dict[str, Any]) -> Found:
         if row[name] is not None and not _is_finite(row[name]):
             yield name, f"{name} is {row[name]!r:.40}, not a number"
     if _is_finite(row["time_start"]) and _is_finite(row["time_end"]) and row["time_end"] < row["time_start"]:
-        yield "time_end", "time_end lies before time_start"
+        yield "time_end", "time_end is before time_start"
     if row["sampler_version"] is not None and not isinstance(row["sampler_version"], int):
         yield "sampler_version", f"sampler_version is {row['sampler_version']!r:.40}, not a whole number"
     if row["dtype"] is not None and row["dtype"] not in DTYPES:
@@ -208,7 +208,7 @@ def _wrong_tokens(quantvec: object, codec: ModelInfo | None, usual_bytes: int | 
         yield f"quantvec is of type {type(quantvec).__name__}, not a blob"
     elif codec is None or codec.grid is None or codec.codebook_size is None:
         if grid_side(len(quantvec)) is None:
-            yield f"quantvec has {len(quantvec)} bytes, which is no square grid of uint16"
+            yield f"quantvec has {len(quantvec)} bytes, not a square grid of uint16"
         elif codec is None and len(quantvec) != usual_bytes:
             yield f"quantvec has {len(quantvec)} bytes, most of the others {usual_bytes}"
     elif len(quantvec) != (expected := BYTES_PER_TOKEN * codec.grid * codec.grid):
@@ -219,7 +219,7 @@ def _wrong_tokens(quantvec: object, codec: ModelInfo | None, usual_bytes: int | 
 
 def _wrong_md5s(quantvec: object, md5: object, init_count: Any, initial_md5: object) -> Found:
     blob = quantvec if isinstance(quantvec, bytes) else b""
-    # NULL stands for a file of 2022 that does not record it.
+    # NULL: a file of 2022 need not record it.
     if isinstance(quantvec, bytes) and md5 is not None and md5 != (expected := quantvec_md5(blob)):
         yield "quantvec_md5", f"quantvec_md5 is {md5!r:.40}, the tokens have {expected}"
     token_count = len(blob) // BYTES_PER_TOKEN

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import gc
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,14 @@ from typing import Any, NoReturn
 
 from dm_generations import __version__
 from dm_generations.cli import convert, decode, generate, info, merge, score, verify
-from dm_generations.errors import UserError
+from dm_generations.errors import (
+    EXIT_CALLBACKS,
+    INTERRUPTED,
+    INTERRUPTED_LINE,
+    UserError,
+    exit_interrupted,
+    handle_sigint,
+)
 
 # Each has HELP, DESCRIPTION and EPILOG, `add_arguments(parser)`, and `run(args)`, which gives the exit status.
 COMMANDS = {
@@ -23,10 +31,10 @@ COMMANDS = {
     "merge": merge,
     "convert": convert,
 }
-SIGPIPE = 13  # which the module signal lacks on Windows
+CLOSED_OUTPUT = 128 + 13  # exit status of a program whose reader has gone; Windows has no signal.SIGPIPE
 DESCRIPTION = """\
-An archive of text-to-image generations, and the pipeline around it: prompts become code vectors in one SQLite file,
-and the pictures are rebuilt from it.
+An archive of text-to-image generations, and the pipeline around it: prompts become tokens in one SQLite file,
+and the images are decoded from it.
 """
 EPILOG = """\
 example:
@@ -65,6 +73,7 @@ def _log_to_stderr() -> Iterator[None]:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; `args.run(args)` runs the one that was parsed."""
     # No abbreviations: a later flag could change what they mean.
     style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = _Parser(prog="dm_generations", description=DESCRIPTION, epilog=EPILOG, **style)
@@ -80,36 +89,62 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def program(argv: list[str] | None = None) -> NoReturn:
-    """`main`, whose status ends this process."""
+    """Run a command as this process, which ends with its exit status."""
     gc.set_threshold(50_000, 20, 20)  # JAX makes many objects at the start, little of it garbage: a tenth of its time
-    status = main(argv)
-    # A batch may still be computing, which the end waits for. A second Ctrl-C ends that at once, and quietly.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    handle_sigint()
+    try:
+        status = main(argv)
+    except KeyboardInterrupt:  # before or after the command itself
+        exit_interrupted()
+    if status in (INTERRUPTED, CLOSED_OUTPUT):
+        # Other threads may still compute, and Python's own end could crash them; and closed output cannot be flushed.
+        EXIT_CALLBACKS.close()
+        os._exit(status)
+    if callable(signal.getsignal(signal.SIGINT)):
+        signal.signal(signal.SIGINT, exit_interrupted)
     sys.exit(status)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; its exit status: 0 all done, 1 an error that a line on stderr explains, 130 interrupted.
+    """Run a command.
 
-    A flag that is wrong in itself ends the program, with a line too and exit status 2.
+    Returns:
+        The exit status: 0 all done, 1 an error that a line on stderr explains, 130 interrupted, 141 output closed.
+
+    Raises:
+        SystemExit: A flag is wrong, with exit status 2 and a line on stderr; or the flag was --help or --version.
     """
-    if hasattr(sys.stdout, "reconfigure"):
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    elif hasattr(sys.stdout, "reconfigure"):
         # A prompt holds any character, and a name any byte, whatever the terminal or file can: as stderr does it.
         sys.stdout.reconfigure(errors="backslashreplace")
-    args = build_parser().parse_args(argv)
+    is_debugging = False
     try:
+        try:
+            args = build_parser().parse_args(argv)
+        finally:
+            sys.stdout.flush()  # the text of --help
+        is_debugging = args.debug
         with _log_to_stderr():
             status = args.run(args)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        sys.stderr.close()
-        return 128 + SIGPIPE
+        return CLOSED_OUTPUT
     except (UserError, OSError) as error:  # OSError: of our output, say, to a disk that is full
-        if args.debug:
+        if is_debugging:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except MemoryError:
+        if is_debugging:
+            raise
+        print(
+            "error: not enough memory on this machine; use a smaller --batch-size or end other programs",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
-        print("interrupted; repeat the command to go on", file=sys.stderr)
-        return 128 + signal.SIGINT
+        print(INTERRUPTED_LINE, file=sys.stderr)
+        return INTERRUPTED

@@ -12,11 +12,15 @@ from dm_generations.archive import DTYPES
 from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
 
 MAX_TEXT = 100  # characters of a prompt
-STOPPED = 130  # the exit status of a program that Ctrl-C ended
 
 
 def at_least_one(text: str) -> int:
-    """Raises ArgumentTypeError for a number below 1, ValueError for what is no whole number."""
+    """Convert a flag's value.
+
+    Raises:
+        ArgumentTypeError: The number is below 1.
+        ValueError: It is not a whole number.
+    """
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
@@ -27,9 +31,9 @@ at_least_one.__name__ = "whole number"  # as argparse names it when int() fails
 
 
 def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
-    """Options about models, batches and the device: of `generate`, and without `generates` of `score`."""
+    """Add options about models, batches and the device: of `generate`, or without `generates` of `score`."""
     group = parser.add_argument_group(
-        "models", "a folder, a file or a name on the Hugging Face hub, owner/name@revision; by default what ships"
+        "models", "a folder, a file or a name on the Hugging Face hub, owner/name@revision; by default the embedded one"
     )
     add = group.add_argument
     if generates:
@@ -41,7 +45,7 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
             help="tokenizer of the prompts, a file or folder, if it is not in the model's folder",
         )
         add_dalle_pytorch_options(add)
-    codec_default = " (default: the one that lies with the model, else the one that ships)" if generates else ""
+    codec_default = " (default: the model's own if it has one, else the embedded one)" if generates else ""
     add("--codec", metavar="PATH", help=f"codec that decodes tokens to pixels{codec_default}")
     add("--clip", metavar="PATH", help="CLIP that scores the images")
     if generates:
@@ -81,7 +85,7 @@ def add_dalle_pytorch_options(add: Callable[..., argparse.Action]) -> None:
 
 
 def dalle_pytorch_overrides(args: argparse.Namespace) -> dict[str, str | bool]:
-    """Return the given ones of these options as entries of the model's config."""
+    """Return those of these options that are set, as entries of the model's config."""
     overrides: dict[str, str | bool] = {} if args.conv_like is None else {"conv_like": args.conv_like}
     if args.cond_scale_of is not None:
         overrides["guides_first_code_alone"] = args.cond_scale_of == "first"
@@ -109,15 +113,15 @@ def show_progress() -> Iterator[Callable[[int, int], None]]:
 
     with contextlib.ExitStack() as stack:
         bar: Progress | None = None
-        shown = 0
+        previous = 0
 
         def on_progress(done: int, total: int) -> None:
-            nonlocal bar, shown
+            nonlocal bar, previous
             if bar is None and total:
                 bar = stack.enter_context(Progress(total))
-            if bar is not None and done > shown:
-                bar.advance(done - shown)
-                shown = done
+            if bar is not None and done > previous:
+                bar.advance(done - previous)
+                previous = done
 
         yield on_progress
 
@@ -128,16 +132,21 @@ def print_warning(line: str) -> None:
 
 
 def printable(text: str, limit: int = MAX_TEXT) -> str:
-    """Text of a stranger, fit for a terminal: control characters escaped, cut to `limit` characters."""
-    shown = "".join(
+    """Escape and shorten untrusted text for a terminal.
+
+    Args:
+        text: Any text, also with control characters.
+        limit: Characters at most.
+    """
+    escaped = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in text[: limit + 1]
     )
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
 
 
 def file_size(byte_count: int) -> str:
-    """12,345,678 -> "12.3 MB"."""
+    """Return a size as text: 12,345,678 as "12.3 MB"."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if byte_count >= size:
             return f"{byte_count / size:.1f} {unit}"
@@ -145,7 +154,7 @@ def file_size(byte_count: int) -> str:
 
 
 def utc_time(seconds: float) -> str:
-    """UTC Unix seconds as "2022-07-12 10:06:41 UTC"; the number itself where it is no date."""
+    """Return UTC Unix seconds as "2022-07-12 10:06:41 UTC", or as the number where that is not a date."""
     try:
         return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
     except (OverflowError, OSError, ValueError):
@@ -153,5 +162,5 @@ def utc_time(seconds: float) -> str:
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """1, "image" -> "1 image"; 2,000 -> "2,000 images"."""
+    """Return a number with its noun: "1 image", "2,000 images"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {plural or noun + 's'}"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from dm_generations.archive import Archive
 from dm_generations.cli.common import (
-    STOPPED,
     add_model_options,
     at_least_one,
     counted,
@@ -31,7 +30,8 @@ from dm_generations.pipelines.sweep import (
 )
 
 if TYPE_CHECKING:
-    from dm_generations.pipelines.generate import Estimate, GenerateReport
+    from dm_generations.pipelines.estimate import Estimate
+    from dm_generations.pipelines.generate import GenerateReport
 
 HELP = "generate images from text into an archive"
 DESCRIPTION = """\
@@ -53,6 +53,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
     add = parser.add_argument
     add("--db", metavar="FILE", type=Path, required=True, help="archive to fill; created if there is none")
     add("--prompts", nargs="+", metavar="TEXT", help="what to generate")
@@ -162,18 +163,11 @@ def _add_init_tokens(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--init-image", metavar="FILE", type=Path, help="an image, cropped to a square, through the codec's encoder")
     add("--init-tokens", metavar="FILE", type=Path, help="a .npy file of tokens, as --output npy writes them")
-    add("--init-count", metavar="N", type=int, help="tokens that are kept, row by row from the top (default: 7 of 16)")
+    add("--init-count", metavar="N", type=int, help="how many of them, row by row from the top (default: 7 of 16)")
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        return _generate(args)
-    except KeyboardInterrupt:
-        print("stopped; finished batches are in the archive, the same command generates the rest", file=sys.stderr)
-        return STOPPED
-
-
-def _generate(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit status."""
     if args.no_score and args.clip:
         raise UserError("use just one of --clip and --no-score")
     if args.keys and (args.n is not None or args.seed is not None):
@@ -182,7 +176,7 @@ def _generate(args: argparse.Namespace) -> int:
     sweep = load_sweep(flags, args.sweep, args.prompts_file)
     shard = WHOLE_SWEEP if args.shard is None else Shard.parse(args.shard)
     prepare_device(args.cpu_only)
-    from dm_generations.pipelines.generate import GenerateOptions, estimate, generate
+    from dm_generations.pipelines.generate import GenerateOptions, generate
 
     options = GenerateOptions(
         db=args.db,
@@ -203,6 +197,8 @@ def _generate(args: argparse.Namespace) -> int:
         progressive_dir=args.progressive_dir,
     )
     if args.dry_run:
+        from dm_generations.pipelines.estimate import estimate
+
         _print_estimate(estimate(sweep, options))
         return 0
     with show_progress() as on_progress:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dm_generations.archive import Archive
-from dm_generations.cli.common import STOPPED, add_model_options, counted, prepare_device, show_progress
+from dm_generations.cli.common import add_model_options, counted, prepare_device, show_progress
 
 if TYPE_CHECKING:
     from dm_generations.pipelines.rescore import ScoreReport
@@ -24,6 +24,7 @@ _MAX_BAD_ROWS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
     add = parser.add_argument
     add("--db", metavar="FILE", type=Path, required=True, help="archive to score; it is changed")
     add("--all", action="store_true", help="also score images that another CLIP scored")
@@ -31,14 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        return _score(args)
-    except KeyboardInterrupt:
-        print("stopped; the scores of finished batches are in the archive", file=sys.stderr)
-        return STOPPED
-
-
-def _score(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit status."""
     with Archive.open(args.db, "w") as archive:
         prepare_device(args.cpu_only)
         from dm_generations.models.loading import load_checkpoint

@@ -21,13 +21,13 @@ from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
 
 HELP = "check an archive for damage"
 DESCRIPTION = """\
-Check an archive: SQLite's own integrity, ids that point nowhere, types and ranges of all values, lengths of
-token vectors, tokens outside the codebook, MD5. Prints a line for each problem with the row's id; the exit
-status is 1 if there is one. Nothing is changed.
+Check an archive: SQLite's own integrity, ids without a row, types and ranges of all values, lengths of token
+vectors, tokens outside the codebook, MD5. Prints a line with the row's id for each problem; the exit status is
+1 if there is one. Nothing is changed.
 
-With --regenerate the model samples the rows again, and their tokens are compared. With --replay the stored tokens
-are fed to the model, and each must be the one that the row's noise selects, or miss by no more than --margin (in
-units of logits over temperature); this also checks rows made on other hardware, which rounds differently.
+With --regenerate the model samples the rows again, and their tokens are compared. With --replay the model reads the
+stored tokens, and each must be the one that the row's noise selects, or miss it by at most --margin (in units of
+logits over temperature); this also checks rows from other hardware, which rounds differently.
 """
 EPILOG = """\
 example:
@@ -37,12 +37,13 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
     parser.add_argument("--db", metavar="FILE", help="archive (default: the emoji archive that ships)")
     parser.add_argument("--json", action="store_true", help="print each problem as one line of JSON")
     group = parser.add_argument_group("does the model reproduce the rows?")
     which = group.add_mutually_exclusive_group()
     which.add_argument("--regenerate", action="store_true", help="sample rows again and compare their tokens")
-    which.add_argument("--replay", action="store_true", help="check that each stored token is the one that wins")
+    which.add_argument("--replay", action="store_true", help="check each stored token against the model")
     group.add_argument("--sample", type=at_least_one, metavar="N", help="N rows, evenly spread (default: all)")
     group.add_argument("--margin", type=float, default=0.01, help="by how much a token may miss (default: 0.01)")
     group.add_argument("--model", metavar="PATH", help="the model that sampled them (default: the one that ships)")
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the command; return its exit status."""
     problem_count = 0
     with Archive.open(shipped("archive/emoji.db") if args.db is None else args.db) as archive:
         for problem in verify(archive):
@@ -82,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _reproduce(archive: Archive, args: argparse.Namespace) -> int:
-    """Print the rows that the model does not reproduce; returns how many there are."""
+    """Print the rows that the model does not reproduce; return how many there are."""
     if not args.margin >= 0:
         raise UserError(f"--margin must be 0 or more, not {args.margin}")
     prepare_device(args.cpu_only)

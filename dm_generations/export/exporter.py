@@ -7,7 +7,6 @@ H, W: pixels of one image   L: tokens of one image
 """
 
 import contextlib
-import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +32,7 @@ from dm_generations.export.plan import GroupPlan, Layout, Selection, Target, is_
 from dm_generations.export.writers import FileWriter, Member, Shard, ShardSet, ShardWriter, fingerprint
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import load_checkpoint
+from dm_generations.paths import utf8_path
 from dm_generations.progress import Progress
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import core_count
@@ -144,7 +144,7 @@ def export_archive(archive: Archive, options: ExportOptions, warn: Callable[[str
         due_count = exporter.count_due()
         decoder = _load_decoder(archive, plans, options, due_count, warn) if due_count else None
         for folder in ("", *folders):
-            remove_stale_temporaries(options.out_dir / folder)
+            remove_stale_temporaries(utf8_path(options.out_dir, folder))
         with Progress(due_count) as progress:
             exporter.run(decoder, progress)
         exporter.write_page()
@@ -187,7 +187,7 @@ class Exporter:
             with FileWriter(workers) as writer:
                 for file in files:
                     done = self._when_written(file, progress)
-                    writer.submit(self.out_dir / file.path, partial(file.encode, self._context), done)
+                    writer.submit(utf8_path(self.out_dir, file.path), partial(file.encode, self._context), done)
 
     def write_page(self) -> None:
         """Write `manifest.js`, the page and the compacted journal, for the files that are there.
@@ -218,7 +218,7 @@ class Exporter:
 
     def _is_path_due(self, path: str) -> bool:
         is_due = self.options.overwrite or path in self._stale_paths
-        return is_due or not is_finished(os.path.join(self.out_dir, path))
+        return is_due or not is_finished(self.out_dir, path)
 
     def _find_stale(self) -> Iterator[str]:
         """Yield paths of files whose ranks belong to other images by now."""
@@ -241,7 +241,9 @@ class Exporter:
             rows = self.archive.rows(plan.key, plan.count)
             for target, row in zip(plan.targets(self.layout), rows, strict=False):  # fewer if the archive changes
                 with contextlib.suppress(OSError, ValueError, BadTokensError):
-                    if (self.out_dir / target.path).read_bytes() != encode_npy(self._tokens(row, None)):
+                    path, content = utf8_path(self.out_dir, target.path), encode_npy(self._tokens(row, None))
+                    is_there = is_finished(self.out_dir, target.path)
+                    if is_there and (path.stat().st_size != len(content) or path.read_bytes() != content):
                         yield target.path
 
     def _describe_set(self) -> Iterator[object]:
@@ -348,7 +350,7 @@ class Exporter:
                 self.journal.confirm(path, identify(self._entries[path]))
             if replaced_path is not None:
                 with contextlib.suppress(OSError):
-                    (self.out_dir / replaced_path).unlink()
+                    utf8_path(self.out_dir, replaced_path).unlink()
 
         return done
 
@@ -452,7 +454,7 @@ def _check_folders(out_dir: Path, folders: Iterable[str]) -> None:
     if not is_folder:
         raise UserError(f"{out_dir} is a file, not a folder; choose another with --out-dir")
     for folder in folders:
-        if os.path.islink(out_dir / folder):
+        if utf8_path(out_dir, folder).is_symlink():
             raise UserError(f"{out_dir / folder} is a symbolic link; remove it, or choose another --out-dir")
 
 

@@ -92,7 +92,7 @@ class Journal:
         Raises:
             UserError: The disk takes no more.
         """
-        is_sure = self._identities.get(path) == identity or not is_finished(os.path.join(self._out_dir, path))
+        is_sure = self._identities.get(path) == identity or not is_finished(self._out_dir, path)
         self._append(path, identity if is_sure else None)
 
     def confirm(self, path: str, identity: str) -> None:
@@ -107,7 +107,7 @@ class Journal:
     def compact(self) -> None:
         """Write the journal anew, with one line for each file that is there, and close it. Raises OSError."""
         found = self._identities.items()
-        self._identities = {p: identity for p, identity in found if is_finished(os.path.join(self._out_dir, p))}
+        self._identities = {p: identity for p, identity in found if is_finished(self._out_dir, p)}
         self._rewrite()
         for name in _EARLIER:
             (self._out_dir / name).unlink(missing_ok=True)

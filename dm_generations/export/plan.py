@@ -1,7 +1,6 @@
 """What a decode is to write: which groups, which files, and which of those are finished already."""
 
 import functools
-import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from dm_generations.archive import Archive, GroupKey
 from dm_generations.errors import UserError
 from dm_generations.export import filenames
+from dm_generations.paths import utf8_path
 
 _MAX_IDS_LISTED = 20
 
@@ -144,13 +144,13 @@ def select_groups(archive: Archive, selection: Selection) -> list[GroupPlan]:
     ]
 
 
-def is_finished(path: str) -> bool:
+def is_finished(out_dir: Path, path: str) -> bool:
     """Return whether a file stands at its final name: it is whole then, since files are put there by renaming.
 
     An empty one is not, which a power cut may leave.
     """
     try:
-        status = os.stat(path)
+        status = utf8_path(out_dir, path).stat()
     except (OSError, ValueError):
         return False
     return stat.S_ISREG(status.st_mode) and status.st_size > 0

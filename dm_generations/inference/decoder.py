@@ -17,12 +17,14 @@ from dm_generations.errors import UserError
 from dm_generations.models.loading import Checkpoint
 from dm_generations.models.registry import get_kind
 from dm_generations.runtime.device import (
+    WEIGHTS_ADVICE,
     BatchRunner,
     Work,
     batch_concurrency,
     free_bytes,
     free_bytes_of_each,
     largest_array_bytes,
+    memory_errors,
 )
 
 _AXIS = "images"
@@ -78,7 +80,8 @@ class Decoder:
         self._mesh = Mesh(self._devices, (_AXIS,))
         self._shard_batch = NamedSharding(self._mesh, PartitionSpec(_AXIS))
         decoder = get_kind(kind).make_decoder(config, np.dtype(dtype), self._devices[0].platform)
-        self._params = decoder.prepare_params(params, NamedSharding(self._mesh, PartitionSpec()))
+        with memory_errors(WEIGHTS_ADVICE):
+            self._params = decoder.prepare_params(params, NamedSharding(self._mesh, PartitionSpec()))
 
         def to_uint8(params, tokens):  # (b, L) or grids (b, h, w), uint16 -> (b, H, W, 3) uint8, of one device
             pixels = decoder.decode(params, tokens.astype(jnp.int32))
@@ -225,7 +228,7 @@ class Decoding:
         self._count, self._image_shape, self._batches = count, image_shape, batches
 
     def __len__(self) -> int:
-        """n."""
+        """N."""
         return self._count
 
     def images(self) -> np.ndarray:

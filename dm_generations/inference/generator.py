@@ -143,7 +143,7 @@ class Generator:
 
     @property
     def capacities(self) -> list[int]:
-        """Sequences of each of the batches that are sampled together, which `draw` fills one after the other.
+        """Sequences of each of the batches that are sampled together, which `sample` fills one after the other.
 
         A row takes one or, if its cond_scale is not 1, two.
         """
@@ -158,7 +158,7 @@ class Generator:
         if concurrency * self.batch_bytes(wanted) > free:
             concurrency = 1
         message = (
-            "not enough memory to draw one image at a time; end what else uses the device, or give --dtype bfloat16"
+            "not enough memory to sample one image at a time; end what else uses the device, or give --dtype bfloat16"
         )
         self._runner = BatchRunner(wanted, concurrency, message)
 
@@ -175,10 +175,10 @@ class Generator:
         init_tokens: np.ndarray | None = None,
         init_count: np.ndarray | int = 0,
     ) -> np.ndarray:
-        """Return tokens (n, L) of n rows; see `draw`."""
-        return self.draw(prompts, settings, keys, sc_prompts, init_tokens, init_count).tokens
+        """Return tokens (n, L) of n rows; see `sample`."""
+        return self.sample(prompts, settings, keys, sc_prompts, init_tokens, init_count).tokens
 
-    def draw(
+    def sample(
         self,
         prompts: Sequence[str],
         settings: SamplingParams | Sequence[SamplingParams],
@@ -228,7 +228,7 @@ class Generator:
         init_tokens: np.ndarray | None = None,
         init_count: np.ndarray | int = 0,
     ) -> "Sampling":
-        """Begin sampling; does not wait for the tokens. The arguments and errors are those of `draw`."""
+        """Begin sampling; does not wait for the tokens. The arguments and errors are those of `sample`."""
         rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
 
         def sample(batch: _Batch) -> tuple[loop.DecodeState, list[int]]:
@@ -251,17 +251,17 @@ class Generator:
     ) -> Iterator[np.ndarray]:
         """Return the first tokens (n, count) after every `every` steps, at last all (n, L).
 
-        The arguments are those of `draw`.
+        The arguments are those of `sample`.
 
         Raises:
-            UserError: As `draw`, and for more rows than one batch holds.
-            ValueError: As `draw`.
+            UserError: As `sample`, and for more rows than one batch holds.
+            ValueError: As `sample`.
         """
         _check_every(every)
         rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
         batch = self._next_batch(rows, self.batch_size)
         if sum(map(len, batch)) < len(rows):
-            raise UserError(f"{len(rows)} images are too many for a batch of {self.batch_size}: draw fewer at a time")
+            raise UserError(f"{len(rows)} images are too many for a batch of {self.batch_size}: sample fewer at a time")
         return (samples.tokens for samples in self._stream(batch, every))
 
     def teacher_forced_margins(
@@ -276,7 +276,7 @@ class Generator:
         """Return by how much each of `tokens` (n, L) missed being sampled, float32 (n, L); see `sampling.margin`.
 
         Every step reads these tokens, whatever would have been sampled. NaN where the model gives no numbers, 0 for
-        the first `init_count` tokens, which were not sampled. Other arguments are those of `draw`.
+        the first `init_count` tokens, which were not sampled. Other arguments are those of `sample`.
         """
         rows = self._rows(prompts, settings, keys, sc_prompts, tokens, self.token_count)
 
@@ -393,7 +393,7 @@ class Generator:
 
     def _samples(self, state: loop.DecodeState, counts: list[int]) -> Samples:
         """Wait for the samples of a batch, so many rows of each device."""
-        if not self._in_use(state.last.is_drawable, counts).all():
+        if not self._in_use(state.last.can_sample, counts).all():
             raise UserError(f"model {self._name!r} gives no numbers for some rows: its weights are damaged")
         tokens = self._in_use(state.tokens, counts)
         return Samples(tokens.astype(self._token_dtype), self._in_use(state.last.log_prob, counts))

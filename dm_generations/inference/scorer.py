@@ -64,6 +64,17 @@ class Scorer:
 
         self._image_tower, self._text_tower = image_tower, text_tower
 
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, batch_size: int = 32) -> "Scorer":
+        """Make the scorer of a loaded CLIP, with its own tokenizer; see `Scorer` for the arguments.
+
+        Raises:
+            UserError: The tokenizer is missing or broken, or memory does not hold the weights.
+        """
+        tokenizer = checkpoint.load_tokenizer()
+        assert isinstance(tokenizer, PromptTokenizer), "CLIP has no other"
+        return cls(checkpoint, tokenizer, batch_size)
+
     def compile(self, images: jax.ShapeDtypeStruct, prompts: Sequence[str]) -> None:
         """Compile ahead of the first batch.
 

@@ -8,6 +8,7 @@ of mapped files in the dtype of the file; `runtime.params.put_params` puts them 
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from dm_generations.archive import ModelInfo
 from dm_generations.errors import UserError, one_line
 from dm_generations.models.base import RawCheckpoint, Tokenizer, prefix_errors
 from dm_generations.models.registry import (
@@ -59,6 +61,21 @@ class Checkpoint:
     def network_class(self) -> Any:
         """The class of its network."""
         return get_kind(self.kind).network_class
+
+    def model_info(self, grid: int | None = None) -> ModelInfo:
+        """Return what an archive stores about this model.
+
+        Args:
+            grid: Of a codec, tokens a side, if it decodes another grid than its own.
+        """
+        config = json.loads(json.dumps(dataclasses.asdict(self.config)))  # tuples come back as lists
+        if self.role != "codec":
+            return ModelInfo(self.role, self.name, self.sha256, config)
+        if grid is not None and grid != self.config.grid:
+            config["grid"] = grid
+        side = grid or self.config.grid
+        image_size = self.config.image_size // self.config.grid * side
+        return ModelInfo(self.role, self.name, self.sha256, config, side, self.config.codebook_size, image_size)
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the tokenizer of its prompts.

@@ -5,15 +5,18 @@ They come from an image, through the codec's encoder, or from a file of tokens a
 L: tokens of an image, row-major over its grid   S: pixels a side of the codec's images
 """
 
+import io
+import logging
 import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from dm_generations.archive import init_md5
 from dm_generations.archive.records import TOKEN_DTYPE
@@ -21,15 +24,17 @@ from dm_generations.errors import UserError, one_line
 from dm_generations.models.loading import Checkpoint
 from dm_generations.runtime.params import matmul_precision, put_params
 
-# How much of an image is kept by default: 14 rows of 32, as OpenAI primed DALL-E (Ramesh et al., "Zero-Shot
+# How much of an image is used by default: 14 rows of 32, as OpenAI primed DALL-E (Ramesh et al., "Zero-Shot
 # Text-to-Image Generation", 2021) and DALLE-pytorch's `generate_images` does.
 DEFAULT_SHARE = 14 / 32
 _BACKGROUND = (255, 255, 255)  # behind transparent pixels
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class InitTokens:
-    """The tokens of one image, of which the first `count` are kept and the rest sampled.
+    """The tokens of one image, of which the first `count` are used and the rest sampled.
 
     Attributes:
         tokens: (L,) uint16.
@@ -41,7 +46,7 @@ class InitTokens:
 
     @property
     def md5(self) -> str:
-        """Hex MD5 of the tokens that are kept, as an archive stores it."""
+        """Hex MD5 of the tokens that are used, as an archive stores it."""
         return init_md5(self.tokens.astype(TOKEN_DTYPE).tobytes(), self.count)
 
 
@@ -56,7 +61,10 @@ def load_init_tokens(
     """Load what --init-image, --init-tokens and --init-count ask for; None if they ask for nothing.
 
     Args:
-        init_count: How many tokens are kept; None is `DEFAULT_SHARE` of them.
+        init_image: An image file.
+        init_tokens: A `.npy` file.
+        init_count: How many tokens are used; None is `DEFAULT_SHARE` of them.
+        codec: Encodes the image.
         token_count: L, a square.
         codebook_size: Number of tokens that the model and the codec both have.
 
@@ -79,7 +87,7 @@ def load_init_tokens(
 
 
 def resolve_init_count(init_count: int | None, token_count: int) -> int:
-    """Return how many tokens are kept, 1 to L - 1.
+    """Return how many tokens are used, 1 to L - 1.
 
     Raises:
         UserError: `init_count` is another number.
@@ -147,6 +155,7 @@ def encode_images(pixels: np.ndarray, codec: Checkpoint) -> np.ndarray:
 
     Args:
         pixels: (n, S, S, 3) uint8, sRGB.
+        codec: It has an encoder.
 
     Returns:
         (n, L) uint16.
@@ -165,7 +174,8 @@ def encode_images(pixels: np.ndarray, codec: Checkpoint) -> np.ndarray:
 def read_image(path: Path, size: int) -> np.ndarray:
     """Read the middle square of an image file, resized with a Lanczos filter.
 
-    The image is turned as its EXIF says, transparent pixels become white, and of an animation the first image counts.
+    The image is turned as its EXIF data says, its colours are converted from its colour profile to sRGB, transparent
+    pixels become white, and of an animation the first image is used.
 
     Returns:
         (size, size, 3) uint8, sRGB.
@@ -201,13 +211,36 @@ def read_image(path: Path, size: int) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":  # gray of 16 bits, which `convert` would clip
+    """Convert an image of any mode but "F" to sRGB of 8 bits, on white."""
+    icc_profile = image.info.get("icc_profile")
+    if image.mode.startswith("I"):  # gray of 16 bits, which `convert` would clip
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, _BACKGROUND)
-        image = Image.alpha_composite(background, image)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode not in ("L", "RGB", "CMYK", "LAB"):
+        image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
+    rgb = _to_srgb(image, icc_profile)
+    if alpha is None:
+        return rgb
+    background = Image.new("RGB", rgb.size, _BACKGROUND)
+    return Image.composite(rgb, background, alpha)
+
+
+def _to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
+    """Convert an image of mode "L", "RGB", "CMYK" or "LAB" to sRGB; colours without a usable profile as Pillow does."""
+    if image.mode == "LAB":
+        return _transform(image, ImageCms.createProfile("LAB"))
+    if icc_profile:
+        try:
+            return _transform(image, ImageCms.ImageCmsProfile(io.BytesIO(icc_profile)))
+        except (OSError, ImageCms.PyCMSError) as error:
+            logger.warning("the colour profile of the image is not used: %s", one_line(error))
     return image.convert("RGB")
+
+
+def _transform(image: Image.Image, profile: Any) -> Image.Image:
+    transformed = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert transformed is not None, "it is None for a transformation in place"
+    return transformed
 
 
 def _check_tokens(tokens: np.ndarray, path: Path, codebook_size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Check that a model reproduces the rows of an archive, by sampling them again or by scoring their stored tokens."""
+"""Check that a model reproduces the rows of an archive, by sampling them anew or by replaying their stored tokens."""
 
 import itertools
 import logging
@@ -13,7 +13,6 @@ from dm_generations.errors import UserError
 from dm_generations.inference.generator import Generator
 from dm_generations.models.loading import Checkpoint
 from dm_generations.pipelines.generate import SAMPLER_VERSIONS
-from dm_generations.pipelines.model_records import find_model_id, model_info
 from dm_generations.runtime import compile_cache
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,8 @@ def reproduce_archive(
     """Check the rows that a model sampled with this program's own noise, each in the dtype it was sampled in.
 
     Args:
-        checkpoint: The text model.
+        archive: Only read.
+        checkpoint: The text-to-image model.
         batch_size: Images at a time on each device, as the rows were sampled with.
         max_margin: See `find_mismatches`.
         sample_count: Check at most so many rows, evenly spread; None is all.
@@ -89,12 +89,14 @@ def select_ids(archive: Archive, checkpoint: Checkpoint, sample_count: int | Non
     """Find the rows that a model sampled with this program's own noise.
 
     Args:
+        archive: Only read.
+        checkpoint: The text-to-image model.
         sample_count: Return at most so many, evenly spread; None is all.
 
     Returns:
         The rows' ids by dtype, and how many other rows there are.
     """
-    generator_id = find_model_id(archive, model_info(checkpoint))
+    generator_id = archive.find_model(checkpoint.model_info())
     own: list[tuple[int, str]] = []
     other_count = 0
     columns = ("id", "generator_id", "sampler_version", "dtype")
@@ -122,7 +124,11 @@ def find_mismatches(
     """Find the rows among `ids` that the model does not reproduce.
 
     Args:
-        max_margin: None samples every row again and compares tokens. A number feeds the stored tokens to the model, and
+        archive: Only read.
+        checkpoint: The model that sampled the rows.
+        ids: Of rows.
+        batch_size: Images at a time on each device, as the rows were sampled with.
+        max_margin: None samples every row anew and compares tokens. A number feeds the stored tokens to the model, and
             reports rows with a token that missed being sampled by more; that also serves rows made on other hardware.
         dtype: What the rows were sampled in.
 

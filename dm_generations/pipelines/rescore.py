@@ -12,9 +12,9 @@ import numpy as np
 from dm_generations.archive import Archive, ImageRow
 from dm_generations.archive.records import BadTokensError, tokens_from_blob
 from dm_generations.inference.decoder import Decoder
+from dm_generations.inference.scorer import Scorer
 from dm_generations.models.loading import Checkpoint
-from dm_generations.pipelines.generate import SMALLER_BATCH, finite_or_none, make_scorer
-from dm_generations.pipelines.model_records import add_model, find_model_id, model_info
+from dm_generations.pipelines.generate import SMALLER_BATCH, finite_or_none
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors
 
@@ -49,6 +49,9 @@ def score_archive(
     without a codec are taken for rows of `codec`.
 
     Args:
+        archive: Opened for writing.
+        codec: What decodes the tokens.
+        clip: What scores the images.
         batch_size: Images at a time.
         rescore: Whether images are included that another CLIP scored.
         on_progress: Called with (done, total) images at the start and after every batch.
@@ -56,16 +59,16 @@ def score_archive(
     Raises:
         UserError: Memory does not hold a batch, or CLIP's tokenizer is missing.
     """
-    clip_info = model_info(clip)
-    clip_id = find_model_id(archive, clip_info)
+    clip_info = clip.model_info()
+    clip_id = archive.find_model(clip_info)
     report = ScoreReport(archive.count_to_score(rescore, clip_id))
     if not report.due_count:
         return report
     compile_cache.enable()
-    codec_id = find_model_id(archive, dataclasses.replace(model_info(codec), grid=None))
+    codec_id = archive.find_model(dataclasses.replace(codec.model_info(), grid=None))
     grid = None if codec_id is None else archive.models()[codec_id].grid
     decoder = Decoder.from_checkpoint(codec, batch_size, grid=grid)
-    scorer = make_scorer(clip, batch_size)
+    scorer = Scorer.from_checkpoint(clip, batch_size)
     model_names = {row_id: model.name for row_id, model in archive.models().items()}
     prompts = archive.prompts()
 
@@ -93,7 +96,7 @@ def score_archive(
                 for (row, _), score_input, score_tokenized in zip(usable, *scores, strict=True)
             ]
             with archive.transaction():
-                report.scored_count += archive.set_scores(found, add_model(archive, clip_info), time.time())
+                report.scored_count += archive.set_scores(found, archive.add_model(clip_info), time.time())
         done += len(batch)
         on_progress(done, report.due_count)
     return report

@@ -163,10 +163,12 @@ class Sweep:
 
     @property
     def combination_count(self) -> int:
+        """Number of combinations."""
         return math.prod(len(values) for values in self._axes())
 
     @property
     def image_count(self) -> int:
+        """Images of all combinations."""
         return self.combination_count * self.count
 
     def combinations(self) -> Iterator[Combination]:
@@ -208,6 +210,7 @@ class Plan:
         return sum(len(indices) for _, indices in self.missing)
 
     def samples(self) -> Iterator[Sample]:
+        """Yield the images to generate, combination by combination."""
         for combination, indices in self.missing:
             keys = self.sweep.keys(combination)
             yield from (Sample(combination, *keys[index]) for index in indices)
@@ -293,10 +296,12 @@ def plan_sweep(
     archive holds. So processes that start at different times never share an image.
 
     Args:
+        sweep: What is wanted.
         archive: None stands for an archive that does not exist yet.
         generator_id: The model's id in the archive; None if the archive does not have the model.
         sampler_version: Version of the sampling rules, as stored with each row.
         init_md5: MD5 of the initial tokens that the images continue; "" if there are none.
+        shard: The part of the sweep to plan.
     """
     prompt_ids: dict[str | None, int] = {}
     sc_prompt_ids: dict[str | None, int] = {}

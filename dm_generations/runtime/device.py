@@ -18,6 +18,7 @@ from dm_generations.errors import UserError, defer_sigint
 _Batch = TypeVar("_Batch")
 _Result = TypeVar("_Result")
 _CPU_CONCURRENCY = 2  # the layers of a small model leave cores idle: two batches take little longer than one
+WEIGHTS_ADVICE = "the weights of a model do not fit: use a smaller model, --dtype bfloat16 or --cpu-only"
 _UNKNOWN_HOST_BYTES = 4 << 30  # of a small machine
 
 
@@ -153,13 +154,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
-    """Turn a device's lack of memory into a UserError.
+    """Turn a lack of memory, of a device or of the host, into a UserError. Also a decorator.
 
     Args:
         advice: What to do about it.
+
+    Raises:
+        UserError: Memory ran out.
     """
     try:
         yield
+    except MemoryError as error:
+        raise UserError(f"not enough memory on this machine; {advice}") from error
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from dm_generations.runtime.device import WEIGHTS_ADVICE, memory_errors
 from dm_generations.weights.mmap import is_immutable, release
 
 _CHUNK_BYTES = 1 << 25  # between two releases: a call for each small tensor would cost more than it saves
 _ALIGNMENT = 64  # bytes, of arrays that JAX takes over on a CPU instead of copying them
 
 
+@memory_errors(WEIGHTS_ADVICE)
 def put_params(params: dict, dtype: Any = np.float32, sharding: jax.sharding.Sharding | None = None) -> dict:
     """Put the parameters of a network on its devices.
 
@@ -27,6 +29,9 @@ def put_params(params: dict, dtype: Any = np.float32, sharding: jax.sharding.Sha
 
     Returns:
         A dict of the same structure with arrays of JAX.
+
+    Raises:
+        UserError: The weights do not fit into memory.
     """
     leaves, structure = jax.tree.flatten(params)
     on_device, unreleased = [], []

@@ -9,13 +9,15 @@ T: text tokens   L: tokens of an image
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
-from dm_generations.models.base import Tokenizer
 from dm_generations.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from dm_generations.models.base import Tokenizer
 
 TEXT_BATCH = 8  # texts encoded at a time: a batch has few distinct ones
 _INT32_MAX = 2**31 - 1
@@ -76,7 +78,7 @@ def take_until_full(rows: Sequence[_T], sequences: Sequence[int], capacity: int)
     return rows[: max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= capacity, used)))]
 
 
-def pack_batch(rows: Sequence[Row], capacity: int, tokenizer: Tokenizer, text_length: int, length: int) -> RowInputs:
+def pack_batch(rows: Sequence[Row], capacity: int, tokenizer: "Tokenizer", text_length: int, length: int) -> RowInputs:
     """Pack rows into the arrays of one device's batch.
 
     Args:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from dm_generations.runtime.params import matmul_precision
 from dm_generations.sampling import logits as sampling
 from dm_generations.sampling.batching import OF_ROWS, TEXT_BATCH, RowInputs
-from dm_generations.sampling.methods import GumbelSampler, Sampler, settings_of
+from dm_generations.sampling.methods import GumbelSampler, Sampler, row_settings
 
 AXIS = "rows"  # of a mesh of devices, each of which has a batch of its own
 
@@ -28,7 +28,7 @@ class RowState(NamedTuple):
 
     token: jax.Array  # (R,) int32, which the next step reads
     log_prob: jax.Array  # (R,) float32, summed over the tokens sampled so far
-    is_drawable: jax.Array  # (R,) bool, whether every step had a token to sample
+    can_sample: jax.Array  # (R,) bool, whether every step had a token to sample
     noise: Any  # state of the sampler
 
 
@@ -91,14 +91,14 @@ def decode_steps(
 
             def sample(rows, last):
                 guided = _guided(model, rows, logits, step)
-                token, is_drawable, noise = sampler.sample(guided, step, rows, last.noise)
+                token, can_sample, noise = sampler.sample(guided, step, rows, last.noise)
                 is_init = step < rows.init_count
                 token = jnp.where(is_init, rows.init_tokens[:, step], token)
                 log_prob = sampling.log_prob(guided, token, sampler.columns)
                 return RowState(
                     token,
                     last.log_prob + jnp.where(is_init, 0.0, log_prob),
-                    last.is_drawable & (is_drawable | is_init),
+                    last.can_sample & (can_sample | is_init),
                     noise,
                 )
 
@@ -134,8 +134,8 @@ def teacher_forced_margins(
             step, tokens = step_and_tokens
             logits, cache = _logits(model, params, rows, cache, token, step)
             guided = _guided(model, rows, logits, step)
-            margin = sampling.margin(guided, tokens, step, *settings_of(rows), sampler.columns, sampler.order)
-            return (cache, tokens), jnp.where(sampling.is_drawable(guided, sampler.columns), margin, jnp.nan)
+            margin = sampling.margin(guided, tokens, step, *row_settings(rows), sampler.columns, sampler.order)
+            return (cache, tokens), jnp.where(sampling.can_sample(guided, sampler.columns), margin, jnp.nan)
 
         steps = jnp.arange(model.config.image_length, dtype=jnp.int32)
         _, margins = jax.lax.scan(one_step, (state.cache, state.last.token), (steps, rows.init_tokens.T))

@@ -1,16 +1,16 @@
-"""Logits to the next code: guidance, filters and a draw, each row with settings and a key of its own.
+"""Logits to the next token: guidance, filters and sampling, each row with settings and a key of its own.
 
-B: rows of the batch   V: columns of the logits, of which the first `codebook_size` are real codes
+B: rows of the batch   V: columns of the logits, of which the first `codebook_size` are tokens
 
-Settings are arrays over rows, so one compiled function serves every mix of them. Rows do not see each other:
-a row's code depends on its own logits, settings, key and step alone. The noise is `threefry2x32` of the row's
-key at counter (step, code); `schema/sampling.md` writes down how its bits become a Gumbel number.
+Settings are arrays over rows, so one compiled function serves every mix of them. Rows do not depend on each other:
+a row's token is a function of its own logits, settings, key and step. The noise is `threefry2x32` of the row's key at
+counter (step, token); `schema/sampling.md` says how its bits become a Gumbel number.
 
-What the rare cases mean: a logit that is NaN is never drawn. Of equal logits the lower code comes first:
-top_k keeps exactly k, top_p stops inside a tie, a greedy draw takes the lowest. top_k 0 and top_k of
-codebook_size or more are off, top_p of 1 or more is off, and however small top_p is, the best code stays.
-Temperature 0 is greedy; so is one so small that the tempered logits overflow float32. A row without a number
-to draw from gives code 0: the caller tells such rows by `is_drawable`.
+Rare cases: a logit that is NaN is never sampled. Of equal logits the lower token comes first: top_k keeps exactly k,
+top_p stops inside a tie, a greedy row takes the lowest. top_k 0 and top_k of codebook_size or more are off, top_p of 1
+or more is off, and however small top_p is, the best token stays. Temperature 0 is greedy; so is one so small that the
+tempered logits overflow float32. A row without a finite logit gives token 0; `can_sample` finds such
+rows.
 """
 
 from collections.abc import Callable
@@ -23,42 +23,56 @@ from dm_generations.sampling.prng import threefry2x32
 __all__ = [
     "ORDERS",
     "SAMPLER_VERSION",
-    "draw",
+    "can_sample",
     "filter_logits",
     "guide",
     "gumbel",
-    "is_drawable",
     "log_prob",
     "margin",
     "sample",
+    "sample_with_noise",
 ]
 
 # In which the filters are applied: temperature, top_k, top_p (DALL-E mini, minDALL-E, DALLE-pytorch), or top_p on the
 # logits as they are, top_k, temperature (the DALL-3 fork).
 ORDERS = ("temperature_first", "top_p_first")
-SAMPLER_VERSION = 1  # stored with each row; raise it when the same key would draw other codes
+SAMPLER_VERSION = 1  # stored with each row; raise it when the same key would give other tokens
 
 _HIGHEST_UNIFORM = 1 - 2.0**-24  # the largest float32 below 1
 _SIGN = 0x80000000
 
 
 def guide(cond: jax.Array, uncond: jax.Array, cond_scale: jax.Array) -> jax.Array:
-    """Super conditioned logits (B, V) float32 from both halves (B, V) float32; exactly `cond` at scale 1.
+    """Combine conditional and unconditional logits (classifier-free guidance, "super conditioning").
 
-    cond_scale: (B,) float32. As in dalle-mini's `generate`: uncond + scale * (cond - uncond).
+    As in dalle-mini's `generate`: uncond + scale * (cond - uncond); exactly `cond` at scale 1.
+
+    Args:
+        cond: (B, V) float32, under the prompts.
+        uncond: (B, V) float32, under the unconditional prompts.
+        cond_scale: (B,) float32.
+
+    Returns:
+        (B, V) float32.
     """
     scale = cond_scale[:, None]
     return jnp.where(scale == 1, cond, uncond + scale * (cond - uncond))
 
 
 def gumbel(keys: jax.Array, step: jax.Array, codebook_size: int) -> jax.Array:
-    """Standard Gumbel noise (B, codebook_size) float32, a pure function of key, step and code.
+    """Return standard Gumbel noise, a pure function of key, step and token.
 
-    keys: (B, 2) uint32   step: () int32, 0 for the first code of a picture. Finite: from -2.82 to 22.88.
+    Args:
+        keys: (B, 2) uint32.
+        step: () int32, 0 for the first token of an image.
+        codebook_size: Number of tokens.
+
+    Returns:
+        (B, codebook_size) float32, finite, from -2.82 to 22.88.
     """
-    codes = jnp.arange(codebook_size, dtype=jnp.uint32)[None, :]
+    tokens = jnp.arange(codebook_size, dtype=jnp.uint32)[None, :]
     steps = jnp.asarray(step).astype(jnp.uint32).reshape(1, 1)
-    bits, _ = threefry2x32(keys[:, 0:1], keys[:, 1:2], steps, codes)  # (B, codebook_size)
+    bits, _ = threefry2x32(keys[:, 0:1], keys[:, 1:2], steps, tokens)  # (B, codebook_size)
     # The uniform is fine near 0, where -log(-log1p(-w)) is large: the noise that wins is the best resolved.
     uniform = jnp.minimum(bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33, _HIGHEST_UNIFORM)
     return -jnp.log(-jnp.log1p(-uniform))
@@ -74,16 +88,26 @@ def sample(
     codebook_size: int,
     order: str = "temperature_first",
 ) -> jax.Array:
-    """One code for each row, (B,) int32 in [0, codebook_size): the winner of filtered logits plus noise.
+    """Sample one token for each row: the largest of its filtered logits plus noise.
 
-    logits: (B, V) float32, guided   step: () int32   keys: (B, 2) uint32
-    top_k: (B,) int32   top_p, temperature: (B,) float32   order: one of ORDERS
+    Args:
+        logits: (B, V) float32, guided.
+        step: () int32.
+        keys: (B, 2) uint32.
+        top_k: (B,) int32.
+        top_p: (B,) float32.
+        temperature: (B,) float32.
+        codebook_size: Only tokens below it are sampled.
+        order: One of ORDERS.
+
+    Returns:
+        (B,) int32 in [0, codebook_size).
     """
     noise = gumbel(keys, step, min(logits.shape[1], codebook_size))
-    return draw(logits, noise, top_k, top_p, temperature, codebook_size, order)
+    return sample_with_noise(logits, noise, top_k, top_p, temperature, codebook_size, order)
 
 
-def draw(
+def sample_with_noise(
     logits: jax.Array,
     noise: jax.Array,
     top_k: jax.Array,
@@ -92,18 +116,18 @@ def draw(
     codebook_size: int,
     order: str = "temperature_first",
 ) -> jax.Array:
-    """`sample` with Gumbel noise (B, min(V, codebook_size)) float32 that the caller made."""
-    logits = _real_codes(logits, codebook_size)
+    """Sample as `sample` does, with Gumbel noise (B, min(V, codebook_size)) float32 from the caller."""
+    logits = _codebook_logits(logits, codebook_size)
     is_greedy = _is_greedy(logits, temperature)
 
     def best():
         return jnp.argmax(logits, axis=1).astype(jnp.int32)
 
     def winner():
-        # A greedy row asks for no filter, lest the batch goes through one for nothing.
+        # A greedy row needs no filter; without this the batch would go through one for nothing.
         settings = jnp.where(is_greedy, 0, top_k), jnp.where(is_greedy, 1.0, top_p), temperature
-        drawn = filter_logits(logits, *settings, codebook_size, order) + noise
-        return jnp.argmax(jnp.where(is_greedy[:, None], logits, drawn), axis=1).astype(jnp.int32)
+        perturbed = filter_logits(logits, *settings, codebook_size, order) + noise
+        return jnp.argmax(jnp.where(is_greedy[:, None], logits, perturbed), axis=1).astype(jnp.int32)
 
     # As an operand of `cond` the noise is computed before, by a loop over vectors. Computed inside `argmax`, number by
     # number, it would take 6 times as long on a CPU.
@@ -112,7 +136,7 @@ def draw(
 
 def margin(
     logits: jax.Array,
-    codes: jax.Array,
+    tokens: jax.Array,
     step: jax.Array,
     keys: jax.Array,
     top_k: jax.Array,
@@ -121,19 +145,33 @@ def margin(
     codebook_size: int,
     order: str = "temperature_first",
 ) -> jax.Array:
-    """By how much `codes` (B,) int32 missed being drawn, (B,) float32 in units of tempered logits; 0 for the winner.
+    """Return by how much tokens missed being sampled, in units of tempered logits; 0 for the one that is sampled.
 
-    A code that a filter removes misses by its distance to the lowest logit that is kept, if that is more. The other
-    arguments as in `sample`. Rows made on other hardware differ by rounding alone, so their margins are small.
+    A token that a filter removes misses by its distance to the lowest logit that is kept, if that is more. Rows made on
+    other hardware differ by rounding alone, so their margins are small.
+
+    Args:
+        logits: (B, V) float32, guided.
+        tokens: (B,) int32.
+        step: () int32; this and the other arguments are those of `sample`.
+        keys: (B, 2) uint32.
+        top_k: (B,) int32.
+        top_p: (B,) float32.
+        temperature: (B,) float32.
+        codebook_size: Number of tokens.
+        order: One of ORDERS.
+
+    Returns:
+        (B,) float32.
     """
-    logits = _real_codes(logits, codebook_size)
+    logits = _codebook_logits(logits, codebook_size)
     is_greedy = _is_greedy(logits, temperature)[:, None]
     filtered = filter_logits(logits, top_k, top_p, temperature, codebook_size, order)
     noise = jnp.where(is_greedy, 0.0, gumbel(keys, step, logits.shape[1]))
     tempered = logits / jnp.where(is_greedy, 1.0, temperature[:, None])
     best = (jnp.where(is_greedy, logits, filtered) + noise).max(axis=1)
     lowest_kept = jnp.where(is_greedy | jnp.isneginf(filtered), jnp.inf, filtered).min(axis=1)
-    own, own_noise = (jnp.take_along_axis(x, codes[:, None], axis=1)[:, 0] for x in (tempered, noise))
+    own, own_noise = (jnp.take_along_axis(x, tokens[:, None], axis=1)[:, 0] for x in (tempered, noise))
     below = jnp.where(jnp.isinf(lowest_kept), 0.0, lowest_kept - own)
     return jnp.maximum(jnp.maximum(best - (own + own_noise), below), 0.0)
 
@@ -146,12 +184,25 @@ def filter_logits(
     codebook_size: int,
     order: str = "temperature_first",
 ) -> jax.Array:
-    """Tempered logits (B, min(V, codebook_size)) float32, -inf where top_k or top_p removes a code.
+    """Apply temperature, top_k and top_p.
 
-    Each filter works on what the one before it left. Arguments as in `sample`; rows that draw greedily are
-    tempered by 1.
+    Each filter works on what the one before it left. Greedy rows have a temperature of 1 here.
+
+    Args:
+        logits: (B, V) float32, guided.
+        top_k: (B,) int32.
+        top_p: (B,) float32.
+        temperature: (B,) float32.
+        codebook_size: Number of tokens.
+        order: One of ORDERS.
+
+    Returns:
+        (B, min(V, codebook_size)) float32, -inf for tokens that a filter removes.
+
+    Raises:
+        ValueError: The order is unknown.
     """
-    logits = _real_codes(logits, codebook_size)
+    logits = _codebook_logits(logits, codebook_size)
     divisor = jnp.where(_is_greedy(logits, temperature), 1.0, temperature)[:, None]
     if order == "temperature_first":
         logits = logits / divisor
@@ -164,27 +215,34 @@ def filter_logits(
     raise ValueError(f"order is {order!r}, not one of {', '.join(ORDERS)}")
 
 
-def log_prob(logits: jax.Array, codes: jax.Array, codebook_size: int) -> jax.Array:
-    """Log-probability (B,) float32, natural, of `codes` (B,) int32 under the softmax of `logits` (B, V) float32.
+def log_prob(logits: jax.Array, tokens: jax.Array, codebook_size: int) -> jax.Array:
+    """Return the natural log-probability of tokens under the softmax of the logits.
 
-    The softmax is over the real codes, before temperature, top_k and top_p, so that pictures which were drawn with
-    other settings compare. -inf for a code that cannot be drawn: its logit is NaN or -inf, or it is no real code.
-    Where logits are infinite, the codes that have them share the probability.
+    The softmax is over the codebook, before temperature, top_k and top_p, so that images of different settings can be
+    compared. Where logits are infinite, the tokens that have them share the probability.
+
+    Args:
+        logits: (B, V) float32, guided.
+        tokens: (B,) int32.
+        codebook_size: Number of tokens.
+
+    Returns:
+        (B,) float32; -inf for a token that cannot be sampled: its logit is NaN or -inf, or it is not in the codebook.
     """
-    logits = _real_codes(logits, codebook_size)
+    logits = _codebook_logits(logits, codebook_size)
     best = logits.max(axis=1, keepdims=True)
     shifted = jnp.where(logits == best, 0.0, logits - best)  # inf - inf would be NaN
     shifted = jnp.where(jnp.isneginf(logits), -jnp.inf, shifted)  # a row without a number
-    own = jnp.take_along_axis(shifted, codes[:, None], axis=1, mode="fill", fill_value=-jnp.inf)[:, 0]
+    own = jnp.take_along_axis(shifted, tokens[:, None], axis=1, mode="fill", fill_value=-jnp.inf)[:, 0]
     return own - jnp.log(jnp.maximum(jnp.exp(shifted).sum(axis=1), 1.0))
 
 
-def is_drawable(logits: jax.Array, codebook_size: int) -> jax.Array:
-    """(B,) bool: whether a row holds a code that can be drawn at all (a broken checkpoint gives only NaN)."""
-    return (_real_codes(logits, codebook_size) > -jnp.inf).any(axis=1)
+def can_sample(logits: jax.Array, codebook_size: int) -> jax.Array:
+    """Return whether each row has a token to sample, (B,) bool. A broken checkpoint gives only NaN."""
+    return (_codebook_logits(logits, codebook_size) > -jnp.inf).any(axis=1)
 
 
-def _real_codes(logits: jax.Array, codebook_size: int) -> jax.Array:
+def _codebook_logits(logits: jax.Array, codebook_size: int) -> jax.Array:
     logits = logits[:, :codebook_size]
     return jnp.where(jnp.isnan(logits), -jnp.inf, logits)
 
@@ -211,7 +269,7 @@ def _keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
 
 
 def _keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """(B, V) bool, true where the codes that come before weigh less than top_p of the row; -inf weighs 0."""
+    """(B, V) bool, true where the tokens that come before weigh less than top_p of the row; -inf weighs 0."""
     is_off = (top_p >= 1)[:, None]
 
     def keep():
@@ -241,7 +299,7 @@ def _sortable(values: jax.Array) -> jax.Array:
 
 
 def _ties_before(is_tied: jax.Array, is_needed: jax.Array) -> jax.Array:
-    """(B, V) int32, how many codes of lower number are tied; 0 if it is not needed, () bool.
+    """(B, V) int32, how many tokens of lower number are tied; 0 if it is not needed, () bool.
 
     On a CPU the running sum takes longer than all else of a filter, and ties at its edge are rare.
     """

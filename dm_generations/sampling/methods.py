@@ -62,21 +62,25 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class GumbelSampler:
-    """Samples with this program's own noise, a function of the row's key, the step and the token; see `sampling`."""
+    """Samples with this program's own noise, a function of the row's key, the step and the token; see `logits`."""
 
     columns: int
     order: str
 
     def init_noise(self, rows: RowInputs) -> tuple[()]:
+        """See `Sampler`."""
         return ()
 
-    def sample(self, guided, step, rows, noise):
-        token = logits.sample(guided, step, *settings_of(rows), self.columns, self.order)
-        return token, logits.is_drawable(guided, self.columns), noise
+    def sample(
+        self, guided: jax.Array, step: jax.Array, rows: RowInputs, noise: tuple[()]
+    ) -> tuple[jax.Array, jax.Array, tuple[()]]:
+        """See `Sampler`."""
+        token = logits.sample(guided, step, *row_settings(rows), self.columns, self.order)
+        return token, logits.can_sample(guided, self.columns), noise
 
 
-def settings_of(rows: RowInputs) -> tuple[jax.Array, ...]:
-    """Return what `sampling` takes of each row."""
+def row_settings(rows: RowInputs) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return keys, top_k, top_p and temperature of the rows, as `logits.sample` takes them."""
     return rows.keys, rows.top_k, rows.top_p, rows.temperature
 
 
@@ -99,23 +103,27 @@ class DalleMiniSampler:
     pad_token: int  # `pad_token_id`
 
     def init_noise(self, rows: RowInputs) -> Noise:
+        """See `Sampler`."""
         return Noise(rows.keys, jnp.zeros(len(rows.top_k), bool))
 
-    def sample(self, guided, step, rows, noise):
+    def sample(
+        self, guided: jax.Array, step: jax.Array, rows: RowInputs, noise: Noise
+    ) -> tuple[jax.Array, jax.Array, Noise]:
+        """See `Sampler`."""
         keys, next_keys = split(noise.keys)
         is_one_call = keys.ndim == 1
         gumbel = call_gumbel(keys, len(guided), self.columns) if is_one_call else row_gumbel(keys, self.columns)
-        token = logits.draw(guided, gumbel, rows.top_k, rows.top_p, rows.temperature, self.columns)
-        is_drawable = noise.has_ended | logits.is_drawable(guided, self.columns)
+        token = logits.sample_with_noise(guided, gumbel, rows.top_k, rows.top_p, rows.temperature, self.columns)
+        can_sample = noise.has_ended | logits.can_sample(guided, self.columns)
         has_ended = noise.has_ended | (token == self.end_token)
         token = jnp.where(has_ended, self.pad_token, token)  # the end token itself too
-        return token, is_drawable, Noise(next_keys, has_ended)
+        return token, can_sample, Noise(next_keys, has_ended)
 
 
 def split(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both halves of `jax.random.split(key)`, each (S, 2) uint32, of keys (S, 2) uint32.
 
-    `generate` carries a key from step to step: the first half draws, the second is the next step's key.
+    `generate` carries a key from step to step: the first half makes the noise, the second is the next step's key.
     """
     words = _hashed(keys, 4)
     return words[..., :2], words[..., 2:]

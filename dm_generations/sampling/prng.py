@@ -1,12 +1,13 @@
-"""Threefry-2x32-20, the counter-based generator behind every draw, and the keys of pictures.
+"""Threefry-2x32-20, the counter-based generator behind all noise, and the keys of images.
 
-A pure function of a key and a counter, each two words of 32 bits: no state, nothing that depends on the
-batch, and nothing of a library that may change. Needs neither JAX nor NumPy: the arithmetic is written with
-operators that NumPy and JAX arrays of uint32 share. `schema/sampling.md` writes it down beside the archive
-format.
+A pure function of a key and a counter, each two words of 32 bits: no state, nothing that depends on the batch or on a
+library that may change. It needs neither JAX nor NumPy: the arithmetic is written with operators that NumPy and JAX
+arrays of uint32 share. `schema/sampling.md` specifies it with test vectors.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
+
+from typing import Any
 
 WORD = 0xFFFFFFFF
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -14,8 +15,15 @@ _PARITY = 0x1BD11BDA  # Skein's key schedule constant, lower word
 _ROUND_GROUPS = 5  # of four rounds each
 
 
-def threefry2x32(key0, key1, counter0, counter1):
-    """The two output words, element by element; uint32 arrays (NumPy or JAX) of shapes that broadcast."""
+def threefry2x32(key0: Any, key1: Any, counter0: Any, counter1: Any) -> tuple[Any, Any]:
+    """Return the two output words, element by element.
+
+    Args:
+        key0: First word of the key, as all arguments a uint32 array of NumPy or JAX, of shapes that broadcast.
+        key1: Second word of the key.
+        counter0: First word of the counter.
+        counter1: Second word of the counter.
+    """
     keys = (key0, key1, key0 ^ key1 ^ _PARITY)
     x0, x1 = counter0 + key0, counter1 + key1
     for group in range(_ROUND_GROUPS):
@@ -47,16 +55,23 @@ class _Word(int):
 
 
 def row_key(seed: int, index: int) -> tuple[int, int]:
-    """(key0, key1) of picture `index` of `--seed seed`: each seed's pictures are the words of one stream.
+    """Return the key of image `index` of `--seed seed`: each seed's images are the words of one stream.
 
-    seed: 0 to 2^64 - 1   index: 0 to 2^64 - 1. Distinct indices of one seed give distinct keys (a bijection).
+    Distinct indices of one seed give distinct keys (a bijection).
+
+    Args:
+        seed: 0 to 2^64 - 1.
+        index: 0 to 2^64 - 1.
+
+    Returns:
+        (key0, key1).
     """
     words = threefry2x32(_Word(seed >> 32), _Word(seed & WORD), _Word(index >> 32), _Word(index & WORD))
     return int(words[0]), int(words[1])
 
 
 def prng_key(seed: int) -> tuple[int, int]:
-    """(key0, key1) of `jax.random.PRNGKey(seed)`, for any whole number.
+    """Return the words of `jax.random.PRNGKey(seed)`, for any whole number.
 
     As JAX gives it with 32-bit integers, its default: the lower 32 bits of the seed, and zeros above.
     """

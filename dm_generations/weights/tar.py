@@ -3,7 +3,6 @@
 No name or link in the archive decides where anything is written.
 """
 
-import atexit
 import functools
 import gzip
 import shutil
@@ -14,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from dm_generations.errors import UserError, one_line
+from dm_generations.errors import EXIT_CALLBACKS, UserError, one_line
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar")
 MAX_HEADER = 1 << 20  # bytes before the content of a file: names, extended headers and maps of sparse files
@@ -70,7 +69,7 @@ def _extract(
     """Do the work of `extract`, once for each size and time of change."""
     targets, folder = dict(wanted), Path(tempfile.mkdtemp(prefix=f"dm-generations-{path.name[:100]}-"))
     # Mapped files stay readable after this where a file in use can be removed at all.
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    EXIT_CALLBACKS.callback(shutil.rmtree, folder, ignore_errors=True)
     try:
         with open(path, "rb") as file:
             is_compressed = file.read(2) == b"\x1f\x8b"

@@ -104,7 +104,7 @@ def test_info_of_an_empty_archive(tmp_path, capsys):
 
 def test_verify_exits_1_when_something_is_wrong(ours, capsys):
     assert command("verify", "--db", ours) == 0
-    assert capsys.readouterr().out == f"{ours}: sound, 5 pictures checked\n"
+    assert capsys.readouterr().out == f"{ours}: sound, 5 images checked\n"
     execute(ours, "UPDATE images SET quantvec_md5 = ? WHERE id = 3", "0" * 32)
     assert command("verify", "--db", ours) == 1
     md5 = hashlib.md5(new_image(2).quantvec).hexdigest()

@@ -80,9 +80,8 @@ def test_damage_met_while_reading_is_one_clear_error(ours):
     with open(ours, "r+b") as file:
         file.seek(4096)
         file.write(b"\xff" * (ours.stat().st_size - 4096))
-    with pytest.raises(ArchiveError, match="damaged or cut short|SQLite"):
-        with Archive.open(ours) as archive:
-            archive.prompts(), archive.groups(), list(archive.rows_to_score())
+    with pytest.raises(ArchiveError, match="damaged or cut short|SQLite"), Archive.open(ours) as archive:
+        archive.prompts(), archive.groups(), list(archive.rows_to_score())
 
 
 def test_a_locked_archive(ours):

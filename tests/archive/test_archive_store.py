@@ -141,9 +141,8 @@ def test_a_failed_transaction_leaves_nothing(archive):
         yield new_image(1)
         raise ValueError("the model broke")
 
-    with pytest.raises(ValueError, match="the model broke"):
-        with archive.transaction():
-            archive.add_images(images(), None, None, None, 1)
+    with pytest.raises(ValueError, match="the model broke"), archive.transaction():
+        archive.add_images(images(), None, None, None, 1)
     assert (archive.count(), archive.prompts()) == (0, {})
 
 

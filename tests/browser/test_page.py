@@ -20,6 +20,8 @@ from dm_generations.export.manifest import GalleryEntry, build_manifest, write_m
 from dm_generations.paths import shipped
 from dm_generations.pipelines.sweep import parse_key
 
+pytestmark = pytest.mark.browser
+
 HOSTILE = {
     "markup": "</script><script>window.pwned = 1; alert(1)</script>",
     "attribute": '"><img src=x onerror="window.pwned = 1"><svg onload=\'window.pwned=1\'>',

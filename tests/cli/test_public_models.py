@@ -19,6 +19,8 @@ from dm_generations.archive import Archive
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.weights import native
 
+pytestmark = pytest.mark.e2e
+
 PROMPT = "a red cat"
 LETTERS = ["<s>", "<pad>", "</s>", "<unk>", "Ġ", *"abcdefghijklmnopqrstuvwxyz"]
 
@@ -303,7 +305,7 @@ def test_condition_scale_as_dalle_pytorch_has_it(letters, tmp_path, capsys):
         checked = ["verify", "--db", db, *words[:4], "--batch-size", 2, "--cpu-only", "--regenerate"]
         run(*checked, "--cond-scale-of", guided)
     assert cli.main([str(word) for word in checked]) == 1
-    assert "holds no row that 'dalle.pt' drew" in capsys.readouterr().err
+    assert "'dalle.pt'" in capsys.readouterr().err
     assert tokens["all"][0] == tokens["first"][0]
 
     found = load_checkpoint(model, "generator")

@@ -65,10 +65,8 @@ def test_only_a_file_with_content_is_finished(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "whole.png").write_bytes(b"x")
-    assert [is_finished(str(tmp_path / name)) for name in ("empty.png", "folder.png", "none.png", "a\0b")] == [
-        False
-    ] * 4
-    assert is_finished(str(tmp_path / "whole.png"))
+    assert [is_finished(tmp_path, name) for name in ("empty.png", "folder.png", "none.png", "a\0b")] == [False] * 4
+    assert is_finished(tmp_path, "whole.png")
 
 
 def test_the_page_is_told_of_a_model_only_if_it_still_draws_the_picture():

@@ -22,6 +22,8 @@ from tiny import CODEBOOK_SIZE, GRID, IMAGE_SIZE
 from dm_generations.archive import Archive, merge
 from dm_generations.inference.decoder import Decoder
 
+pytestmark = pytest.mark.e2e
+
 PICTURE_MODES = {mode: flags for mode, flags in MODES.items() if mode != "npy"}  # which need a codec
 
 

@@ -12,6 +12,8 @@ from dm_generations.export import exporter as exporter_module
 from dm_generations.export import writers as writers_module
 from dm_generations.export.journal import JOURNAL, Journal
 
+pytestmark = pytest.mark.e2e
+
 MODES = {
     "images": (),
     "gallery": ("--mode", "gallery", "--gallery-cols", "2", "--gallery-rows", "2"),

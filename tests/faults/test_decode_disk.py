@@ -6,6 +6,8 @@ import pytest
 from decode_kit import all_files, pictures
 from faults_kit import CANNOT_MOUNT, error_line, files_left, run_with_mounts, without_progress, without_root_rights
 
+pytestmark = pytest.mark.e2e
+
 # What is left when the disk is full and when there is room again is copied out, before the disk goes with the script.
 FULL_DISK = f"""
 disk=$1 size=$2; shift 2

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import re
 import sys
 
@@ -14,6 +15,8 @@ from dm_generations.archive import Archive, ModelInfo, NewImage
 from dm_generations.export.journal import JOURNAL, Journal
 from dm_generations.sampling.params import SamplingParams
 
+pytestmark = pytest.mark.e2e
+
 TOKENS = random_tokens(6, GRID**2, CODEBOOK_SIZE)
 
 
@@ -22,7 +25,7 @@ BAD_BLOBS = {
     "odd": (b"\0" * 33, "33 bytes, not 32"),
     "empty": (b"", "0 bytes"),
     "text": ("0" * 32, "0 bytes"),  # not a blob: the archive gives none
-    "outside": (CODEBOOK_SIZE.to_bytes(2, "little") * 16, "it holds code 32, the codebook ends at 31"),
+    "outside": (CODEBOOK_SIZE.to_bytes(2, "little") * 16, "it holds token 32, the codebook ends at 31"),
 }
 
 
@@ -175,6 +178,18 @@ def test_a_prompt_folder_that_is_a_link_is_refused(decode, tmp_path, mode):
     assert status == 1
     assert_one_error(errors, "0001_a boat is a symbolic link")
     assert not any((tmp_path / "elsewhere").iterdir()) and len(list((tmp_path / "out").iterdir())) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes")
+@pytest.mark.parametrize("mode", ["images", "npy"])
+def test_a_pipe_at_the_place_of_a_file_is_replaced(decode, tmp_path, mode):
+    assert decode("--mode", mode) == (0, "")
+    extension = ".npy" if mode == "npy" else ".png"
+    path = next((tmp_path / "out").rglob(f"*{extension}"))
+    path.unlink()
+    os.mkfifo(path)
+    assert decode("--mode", mode) == (0, "")
+    assert path.is_file()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs links")

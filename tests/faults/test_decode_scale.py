@@ -14,6 +14,8 @@ from tiny import CODEBOOK_SIZE, GRID
 from dm_generations.export import writers as writers_module
 from dm_generations.inference.decoder import Decoder
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.mark.parametrize("mode", ["images", "gallery", "tar", "zip"])
 def test_a_disk_that_stands_still_holds_the_device_back(command, tmp_path, monkeypatch, mode):

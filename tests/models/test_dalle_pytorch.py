@@ -144,7 +144,7 @@ def test_sampling_repeats_the_original(case):
     filtered = np.asarray(sampling.filter_logits(logits, *settings, config.codebook_size, config.sampling_order))
     is_kept = kept.reshape(rows, -1) >= IS_HIDDEN
     np.testing.assert_array_equal(np.isfinite(filtered), is_kept)
-    drawn = sampling.draw(logits, noise, *settings, config.codebook_size, config.sampling_order)
+    drawn = sampling.sample_with_noise(logits, noise, *settings, config.codebook_size, config.sampling_order)
     np.testing.assert_array_equal(np.asarray(drawn).reshape(-1, count), tokens[:, :count])
 
 

@@ -10,7 +10,7 @@ from tiny import tiny_vqgan
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import load_checkpoint
-from dm_generations.pipelines.generate import pad_tokens, partial_image_name, write_partial_images
+from dm_generations.pipelines.progressive import pad_tokens, partial_image_name, write_partial_images
 from dm_generations.pipelines.sweep import Combination, Sample
 from dm_generations.sampling.params import SamplingParams
 

@@ -133,7 +133,7 @@ def test_without_caption_no_code_is_much_rarer_than_another(tokenizer, trained):
     trainer, params = trained
     found = log_probs(trainer, params, [None] * len(EMOJI))
     low, high = found.min() + np.log(CODES), found.max() + np.log(CODES)
-    assert -2 < low and high < 2, f"{low:.2f} to {high:.2f} from equal probabilities"
+    assert low > -2 and high < 2, f"{low:.2f} to {high:.2f} from equal probabilities"
 
     trainer, params = train(tokenizer, LABEL_SMOOTHING)
     assert log_probs(trainer, params, [None] * len(EMOJI)).min() < found.min() - 1

@@ -17,6 +17,8 @@ from recipes.emoji.__main__ import STEPS
 from recipes.emoji.common import Run
 from recipes.emoji.vqgan import Trainer, encode_entropy_constrained, encode_images, reconstruct
 
+pytestmark = pytest.mark.e2e
+
 CONFIG = VQGANConfig(
     ch=4,
     ch_mult=(1, 2),

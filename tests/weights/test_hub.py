@@ -9,8 +9,8 @@ import types
 import pytest
 import safetensors.numpy
 import torch_files
-from fake_hub import serve
 from helpers import ROOT
+from hub_kit import serve
 from tiny import tiny_clip, tiny_vqgan
 
 from dm_generations.errors import UserError

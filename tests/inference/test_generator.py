@@ -101,7 +101,7 @@ def test_log_probs_are_those_of_the_guided_distribution_over_all_codes(generator
     logits = guided[:, :, :CODEBOOK_SIZE].astype(np.float64)
     expected = log_softmax(logits)
     expected = np.take_along_axis(expected, tokens[:, :, None].astype(np.int64), axis=2).sum(axis=(1, 2))
-    drawn = generator.draw(*rows(list(range(6))))
+    drawn = generator.sample(*rows(list(range(6))))
     np.testing.assert_allclose(drawn.log_probs, expected, rtol=1e-5)
     assert drawn.log_probs.dtype == np.float32 and (drawn.log_probs < 0).all()
 
@@ -160,7 +160,7 @@ def test_a_row_gives_the_same_tokens_in_batches_of_another_size(checkpoint, toke
 def test_given_codes_are_kept_and_the_rest_is_drawn_after_them(generator, tokens):
     given = (tokens[::-1] + 1) % CODEBOOK_SIZE
     counts = np.array([0, 1, 5, 15, 16, 3])
-    drawn = generator.draw(*rows(list(range(6))), given, counts)
+    drawn = generator.sample(*rows(list(range(6))), given, counts)
     for row, count in enumerate(counts):
         np.testing.assert_array_equal(drawn.tokens[row, :count], given[row, :count])
     np.testing.assert_array_equal(drawn.tokens[0], tokens[0])
@@ -235,7 +235,7 @@ def test_two_batches_are_sampled_at_the_same_time(small_generator, tokens, monke
 
     monkeypatch.setattr(small_generator, "_decode_steps", met)
     indices = [0, 1, 2, 3, 4, 5, 3]  # four batches
-    drawn = small_generator.draw(*rows(indices))
+    drawn = small_generator.sample(*rows(indices))
     np.testing.assert_array_equal(drawn.tokens, tokens[indices])
 
 
@@ -301,12 +301,12 @@ def test_devices_draw_what_one_draws(checkpoint, tokens, tmp_path):
 def test_arguments_that_make_no_sense_are_refused_by_name(generator, changes, message):
     arguments = {"prompts": ["a boat", "a cat"], "settings": SamplingParams(), "keys": KEYS[:2]}
     with pytest.raises(ValueError, match=message):
-        generator.draw(**arguments | changes)
+        generator.sample(**arguments | changes)
 
 
 def test_settings_out_of_range_are_refused(generator):
     with pytest.raises(UserError, match="temperature .*nan"):
-        generator.draw(["a boat", "a cat"], [SamplingParams(), SamplingParams(temperature=float("nan"))], KEYS[:2])
+        generator.sample(["a boat", "a cat"], [SamplingParams(), SamplingParams(temperature=float("nan"))], KEYS[:2])
 
 
 def test_settings_at_the_ends_of_their_ranges_can_be_sampled(generator):
@@ -335,7 +335,7 @@ def _on_four_devices(folder: str, expected: str) -> None:
     generator = Generator(load_checkpoint(folder, "generator"), PromptTokenizer(Path(folder)), 2)
     assert generator.capacities == [4, 4, 4, 4]
     indices = [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0, 0, 0]
-    drawn = generator.draw(*rows(indices))
+    drawn = generator.sample(*rows(indices))
     np.testing.assert_array_equal(drawn.tokens, tokens[indices])
     assert (drawn.log_probs < 0).all()
     np.testing.assert_array_equal(

@@ -140,7 +140,6 @@ FOUR_DEVICES = """
 import jax, numpy as np, sys
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import Checkpoint, find_checkpoint, load_checkpoint
-from dm_generations.inference.decoder import Codec
 from dm_generations.models.loading import load_checkpoint
 tokens = np.load(sys.argv[2])
 codec = Decoder.from_checkpoint(load_checkpoint(sys.argv[1], "codec"), batch_size=6)

@@ -1,4 +1,4 @@
-"""Run `generate` and kill this process within a transaction: python generate_until_killed.py COUNT ARGUMENTS...
+"""Run `generate` and kill this process within a transaction: generate_until_killed.py COUNT ARGUMENTS...
 
 It dies in the first transaction that brings the archive above COUNT images.
 """
@@ -8,7 +8,7 @@ import signal
 import sys
 
 from dm_generations.archive import Archive
-from dm_generations.cli import build_parser
+from dm_generations.cli import main
 
 add_images = Archive.add_images
 
@@ -22,5 +22,4 @@ def add_images_or_die(archive, images, *rest):
 
 if __name__ == "__main__":
     Archive.add_images = add_images_or_die
-    args = build_parser().parse_args(["generate", *sys.argv[2:]])
-    args.run(args)
+    sys.exit(main(["generate", *sys.argv[2:]]))

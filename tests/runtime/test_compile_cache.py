@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from tiny import tiny_dalle_bart
 
-ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {"init_cache", "decode_steps", "teacher_forced_margins"}
 
 

@@ -3,13 +3,12 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden
+from helpers import ROOT, golden
 from sampling_kit import FILTER, GUMBEL, LOG_PROB, OFF, SAMPLE, draw, keep, reference_distribution, settings_arrays
 
 from dm_generations.sampling import logits as sampling
@@ -21,7 +20,7 @@ KNOWN_ANSWERS = [
     ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
     ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
 ]
-FORMAT_PAGE = Path(__file__).parents[1] / "schema" / "sampling.md"
+FORMAT_PAGE = ROOT / "schema" / "sampling.md"
 RECORDED = sorted(path.parent for path in golden("dalle_bart").glob("**/sample_settings.json"))
 
 
@@ -280,7 +279,7 @@ def test_nan_is_never_drawn_and_infinity_always():
 def test_a_row_without_numbers_gives_code_0_and_is_not_drawable():
     logits = np.array([[np.nan, np.nan, -np.inf, 4], [np.nan, 0, -np.inf, 4]], np.float32)
     assert draw(logits, codebook_size=3).tolist() == [0, 1]
-    assert np.asarray(sampling.is_drawable(jnp.asarray(logits), 3)).tolist() == [False, True]
+    assert np.asarray(sampling.can_sample(jnp.asarray(logits), 3)).tolist() == [False, True]
 
 
 def test_log_prob_is_the_log_softmax_over_the_real_codes():

@@ -1,12 +1,12 @@
 """The scorer, on the small CLIP of tests/golden/clip and a tokenizer of letters."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from helpers import ROOT
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -17,7 +17,7 @@ from dm_generations.models.clip.network import CLIP, CLIPConfig
 from dm_generations.models.clip.preprocessing import Preprocessing
 from dm_generations.models.tokenization import PromptTokenizer
 
-MODEL = Path(__file__).parent / "golden" / "clip" / "model"
+MODEL = ROOT / "tests" / "golden" / "clip" / "model"
 BOS, EOS = 62, 63  # as in the model's config
 PROMPTS = ["a cat", "A <end> b", "moon", "a cat", "\0\ud800"]
 
