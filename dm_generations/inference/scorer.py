@@ -4,6 +4,7 @@ n: images   B: batch   H, W: pixels   P: CLIP's projection width
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -226,7 +226,7 @@ class NetworkDecoder:
 class Tokenizer(Protocol):
     """Turns prompts into the ids that a model reads."""
 
-    def encode(self, texts: list[str | None], length: int) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: Sequence[str | None], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and attention mask, both int32 (B, length). None is the model's unconditional prompt."""
 
 

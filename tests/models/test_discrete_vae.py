@@ -116,5 +116,5 @@ def test_other_files_are_left_to_other_readers(tmp_path):
     torch_files.save(tmp_path / "vae.pt", {"hparams": {}, "weights": {"x": 1}})
     assert read_discrete_vae(tmp_path) is None
     file, _ = vae_file(tmp_path / "vae.pt", weights={"codebook.weight": "no tensor"})
-    with pytest.raises(UserError, match="codebook.weight' is not a tensor"):
+    with pytest.raises(UserError, match=r"codebook.weight' is not a tensor"):
         read_discrete_vae(file)

@@ -140,7 +140,7 @@ def test_of_several_files_the_names_decide(tmp_path, flat):
     (tmp_path / "vqgan.16384.config.yml").write_text(YAML.replace("n_embed: 20", "n_embed: 99"))
     assert read_taming(file).config.n_embed == 20
     shutil.copy(file, tmp_path / "vqgan.16384.model.ckpt")
-    with pytest.raises(UserError, match="several checkpoints .*name the file"):
+    with pytest.raises(UserError, match=r"several checkpoints .*name the file"):
         read_taming(tmp_path)
 
 
@@ -192,10 +192,10 @@ def test_a_tensor_missing_or_more_is_named(tmp_path, flat):
     (tmp_path / "model.yaml").write_text(YAML)
     state = codec_kit.taming_state(flat)
     lightning(tmp_path / "last.ckpt", state, **{"decoder.extra.weight": np.zeros((1, 1, 1, 1), np.float32)})
-    with pytest.raises(UserError, match="last.ckpt has unexpected decoder.extra.weight"):
+    with pytest.raises(UserError, match=r"last.ckpt has unexpected decoder.extra.weight"):
         load_checkpoint(tmp_path, "codec")
     lightning(tmp_path / "last.ckpt", {name: array for name, array in state.items() if "norm_out" not in name})
-    with pytest.raises(UserError, match="last.ckpt lacks decoder.norm_out.bias, .* and 1 more"):
+    with pytest.raises(UserError, match=r"last.ckpt lacks decoder.norm_out.bias, .* and 1 more"):
         load_checkpoint(tmp_path, "codec")
 
 

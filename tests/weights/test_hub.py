@@ -140,13 +140,13 @@ def test_unknown_repository_is_one_line(fake_hub):
 
 def test_a_gated_repository_says_so(fake_hub):
     fake_hub.failure, fake_hub.is_cache_empty = HubError("403 Client Error: gated repo", status=403), True
-    with pytest.raises(UserError, match="someone/gated: .*gated repo"):
+    with pytest.raises(UserError, match=r"someone/gated: .*gated repo"):
         load_checkpoint("someone/gated", "codec")
 
 
 def test_a_download_that_breaks_off_is_one_line(fake_hub):
     fake_hub.broken_download = ClientError("peer closed connection\nafter 10 bytes")
-    with pytest.raises(UserError, match="someone/tiny-vqgan: .*peer closed connection after 10 bytes"):
+    with pytest.raises(UserError, match=r"someone/tiny-vqgan: .*peer closed connection after 10 bytes"):
         load_checkpoint("someone/tiny-vqgan", "codec")
 
 

@@ -228,15 +228,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
         import yaml
     except ImportError as error:
         raise UserError(f"reading {path} needs PyYAML: pip install 'dm-generations[checkpoints]'") from error
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few lines of aliases of aliases stand for any number of values
+                raise UserError(f"{path} has an alias (*name), which is not supported: write the value itself")
+            return super().compose_node(parent, index)
+
     try:
         with open(path, "rb") as file:
             content = file.read(_YAML_BYTES + 1)
         if len(content) > _YAML_BYTES:
             raise UserError(f"{path} is too long for a config: over {_YAML_BYTES:,} bytes")
-        # A few lines of aliases of aliases stand for any number of values.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader=yaml.SafeLoader)):
-            raise UserError(f"{path} has an alias (*name), which is not supported: write the value itself")
-        values = yaml.safe_load(content)
+        values = yaml.load(content, Loader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     # Besides its own errors, the parser lets those of Python's numbers, dates and stack out.
