@@ -210,7 +210,7 @@ def test_progressive_writes_every_unfinished_image(models, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    ("words", "message"),
     [
         (["--init-count", "3"], "--init-count"),
         (["--init-tokens", "/nowhere.npy"], "/nowhere.npy"),
@@ -258,10 +258,10 @@ def test_a_prompt_is_needed(models, tmp_path):
 
 def test_an_incompatible_codec_is_refused(models, tmp_path):
     coarse = tiny_vqgan(tmp_path / "coarse", ch_mult=[1, 1, 1])
-    with pytest.raises(UserError, match="'dalle_bart'.* 16 .*'coarse'.*2x2"):
+    with pytest.raises(UserError, match=r"'dalle_bart'.* 16 .*'coarse'.*2x2"):
         generate_into(dataclasses.replace(models, vqgan=coarse), tmp_path / "a.db", "--prompts", "a boat")
     small = tiny_vqgan(tmp_path / "small", n_embed=CODEBOOK_SIZE - 1)
-    with pytest.raises(UserError, match="32.*'small'.*31"):
+    with pytest.raises(UserError, match=r"32.*'small'.*31"):
         generate_into(dataclasses.replace(models, vqgan=small), tmp_path / "a.db", "--prompts", "a boat")
     assert not (tmp_path / "a.db").exists()
 
@@ -269,7 +269,7 @@ def test_an_incompatible_codec_is_refused(models, tmp_path):
 def test_a_model_without_its_tokenizer_is_refused(models, tmp_path):
     shutil.copytree(models.dalle_bart, tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="tokenizer.json"):
+    with pytest.raises(UserError, match=r"tokenizer.json"):
         generate_into(dataclasses.replace(models, dalle_bart=tmp_path / "model"), tmp_path / "a.db", "--prompts", "a")
     assert not (tmp_path / "a.db").exists()
 
@@ -277,7 +277,7 @@ def test_a_model_without_its_tokenizer_is_refused(models, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a database at all, but long enough to be one " * 3])
 def test_a_file_that_is_not_an_archive_is_left_alone(models, tmp_path, content):
     (tmp_path / "a.db").write_bytes(content)
-    with pytest.raises(UserError, match="a.db"):
+    with pytest.raises(UserError, match=r"a.db"):
         generate_into(models, tmp_path / "a.db", "--prompts", "a boat")
     assert (tmp_path / "a.db").read_bytes() == content
 
@@ -323,7 +323,7 @@ def test_too_little_memory_is_one_line_that_says_what_to_do(models, tmp_path, mo
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore\nlines")
 
     monkeypatch.setattr(generate.Pipeline, "sample", exhaust)
-    with pytest.raises(UserError, match="memory.*--batch-size"):
+    with pytest.raises(UserError, match=r"memory.*--batch-size"):
         generate_into(models, tmp_path / "a.db", "--prompts", "a boat", "--no-score")
 
 
