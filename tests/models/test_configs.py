@@ -36,7 +36,7 @@ def build(cls, **changes):
 
 
 @pytest.mark.parametrize(("cls", "name"), fields(int, float, bool, tuple[int, ...]))
-@pytest.mark.parametrize("value", [2**70, -1, "4", float("nan"), [[]], {}])
+@pytest.mark.parametrize("value", [2**70, -(10**9), "4", float("nan"), [[]], {}])
 def test_a_value_of_another_type_or_range_is_named(cls, name, value):
     with pytest.raises(UserError, match=rf"{name}") as caught:
         build(cls, **{name: value})
@@ -45,7 +45,7 @@ def test_a_value_of_another_type_or_range_is_named(cls, name, value):
 
 @pytest.mark.parametrize(("cls", "name"), fields(int))
 def test_no_size_of_a_billion_is_taken(cls, name):
-    if name.endswith("_id") or name == "top_k":
+    if name in ("top_k", "bos_token_id", "eos_token_id", "pad_token_id"):
         build(cls, **{name: 10**9})  # a number that nothing is built from
         return
     with pytest.raises(UserError, match=name):

@@ -118,6 +118,7 @@ class DalleBartConfig:
     image_code_count: int | None = None  # the codebook size; None: the start token
 
     def __post_init__(self) -> None:
+        check_config("DalleBart", self, _BOUNDS, _CHOICES)
         start = self.image_vocab_size if self.decoder_start_token_id is None else self.decoder_start_token_id
         defaults = {
             "decoder_start_token_id": start,
@@ -129,7 +130,6 @@ class DalleBartConfig:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) is None:
                 object.__setattr__(self, field.name, defaults[field.name])
-        check_config("DalleBart", self, _BOUNDS, _CHOICES)
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
             heads = getattr(self, name)
             if self.d_model % heads:
