@@ -71,7 +71,7 @@ def pipeline_process(args: argparse.Namespace) -> None:
             folder / "images", codec=str(folder / "codec"), dtype=args.dtype, batch_size=args.batch_size
         )
         with Archive.open(folder / "archive.db") as archive:
-            report = export_archive(archive, options, warn=print)
+            report = export_archive(archive, options)
         assert report.written == args.count, report.problems
         seconds = time.perf_counter() - started
         peak = peak_memory()

@@ -113,4 +113,4 @@ def error_line(errors: str) -> str:
 
 def without_progress(errors: str) -> str:
     """What a command printed on stderr but for the lines that a slow one prints to say how far it is."""
-    return re.sub(r"(?m)^[\d,]+ of [\d,]+ pictures, .*\n", "", errors)
+    return re.sub(r"(?m)^[\d,]+ of [\d,]+ images, .*\n", "", errors)

@@ -80,7 +80,7 @@ def test_wrong_tensor_is_named_with_its_file(codec, change, expected):
 def test_truncated_weights(codec):
     path = codec / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match="model.safetensors"):
+    with pytest.raises(UserError, match=r"model.safetensors"):
         load_checkpoint(codec, "codec")
 
 
@@ -94,7 +94,7 @@ def test_another_role_is_told_from_nothing(codec, tmp_path):
     with pytest.raises(UserError, match="holds a codec, not a generator"):
         load_checkpoint(codec, "generator")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no model that this program knows; a codec is config.json with"):
+    with pytest.raises(UserError, match=r"holds no model that this program knows; a codec is config.json with"):
         load_checkpoint(tmp_path / "empty", "codec")
     with pytest.raises(UserError, match="no such model folder or file"):
         load_checkpoint(tmp_path / "gone", "codec")
@@ -102,7 +102,7 @@ def test_another_role_is_told_from_nothing(codec, tmp_path):
 
 def test_broken_config(codec):
     (codec / "config.json").write_text("[1, 2")
-    with pytest.raises(UserError, match="config.json is not JSON"):
+    with pytest.raises(UserError, match=r"config.json is not JSON"):
         load_checkpoint(codec, "codec")
 
 
@@ -196,7 +196,7 @@ def test_convert_never_overwrites_and_leaves_nothing_half_done(codec, tmp_path):
     with pytest.raises(UserError, match="exists already"):
         convert(str(codec), tmp_path / "out")
     change_tensors(codec, lambda t: t.update({"decoder/conv_in/bias": np.full(4, 1e6, np.float32)}))
-    with pytest.raises(UserError, match="decoder/conv_in/bias.*use bfloat16"):
+    with pytest.raises(UserError, match=r"decoder/conv_in/bias.*use bfloat16"):
         convert(str(codec), tmp_path / "half", dtype="float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["codec", "out"]
 
@@ -242,7 +242,7 @@ def test_clip_loads_from_pieces(tmp_path, name):
         load_checkpoint(folder, "clip")
     for broken in ({}, {"weight_map": {"a": "../elsewhere.bin"}}, {"weight_map": [1]}):
         index.write_text(json.dumps(broken))
-        with pytest.raises(UserError, match="index.json does not say which files"):
+        with pytest.raises(UserError, match=r"index.json does not say which files"):
             load_checkpoint(folder, "clip")
 
 
@@ -280,7 +280,7 @@ def test_weights_of_a_big_endian_machine_are_read_and_written_as_they_are(tmp_pa
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn, np.complex64, np.bool_])
 def test_dtypes_that_weights_do_not_have_are_refused(dtype, tmp_path):
-    with pytest.raises(UserError, match="weights.pt: a/b has dtype .*float32"):
+    with pytest.raises(UserError, match=r"weights.pt: a/b has dtype .*float32"):
         check_names_and_shapes(
             {"a/b": (2,)}, RawCheckpoint("vqgan", None, {"a": {"b": np.zeros(2, dtype)}}, (tmp_path / "weights.pt",))
         )

@@ -15,7 +15,7 @@ from helpers import golden as golden_folder
 from dm_generations.errors import UserError
 from dm_generations.models.clip.checkpoint import flax_from_torch
 from dm_generations.models.clip.network import ACTIVATIONS, CLIP, CLIPConfig
-from dm_generations.models.clip.preprocessing import preprocess, resize_and_crop
+from dm_generations.models.clip.preprocessing import Preprocessing, resize_and_crop
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.registry import parameter_shapes
 from dm_generations.weights.native import flatten
@@ -212,7 +212,7 @@ def test_resize_is_the_processors(processor):
 
 
 def test_preprocess_is_the_processors(processor):
-    pixels = preprocess(processor["image_uint8"][None], 224)
+    pixels = Preprocessing(224).apply(processor["image_uint8"][None])
     assert pixels.shape == (1, 224, 224, 3) and pixels.dtype == np.float32
     pixels = pixels[0].transpose(2, 0, 1)
     np.testing.assert_allclose(pixels[:, ::2, ::2], processor["pixel_values_f32"], atol=1e-5)
@@ -221,9 +221,9 @@ def test_preprocess_is_the_processors(processor):
 
 def test_pictures_of_the_right_size_are_not_resized():
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
-    pixels = preprocess(images, 8, mean=(0, 0, 0), std=(1, 1, 1))
+    pixels = Preprocessing(8, mean=(0, 0, 0), std=(1, 1, 1)).apply(images)
     np.testing.assert_allclose(pixels * 255, images, atol=1e-4)
-    assert preprocess(images[:0], 4).shape == (0, 4, 4, 3)
+    assert Preprocessing(4).apply(images[:0]).shape == (0, 4, 4, 3)
 
 
 def test_torch_names_become_flax_names():

@@ -175,7 +175,7 @@ def test_nothing_of_an_archive_leaves_its_folder(tmp_path):
         member = tarfile.TarInfo("../../../../" + str(outside))
         member.size = 3
         archive.addfile(member, io.BytesIO(b"bad"))
-    with pytest.raises(UserError, match="model.tar.* lacks config.yaml"):
+    with pytest.raises(UserError, match=r"model.tar.* lacks config.yaml"):
         load_checkpoint(path, "generator")
     assert sorted(tmp_path.iterdir()) == [path]
 
@@ -197,7 +197,7 @@ def test_damaged_archives_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "old, new, message",
+    ("old", "new", "message"),
     [
         ("n_layers: 3", "n_layers: 4", "has 3 blocks, .*config.yaml says 4"),
         ("n_layers: 3", "n_layers: 1000000000", "n_layers must be a whole number from 1 to 1000"),
@@ -223,5 +223,5 @@ def test_a_folder_without_its_config_is_an_error_and_one_without_weights_is_not_
     shutil.copy(CASE / "ckpt" / "stage2_last.ckpt", tmp_path)
     assert read_codec(tmp_path) is None
     for path in (tmp_path, tmp_path / "stage2_last.ckpt"):
-        with pytest.raises(UserError, match="lacks config.yaml"):
+        with pytest.raises(UserError, match=r"lacks config.yaml"):
             read_generator(path)

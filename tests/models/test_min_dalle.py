@@ -168,7 +168,7 @@ def test_a_damaged_file_is_one_line(folder):
     decoder = {name: np.array(array) for name, array in read_torch(folder / "decoder.pt").items()}  # not mapped
     without_norm = {name: array for name, array in decoder.items() if name != "final_ln.bias"}
     codec_kit.saved(folder / "decoder.pt", without_norm)
-    with pytest.raises(UserError, match="decoder.pt lacks final_ln.bias;"):
+    with pytest.raises(UserError, match=r"decoder.pt lacks final_ln.bias;"):
         load_checkpoint(folder, "generator")
     for name in ("lm_head.weight", "embed_positions.weight", "layers.0.glu.fc0.weight"):
         codec_kit.saved(folder / "decoder.pt", {key: array for key, array in decoder.items() if key != name})
@@ -176,16 +176,16 @@ def test_a_damaged_file_is_one_line(folder):
             read_min_dalle(folder)
     for name in ("lm_head.bias", "lm_head.weight_x"):
         codec_kit.saved(folder / "decoder.pt", decoder | {name: np.zeros(3, np.float32)})
-        with pytest.raises(UserError, match="decoder.pt has unexpected .*lm_head"):
+        with pytest.raises(UserError, match=r"decoder.pt has unexpected .*lm_head"):
             load_checkpoint(folder, "generator")
     layer = {name: array for name, array in decoder.items() if name != "layers.1.glu.fc0.weight"}
     codec_kit.saved(folder / "decoder.pt", layer)
-    with pytest.raises(UserError, match="decoder.pt lacks layers.1.glu.fc0.weight;"):
+    with pytest.raises(UserError, match=r"decoder.pt lacks layers.1.glu.fc0.weight;"):
         load_checkpoint(folder, "generator")
     codec_kit.saved(folder / "decoder.pt", decoder)
     content = (folder / "decoder.pt").read_bytes()
     (folder / "decoder.pt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="decoder.pt"):
+    with pytest.raises(UserError, match=r"decoder.pt"):
         read_min_dalle(folder)
 
 

@@ -314,7 +314,7 @@ def count_strip_rows(batch: int, height: int, width: int, scheme: Scheme) -> int
 
 def _window(x: jax.Array, first: jax.Array | int, rows: int, activate: Callable) -> jax.Array:
     """`rows` rows of `activate(x)` from `first` on, with one more on each side, zeros outside: (B, s + 2, W + 2, C)."""
-    batch, height, width, channels = x.shape
+    height = x.shape[1]
     frame = ((0, 0), (1, 1), (1, 1), (0, 0))
     if rows == height:
         return jnp.pad(activate(x), frame)
