@@ -20,6 +20,9 @@ from dm_generations.runtime.params import put_params
 from dm_generations.weights import native
 from dm_generations.weights.native import flatten
 
+CLIP = sorted(golden("clip").rglob("model.safetensors"))[0].parent
+DALLE_MINI = sorted(golden("dalle_bart").glob("*/flax_model.msgpack"))[0].parent
+
 
 @pytest.fixture
 def codec(tmp_path):
@@ -120,7 +123,7 @@ def test_own_folder_keeps_names_shapes_and_values(codec, tmp_path, dtype):
 def test_placed_weights_do_not_follow_a_file_of_others(tmp_path):
     """Programs that train write theirs in place."""
     folder = tmp_path / "clip"
-    shutil.copytree(golden("clip/model"), folder)
+    shutil.copytree(CLIP, folder)
     found = load_checkpoint(folder, "clip")
     before = jax.tree.map(np.array, found.params)
     on_device = put_params(found.params)
@@ -146,7 +149,7 @@ def test_placed_weights_of_our_own_folder_are_the_mapped_file(codec):
 
 
 def test_placed_copies_large_and_transposed_arrays_exactly(monkeypatch):
-    monkeypatch.setattr("dm_generations.runtime.params._CHUNK_BYTES", 1000)
+    monkeypatch.setattr("dm_generations.runtime.params.CHUNK_BYTES", 1000)
     arrays = {
         "plain": np.arange(5000, dtype=np.float32).reshape(50, 100),
         "transposed": np.arange(6000, dtype=np.float32).reshape(60, 100).T,
@@ -159,8 +162,8 @@ def test_placed_copies_large_and_transposed_arrays_exactly(monkeypatch):
 
 def test_convert_gives_a_folder_that_loads_the_same(tmp_path):
     source = tmp_path / "mini"
-    shutil.copytree(golden("dalle_bart/mini"), source)
-    shutil.copyfile(golden("dalle_bart/text") / "tokenizer.json", source / "tokenizer.json")
+    shutil.copytree(DALLE_MINI, source)
+    shutil.copyfile(next(golden("dalle_bart").rglob("tokenizer.json")), source / "tokenizer.json")
     (line,) = convert(str(source), tmp_path / "out")
     assert "dalle_bart" in line and str(tmp_path / "out") in line
     before, after = (load_checkpoint(path, "generator") for path in (source, tmp_path / "out"))
@@ -204,7 +207,7 @@ def test_convert_never_overwrites_and_leaves_nothing_half_done(codec, tmp_path):
 def test_clip_loads_from_pytorch_model_bin_too(tmp_path):
     """A state_dict as torch.save writes it gives the tensors of the safetensors file."""
     folder = tmp_path / "clip"
-    shutil.copytree(golden("clip/model"), folder)
+    shutil.copytree(CLIP, folder)
     expected = load_checkpoint(folder, "clip")
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -216,7 +219,7 @@ def test_clip_loads_from_pytorch_model_bin_too(tmp_path):
 def test_clip_loads_from_pieces(tmp_path, name):
     """As transformers saves what is larger than a file should be."""
     folder = tmp_path / "clip"
-    shutil.copytree(golden("clip/model"), folder)
+    shutil.copytree(CLIP, folder)
     expected = load_checkpoint(folder, "clip")
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -248,11 +251,11 @@ def test_clip_loads_from_pieces(tmp_path, name):
 
 def test_an_option_that_is_not_supported_is_named_with_its_file(tmp_path):
     for case, role, change in (
-        ("clip/model", "clip", {"text_config": {"hidden_act": "sin"}}),
-        ("dalle_bart/mini", "generator", {"use_alibi": True}),
+        (CLIP, "clip", {"text_config": {"hidden_act": "sin"}}),
+        (DALLE_MINI, "generator", {"use_alibi": True}),
     ):
         folder = tmp_path / role
-        shutil.copytree(golden(case), folder)
+        shutil.copytree(case, folder)
         change_config(folder, **change)
         with pytest.raises(UserError, match=f"{folder}.*(hidden_act|use_alibi)"):
             load_checkpoint(folder, role)
@@ -261,7 +264,7 @@ def test_an_option_that_is_not_supported_is_named_with_its_file(tmp_path):
 def test_weights_of_a_big_endian_machine_are_read_and_written_as_they_are(tmp_path):
     """In the byte order of this machine: own.save writes bytes as they lie in memory, and JAX takes no others."""
     folder = tmp_path / "clip"
-    shutil.copytree(golden("clip/model"), folder)
+    shutil.copytree(CLIP, folder)
     expected = load_checkpoint(folder, "clip").params
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
