@@ -28,7 +28,7 @@ _Result = TypeVar("_Result")
 _CPU_CONCURRENCY = 2  # the layers of a small model leave cores idle: two batches take little longer than one
 WEIGHTS_ADVICE = "the weights of a model do not fit: use a smaller model, --dtype bfloat16 or --cpu-only"
 _UNKNOWN_HOST_BYTES = 4 << 30  # of a small machine
-_CHUNK_BYTES = 1 << 25  # between two releases: a call for each small tensor would cost more than it saves
+CHUNK_BYTES = 1 << 25  # between two releases: a call for each small tensor would cost more than it saves
 _ALIGNMENT = 64  # bytes, of arrays that JAX takes over on a CPU instead of copying them
 
 
@@ -250,7 +250,7 @@ def put_params(params: dict, dtype: Any = np.float32, sharding: jax.sharding.Sha
         is_usable = leaf.dtype == target and is_immutable(leaf)
         on_device.append(jax.device_put(leaf if is_usable else _copy(leaf, target), sharding))
         unreleased.append(leaf)
-        if sum(view.nbytes for view in unreleased) >= _CHUNK_BYTES:
+        if sum(view.nbytes for view in unreleased) >= CHUNK_BYTES:
             release(unreleased)
             unreleased.clear()
     release(unreleased)
@@ -263,12 +263,12 @@ def _copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     copy = raw[start : start + size].view(dtype).reshape(array.shape)
-    if array.nbytes <= _CHUNK_BYTES:
+    if array.nbytes <= CHUNK_BYTES:
         copy[...] = array
         return copy
     # Along the axis that is slowest in the file, also of a transposed view, so that each page is read once.
     axis = max(range(array.ndim), key=lambda i: abs(array.strides[i]))
-    count = max(1, array.shape[axis] * _CHUNK_BYTES // array.nbytes)
+    count = max(1, array.shape[axis] * CHUNK_BYTES // array.nbytes)
     for first in range(0, array.shape[axis], count):
         part = (slice(None),) * axis + (slice(first, first + count),)
         copy[part] = array[part]
