@@ -72,8 +72,7 @@ def score_archive(
     model_names = {row_id: model.name for row_id, model in archive.models().items()}
     prompts = archive.prompts()
 
-    done = 0
-    on_progress(done, report.due_count)
+    on_progress(done := 0, report.due_count)
     rows = archive.rows_to_score(rescore, clip_id)
     while batch := list(itertools.islice(rows, batch_size * decoder.concurrency)):
         own_rows = []
