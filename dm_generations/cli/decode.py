@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from dm_generations.archive import DTYPES, Archive
-from dm_generations.cli.common import at_least_one, counted, prepare_device, print_warning
+from dm_generations.cli.common import Progress, at_least_one, counted, prepare_device
 from dm_generations.errors import UserError
 from dm_generations.paths import shipped
 
@@ -153,8 +153,8 @@ def run(args: argparse.Namespace) -> int:
 def _decode(archive: Archive, args: argparse.Namespace) -> int:
     prepare_device(args.cpu_only)
     from dm_generations.export.captions import Strips
-    from dm_generations.export.encoders import Encoding
     from dm_generations.export.exporter import ExportOptions, export_archive
+    from dm_generations.export.output_file import Encoding
     from dm_generations.export.plan import Layout, Selection
 
     mode = _mode(args)
@@ -177,7 +177,8 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
         has_metadata=args.metadata,
         strips=Strips(args.captions, args.score_labels, args.caption_font),
     )
-    report = export_archive(archive, options, print_warning)
+    with Progress() as on_progress:
+        report = export_archive(archive, options, on_progress)
     summary = f"{counted(report.written, 'file')} written to {options.out_dir}"
     if report.already_there:
         summary += f", {report.already_there:,} there already"

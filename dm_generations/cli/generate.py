@@ -3,20 +3,19 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dm_generations.archive import Archive
 from dm_generations.cli.common import (
+    Progress,
     add_model_options,
     at_least_one,
     counted,
     dalle_pytorch_overrides,
     file_size,
     prepare_device,
-    print_warning,
-    show_progress,
 )
 from dm_generations.errors import UserError
 from dm_generations.pipelines.sweep import (
@@ -98,6 +97,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="image i has the same key under all settings, so that they are compared on equal noise; otherwise each "
         "combination has its own keys (default: the same)",
     )
+    _add_progressive(add)
+    add("--dry-run", action="store_true", help="only say what would be generated: images, bytes, memory and time")
+    _add_settings(parser.add_argument_group("settings", "each takes one or more values"))
+    _add_init_tokens(parser.add_argument_group("initial tokens", "images that continue the first tokens of another"))
+    add_model_options(parser, generates=True)
+
+
+def _add_progressive(add: Callable[..., argparse.Action]) -> None:
     add(
         "--progressive",
         type=at_least_one,
@@ -111,10 +118,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("progressive"),
         help="where --progressive writes (default: progressive)",
     )
-    add("--dry-run", action="store_true", help="only say what would be generated: images, bytes, memory and time")
-    _add_settings(parser.add_argument_group("settings", "each takes one or more values"))
-    _add_init_tokens(parser.add_argument_group("initial tokens", "images that continue the first tokens of another"))
-    add_model_options(parser, generates=True)
 
 
 def _add_settings(group: argparse._ArgumentGroup) -> None:
@@ -201,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
 
         _print_estimate(estimate(sweep, options))
         return 0
-    with show_progress() as on_progress:
+    with Progress() as on_progress:
         report = generate(sweep, options, on_progress)
     status = _print_report(report, args)
     if args.output == "npy":
@@ -216,7 +219,7 @@ def _write_token_files(db: Path, prompts: Sequence[str], out_dir: Path) -> int:
 
     options = ExportOptions(out_dir, Layout("npy", 1, 1), Selection(prompt_texts=prompts))
     with Archive.open(db) as archive:
-        report = export_archive(archive, options, print_warning)
+        report = export_archive(archive, options)
     files = counted(report.written, "token file")
     print(f"Wrote {files} to {out_dir} ({report.already_there:,} skipped, already present)")
     return 1 if report.problems else 0

@@ -10,8 +10,8 @@ from tiny import tiny_clip, tiny_vqgan
 
 from dm_generations.archive import Archive, verify
 from dm_generations.cli import main
+from dm_generations.cli.common import Progress
 from dm_generations.errors import INTERRUPTED
-from dm_generations.progress import Progress
 
 
 def command(*words) -> int:
@@ -48,12 +48,13 @@ def test_missing_scores_are_filled_in(models, tmp_path, capsys, monkeypatch):
     assert "nothing to do" in capsys.readouterr().out
     assert unscored.read_bytes() == content
 
-    def stop(progress, count):
-        raise KeyboardInterrupt
+    def stop(progress, done, total):
+        if done:
+            raise KeyboardInterrupt
 
     options[3:] = [tiny_clip(tmp_path / "clip", seed=1), "--batch-size", 1, "--all"]
     with monkeypatch.context() as stopping:
-        stopping.setattr(Progress, "advance", stop)
+        stopping.setattr(Progress, "__call__", stop)
         assert command("score", "--db", unscored, *options) == INTERRUPTED
     assert capsys.readouterr().err.startswith("interrupted")
     assert command("score", "--db", unscored, *options) == 0
