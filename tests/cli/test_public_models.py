@@ -18,7 +18,8 @@ from dm_generations import Decoder, Generator, cli
 from dm_generations.archive import Archive, ImageRow
 from dm_generations.archive.records import TOKEN_DTYPE
 from dm_generations.models.loading import Models, load_checkpoint, load_models
-from dm_generations.pipelines.sweep import DEFAULT_PARAMS, DEFAULT_SEED
+from dm_generations.pipelines.generate import GenerateOptions, prepare
+from dm_generations.pipelines.sweep import DEFAULT_PARAMS, DEFAULT_SEED, load_sweep
 from dm_generations.sampling.prng import row_key
 
 PROMPT = "a red cat"
@@ -95,6 +96,14 @@ def table_flags() -> list[str]:
     return re.findall(r"^\|.*\| `(--[^`]+)` \|$", text, flags=re.MULTILINE)
 
 
+def smallest_dalle_pytorch() -> Path:
+    """Return the `dalle.pt` with the fewest tokens an image, of those whose vocabulary holds all letters."""
+    paths = [folder / "dalle.pt" for folder in DALLE_PYTORCHES]
+    configs = {path: load_checkpoint(path, "generator").config for path in paths}
+    usable = [path for path, config in configs.items() if config.text_vocab_size >= len(LETTERS)]
+    return min(usable, key=lambda path: configs[path].image_length)
+
+
 def write_models(flags: dict[str, str], letters: Path) -> None:
     """Write tiny models of the formats in the table where the flags of a row look for them."""
     has_codec, vocabulary = "--codec" in flags, ("vocab.json", "merges.txt")
@@ -103,7 +112,7 @@ def write_models(flags: dict[str, str], letters: Path) -> None:
         "dalle-mini/dalle-mega": (DALLE_BARTS[-1], vocabulary),
         "kuprel/min-dalle": (MIN_DALLES[0], vocabulary),
         "minDALL-E": (KAKAOS[0], ()),
-        "dalle.pt": (DALLE_PYTORCHES[0 if has_codec else -1] / "dalle.pt", ()),
+        "dalle.pt": (smallest_dalle_pytorch(), ()),
     }
     model = Path(flags["--model"])
     source, names = sources[flags["--model"]]
@@ -189,14 +198,14 @@ def test_the_noise_of_dalle_mini_is_stored_apart_and_repeats(letters, tmp_path):
 
 def test_defaults_of_dalle_mini_come_from_config_json(models, tmp_path):
     model = tiny_dalle_bart(tmp_path / "model", top_k=7, top_p=0.75, temperature=0.5)
-    words = ["--no-score", "--model", model, "--codec", models.vqgan, "--prompts", PROMPT]
-    words += ["--n", 1, "--batch-size", 1, "--cpu-only", "--db", tmp_path / "a.db"]
-    run("generate", *words, "--rng", "dalle-mini")
-    run("generate", *words, "--rng", "dalle-mini", "--temperature", 2)
-    run("generate", *words)
-    params = [row.params for row in stored_rows(tmp_path / "a.db")]
-    found = sorted((row.top_k, row.top_p, row.temperature) for row in params)
-    assert found == [(7, 0.75, 0.5), (7, 0.75, 2.0), (256, 1.0, 1.0)]
+    paths = {"db": tmp_path / "a.db", "model": str(model), "codec": str(models.vqgan)}
+    flags = {"prompts": [PROMPT], "temperature": [2]}
+    found = {}
+    for rng in ("dalle-mini", "rows"):
+        options = GenerateOptions(**paths, is_scored=False, batch_size=1, rng=rng)
+        _, sweep = prepare(load_sweep(flags), options, "r")
+        found[rng] = sweep.top_k, sweep.top_p, sweep.temperature
+    assert found == {"dalle-mini": ((7,), (0.75,), (2.0,)), "rows": ((256,), (1.0,), (2.0,))}
 
 
 def test_tokens_as_npy(models, tmp_path):
