@@ -29,7 +29,7 @@ from dm_generations.export.encoders import Encoding, encode_npy
 from dm_generations.export.journal import Journal, identify
 from dm_generations.export.manifest import Entry, build_manifest, manifest_files, write_manifest
 from dm_generations.export.output_file import EncodeContext, OutputFile, fill_cells, make_entry
-from dm_generations.export.plan import GroupPlan, Layout, Selection, Target, is_finished, select_groups
+from dm_generations.export.plan import GroupPlan, Layout, Selection, Target, describe_plan, is_finished, select_groups
 from dm_generations.export.writers import FileWriter, Member, Shard, ShardSet, ShardWriter, fingerprint
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import load_checkpoint
@@ -151,11 +151,10 @@ def export_archive(
         if options.layout.has_page:
             journal.open()
         exporter = Exporter(archive, plans, options, journal, on_progress)
-        due_count = exporter.due_count
-        decoder = _load_decoder(archive, plans, options, due_count) if due_count else None
+        decoder = _load_decoder(archive, plans, options, exporter.due_count) if exporter.due_count else None
         for folder in ("", *folders):
             remove_stale_temporaries(utf8_path(options.out_dir, folder))
-        on_progress(0, due_count)
+        on_progress(0, exporter.due_count)
         exporter.run(decoder)
         exporter.write_page()
     return exporter.report
@@ -268,7 +267,7 @@ class Exporter:
         """Yield what tells one set of shards from another."""
         yield self.layout.mode, self.layout.extension, self.layout.shard_size if self.layout.mode == "tar" else None
         for plan in self.plans:
-            yield _describe_plan(plan)
+            yield describe_plan(plan)
             for row in self.archive.rows(plan.key, plan.count):
                 yield row.id, row.quantvec_md5, row.clip_score_input, row.clip_score_tokenized
 
@@ -287,9 +286,8 @@ class Exporter:
             if shard is None and members and not is_due:
                 entry = self._entry(plan, target, target.path, members)
                 identity = identify(entry)
-                is_due = self._is_stale(
-                    target.path, identity, members
-                )  # since this export began: others may add to the archive
+                # Since this export began: others may add to the archive.
+                is_due = self._is_stale(target.path, identity, members)
             if decoder is not None and is_due:
                 yield from self._read_file(plan, target, members, shard, decoder)
             elif is_due or not members:
@@ -303,12 +301,7 @@ class Exporter:
                 self.report.already_there += 1
 
     def _read_file(
-        self,
-        plan: GroupPlan,
-        target: Target,
-        members: list[ImageRow],
-        shard: Shard | None,
-        decoder: TokenDecoder,
+        self, plan: GroupPlan, target: Target, members: list[ImageRow], shard: Shard | None, decoder: TokenDecoder
     ) -> Iterator[Item]:
         """Yield the tokens of one file."""
         tokens_by_cell = {}
@@ -404,16 +397,6 @@ class Exporter:
 
 
 # Decode: tokens to pixels.
-
-
-def _describe_plan(plan: GroupPlan) -> str:
-    """Return what stands for a group in the names of shards. It never changes, so that finished shards are found."""
-    params = plan.key.params
-    settings = (
-        f"Settings(prompt_id={plan.key.prompt_id!r}, sc_prompt_id={plan.key.sc_prompt_id!r}, top_k={params.top_k!r}, "
-        f"top_p={params.top_p!r}, temperature={params.temperature!r}, cond_scale={params.cond_scale!r})"
-    )
-    return f"GroupPlan(settings={settings}, prompt={plan.prompt!r}, sc_prompt={plan.sc_prompt!r}, count={plan.count!r})"
 
 
 def _decode(decoder: TokenDecoder | None, items: Iterator[Item]) -> Iterator[Item]:

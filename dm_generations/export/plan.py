@@ -144,6 +144,16 @@ def select_groups(archive: Archive, selection: Selection) -> list[GroupPlan]:
     ]
 
 
+def describe_plan(plan: GroupPlan) -> str:
+    """Return what stands for a group in the names of shards. It never changes, so that finished shards are found."""
+    params = plan.key.params
+    settings = (
+        f"Settings(prompt_id={plan.key.prompt_id!r}, sc_prompt_id={plan.key.sc_prompt_id!r}, top_k={params.top_k!r}, "
+        f"top_p={params.top_p!r}, temperature={params.temperature!r}, cond_scale={params.cond_scale!r})"
+    )
+    return f"GroupPlan(settings={settings}, prompt={plan.prompt!r}, sc_prompt={plan.sc_prompt!r}, count={plan.count!r})"
+
+
 def is_finished(out_dir: Path, path: str) -> bool:
     """Return whether a file stands at its final name: it is whole then, since files are put there by renaming.
 
