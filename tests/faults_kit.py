@@ -1,5 +1,6 @@
 """Decodes in processes of their own, to be killed, stopped or starved, and what they left behind."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -69,10 +70,8 @@ def bytes_under(folder: Path) -> int:
     total = 0
     for root, _, names in os.walk(folder):
         for name in set(names) - {JOURNAL}:
-            try:
+            with contextlib.suppress(FileNotFoundError):  # renamed or removed since it was listed
                 total += os.stat(os.path.join(root, name)).st_size
-            except FileNotFoundError:  # renamed or removed since it was listed
-                pass
     return total
 
 

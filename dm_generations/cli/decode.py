@@ -153,8 +153,8 @@ def run(args: argparse.Namespace) -> int:
 def _decode(archive: Archive, args: argparse.Namespace) -> int:
     prepare_device(args.cpu_only)
     from dm_generations.export.captions import Strips
-    from dm_generations.export.encoders import Encoding
     from dm_generations.export.exporter import ExportOptions, export_archive
+    from dm_generations.export.output_file import Encoding
     from dm_generations.export.plan import Layout, Selection
 
     mode = _mode(args)

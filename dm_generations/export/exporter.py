@@ -24,12 +24,10 @@ from dm_generations.archive.records import BadTokensError, tokens_from_blob
 from dm_generations.atomic_io import remove_stale_temporaries
 from dm_generations.errors import UserError
 from dm_generations.export.captions import Strips
-from dm_generations.export.codec_check import check_codec
-from dm_generations.export.encoders import Encoding, encode_npy
 from dm_generations.export.journal import Journal, identify
-from dm_generations.export.manifest import Entry, build_manifest, manifest_files, write_manifest
-from dm_generations.export.output_file import EncodeContext, OutputFile, fill_cells, make_entry
-from dm_generations.export.plan import GroupPlan, Layout, Selection, Target, describe_plan, is_finished, select_groups
+from dm_generations.export.manifest import Entry, build_manifest, make_entry, manifest_files, write_manifest
+from dm_generations.export.output_file import EncodeContext, Encoding, OutputFile, encode_npy, fill_cells
+from dm_generations.export.plan import GroupPlan, Layout, Selection, Target, check_codec, is_finished, select_groups
 from dm_generations.export.writers import FileWriter, Member, Shard, ShardSet, ShardWriter, fingerprint
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import load_checkpoint
@@ -267,7 +265,7 @@ class Exporter:
         """Yield what tells one set of shards from another."""
         yield self.layout.mode, self.layout.extension, self.layout.shard_size if self.layout.mode == "tar" else None
         for plan in self.plans:
-            yield describe_plan(plan)
+            yield plan.describe()
             for row in self.archive.rows(plan.key, plan.count):
                 yield row.id, row.quantvec_md5, row.clip_score_input, row.clip_score_tokenized
 

@@ -26,13 +26,17 @@ lacks (NaN, infinities) are null.
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+from dm_generations.archive import ImageRow, ModelInfo
 from dm_generations.atomic_io import write_atomic
+from dm_generations.export.plan import GroupPlan, Target
+from dm_generations.export.writers import fingerprint
+from dm_generations.models.loading import is_other_embedded
 from dm_generations.paths import shipped
 
 MANIFEST_VERSION = 1
@@ -111,6 +115,54 @@ class GalleryEntry(_File):
 
 
 Entry = ImageEntry | GalleryEntry
+
+
+def make_entry(
+    plan: GroupPlan, target: Target, path: str, members: list[ImageRow], models: Mapping[int, ModelInfo]
+) -> Entry:
+    """Return what the page says of a file.
+
+    Args:
+        plan: The group of its images.
+        target: The file.
+        path: Where the file is: the target's path, or its incomplete one.
+        members: The rows of the target's ranks.
+        models: Those of the archive, by id.
+    """
+    key, params = plan.key, plan.key.params
+    settings = (params.top_k, params.top_p, params.temperature, params.cond_scale)
+    shared = (path, key.prompt_id, plan.prompt, key.sc_prompt_id, plan.sc_prompt, *settings)
+    if target.incomplete_path:
+        identity = fingerprint((row.key0, row.key1, row.quantvec_md5) for row in members)
+        return GalleryEntry(*shared, scores=tuple(map(finite_score, members)), page=target.page, identity=identity)
+    (row,) = members
+    names = ("key0", "key1", "sampler_version", "init_count", "dtype")
+    provenance: dict[str, Any] = {name: json_value(getattr(row, name)) for name in names}
+    generator = None if row.generator_id is None else models.get(row.generator_id)
+    model = _find_generator_name(generator)
+    return ImageEntry(*shared, rank=target.ranks.start, score=finite_score(row), model=model, **provenance)
+
+
+def finite_score(row: ImageRow) -> float | None:
+    """Return the score by the prompt as typed; None if there is none, or it is not a finite number."""
+    score = row.clip_score_input
+    return score if isinstance(score, float) and math.isfinite(score) else None
+
+
+def json_value(value: object) -> str | int | float | None:
+    """Return what JSON has for a value of a 2022 archive, which may be of any type that SQLite stores."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value  # type: ignore[return-value]
+
+
+def _find_generator_name(model: ModelInfo | None) -> str | None:
+    """Return the `--model` that generates an image again; None if it is not known, or its weights have changed."""
+    if model is None or is_other_embedded(model.name, model.sha256, "generator"):
+        return None
+    return model.name
 
 
 def build_manifest(mode: str, archive_name: str, entries: Iterable[Entry]) -> dict[str, Any]:

@@ -21,8 +21,7 @@ from dm_generations.models.base import Tokenizer
 from dm_generations.models.dalle_mini.config import DalleBartConfig
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.runtime import compile_cache
-from dm_generations.runtime.device import BatchRunner, Work, batch_concurrency, free_bytes_of_each
-from dm_generations.runtime.params import put_params
+from dm_generations.runtime.device import BatchRunner, Work, batch_concurrency, free_bytes_of_each, put_params
 from dm_generations.sampling import decode_loop as loop
 from dm_generations.sampling.batching import Row, RowInputs, pack_batch, sequence_count, take_until_full
 from dm_generations.sampling.methods import DalleMiniSampler

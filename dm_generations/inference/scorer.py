@@ -3,86 +3,22 @@
 n: images   B: batch   H, W: pixels   P: CLIP's projection width
 """
 
-import dataclasses
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from PIL import Image
 
-from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoding
-from dm_generations.models.clip.network import CLIP, CLIPConfig, unit
-from dm_generations.models.clip.preprocessing import FILTERS, OPENAI_MEAN, OPENAI_STD, preprocess
+from dm_generations.models.clip.network import CLIP, unit
+from dm_generations.models.clip.preprocessing import Preprocessing
 from dm_generations.models.loading import Checkpoint
 from dm_generations.models.tokenization import PromptTokenizer
-from dm_generations.runtime.params import matmul_precision, put_params
-from dm_generations.weights.native import read_json_object
+from dm_generations.runtime.device import matmul_precision, put_params
 
 TEXT_BATCH = 8  # texts of one run of the text tower; a sweep has few distinct prompts
-_STEPS = ("do_resize", "do_rescale", "do_normalize")  # that a config may switch off; cropping changes no square image
 MAX_CACHED_TEXTS = 4096  # prompts whose features stay in memory: 8 MB at P = 512
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How images are made ready for one CLIP."""
-
-    image_size: int
-    mean: tuple[float, float, float] = OPENAI_MEAN
-    std: tuple[float, float, float] = OPENAI_STD
-    resample: Image.Resampling = Image.Resampling.BICUBIC
-
-    @classmethod
-    def of_model(cls, folder: Path, config: CLIPConfig) -> "Preprocessing":
-        """Read `preprocessor_config.json` beside the model, or transformers 5's `processor_config.json`.
-
-        Without these files, the values are OpenAI's.
-
-        Raises:
-            UserError: A file is broken, was made for a network of another size, or leaves out a step.
-        """
-        image_size = config.vision_config.image_size
-        found = [Path(folder) / name for name in ("preprocessor_config.json", "processor_config.json")]
-        path = next(filter(Path.is_file, found), None)
-        if path is None:
-            return cls(image_size)
-        values = read_json_object(path)
-        try:
-            if path.name == "processor_config.json":
-                values = values.get("image_processor", {})
-            left_out = [step for step in _STEPS if not values.get(step, True)]
-            factor = float(values.get("rescale_factor", 1 / 255))
-            mean = tuple(float(x) for x in values.get("image_mean", OPENAI_MEAN))
-            std = tuple(float(x) for x in values.get("image_std", OPENAI_STD))
-            resample = Image.Resampling(values.get("resample", Image.Resampling.BICUBIC))
-            sizes = {_side(values[key]) for key in ("size", "crop_size") if key in values}
-        except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
-            raise UserError(f"{path}: not a CLIP preprocessor config ({error})") from error
-        if left_out or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-            what = f"{left_out[0]} is false" if left_out else f"rescale_factor is {factor} and not 1/255"
-            raise UserError(f"{path}: {what}, which this program does not support")
-        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-            raise UserError(f"{path}: image_mean and image_std must be 3 numbers each, the latter above 0")
-        if resample not in FILTERS:
-            raise UserError(
-                f"{path}: resample {resample} is not one of {', '.join(str(int(name)) for name in FILTERS)}"
-            )
-        if sizes - {image_size}:
-            raise UserError(f"{path}: images of {sorted(sizes)} pixels, but the model reads {image_size}")
-        return cls(image_size, mean, std, resample)
-
-
-def _side(size: Any) -> int:
-    """Return pixels, of any of the ways in which preprocessor configs write a size."""
-    if isinstance(size, dict):
-        size = size["shortest_edge"] if "shortest_edge" in size else max(size["height"], size["width"])
-    return int(size)
 
 
 class Scorer:
@@ -97,7 +33,7 @@ class Scorer:
             batch_size: Images at a time, rounded up to as many for each device; fewer are padded with black.
         """
         config = checkpoint.config
-        preprocessing = Preprocessing.of_model(checkpoint.folder, config)
+        preprocessing = Preprocessing.from_folder(checkpoint.folder, config.vision_config.image_size)
         model = CLIP(config)
         self._preprocessing = preprocessing
         self._tokenizer = tokenizer
@@ -114,19 +50,18 @@ class Scorer:
         self._scale = float(np.exp(np.float32(checkpoint.params["logit_scale"])))
         self._text_features: dict[str, np.ndarray] = {}
 
-        def apply(params: dict, *inputs: jax.Array, method: str) -> jax.Array:
-            return cast(jax.Array, model.apply({"params": params}, *inputs, method=method))
-
         @jax.jit
         def image_tower(params, images):
             with matmul_precision(np.float32):
-                pixels = preprocess(images, **dataclasses.asdict(preprocessing))
-                return unit(apply(params, pixels, method="get_image_features"))
+                pixels = preprocessing.apply(images)
+                features: Any = model.apply({"params": params}, pixels, method="get_image_features")
+                return unit(features)
 
         @jax.jit
         def text_tower(params, input_ids, attention_mask):
             with matmul_precision(np.float32):
-                return unit(apply(params, input_ids, attention_mask, method="get_text_features"))
+                features: Any = model.apply({"params": params}, input_ids, attention_mask, method="get_text_features")
+                return unit(features)
 
         self._image_tower, self._text_tower = image_tower, text_tower
 

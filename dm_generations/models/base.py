@@ -4,17 +4,93 @@ B: batch   T: text tokens   L: image tokens, row-major over the grid   V: column
 h, w: rows and columns of a token grid   H, W: pixels   D: width of a codebook row
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
-from dm_generations.runtime.params import matmul_precision, put_params
+from dm_generations.errors import UserError, short_repr
+from dm_generations.runtime.device import matmul_precision, put_params
 from dm_generations.weights.state_dict import Shape, same_name
+
+# The largest sizes that a config may have, far above those of any model that exists: whoever writes a file of a few
+# bytes must not decide how long it takes to build a network.
+MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS = 256, 1 << 20, 1 << 24, 1 << 16
+LAYERS, WIDTH, VOCABULARY, POSITIONS = (
+    (1, largest) for largest in (MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS)
+)
+ANY_ID = (0, 2**31 - 1)
+
+Bounds = Mapping[str, tuple[float, float]]
+
+
+def check_config(
+    owner: str, config: Any, bounds: Bounds, choices: Mapping[str, Collection[str]] = MappingProxyType({})
+) -> None:
+    """Check type and range of the fields of a config, before a network is built from it.
+
+    Fields of other types than bool, int, float, str and tuple[int, ...] are left to the caller.
+
+    Args:
+        owner: The kind of model, for messages.
+        config: A dataclass.
+        bounds: By name, the smallest and the largest value of each number, and of the numbers in each tuple.
+        choices: By name, the values that each string can have.
+
+    Raises:
+        UserError: A value is of another type, or out of range.
+    """
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.name
+        types = typing.get_args(field.type) if type(None) in typing.get_args(field.type) else (field.type,)
+        if value is None and type(None) in types:
+            continue
+        numbers = value if isinstance(value, tuple) else ()
+        if bool in types:
+            is_good, expected = type(value) is bool, "true or false"
+        elif str in types:
+            is_good, expected = value in list(choices[name]), f"one of {', '.join(choices[name])}"
+        elif int in types:
+            is_good, expected = _is_in_range(value, int, bounds[name]), f"a whole number {_describe(bounds[name])}"
+        elif float in types:
+            is_good, expected = _is_in_range(value, float, bounds[name]), f"a number {_describe(bounds[name])}"
+        elif tuple[int, ...] in types:
+            is_good = numbers is value and all(_is_in_range(number, int, bounds[name]) for number in numbers)
+            expected = f"a list of whole numbers {_describe(bounds[name])}"
+        else:
+            continue
+        if not is_good:
+            raise UserError(f"{owner} config: {name} must be {expected}, not {short_repr(value)}")
+
+
+def _is_in_range(value: Any, kind: type, bounds: tuple[float, float]) -> bool:
+    return type(value) in (int, kind) and bounds[0] <= value <= bounds[1]
+
+
+def _describe(bounds: tuple[float, float]) -> str:
+    return f"from {bounds[0]} to {bounds[1]}" if bounds[0] < bounds[1] else f"equal to {bounds[0]}"
+
+
+def select_fields(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of `values` that a config has fields for."""
+    known = {field.name for field in dataclasses.fields(config_class)}
+    return {name: value for name, value in values.items() if name in known}
+
+
+@contextlib.contextmanager
+def prefix_errors(path: Path) -> Iterator[None]:
+    """Within it, put a file or folder before the text of each `UserError` that does not name it."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
 
 
 class GeneratorConfig(Protocol):
@@ -75,6 +151,7 @@ class TextToImageModel(Protocol):
         """Logits (B, V) float32 of image token `step`, and the cache for the next step.
 
         Args:
+            cache: From `init_cache` or the step before.
             token: (B,) int32, the token before it; `start_token` at step 0.
             step: int32 scalar, may be traced.
         """

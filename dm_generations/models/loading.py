@@ -2,7 +2,7 @@
 
 The format is recognised by what lies in the folder or file: our own folder (`weights.native`), or one of those that
 `registry.KINDS` lists. One folder can hold several models: min-dalle's has a generator and its codec. Weights are views
-of mapped files in the dtype of the file; `runtime.params.put_params` puts them on the device.
+of mapped files in the dtype of the file; `runtime.device.put_params` puts them on the device.
 """
 
 import dataclasses
@@ -18,8 +18,16 @@ from typing import Any
 
 from dm_generations.archive import ModelInfo
 from dm_generations.errors import UserError, one_line
-from dm_generations.models.base import RawCheckpoint, Tokenizer
-from dm_generations.models.registry import ROLES, ModelKind, get_kind, kinds_of_role, load_tokenizer, parameter_shapes
+from dm_generations.models.base import RawCheckpoint, Tokenizer, prefix_errors
+from dm_generations.models.registry import (
+    ROLES,
+    ModelKind,
+    get_kind,
+    hub_files,
+    kinds_of_role,
+    load_tokenizer,
+    parameter_shapes,
+)
 from dm_generations.weights import hub, native
 from dm_generations.weights.mmap import release
 from dm_generations.weights.native import flatten
@@ -111,23 +119,28 @@ def load_checkpoint(path_or_name: str | os.PathLike | None, role: str) -> Checkp
     """
     found = find_checkpoint(path_or_name, role)
     if found is None:
-        path = _find_path(str(path_or_name))
-        others = [other for other in ROLES if other != role and _read(path, other) is not None]
+        path = Path(str(path_or_name))
+        others = [other for other in ROLES if path.exists() and other != role and _read(path, other) is not None]
         what = f"a {others[0]}, not a {role}" if others else "no model that this program knows"
         formats = ", or ".join([_NATIVE_FILES, *(kind.files for kind in kinds_of_role(role) if kind.files)])
-        raise UserError(f"{path} holds {what}; a {role} is {formats}")
+        raise UserError(f"{path_or_name} holds {what}; a {role} is {formats}")
     return found
 
 
 def find_checkpoint(path_or_name: str | os.PathLike | None, role: str) -> Checkpoint | None:
     """Load as `load_checkpoint` does, but return None for a path that holds nothing for this role."""
+    path: Path | None
     if path_or_name is None:
         path, name = EMBEDDED / _EMBEDDED_NAMES[role], _embedded_name(role)
+    elif os.path.exists(path_or_name):  # unlike Path.exists, False for a name that cannot be
+        path = Path(path_or_name)
+        name = path.resolve().name
+    elif isinstance(path_or_name, str) and hub.is_hub_name(path_or_name):
+        path, name = hub.download(path_or_name, hub_files(role)), path_or_name
     else:
-        path = _find_path(path_or_name)
-        name = str(path_or_name) if path != Path(path_or_name) else path.resolve().name
-    raw = _read(path, role)
-    if raw is None:
+        raise UserError(f"{str(path_or_name)!r:.300}: no such model folder or file")
+    raw = None if path is None else _read(path, role)
+    if path is None or raw is None:
         return None
     if path_or_name is not None:  # the embedded models are this package's own, and tracing a network takes a while
         check_names_and_shapes(_expected_shapes(raw, path), raw)
@@ -227,33 +240,19 @@ def check_names_and_shapes(expected: Mapping[str, Shape], raw: RawCheckpoint) ->
             raise UserError(f"{raw.file_of(path)}: {name} has dtype {array.dtype}, weights must be one of {known}")
 
 
-def _find_path(path_or_name: str | os.PathLike) -> Path:
-    """The path itself if it exists, else the folder of the model that the hub has under this name."""
-    path = Path(path_or_name)
-    if os.path.exists(path):  # unlike Path.exists, False for a name that cannot be
-        return path
-    if isinstance(path_or_name, str) and hub.is_hub_name(path_or_name):
-        return hub.fetched(path_or_name)
-    raise UserError(f"{str(path_or_name)!r:.300}: no such model folder or file")
-
-
 def _read(path: Path, role: str) -> RawCheckpoint | None:
     """The model for this role at `path`, None if there is none of a known format."""
     try:
-        raw = _read_native(path, role)
-        if raw is None and role == "codec":
-            raw = _read_native(path / native.CODEC_FOLDER, role)
-        if raw is not None:
-            return raw
-        for kind in kinds_of_role(role):
-            for read in kind.read_functions:
-                if (raw := read(path)) is not None:
-                    return raw
+        with prefix_errors(path):  # configs are checked by classes that know of no files
+            raw = _read_native(path, role)
+            if raw is None and role == "codec":
+                raw = _read_native(path / native.CODEC_FOLDER, role)
+            readers = [read for kind in kinds_of_role(role) for read in kind.read_functions]
+            while raw is None and readers:
+                raw = readers.pop(0)(path)
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from error
-    except UserError as error:  # configs are checked by the networks, which know of no files
-        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
-    return None
+    return raw
 
 
 def _read_native(folder: Path, role: str) -> RawCheckpoint | None:
@@ -268,10 +267,8 @@ def _read_native(folder: Path, role: str) -> RawCheckpoint | None:
 def _read_native_kind(folder: Path, kind: ModelKind, values: dict[str, Any]) -> RawCheckpoint:
     """The model of this kind in a folder of our own, whose config.json holds `values`."""
     weights, params = folder / native.WEIGHTS_FILE, native.read_params(folder)
-    try:
+    with prefix_errors(folder / native.CONFIG_FILE):
         config = kind.config_class.from_dict(values)
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{folder / native.CONFIG_FILE} does not describe a {kind.name}: {error}") from error
     if kind.role == "codec":
         return RawCheckpoint(kind.name, config, params, (weights,))
     return RawCheckpoint(kind.name, config, params, (weights,), folder, values.get("text_style", kind.name))

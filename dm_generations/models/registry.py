@@ -32,6 +32,8 @@ class ModelKind:
     network: str  # a Linen module, called with the config and a dtype
     readers: tuple[str, ...] = ()  # a path to a RawCheckpoint, or to None for what is not of the reader's format
     files: str = ""  # what these formats consist of, for messages
+    # Patterns of the names of weight files on the hub, a group for each format; the first that a repository has counts.
+    hub_files: tuple[tuple[str, ...], ...] = ()
     decoder: str | None = None  # codecs: an ImageDecoder, if not the network as it is
     tokenizers: Mapping[str, str] = dataclasses.field(
         default_factory=dict
@@ -73,6 +75,7 @@ KINDS = (
         network="dalle_mini.network:DalleBart",
         readers=("dalle_mini.checkpoint:read_flax", "dalle_mini.checkpoint:read_min_dalle"),
         files="config.json with flax_model.msgpack, encoder.pt and decoder.pt",
+        hub_files=(("flax_model.msgpack",), ("encoder.pt", "decoder.pt")),
         tokenizers={
             "dalle_bart": "dalle_mini.tokenizer:load_bart_tokenizer",
             "dalle_mini": "dalle_mini.tokenizer:load_normalizing_tokenizer",
@@ -86,6 +89,7 @@ KINDS = (
         network="kakao_mindalle.network:KakaoMinDalle",
         readers=("kakao_mindalle.checkpoint:read_generator",),
         files="stage2_last.ckpt",
+        hub_files=(("stage2_last.ckpt",),),
         tokenizers={"mindalle": "kakao_mindalle.tokenizer:KakaoTokenizer"},
     ),
     ModelKind(
@@ -95,6 +99,7 @@ KINDS = (
         network="dalle_pytorch.network:DallePytorch",
         readers=("dalle_pytorch.checkpoint:read_generator",),
         files="dalle.pt",
+        hub_files=(("dalle.pt",), ("*.pt", "*.pth")),
         tokenizers={"dalle_pytorch": "dalle_pytorch.tokenizer:DallePytorchTokenizer"},
     ),
     ModelKind(
@@ -110,6 +115,7 @@ KINDS = (
             "vqgan.checkpoint:read_taming",
         ),
         files="config.json with flax_model.msgpack, detoker.pt, a .ckpt with its .yaml, dalle.pt",
+        hub_files=(("flax_model.msgpack",), ("detoker.pt",), ("stage1_last.ckpt",), ("dalle.pt",), ("*.ckpt",)),
         decoder="vqgan.fast_decoder:VQGANDecoder",
     ),
     ModelKind(
@@ -119,6 +125,7 @@ KINDS = (
         network="dvae.discrete:DiscreteVAE",
         readers=("dvae.checkpoint:read_discrete_vae",),
         files="vae.pt",
+        hub_files=(("vae.pt",),),
     ),
     ModelKind(
         name="openai_vae",
@@ -127,6 +134,7 @@ KINDS = (
         network="dvae.openai:OpenAIVAE",
         readers=("dvae.checkpoint:read_openai_vae",),
         files="encoder.pkl and decoder.pkl",
+        hub_files=(("encoder.pkl", "decoder.pkl"), ("*.pt", "*.pth")),
     ),
     ModelKind(
         name="clip",
@@ -135,6 +143,12 @@ KINDS = (
         network="clip.network:CLIP",
         readers=("clip.checkpoint:read_transformers",),
         files="config.json with model.safetensors or pytorch_model.bin, whole or in several files",
+        hub_files=(
+            ("model.safetensors",),
+            ("model-*-of-*.safetensors",),
+            ("pytorch_model.bin",),
+            ("pytorch_model-*-of-*.bin",),
+        ),
         tokenizers={"clip": "clip.tokenizer:load_clip_tokenizer"},
     ),
 )
@@ -168,6 +182,11 @@ def kinds_of_role(role: str) -> list[ModelKind]:
     return [kind for kind in KINDS if kind.role == role]
 
 
+def hub_files(role: str) -> list[tuple[str, ...]]:
+    """Return the patterns of weight files on the hub that serve a role, a group for each format, the best first."""
+    return list(dict.fromkeys(group for kind in kinds_of_role(role) for group in kind.hub_files))
+
+
 def parameter_shapes(name: str, config: Any) -> dict[str, Shape]:
     """The shape of each parameter of a network by its path ("a/b/kernel"). Nothing is computed.
 
@@ -194,7 +213,7 @@ def load_tokenizer(path: str | Path, style: str | None, vocab_size: int, *, lowe
         UserError: A file is missing, broken or not of this style, or needs a library that is not installed.
         ValueError: The style is unknown.
     """
-    name = next((kind.tokenizers[style] for kind in KINDS if style in kind.tokenizers), None)
+    name = next((kind.tokenizers[style] for kind in KINDS if style is not None and style in kind.tokenizers), None)
     if name is None:
         raise ValueError(f"unknown style {style!r}")
     path = Path(path)

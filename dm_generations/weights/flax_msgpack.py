@@ -21,22 +21,9 @@ from dm_generations.weights.mmap import MAX_DIMENSIONS, Malformed, MappedFile, r
 
 NDARRAY, NUMPY_SCALAR = 1, 3  # extension types
 CHUNKED = "__msgpack_chunked_array__"
+_INTEGERS = tuple(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))
 DTYPES = {
-    name: np.dtype(name).newbyteorder("<")
-    for name in [
-        "bool",
-        "float16",
-        "float32",
-        "float64",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "uint8",
-        "uint16",
-        "uint32",
-        "uint64",
-    ]
+    name: np.dtype(name).newbyteorder("<") for name in ("bool", *(f"float{bits}" for bits in (16, 32, 64)), *_INTEGERS)
 } | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MAX_DEPTH = 64
 MAX_ENTRIES = 1_000_000  # of all maps together

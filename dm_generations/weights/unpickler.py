@@ -55,11 +55,13 @@ class Opaque:
     items: list
 
     def __new__(cls, *args: Any, **_keywords: Any) -> "Opaque":
+        """Make an instance that remembers the arguments."""
         made = object.__new__(cls)
         made.args, made.items = args, []
         return made
 
     def __call__(self, *args: Any) -> "Opaque":
+        """Return a stand-in for what a call of it would give."""
         made = Opaque(*args)
         made.name = f"{self.name:.{MAX_NAME}}()"
         return made
@@ -76,11 +78,13 @@ class Opaque:
         self.items.append((key, value))
 
     def append(self, item: Any) -> None:
+        """Take an element, as a list does."""
         self.items.append(item)
 
     add = append
 
     def extend(self, items: Iterable[Any]) -> None:
+        """Take several elements, as a list does."""
         self.items.extend(items)
 
 

@@ -127,7 +127,13 @@ def read_concepts(paths: dict[str, Path]) -> dict[str, dict[str, Any]]:
     for emoji, entry in names.items():
         if entry["group"] == "Flags" and entry["name"].startswith("flag "):
             continue
-        name = entry["name"].lower().replace("’", "'").replace("“", "").replace("”", "")
+        name = (
+            entry["name"]
+            .lower()
+            .replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+            .replace("\N{LEFT DOUBLE QUOTATION MARK}", "")
+            .replace("\N{RIGHT DOUBLE QUOTATION MARK}", "")
+        )
         words = [word.replace("_", " ") for word in keywords.get(emoji, []) if re.fullmatch(r"[a-z][a-z _-]+", word)]
         key = join_codepoints(f"{ord(character):x}" for character in emoji)
         concepts[key] = {"name": name, "group": entry["group"], "keywords": words}

@@ -31,108 +31,18 @@ from recipes.emoji.clip import top1_accuracy
 from recipes.emoji.data import STYLES, Emoji, load_dataset
 from recipes.emoji.vqgan import compute_psnr, reconstruct
 
-COMMON = [
-    "rocket",
-    "castle",
-    "avocado",
-    "strawberry",
-    "dinosaur",
-    "cat",
-    "dog",
-    "horse",
-    "cow",
-    "pig",
-    "mouse",
-    "rabbit",
-    "bear",
-    "panda",
-    "koala",
-    "tiger",
-    "lion",
-    "monkey",
-    "elephant",
-    "giraffe",
-    "zebra",
-    "penguin",
-    "owl",
-    "eagle",
-    "duck",
-    "chicken",
-    "frog",
-    "turtle",
-    "snake",
-    "whale",
-    "dolphin",
-    "fish",
-    "octopus",
-    "shark",
-    "crab",
-    "butterfly",
-    "bee",
-    "spider",
-    "snail",
-    "tree",
-    "cactus",
-    "rose",
-    "sunflower",
-    "tulip",
-    "mushroom",
-    "apple",
-    "banana",
-    "lemon",
-    "grapes",
-    "watermelon",
-    "pineapple",
-    "cherries",
-    "peach",
-    "pear",
-    "tomato",
-    "eggplant",
-    "carrot",
-    "corn",
-    "broccoli",
-    "bread",
-    "cheese",
-    "pizza",
-    "hamburger",
-    "taco",
-    "donut",
-    "cookie",
-    "car",
-    "bus",
-    "taxi",
-    "bicycle",
-    "motorcycle",
-    "train",
-    "airplane",
-    "helicopter",
-    "sailboat",
-    "house",
-    "tent",
-    "mountain",
-    "volcano",
-    "sun",
-    "moon",
-    "star",
-    "rainbow",
-    "umbrella",
-    "snowman",
-    "fire",
-    "guitar",
-    "trumpet",
-    "crown",
-    "key",
-    "book",
-    "heart",
-    "ghost",
-    "robot",
-    "alien",
-    "skull",
-    "balloon",
-] + ["palm tree", "hot dog", "ice cream"]
+COMMON_WORDS = (
+    "rocket castle avocado strawberry dinosaur cat dog horse cow pig mouse rabbit bear panda koala tiger lion monkey "
+    "elephant giraffe zebra penguin owl eagle duck chicken frog turtle snake whale dolphin fish octopus shark crab "
+    "butterfly bee spider snail tree cactus rose sunflower tulip mushroom apple banana lemon grapes watermelon "
+    "pineapple cherries peach pear tomato eggplant carrot corn broccoli bread cheese pizza hamburger taco donut cookie "
+    "car bus taxi bicycle motorcycle train airplane helicopter sailboat house tent mountain volcano sun moon star "
+    "rainbow umbrella snowman fire guitar trumpet crown key book heart ghost robot alien skull balloon"
+)
+COMMON = (*COMMON_WORDS.split(), "palm tree", "hot dog", "ice cream")
 PEOPLE_AND_SIGNS = {"People & Body", "Symbols", "Flags"}  # groups of names
 SCALES = (1.0, 3.0, 10.0)
-STYLED_NAMES = [
+STYLED_NAMES = (
     "rocket",
     "castle",
     "avocado",
@@ -145,9 +55,9 @@ STYLED_NAMES = [
     "rose",
     "crab",
     "automobile",
-]
-COLOURS = ["red", "blue", "green", "purple", "yellow", "black"]
-COLOURED_NAMES = ["car", "heart", "book", "apple", "castle", "cat"]
+)
+COLOURS = ("red", "blue", "green", "purple", "yellow", "black")
+COLOURED_NAMES = ("car", "heart", "book", "apple", "castle", "cat")
 PAIRS = (
     "a cat next to a rocket",
     "an avocado armchair",

@@ -13,7 +13,7 @@ from tiny import CODEBOOK_SIZE, GRID, IMAGE_SIZE, tiny_vqgan
 from dm_generations.archive import ImageRow, ModelInfo
 from dm_generations.cli import main
 from dm_generations.export.captions import Strips, without_accents
-from dm_generations.export.encoders import EXTENSIONS, Encoding, gallery_record, image_record
+from dm_generations.export.output_file import EXTENSIONS, Encoding, gallery_record, image_record
 from dm_generations.sampling.params import SamplingParams
 
 PIXELS = np.asarray(

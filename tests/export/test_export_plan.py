@@ -5,7 +5,7 @@ from decode_kit import GOLDEN_DECODE, SETTINGS
 
 from dm_generations.archive import Archive, ImageRow, ModelInfo
 from dm_generations.errors import UserError
-from dm_generations.export.output_file import make_entry
+from dm_generations.export.manifest import make_entry
 from dm_generations.export.plan import GroupPlan, Layout, Selection, is_finished, select_groups
 from dm_generations.models.loading import load_checkpoint
 

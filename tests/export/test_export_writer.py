@@ -12,7 +12,7 @@ from PIL import Image
 
 from dm_generations import atomic_io as files
 from dm_generations.atomic_io import remove_stale_temporaries, write_atomic
-from dm_generations.export.encoders import Encoding
+from dm_generations.export.output_file import Encoding
 from dm_generations.export.writers import FileWriter
 
 PIXELS = np.random.default_rng(0).integers(256, size=(16, 16, 3), dtype=np.uint8)

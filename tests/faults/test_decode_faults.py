@@ -193,6 +193,19 @@ def test_a_pipe_at_the_place_of_a_file_is_replaced(decode, tmp_path, mode):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+@pytest.mark.parametrize("mode", ["images", "npy"])
+def test_a_link_at_the_place_of_a_file_is_replaced(decode, tmp_path, mode):
+    assert decode("--mode", mode) == (0, "")
+    path = next(path for path in (tmp_path / "out").rglob("*.*") if path.suffix in (".png", ".npy"))
+    path.unlink()
+    (tmp_path / "mine").write_text("mine")
+    path.symlink_to(tmp_path / "mine")
+    assert decode("--mode", mode, "--overwrite") == (0, "")
+    assert path.is_file() and not path.is_symlink()
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links")
 def test_a_journal_that_is_a_link_is_refused(decode, tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "out").mkdir()

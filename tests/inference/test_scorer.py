@@ -11,10 +11,10 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from dm_generations.errors import UserError
-from dm_generations.inference.scorer import Preprocessing, Scorer
+from dm_generations.inference.scorer import Scorer
 from dm_generations.models.clip.checkpoint import flax_from_torch
 from dm_generations.models.clip.network import CLIP, CLIPConfig
-from dm_generations.models.clip.preprocessing import preprocess
+from dm_generations.models.clip.preprocessing import Preprocessing
 from dm_generations.models.tokenization import PromptTokenizer
 
 MODEL = ROOT / "tests" / "golden" / "clip" / "model"
@@ -58,7 +58,7 @@ def test_score_is_the_logit_of_picture_and_prompt(scorer, checkpoint, tokenizer,
     score_input, score_tokenized = scorer.score(images, PROMPTS)
     texts = [*PROMPTS, *(tokenizer.round_trip(prompt, 14) for prompt in PROMPTS)]
     logits = CLIP(checkpoint.config).apply(
-        {"params": checkpoint.params}, preprocess(images, 32), *tokenizer.encode(texts, 14)
+        {"params": checkpoint.params}, Preprocessing(32).apply(images), *tokenizer.encode(texts, 14)
     )
     assert score_input.shape == score_tokenized.shape == (5,) and score_input.dtype == np.float32
     np.testing.assert_allclose(score_input, np.diagonal(logits[:, :5]), atol=1e-4)
@@ -100,7 +100,7 @@ def test_callers_mistakes_raise(scorer, images):
 
 
 def test_preprocessing_is_read_from_beside_the_model(checkpoint, tmp_path):
-    assert Preprocessing.of_model(tmp_path, checkpoint.config) == Preprocessing(32)
+    assert Preprocessing.from_folder(tmp_path, 32) == Preprocessing(32)
     values = {
         "image_mean": [0.5, 0.4, 0.3],
         "image_std": [1, 1, 2],
@@ -109,13 +109,13 @@ def test_preprocessing_is_read_from_beside_the_model(checkpoint, tmp_path):
     }
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(values | {"crop_size": {"height": 32, "width": 32}}))
-    assert Preprocessing.of_model(tmp_path, checkpoint.config) == Preprocessing(32, (0.5, 0.4, 0.3), (1, 1, 2), 2)
+    assert Preprocessing.from_folder(tmp_path, 32) == Preprocessing(32, (0.5, 0.4, 0.3), (1, 1, 2), 2)
     path.unlink()
     newer = tmp_path / "processor_config.json"  # of transformers 5; older ones write it without an image processor
     newer.write_text(json.dumps({"processor_class": "CLIPProcessor", "image_processor": values}))
-    assert Preprocessing.of_model(tmp_path, checkpoint.config) == Preprocessing(32, (0.5, 0.4, 0.3), (1, 1, 2), 2)
+    assert Preprocessing.from_folder(tmp_path, 32) == Preprocessing(32, (0.5, 0.4, 0.3), (1, 1, 2), 2)
     newer.write_text('{"processor_class": "CLIPProcessor"}')
-    assert Preprocessing.of_model(tmp_path, checkpoint.config) == Preprocessing(32)
+    assert Preprocessing.from_folder(tmp_path, 32) == Preprocessing(32)
 
 
 @pytest.mark.parametrize(
@@ -140,4 +140,4 @@ def test_preprocessing_is_read_from_beside_the_model(checkpoint, tmp_path):
 def test_bad_preprocessor_config_is_refused(checkpoint, tmp_path, text, message):
     (tmp_path / "preprocessor_config.json").write_text(text)
     with pytest.raises(UserError, match=message):
-        Preprocessing.of_model(tmp_path, checkpoint.config)
+        Preprocessing.from_folder(tmp_path, 32)

@@ -7,6 +7,7 @@ scales, plain FFN), and mega_fp16 (mega's weights in float16).
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +59,9 @@ def golden(variant: str) -> Golden:
     weights = GOLDEN / variant / "flax_model.msgpack"
     if weights.is_file():
         params = read_flax_msgpack(weights)
-    else:  # the trimmed set has mega's weights once
-        wide = read_flax_msgpack(GOLDEN / variant.removesuffix("_fp16") / "flax_model.msgpack")
+    else:  # the trimmed set has the weights of a case in float32 alone
+        whole = next(folder for folder in GOLDEN.glob("*/") if variant.startswith(f"{folder.name}_"))
+        wide = read_flax_msgpack(whole / "flax_model.msgpack")
         params = jax.tree.map(lambda leaf: leaf.astype(np.float16), wide)
     with np.load(GOLDEN / variant / "forward.npz") as arrays:
         return Golden(config_for_params(config, params), params, dict(arrays))
@@ -150,8 +152,10 @@ def test_float16_weights(variant, dtype, tolerance):
             np.testing.assert_allclose(stepped, expected, atol=tolerance)
 
 
-@pytest.mark.parametrize(("variant", "use_scan"), [("mini", False), ("mega", True)])
-def test_layout_of_the_layers_is_read_from_the_parameters(variant, use_scan):
+@pytest.mark.parametrize("variant", CASES)
+def test_layout_of_the_layers_is_read_from_the_parameters(variant):
+    layers = golden(variant).params["model"]["encoder"]["layers"]
+    use_scan = not any(re.fullmatch(r"\w+_\d+", name) for name in layers)
     config = dataclasses.replace(golden(variant).config, use_scan=not use_scan)
     assert config_for_params(config, golden(variant).params).use_scan is use_scan
 
@@ -282,11 +286,12 @@ def test_bad_options_are_errors_that_name_them(name, value):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("variant", ["mini", "mega"])
+@pytest.mark.parametrize("variant", CASES)
 def test_bfloat16_stays_near_float32(variant):
-    """0.5: up to 0.36 was measured, for logits that spread by 2.4 and 2.1 (standard deviation)."""
+    """Within a quarter of the standard deviation: up to 0.17 of it was measured."""
     found = golden(variant)
     inputs = [found.arrays[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")]
     with jax.numpy_dtype_promotion("standard"):
         _, logits = forward(DalleBart(found.config, dtype="bfloat16"), found.params, *inputs)
-    np.testing.assert_allclose(logits, found.arrays["logits"], atol=0.5)
+    expected = found.arrays["logits"]
+    np.testing.assert_allclose(logits, expected, atol=0.25 * expected.std())

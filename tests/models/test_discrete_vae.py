@@ -95,18 +95,19 @@ def test_normalisation_is_the_one_of_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("hparams", "message"),
     [
-        ({"channels": 4}, "only RGB"),
-        ({"num_layers": 0}, "num_layers must be a whole number from 1 on"),
-        ({"num_layers": 10**9}, "can be built"),
+        ({"channels": 4}, "channels must be 3"),
+        ({"num_layers": 0}, "num_layers must be"),
+        ({"num_layers": 10**9}, "num_layers must be"),
+        ({"num_resnet_blocks": 10**9}, "num_resnet_blocks must be"),
         ({"image_size": 18}, "cannot be halved"),
         ({"hidden_dim": "4"}, "hidden_dim must be"),
-        ({"normalization": 7}, "does not describe a discrete VAE"),
+        ({"normalization": 7}, "normalization must be"),
         ({"normalization": ([0.5] * 3, [0, 1, 1])}, "normalization must be"),
     ],
 )
 def test_sizes_that_no_network_has_are_one_line(tmp_path, hparams, message):
     file, _ = vae_file(tmp_path / "vae.pt", hparams=hparams)
-    with pytest.raises(UserError, match=rf"vae\.pt does not describe a discrete VAE: .*{message}|{message}"):
+    with pytest.raises(UserError, match=rf"vae\.pt: .*{message}"):
         read_discrete_vae(file)
 
 
@@ -115,5 +116,5 @@ def test_other_files_are_left_to_other_readers(tmp_path):
     torch_files.save(tmp_path / "vae.pt", {"hparams": {}, "weights": {"x": 1}})
     assert read_discrete_vae(tmp_path) is None
     file, _ = vae_file(tmp_path / "vae.pt", weights={"codebook.weight": "no tensor"})
-    with pytest.raises(UserError, match="codebook.weight' is not a tensor"):
+    with pytest.raises(UserError, match=r"codebook.weight' is not a tensor"):
         read_discrete_vae(file)

@@ -10,7 +10,6 @@ from helpers import golden
 from text_kit import MINDALLE
 
 from dm_generations.errors import UserError
-from dm_generations.models import tokenization as tokenizer_files
 from dm_generations.models.registry import load_tokenizer
 
 NAMES = ("bpe-16k-vocab.json", "bpe-16k-merges.txt")
@@ -58,7 +57,7 @@ def test_a_vocabulary_without_a_pad_gets_one_at_its_end(tmp_path):
         load_tokenizer(tmp_path, "mindalle", 3).encode([None], 6)
 
 
-def test_an_archive_is_read_without_being_unpack(files, tmp_path):
+def test_an_archive_is_read_and_nothing_is_left_in_its_folder(files, tmp_path):
     path = pack(tmp_path / "tokenizer.tar.gz", files)
     folder = load_tokenizer(MINDALLE, "mindalle", 300)
     for place in (path, tmp_path):
@@ -73,37 +72,33 @@ def link(name):
     return name, info
 
 
-@pytest.mark.parametrize(
-    ("member", "message"),
-    [
-        (("../escape", b"x"), "a path out of its folder"),
-        (("/absolute", b"x"), "a path out of its folder"),
-        (link("tokenizer/extra"), "not a plain file"),
-        (("other/bpe-16k-vocab.json", b"{}"), "twice"),
-    ],
-)
-def test_archives_with_anything_else_are_refused(member, message, files, tmp_path):
+@pytest.mark.parametrize("member", [("../escape", b"x"), ("/absolute", b"x"), link("tokenizer/extra")])
+def test_what_else_an_archive_holds_is_never_written(member, files, tmp_path):
     path = pack(tmp_path / "a.tar.gz", [*files, member])
-    with pytest.raises(UserError, match=message) as caught:
+    assert load_tokenizer(path, "mindalle", 300).encode(["a"], 2)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_in_place_of_a_file_is_no_file(files, tmp_path):
+    path = pack(tmp_path / "a.tar.gz", [files[0], link(NAMES[1])])
+    with pytest.raises(UserError, match=NAMES[1]):
         load_tokenizer(path, "mindalle", 300)
-    assert str(path) in str(caught.value) and list(tmp_path.iterdir()) == [path]
 
 
-def test_archives_that_swell_are_refused(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer_files, "MAX_BYTES", 1 << 20)
-    path = pack(tmp_path / "a.tar.gz", [("zeros", bytes(2 << 20)), *files])
-    with pytest.raises(UserError, match=r"a\.tar\.gz: unpacks to more than 1 MiB"):
+def test_archives_with_large_files_are_refused(files, tmp_path):
+    path = pack(tmp_path / "a.tar.gz", [(NAMES[0], bytes(65 << 20)), files[1]])
+    with pytest.raises(UserError, match=rf"a\.tar\.gz: {NAMES[0]} takes"):
         load_tokenizer(path, "mindalle", 300)
 
 
 def test_broken_archives_are_refused(files, tmp_path):
     path = pack(tmp_path / "a.tar.gz", files[:1])
-    with pytest.raises(UserError, match=r"does not hold bpe-16k-merges\.txt"):
+    with pytest.raises(UserError, match=r"a\.tar\.gz.*bpe-16k-merges\.txt"):
         load_tokenizer(path, "mindalle", 300)
     whole = path.read_bytes()
     for data in (whole[:200], b"no archive", gzip.compress(b"no archive" * 100)):
         path.write_bytes(data)
-        with pytest.raises(UserError, match=r"a\.tar\.gz: (not a \.tar\.gz of a tokenizer|broken \.gz)"):
+        with pytest.raises(UserError, match=r"a\.tar\.gz is damaged"):
             load_tokenizer(path, "mindalle", 300)
 
 

@@ -40,7 +40,7 @@ def test_equals_the_convolution(scheme, shape):
 @pytest.mark.parametrize("scheme", [CONV, UPSAMPLED_CONV], ids=["conv", "upsampled"])
 def test_strips_read_what_lies_around_them_and_add_their_own_rows(scheme, monkeypatch):
     """Activated points differ from zero everywhere, the zeros around the map excepted."""
-    monkeypatch.setattr(fast_decoder, "_STRIP_TILES", 8)
+    monkeypatch.setattr(fast_decoder, "STRIP_TILES", 8)
     x, kernel, bias, add = arrays((2, 24, 8, 6), (3, 3, 6, 5), (5,), (2, 24 * scheme.scale, 8 * scheme.scale, 5))
     assert count_strip_rows(2, 24, 8, scheme) < 24
     weights = transform_kernel(kernel, scheme)
@@ -52,7 +52,7 @@ def test_strips_read_what_lies_around_them_and_add_their_own_rows(scheme, monkey
 @pytest.mark.parametrize("scheme", [CONV, UPSAMPLED_CONV], ids=["conv", "upsampled"])
 @pytest.mark.parametrize("tiles", [1, 3, 8, 256])
 def test_strips_divide_every_height(scheme, tiles, monkeypatch):
-    monkeypatch.setattr(fast_decoder, "_STRIP_TILES", tiles)
+    monkeypatch.setattr(fast_decoder, "STRIP_TILES", tiles)
     for height in range(1, 70):
         rows = count_strip_rows(1, height, 8, scheme)
         assert height % rows == 0

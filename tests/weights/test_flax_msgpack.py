@@ -4,10 +4,10 @@ import ml_dtypes
 import msgpack
 import numpy as np
 import pytest
+from codec_kit import is_mapped
 from flax import serialization
 
 from dm_generations.errors import UserError
-from dm_generations.weights import mmap as mapped
 from dm_generations.weights.flax_msgpack import read_flax_msgpack
 
 
@@ -32,7 +32,7 @@ def array_extension(shape, dtype, data, code=1):
 def test_array_keeps_values_shape_and_dtype(written, dtype):
     array = np.arange(24).reshape(2, 3, 4).astype(dtype)
     read = read_flax_msgpack(written({"model": {"kernel": array}}))["model"]["kernel"]
-    assert read.dtype == array.dtype and mapped._mapping(read) is not None
+    assert read.dtype == array.dtype and is_mapped(read)
     np.testing.assert_array_equal(read, array)
 
 
@@ -57,7 +57,7 @@ def test_array_in_pieces_is_joined(written, monkeypatch):
 
 def test_array_in_one_piece_is_a_view(written):
     read = read_flax_msgpack(written(pieces(shape={"0": 2, "1": 1}, chunks={"0": np.arange(2, dtype=np.float32)})))["a"]
-    assert read.tolist() == [[0], [1]] and mapped._mapping(read) is not None
+    assert read.tolist() == [[0], [1]] and is_mapped(read)
 
 
 def test_arrays_are_read_only(written):

@@ -1,14 +1,69 @@
-"""Names of the Hugging Face hub, with a stand-in for the library: nothing here needs a network."""
+"""Names of the Hugging Face hub: with its library and a local server, and with a stand-in for the library."""
 
+import json
+import os
+import subprocess
 import sys
 import types
 
 import pytest
-from tiny import tiny_vqgan
+import safetensors.numpy
+import torch_files
+from helpers import ROOT
+from hub_kit import serve
+from tiny import tiny_clip, tiny_vqgan
 
 from dm_generations.errors import UserError
-from dm_generations.models.loading import load_checkpoint
-from dm_generations.weights import hub
+from dm_generations.models.clip.network import CLIPConfig
+from dm_generations.models.loading import find_checkpoint, load_checkpoint
+from dm_generations.models.registry import hub_files
+from dm_generations.weights.hub import choose_files
+from dm_generations.weights.native import read_json_object
+from dm_generations.weights.state_dict import torch_name
+
+
+def load_by_name(home, endpoint, *arguments):
+    """Load in a process of its own: the library reads its settings when it is imported."""
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, ROOT / "tests" / "programs" / "load_from_hub.py", *arguments]
+    environment = os.environ | settings | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.e2e
+def test_a_model_is_downloaded_once_and_loads_without_a_network(tmp_path):
+    """A codec of our own, and a CLIP with Flax's weights and PyTorch's, of which only the latter load."""
+    pytest.importorskip("huggingface_hub")
+    codec = tiny_vqgan(tmp_path / "hub" / "someone" / "codec")
+    clip = tiny_clip(tmp_path / "hub" / "someone" / "clip")
+    for folder in (codec, clip):
+        (folder / "README.md").write_text("never downloaded")
+        (folder / "flax_model.msgpack").write_bytes(b"never read")
+    state = clip_state(clip)
+    (clip / "model.safetensors").unlink()
+    torch_files.save(clip / "pytorch_model.bin", {name: torch_files.tensor(array) for name, array in state.items()})
+    names = ("codec=someone/codec", "clip=someone/clip")
+    with serve(tmp_path / "hub") as endpoint:
+        done = load_by_name(tmp_path / "home", endpoint, *names)
+    assert done.stdout.split() == ["vqgan", "clip"], done.stderr
+    cached = {path.name for path in (tmp_path / "home").rglob("snapshots/*/*")}
+    assert cached == {"config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json"}
+    done = load_by_name(tmp_path / "home", endpoint, *names)
+    assert done.stdout.split() == ["vqgan", "clip"], done.stderr
+
+
+def clip_state(folder):
+    """The weights of a CLIP in a folder of our own under PyTorch's names, and the config of transformers' for them."""
+    config = CLIPConfig.from_dict(read_json_object(folder / "config.json"))
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    flat = safetensors.numpy.load_file(folder / "model.safetensors")
+    return {torch_name(path, array.shape)[0]: to_torch(path, array) for path, array in flat.items()}
+
+
+def to_torch(path, array):
+    if not path.endswith("kernel"):
+        return array
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
 
 class HubError(OSError):
@@ -28,17 +83,23 @@ def fake_hub(monkeypatch, tmp_path):
     """A huggingface_hub that "downloads" a tiny codec; records what it was asked for."""
     calls = []
     library, errors = types.ModuleType("huggingface_hub"), types.ModuleType("huggingface_hub.errors")
-    errors.HfHubHTTPError, errors.LocalEntryNotFoundError = HubError, type("LocalEntryNotFoundError", (OSError,), {})
+    errors.HfHubHTTPError, errors.LocalEntryNotFoundError = (
+        HubError,
+        type("LocalEntryNotFoundError", (FileNotFoundError,), {}),
+    )
     files = ["config.json", "model.safetensors", "flax_model.msgpack", "tf_model.h5", "README.md", "vocab.json"]
 
     class HfApi:
-        def model_info(self, repository, revision=None):
+        def model_info(self, repo_id, revision=None):
             if library.failure:
                 raise library.failure
-            return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=name) for name in files])
+            return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=name) for name in library.files])
 
-    def snapshot_download(repository, revision, allow_patterns, local_files_only):
-        calls.append((repository, revision, allow_patterns, local_files_only))
+    def hf_hub_download(repo_id, filename, revision):
+        return str(tiny_vqgan(tmp_path / "snapshot") / filename)
+
+    def snapshot_download(repo_id, revision, allow_patterns=None, local_files_only=False):
+        calls.append((repo_id, revision, allow_patterns, local_files_only))
         if library.broken_download and not local_files_only:
             raise library.broken_download
         if library.is_cache_empty:
@@ -46,6 +107,7 @@ def fake_hub(monkeypatch, tmp_path):
         return str(tiny_vqgan(tmp_path / "snapshot"))
 
     library.HfApi, library.snapshot_download, library.errors = HfApi, snapshot_download, errors
+    library.hf_hub_download, library.files = hf_hub_download, files
     library.failure, library.is_cache_empty, library.calls = None, False, calls
     library.broken_download = None
     monkeypatch.setitem(sys.modules, "huggingface_hub", library)
@@ -55,7 +117,7 @@ def fake_hub(monkeypatch, tmp_path):
 
 def test_loads_one_kind_of_weights_at_the_revision(fake_hub):
     found = load_checkpoint("someone/tiny-vqgan@v1.2", "codec")
-    assert found.name == "someone/tiny-vqgan@v1.2" and found.kind == "vqgan"
+    assert (found.name, found.kind) == ("someone/tiny-vqgan@v1.2", "vqgan")
     assert fake_hub.calls == [("someone/tiny-vqgan", "v1.2", ["model.safetensors", "config.json", "vocab.json"], False)]
 
 
@@ -78,13 +140,13 @@ def test_unknown_repository_is_one_line(fake_hub):
 
 def test_a_gated_repository_says_so(fake_hub):
     fake_hub.failure, fake_hub.is_cache_empty = HubError("403 Client Error: gated repo", status=403), True
-    with pytest.raises(UserError, match="someone/gated: .*gated repo"):
+    with pytest.raises(UserError, match=r"someone/gated: .*gated repo"):
         load_checkpoint("someone/gated", "codec")
 
 
 def test_a_download_that_breaks_off_is_one_line(fake_hub):
     fake_hub.broken_download = ClientError("peer closed connection\nafter 10 bytes")
-    with pytest.raises(UserError, match="someone/tiny-vqgan: .*peer closed connection after 10 bytes"):
+    with pytest.raises(UserError, match=r"someone/tiny-vqgan: .*peer closed connection after 10 bytes"):
         load_checkpoint("someone/tiny-vqgan", "codec")
 
 
@@ -115,25 +177,47 @@ def test_what_cannot_be_a_hub_name_never_asks_the_hub(fake_hub, spec):
     assert fake_hub.calls == []
 
 
-def test_repository_without_weights():
-    with pytest.raises(UserError, match="someone/else has no weights that load"):
-        hub.wanted_files(["README.md", "tf_model.h5"], "someone/else")
+def test_repository_without_weights(fake_hub):
+    fake_hub.files[:] = ["README.md", "config.json", "tf_model.h5"]
+    with pytest.raises(UserError, match="someone/tiny-vqgan holds no model"):
+        load_checkpoint("someone/tiny-vqgan", "clip")
+    fake_hub.files.remove("config.json")
+    assert find_checkpoint("someone/tiny-vqgan", "codec") is None
+    assert fake_hub.calls == []
 
 
-def test_min_dalle_files_come_together():
-    names = ["decoder.pt", "detoker.pt", "encoder.pt", "merges.txt", "vocab.json", "weights_old.bin"]
-    assert hub.wanted_files(names, "kuprel/min-dalle") == [
-        "decoder.pt",
-        "detoker.pt",
-        "encoder.pt",
-        "merges.txt",
-        "vocab.json",
-    ]
+SMALL = ["config.json", "merges.txt", "tokenizer.json", "vocab.json"]
+INDEXES = ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
+SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
 
 
-def test_pieces_of_one_kind_are_fetched_with_their_index():
-    small = ["config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"]
-    pieces = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    names = [*small, *pieces, "pytorch_model-00001-of-00001.bin", "open_clip_pytorch_model.bin"]
-    assert hub.wanted_files(names, "a/clip") == pieces + small
-    assert hub.wanted_files([*names, "model.safetensors"], "a/clip") == ["model.safetensors", *small]
+@pytest.mark.parametrize(
+    ("role", "there", "chosen"),
+    [
+        ("clip", ["flax_model.msgpack", "pytorch_model.bin", "tf_model.h5"], ["pytorch_model.bin"]),
+        ("clip", ["flax_model.msgpack", "model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+        ("clip", ["flax_model.msgpack", *SHARDS, "pytorch_model-00001-of-00001.bin", "open_clip_model.bin"], SHARDS),
+        ("clip", ["model.safetensors", *SHARDS], ["model.safetensors"]),
+        ("codec", ["flax_model.msgpack", "pytorch_model.bin", "model.safetensors"], ["flax_model.msgpack"]),
+        ("generator", ["flax_model.msgpack", "pytorch_model.bin"], ["flax_model.msgpack"]),
+        ("generator", ["decoder.pt", "detoker.pt", "encoder.pt", "old.bin"], ["decoder.pt", "encoder.pt"]),
+        ("codec", ["decoder.pt", "detoker.pt", "encoder.pt", "old.bin"], ["detoker.pt"]),
+        ("generator", ["stage1_last.ckpt", "stage2_last.ckpt"], ["stage2_last.ckpt"]),
+        ("codec", ["stage1_last.ckpt", "stage2_last.ckpt"], ["stage1_last.ckpt"]),
+        ("generator", ["some_name.pt"], ["some_name.pt"]),
+        ("codec", ["ckpts/last.ckpt"], ["ckpts/last.ckpt"]),
+        ("codec", ["decoder.pkl", "encoder.pkl"], ["decoder.pkl", "encoder.pkl"]),
+    ],
+)
+def test_weights_are_chosen_by_role(role, there, chosen):
+    assert choose_files([*SMALL, *there], hub_files(role), is_native=False) == chosen + SMALL
+
+
+def test_weights_of_our_own_folder_are_chosen_whatever_else_is_there():
+    names = ["flax_model.msgpack", "model.safetensors", "config.json", "codec/model.safetensors"]
+    chosen = choose_files(names, hub_files("generator"), is_native=True)
+    assert chosen == ["model.safetensors", "codec/model.safetensors", "config.json"]
+
+
+def test_indexes_of_several_files_come_with_them():
+    assert choose_files([*INDEXES, *SHARDS], hub_files("clip"), is_native=False) == SHARDS + INDEXES

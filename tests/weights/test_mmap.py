@@ -10,6 +10,7 @@ import ml_dtypes
 import msgpack
 import numpy as np
 import pytest
+from codec_kit import is_mapped
 from helpers import ROOT
 from torch_files import Storage, Tensor, pickled
 
@@ -29,7 +30,7 @@ def numbers(tmp_path):
 def test_array_is_a_read_only_view(numbers):
     array = numbers.array(8, np.dtype("<f4"), (2, 2))
     np.testing.assert_array_equal(array, [[2, 3], [4, 5]])
-    assert mapped._mapping(array.transpose()) is numbers.content
+    assert is_mapped(array.transpose())
     with pytest.raises(ValueError, match="read-only"):
         array[0] = 1
 

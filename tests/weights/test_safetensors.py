@@ -6,10 +6,10 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
+from codec_kit import is_mapped
 from safetensors.numpy import save
 
 from dm_generations.errors import UserError
-from dm_generations.weights import mmap as mapped
 from dm_generations.weights.native import read_safetensors
 
 FLOAT = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -37,7 +37,7 @@ def test_arrays_keep_values_shapes_and_dtypes_and_are_views(written):
     read = read_safetensors(written(save(arrays, metadata={"format": "pt"})))
     assert read.keys() == arrays.keys()
     for name, array in arrays.items():
-        assert read[name].dtype == array.dtype and mapped._mapping(read[name]) is not None
+        assert read[name].dtype == array.dtype and is_mapped(read[name])
         np.testing.assert_array_equal(read[name], array)
     with pytest.raises(ValueError, match="read-only"):
         read["a.0"][0] = 1

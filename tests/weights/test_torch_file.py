@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch_files
+from codec_kit import is_mapped
 from helpers import golden_dirs
 from torch_files import WRITERS, Call, Global, Storage, Tensor, module, save, save_entries, save_legacy, tensor
 
@@ -26,8 +27,7 @@ GOLDEN = sorted(
 
 
 def is_view(array):
-    mapping = mapped._mapping(array)
-    return mapping is not None and not array.flags.writeable
+    return is_mapped(array) and not array.flags.writeable
 
 
 @pytest.mark.parametrize("file", [file for _, file in GOLDEN], ids=[str(name) for name, _ in GOLDEN])

@@ -304,10 +304,12 @@ def test_damaged_bytes_give_a_value_or_an_error(tmp_path, write):
         for _ in range(generator.randint(1, 3)):
             damaged[generator.randrange(len(damaged))] = generator.randrange(256)
         path.write_bytes(damaged)
+        message = None
         try:
             read_torch(path)
         except UserError as error:
-            assert "a.pt" in str(error)
+            message = str(error)
+        assert message is None or "a.pt" in message
 
 
 def test_compressed_entries_are_refused(tmp_path):

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from dm_generations.errors import UserError
-from dm_generations.models.base import RawCheckpoint
+from dm_generations.models.base import RawCheckpoint, prefix_errors
 from dm_generations.models.clip.network import CLIPConfig
 from dm_generations.weights.native import FORMAT, flatten, read_config, read_json_object, read_safetensors
-from dm_generations.weights.state_dict import torch_name
+from dm_generations.weights.state_dict import check_tensors, torch_name
 from dm_generations.weights.torch_file import read_torch, state_of
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -51,14 +51,14 @@ def flax_from_torch(tensors: Mapping[str, np.ndarray]) -> dict:
     """Convert a PyTorch state dict to Flax's names and layouts.
 
     Args:
-        tensors: by name. Dense weights are (out, in), that of the patch convolution is (out, in, H, W).
+        tensors: By name. Dense weights are (out, in), that of the patch convolution is (out, in, H, W).
 
     Returns:
         Nested dict of arrays, `a.b.weight` as `a/b/kernel`, `scale` or `embedding`. Dense kernels are (in, out), that
         of the patch convolution is (H, W, in, out).
 
     Raises:
-        UserError: for a name that is a prefix of another, which no module can have.
+        UserError: A name is a prefix of another, which no module can have.
     """
     tree: dict = {}
     for name, array in tensors.items():
@@ -100,10 +100,10 @@ def _read_index(index: Path) -> tuple[Path, ...]:
 
 
 def _read_tensors(file: Path) -> dict[str, np.ndarray]:
-    try:
-        return read_safetensors(file) if file.suffix == ".safetensors" else state_of(read_torch(file))
-    except UserError as error:
-        raise error if str(file) in str(error) else UserError(f"{file}: {error}") from error
+    with prefix_errors(file):
+        if file.suffix == ".safetensors":
+            return read_safetensors(file)
+        return check_tensors(state_of(read_torch(file)), file)
 
 
 def _rename(path: list[str], array: np.ndarray) -> tuple[list[str], np.ndarray]:

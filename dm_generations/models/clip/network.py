@@ -20,8 +20,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dm_generations.errors import UserError
-from dm_generations.models.base import example_ids, example_images
+from dm_generations.errors import UserError, short_repr
+from dm_generations.models.base import (
+    ANY_ID,
+    LAYERS,
+    POSITIONS,
+    VOCABULARY,
+    WIDTH,
+    Bounds,
+    check_config,
+    example_ids,
+    example_images,
+    select_fields,
+)
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
@@ -32,6 +43,32 @@ ACTIVATIONS = {
     "relu": nn.relu,
     "silu": nn.silu,
 }
+
+_TOWER_BOUNDS: Bounds = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": WIDTH,
+    "max_position_embeddings": POSITIONS,
+    "num_channels": (3, 3),  # RGB
+    "image_size": POSITIONS,
+    "patch_size": POSITIONS,
+    "layer_norm_eps": (0.0, 1.0),
+    "pad_token_id": ANY_ID,
+    "bos_token_id": ANY_ID,
+    "eos_token_id": ANY_ID,
+}
+_BOUNDS: Bounds = {"projection_dim": WIDTH, "logit_scale_init_value": (-100.0, 100.0)}
+
+
+def _check_tower(name: str, config: "CLIPTextConfig | CLIPVisionConfig") -> None:
+    check_config(f"CLIP {name}", config, _TOWER_BOUNDS, {"hidden_act": ACTIVATIONS})
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"CLIP {name} config: hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
+            f"{config.num_attention_heads}"
+        )
 
 
 @dataclass(frozen=True)
@@ -51,8 +88,13 @@ class CLIPTextConfig:
     eos_token_id: int = 49407
     pool_at_highest_id: bool | None = None  # ours; None = transformers' rule, see the top of this file
 
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that no CLIP can have."""
+        _check_tower("text", self)
+
     @property
     def pools_at_highest_id(self) -> bool:
+        """Whether a text is read at the highest id of its row."""
         return self.eos_token_id == 2 if self.pool_at_highest_id is None else self.pool_at_highest_id
 
 
@@ -70,35 +112,40 @@ class CLIPVisionConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
 
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that no CLIP can have."""
+        _check_tower("vision", self)
+
 
 @dataclass(frozen=True)
 class CLIPConfig:
+    """Sizes of both towers and of their common space."""
+
     text_config: CLIPTextConfig = field(default_factory=CLIPTextConfig)
     vision_config: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
     projection_dim: int = 512
     logit_scale_init_value: float = 2.6592  # log(1 / 0.07)
 
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that no CLIP can have."""
+        check_config("CLIP", self, _BOUNDS)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":
-        """The config of a Hugging Face `config.json`; unknown keys are ignored, missing ones get defaults.
+        """Return the config of a Hugging Face `config.json`; unknown keys are ignored, missing ones get defaults.
 
         Raises:
-            UserError: for a value that no CLIP can have.
+            UserError: No CLIP can have this value.
         """
-        towers = {}
+        own = select_fields(cls, values)
         for name, tower in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
             # Older files carry `text_config_dict` too; transformers then builds the tower from that one, even if empty.
             older = values.get(f"{name}_dict")
-            towers[name] = _from_known(tower, (values.get(name) or {}) if older is None else older, name)
-            if towers[name].hidden_size % towers[name].num_attention_heads:
-                raise UserError(
-                    f"CLIP {name}: hidden_size {towers[name].hidden_size} is not a multiple of "
-                    f"num_attention_heads {towers[name].num_attention_heads}"
-                )
-        if towers["vision_config"].num_channels != 3:
-            raise UserError(f"CLIP vision_config: num_channels must be 3, not {towers['vision_config'].num_channels}")
-        rest = {key: value for key, value in values.items() if key not in towers}
-        return dataclasses.replace(_from_known(cls, rest, "config"), **towers)
+            found = (values.get(name) or {}) if older is None else older
+            if not isinstance(found, Mapping):
+                raise UserError(f"CLIP config: {name} must be an object, not {short_repr(found)}")
+            own[name] = tower(**select_fields(tower, found))
+        return cls(**own)
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads, ready for JSON."""
@@ -108,40 +155,15 @@ class CLIPConfig:
         return {"architectures": ["CLIPModel"], "model_type": "clip"} | values
 
 
-def _from_known(cls, values: Any, where: str):
-    """`cls` from the entries of `values` that it knows, each checked against the type of its default."""
-    if not isinstance(values, Mapping):
-        raise UserError(f"CLIP {where}: expected an object, found {type(values).__name__}")
-    known = {}
-    for entry in dataclasses.fields(cls):
-        if entry.name not in values or entry.name in ("text_config", "vision_config"):
-            continue
-        value = known[entry.name] = values[entry.name]
-        if entry.name == "hidden_act":
-            if value not in list(ACTIVATIONS):  # a list: the value may be of a kind that cannot be hashed
-                raise UserError(f"CLIP {where}: hidden_act {value!r} is not one of {', '.join(ACTIVATIONS)}")
-        elif entry.name == "pool_at_highest_id":
-            if value is not None and not isinstance(value, bool):
-                raise UserError(f"CLIP {where}: {entry.name} must be true or false, not {value!r}")
-        elif entry.name in ("pad_token_id", "bos_token_id") and value is None:
-            pass
-        elif isinstance(entry.default, float):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UserError(f"CLIP {where}: {entry.name} must be a number, not {value!r}")
-        else:
-            least = 0 if entry.name.endswith("_token_id") else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(f"CLIP {where}: {entry.name} must be a whole number from {least}, not {value!r}")
-    return cls(**known)
-
-
 class Attention(nn.Module):
+    """Multi-head attention of a tower."""
+
     config: CLIPTextConfig | CLIPVisionConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """X (B, T, D), mask (B or 1, 1, T, T) True where a query may look -> (B, T, D)."""
+        """Map x (B, T, D) to (B, T, D); mask (B or 1, 1, T, T) is true where a query may look."""
         width, heads = self.config.hidden_size, self.config.num_attention_heads
         inward = nn.initializers.normal(width**-0.5 * (2 * self.config.num_hidden_layers) ** -0.5)
         outward = nn.initializers.normal(width**-0.5)
@@ -161,11 +183,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two dense layers with the tower's activation between them."""
+
     config: CLIPTextConfig | CLIPVisionConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (B, T, D) to (B, T, D)."""
         config, normal = self.config, nn.initializers.normal
         widen = normal((2 * config.hidden_size) ** -0.5)
         narrow = normal(config.hidden_size**-0.5 * (2 * config.num_hidden_layers) ** -0.5)
@@ -175,11 +200,14 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention, then an MLP, each with a norm before it and a shortcut around it."""
+
     config: CLIPTextConfig | CLIPVisionConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Map x (B, T, D) to (B, T, D); mask as in `Attention`."""
         config, dtype = self.config, self.dtype
         y = nn.LayerNorm(config.layer_norm_eps, dtype=dtype, name="layer_norm1")(x)
         x = x + Attention(config, dtype, name="self_attn")(y, mask)
@@ -188,11 +216,14 @@ class Layer(nn.Module):
 
 
 class Layers(nn.Module):
+    """The blocks of a tower, in order."""
+
     config: CLIPTextConfig | CLIPVisionConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Map x (B, T, D) to (B, T, D); mask as in `Attention`."""
         for index in range(self.config.num_hidden_layers):
             x = Layer(self.config, self.dtype, name=str(index))(x, mask)
         return x
@@ -206,15 +237,19 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Map x (B, T, D) to (B, T, D); mask as in `Attention`."""
         return Layers(self.config, self.dtype, name="layers")(x, mask)
 
 
 class TextEmbeddings(nn.Module):
+    """Token and position embeddings of a text."""
+
     config: CLIPTextConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, input_ids: jax.Array) -> jax.Array:
+        """Map input_ids (B, T) to (B, T, D)."""
         config, init = self.config, nn.initializers.normal(0.02)
         token = nn.Embed(
             config.vocab_size,
@@ -234,11 +269,14 @@ class TextEmbeddings(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
+    """Embeddings of the class token and of an image's patches."""
+
     config: CLIPVisionConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
+        """Map pixel_values (B, H, W, 3) to (B, N, D)."""
         config, normal = self.config, nn.initializers.normal
         patch, width = config.patch_size, config.hidden_size
         x = nn.Conv(
@@ -260,6 +298,8 @@ class VisionEmbeddings(nn.Module):
 
 
 class TextTransformer(nn.Module):
+    """The text tower."""
+
     config: CLIPTextConfig
     dtype: jnp.dtype = jnp.float32
 
@@ -278,6 +318,8 @@ class TextTransformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
+    """The image tower."""
+
     config: CLIPVisionConfig
     dtype: jnp.dtype = jnp.float32
 
@@ -298,7 +340,8 @@ class CLIP(nn.Module):
     config: CLIPConfig
     dtype: jnp.dtype = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
+        """Make the submodules."""
         config = self.config
 
         def projection(width: int) -> nn.Dense:
@@ -331,7 +374,8 @@ class CLIP(nn.Module):
         text = example_ids(config.text_config.max_position_embeddings)
         return [example_images(config.vision_config.image_size), text, text]
 
-    def __call__(self, pixel_values, input_ids, attention_mask) -> jax.Array:
+    def __call__(self, pixel_values: jax.Array, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
+        """See `logits_per_image`."""
         return self.logits_per_image(pixel_values, input_ids, attention_mask)
 
 

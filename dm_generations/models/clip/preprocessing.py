@@ -9,14 +9,23 @@ N: images   H, W: pixels   C: channels
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL.Image import Resampling
 
+from dm_generations.errors import UserError
+from dm_generations.weights.native import read_json_object
+
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+_STEPS = ("do_resize", "do_rescale", "do_normalize")  # that a config may switch off; cropping changes no square image
+
+Triple = tuple[float, float, float]
 
 _PRECISION_BITS = 22  # of the weights: 32, less 8 of a pixel, less 2 for sums beyond it
 
@@ -52,9 +61,9 @@ def resize(images: jax.Array, height: int, width: int, resample: Resampling = Re
 
     Args:
         images: (N, H, W, C) uint8.
-        height: rows of the result.
-        width: columns of the result.
-        resample: a filter in FILTERS.
+        height: Rows of the result.
+        width: Columns of the result.
+        resample: A filter in FILTERS.
     """
     images = _resample_axis(images, 2, width, resample)
     return _resample_axis(images, 1, height, resample)
@@ -104,27 +113,76 @@ def resize_and_crop(images: jax.Array, image_size: int, resample: Resampling = R
     return resize(images, height, width, resample)[:, top : top + image_size, left : left + image_size]
 
 
-def normalise(pixels, mean=OPENAI_MEAN, std=OPENAI_STD):
+def normalise(pixels: Any, mean: Triple = OPENAI_MEAN, std: Triple = OPENAI_STD) -> Any:
     """Normalise uint8 (..., 3) to float32 (..., 3): x / 255, minus `mean`, over `std`. NumPy or JAX arrays."""
     shape = (1,) * (pixels.ndim - 1) + (3,)
-    mean, std = (np.asarray(values, np.float32).reshape(shape) for values in (mean, std))
-    return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+    means, deviations = (np.asarray(values, np.float32).reshape(shape) for values in (mean, std))
+    return (pixels.astype(np.float32) / np.float32(255) - means) / deviations
 
 
-def preprocess(
-    images: jax.Array,
-    image_size: int,
-    mean=OPENAI_MEAN,
-    std=OPENAI_STD,
-    resample: Resampling = Resampling.BICUBIC,
-) -> jax.Array:
-    """Make images (N, H, W, 3) uint8 what CLIP reads, (N, image_size, image_size, 3) float32.
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are prepared for one CLIP.
 
-    Args:
-        images: of any size.
-        image_size: pixels a side that the network reads.
-        mean: of RGB in [0, 1].
-        std: of RGB in [0, 1].
-        resample: a filter in FILTERS.
+    Attributes:
+        image_size: Pixels a side that the network reads.
+        mean: Of RGB in [0, 1].
+        std: Of RGB in [0, 1].
+        resample: A filter in FILTERS.
     """
-    return normalise(resize_and_crop(images, image_size, resample), mean, std)
+
+    image_size: int
+    mean: Triple = OPENAI_MEAN
+    std: Triple = OPENAI_STD
+    resample: Resampling = Resampling.BICUBIC
+
+    @classmethod
+    def from_folder(cls, folder: Path, image_size: int) -> "Preprocessing":
+        """Read `preprocessor_config.json` of a model, or transformers 5's `processor_config.json`.
+
+        Args:
+            folder: The folder of the model. Without these files, the values are OpenAI's.
+            image_size: Pixels a side that the network reads.
+
+        Raises:
+            UserError: A file is broken, was made for a network of another size, or leaves out a step.
+        """
+        found = [Path(folder) / name for name in ("preprocessor_config.json", "processor_config.json")]
+        path = next(filter(Path.is_file, found), None)
+        if path is None:
+            return cls(image_size)
+        values = read_json_object(path)
+        try:
+            if path.name == "processor_config.json":
+                values = values.get("image_processor", {})
+            left_out = [step for step in _STEPS if not values.get(step, True)]
+            factor = float(values.get("rescale_factor", 1 / 255))
+            mean: tuple[float, ...] = tuple(float(x) for x in values.get("image_mean", OPENAI_MEAN))
+            std: tuple[float, ...] = tuple(float(x) for x in values.get("image_std", OPENAI_STD))
+            resample = Resampling(values.get("resample", Resampling.BICUBIC))
+            sizes = {_side(values[key]) for key in ("size", "crop_size") if key in values}
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+            raise UserError(f"{path}: not a CLIP preprocessor config ({error})") from error
+        if left_out or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+            what = f"{left_out[0]} is false" if left_out else f"rescale_factor is {factor} and not 1/255"
+            raise UserError(f"{path}: {what}, which this program does not support")
+        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise UserError(f"{path}: image_mean and image_std must be 3 numbers each, the latter above 0")
+        if resample not in FILTERS:
+            raise UserError(
+                f"{path}: resample {resample} is not one of {', '.join(str(int(name)) for name in FILTERS)}"
+            )
+        if sizes - {image_size}:
+            raise UserError(f"{path}: images of {sorted(sizes)} pixels, but the model reads {image_size}")
+        return cls(image_size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), resample)
+
+    def apply(self, images: jax.Array) -> jax.Array:
+        """Turn images (N, H, W, 3) uint8 of any size into what CLIP reads, (N, image_size, image_size, 3) float32."""
+        return normalise(resize_and_crop(images, self.image_size, self.resample), self.mean, self.std)
+
+
+def _side(size: Any) -> int:
+    """Return pixels, of any of the ways in which preprocessor configs write a size."""
+    if isinstance(size, dict):
+        size = size["shortest_edge"] if "shortest_edge" in size else max(size["height"], size["width"])
+    return int(size)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dm_generations.errors import UserError
-from dm_generations.models.base import RawCheckpoint
+from dm_generations.models.base import RawCheckpoint, prefix_errors
 from dm_generations.models.dalle_mini.config import DalleBartConfig, config_for_params
 from dm_generations.weights.flax_msgpack import read_flax_msgpack
 from dm_generations.weights.native import FORMAT, read_config, read_json_object, unflatten
@@ -78,9 +78,10 @@ def read_min_dalle(path: Path) -> RawCheckpoint | None:
     files = folder / f"encoder{suffix}.pt", folder / f"decoder{suffix}.pt"
     if not all(file.is_file() for file in files):
         return None
-    encoder, decoder = (read_torch(file) for file in files)
-    if not all(isinstance(state, Mapping) and "embed_tokens.weight" in state for state in (encoder, decoder)):
+    contents = [read_torch(file) for file in files]
+    if not all(isinstance(state, Mapping) and "embed_tokens.weight" in state for state in contents):
         return None
+    encoder, decoder = (check_tensors(state, file) for state, file in zip(contents, files, strict=True))
     config = min_dalle_config(encoder, decoder, files, _read_side_values(folder))
     model = {
         "encoder": _stack_params(encoder, "FlaxBartEncoderLayer", files[0]),
@@ -105,16 +106,16 @@ def min_dalle_config(
     files: tuple[Path, Path],
     side_values: Mapping[str, Any],
 ) -> DalleBartConfig:
-    """The config that the tensors tell.
+    """Return the config that the tensors tell.
 
     Args:
-        encoder: state dict of `encoder.pt`.
-        decoder: state dict of `decoder.pt`.
-        files: these two, for messages.
-        side_values: what a JSON file says, under the names of DALL-E mini or of min-dalle.
+        encoder: State dict of `encoder.pt`.
+        decoder: State dict of `decoder.pt`.
+        files: These two, for messages.
+        side_values: What a JSON file says, under the names of DALL-E mini or of min-dalle.
 
     Raises:
-        UserError: if a tensor that tells a size is missing or has other axes than it should.
+        UserError: A tensor that tells a size is missing or has other axes than it should.
     """
     text_vocab_size, width = get_tensor(encoder, "embed_tokens.weight", 2, files[0]).shape
     image_vocab_size = get_tensor(decoder, "embed_tokens.weight", 2, files[1]).shape[0] - 1
@@ -129,7 +130,7 @@ def min_dalle_config(
         "decoder_start_token_id": min(START_TOKEN, image_vocab_size),
     }
     for part, state, file in (("encoder", encoder, files[0]), ("decoder", decoder, files[1])):
-        layers = {match[1] for match in map(_LAYER.match, map(str, state)) if match}
+        layers = {match[1] for match in map(_LAYER.match, state) if match}
         values[f"{part}_layers"] = max(1, len(layers))  # none of them may lack any tensor
         values[f"{part}_ffn_dim"] = get_tensor(state, "layers.0.glu.fc0.weight", 2, file).shape[0]
         values[f"{part}_attention_heads"] = max(1, width // HEAD_WIDTH)
@@ -142,10 +143,8 @@ def min_dalle_config(
     # min-dalle samples from the first 16,384 ids, whichever of the tokens above it starts with.
     if image_vocab_size >= TOKEN_COUNT:
         values["image_code_count"] = TOKEN_COUNT
-    try:
+    with prefix_errors(files[1]):
         return DalleBartConfig.from_dict(values)
-    except UserError as error:
-        raise UserError(f"{files[1]}: {error}") from error
 
 
 def _find_files(path: Path) -> tuple[Path, str] | None:
@@ -170,10 +169,10 @@ def _read_side_values(folder: Path) -> dict[str, Any]:
     return {} if file is None else read_json_object(file)
 
 
-def _stack_params(state: Mapping[str, Any], layer: str, path: Path) -> dict:
+def _stack_params(state: Mapping[str, np.ndarray], layer: str, path: Path) -> dict:
     """Parameters of encoder or decoder, nested: views of the arrays in `state`. `layer` is the name of the layers."""
     flat = {}
-    for name, array in check_tensors(state, path).items():
+    for name, array in state.items():
         *modules, leaf = name.split(".")
         if name == "lm_head.weight" and layer == "FlaxBartDecoderLayer":
             continue  # belongs to no stack

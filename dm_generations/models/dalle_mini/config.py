@@ -1,11 +1,20 @@
-"""Configuration of DalleBart, read from dalle-mini's config.json. Imports no JAX."""
+"""Configuration of DalleBart, read from dalle-mini's config.json."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from dm_generations.errors import UserError
+from dm_generations.models.base import (
+    ANY_ID,
+    LAYERS,
+    POSITIONS,
+    VOCABULARY,
+    WIDTH,
+    Bounds,
+    check_config,
+    select_fields,
+)
 
 ACTIVATION_FUNCTIONS = ("gelu", "gelu_new", "quick_gelu", "relu", "silu", "swish")
 LN_TYPES = ("layernorm", "rmsnorm")
@@ -38,7 +47,32 @@ UNSUPPORTED_UNLESS = {
     "use_swin_position_embeddings": False,
 }
 
-MAY_BE_ZERO = ("top_k", "eos_token_id", "pad_token_id")  # of the whole numbers
+_RATE = (0.0, 0.99)
+_BOUNDS: Bounds = {
+    "encoder_vocab_size": VOCABULARY,
+    "image_vocab_size": VOCABULARY,
+    "image_length": POSITIONS,
+    "max_text_length": POSITIONS,
+    "d_model": WIDTH,
+    "encoder_layers": LAYERS,
+    "encoder_ffn_dim": WIDTH,
+    "encoder_attention_heads": WIDTH,
+    "decoder_layers": LAYERS,
+    "decoder_ffn_dim": WIDTH,
+    "decoder_attention_heads": WIDTH,
+    "dropout": _RATE,
+    "attention_dropout": _RATE,
+    "activation_dropout": _RATE,
+    "init_std": _RATE,
+    "decoder_start_token_id": VOCABULARY,
+    "eos_token_id": ANY_ID,
+    "pad_token_id": ANY_ID,
+    "top_k": ANY_ID,
+    "top_p": (0.0, 1.0),
+    "temperature": (1e-9, 1e9),
+    "image_code_count": VOCABULARY,
+}
+_CHOICES = {"activation_function": ACTIVATION_FUNCTIONS, "ln_type": LN_TYPES, "ln_positions": tuple(NORM_PLACEMENTS)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +117,8 @@ class DalleBartConfig:
     temperature: float = 1.0
     image_code_count: int | None = None  # the codebook size; None: the start token
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        check_config("DalleBart", self, _BOUNDS, _CHOICES)
         start = self.image_vocab_size if self.decoder_start_token_id is None else self.decoder_start_token_id
         defaults = {
             "decoder_start_token_id": start,
@@ -95,38 +130,28 @@ class DalleBartConfig:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) is None:
                 object.__setattr__(self, field.name, defaults[field.name])
-            _check_field(field.name, getattr(self, field.name), type(field.default))
-        for name, known in (
-            ("activation_function", ACTIVATION_FUNCTIONS),
-            ("ln_type", LN_TYPES),
-            ("ln_positions", NORM_PLACEMENTS),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise UserError(f"DalleBart config: {name} {value!r:.80} is not supported (one of {', '.join(known)})")
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
             heads = getattr(self, name)
             if self.d_model % heads:
                 raise UserError(f"DalleBart config: d_model {self.d_model} is not divisible by {name} {heads}")
-        if self.decoder_start_token_id > self.image_vocab_size:
+        if self.start_token > self.image_vocab_size:
             raise UserError(
-                f"DalleBart config: decoder_start_token_id {self.decoder_start_token_id} is above "
+                f"DalleBart config: decoder_start_token_id {self.start_token} is above "
                 f"image_vocab_size {self.image_vocab_size}"
             )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DalleBartConfig":
-        """The configuration in a parsed config.json; keys it does not know are ignored.
+        """Return the configuration in a parsed config.json; keys it does not know are ignored.
 
         Raises:
-            UserError: for an option that changes the network and that is not supported, and for bad values.
+            UserError: An option changes the network and is not supported, or a value is bad.
         """
-        given = {name: value for name, value in values.items() if value is not None}  # null: not set
+        values = {name: value for name, value in values.items() if value is not None}  # null: not set
         for name, supported in UNSUPPORTED_UNLESS.items():
-            if given.get(name, supported) != supported:
-                raise UserError(f"DalleBart config: {name} {given[name]!r:.80} is not supported, only {supported!r}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in given.items() if name in known})
+            if values.get(name, supported) != supported:
+                raise UserError(f"DalleBart config: {name} {values[name]!r:.80} is not supported, only {supported!r}")
+        return cls(**select_fields(cls, values))
 
     @property
     def codebook_size(self) -> int:
@@ -149,26 +174,6 @@ class DalleBartConfig:
     def sampling_order(self) -> str:
         """See `sampling.filter_logits`."""
         return "temperature_first"
-
-
-def _check_field(name: str, value: Any, kind: type) -> None:
-    """Raise UserError unless `value` is of the type of the field's default and in range."""
-    if kind is bool or kind is str:
-        ok, expected = isinstance(value, kind), "true or false" if kind is bool else "a string"
-    elif kind is float:
-        ok = isinstance(value, int | float) and not isinstance(value, bool)
-        if name == "temperature":
-            ok, expected = ok and 0 < value < math.inf, "a number above 0"
-        elif name == "top_p":
-            ok, expected = ok and 0 <= value <= 1, "a number from 0 to 1"
-        else:
-            ok, expected = ok and 0 <= value < 1, "a number from 0 to below 1"
-    else:
-        least = 0 if name in MAY_BE_ZERO else 1
-        ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        expected = "a whole number above 0" if least else "0 or a whole number above it"
-    if not ok:
-        raise UserError(f"DalleBart config: {name} must be {expected}, not {value!r:.80}")
 
 
 def config_for_params(config: DalleBartConfig, params: Mapping[str, Any]) -> DalleBartConfig:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from dm_generations.errors import UserError, short_repr
-from dm_generations.models.base import RawCheckpoint
+from dm_generations.models.base import RawCheckpoint, prefix_errors
 from dm_generations.models.dalle_pytorch.config import DallePytorchConfig
 from dm_generations.models.dvae import checkpoint as dvae
 from dm_generations.models.vqgan import checkpoint as vqgan
@@ -191,10 +191,8 @@ def _config(content: Mapping[str, Any], state: Mapping[str, np.ndarray], file: P
         "sparse_layout": _sparse_layout(blocks, state, file),
         "sampling_order": "top_p_first" if is_fork else "temperature_first",
     }
-    try:
+    with prefix_errors(file):
         return DallePytorchConfig.from_dict(dict(hparams) | sizes | from_weights)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
 
 
 def _is_conv_causal(version: Any, has_new_wrappers: bool) -> bool:

@@ -1,26 +1,28 @@
-"""Configuration of DALLE-pytorch models, read from the `hparams` of their files. Imports no JAX."""
+"""Configuration of DALLE-pytorch models, read from the `hparams` of their files."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from dm_generations.errors import UserError, short_repr
+from dm_generations.models.base import LAYERS, POSITIONS, VOCABULARY, WIDTH, check_config, select_fields
 
 ATTN_TYPES = ("full", "axial_row", "axial_col", "conv_like", "sparse")
 CONV_LIKE = ("causal", "centred")
 SAMPLING_ORDERS = ("temperature_first", "top_p_first")
 SPARSE_BLOCK = 16  # positions a side of one block of the sparse layout
-_SIZES = ("num_text_tokens", "text_seq_len", "num_image_tokens", "image_fmap_size", "dim", "depth", "heads", "dim_head")
-_FLAGS = (
-    "reversible",
-    "stable",
-    "shift_tokens",
-    "rotary_emb",
-    "sandwich_norm",
-    "layer_scale",
-    "share_input_output_emb",
-    "guides_first_code_alone",
-)
+MAX_SEQUENCE = 1 << 13  # masks have a row and a column for each position
+_BOUNDS = {
+    "num_text_tokens": VOCABULARY,
+    "text_seq_len": POSITIONS,
+    "num_image_tokens": VOCABULARY,
+    "image_fmap_size": POSITIONS,
+    "dim": WIDTH,
+    "depth": LAYERS,
+    "heads": WIDTH,
+    "dim_head": WIDTH,
+}
+_CHOICES = {"conv_like": CONV_LIKE, "sampling_order": SAMPLING_ORDERS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,32 +55,17 @@ class DallePytorchConfig:
     sampling_order: str = "temperature_first"  # see `sampling.filter_logits`
     guides_first_code_alone: bool = False  # as DALLE-pytorch's own program does with a condition scale, by mistake
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("attn_types", "shared_attn_ids", "shared_ff_ids", "sparse_layout"):
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
-        self._check_values()
-        self._check_attention()
-
-    def _check_values(self) -> None:
-        for name in _SIZES:
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < 1 << 31:
-                raise UserError(f"DALLE-pytorch config: {name} must be a whole number above 0, not {short_repr(value)}")
-        # Bounds on what is built before any weight is looked at, above any model that was trained.
-        if self.depth > 512 or self.sequence_length > 1 << 13:
+        check_config("DALLE-pytorch", self, _BOUNDS, _CHOICES)
+        if self.sequence_length > MAX_SEQUENCE:
             raise UserError(
-                f"DALLE-pytorch config: depth {self.depth} or {self.sequence_length} positions, "
-                "more than 512 and 8192 are not supported"
+                f"DALLE-pytorch config: {self.sequence_length} positions (text_seq_len and image_fmap_size squared) "
+                f"are more than {MAX_SEQUENCE}"
             )
-        for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(
-                    f"DALLE-pytorch config: {name} must be true or false, not {short_repr(getattr(self, name))}"
-                )
-        for name, known in (("conv_like", CONV_LIKE), ("sampling_order", SAMPLING_ORDERS)):
-            if getattr(self, name) not in known:
-                raise UserError(f"DALLE-pytorch config: {name} must be {' or '.join(known)}")
+        self._check_attention()
 
     def _check_attention(self) -> None:
         if not isinstance(self.attn_types, tuple) or not self.attn_types:
@@ -114,21 +101,20 @@ class DallePytorchConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DallePytorchConfig":
-        """The configuration in a dict, as `dataclasses.asdict` or JSON gives it; keys it does not know are ignored.
+        """Return the configuration in a dict, as `dataclasses.asdict` or JSON gives it.
 
-        None means "not set".
+        Keys it does not know are ignored. None means "not set".
 
         Raises:
-            UserError: for values that are missing, bad or not supported.
+            UserError: A value is missing, bad or not supported.
         """
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        given = {name: value for name, value in values.items() if name in known and value is not None}
-        missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in given]
-        if missing:
-            raise UserError(f"DALLE-pytorch config: {', '.join(missing)} not given")
-        if isinstance(given.get("attn_types"), str):
-            given["attn_types"] = tuple(given["attn_types"].split(","))
-        return cls(**given)
+        known = {name: value for name, value in select_fields(cls, values).items() if value is not None}
+        required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
+        if missing := [name for name in required if name not in known]:
+            raise UserError(f"DALLE-pytorch config: {', '.join(missing)} missing")
+        if isinstance(known.get("attn_types"), str):
+            known["attn_types"] = tuple(known["attn_types"].split(","))
+        return cls(**known)
 
     @property
     def image_length(self) -> int:

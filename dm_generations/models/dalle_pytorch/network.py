@@ -12,6 +12,7 @@ D: dim_head   F: image_fmap_size   R: rotary_width   V: text and image columns o
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -80,7 +81,7 @@ def _norm(dtype: Any) -> nn.Module:
 
 
 def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """X (B, H, n, D) with its first R channels turned, in pairs (0, 1), (2, 3), ...; cos and sin (1, 1, n, R)."""
+    """Turn the first R channels of x (B, H, n, D), in pairs (0, 1), (2, 3), ...; cos and sin (1, 1, n, R)."""
     width = cos.shape[-1]
     head = x[..., :width].astype(jnp.float32)
     pairs = head.reshape(*head.shape[:-1], -1, 2)
@@ -93,7 +94,9 @@ def _shift_widths(dim: int) -> tuple[int, int]:
     return -(-dim // 2), -(-dim // 4)
 
 
-def _shifted(config: DallePytorchConfig, x: jax.Array, previous: jax.Array, above: jax.Array, position: jax.Array):
+def _shifted(
+    config: DallePytorchConfig, x: jax.Array, previous: jax.Array, above: jax.Array, position: jax.Array
+) -> jax.Array:
     """Token shift: part of the channels of x (B, n, d) taken from earlier positions.
 
     position (n,). previous and above: the positions 1 and F before, (B, n, at least the channels that move).
@@ -110,7 +113,7 @@ def _shifted(config: DallePytorchConfig, x: jax.Array, previous: jax.Array, abov
 
 
 def _delayed(x: jax.Array, by: int) -> jax.Array:
-    """X (B, n, d) with each position moved `by` later, zeros first."""
+    """Move each position of x (B, n, d) `by` later, zeros first."""
     return jnp.pad(x, ((0, 0), (by, 0), (0, 0)))[:, : x.shape[1]]
 
 
@@ -120,17 +123,17 @@ class _Attention(nn.Module):
     config: DallePytorchConfig
     dtype: Any
 
-    def setup(self):
+    def setup(self) -> None:
         self.to_qkv = nn.Dense(3 * self.config.heads * self.config.dim_head, use_bias=False, dtype=self.dtype)
         self.to_out = nn.Dense(self.config.dim, dtype=self.dtype)
 
     def queries_keys_values(self, x: jax.Array) -> list[jax.Array]:
-        """X (B, n, d) -> three of (B, H, n, D)."""
+        """Project x (B, n, d) to queries, keys and values, each (B, H, n, D)."""
         split = self.to_qkv(x).reshape(*x.shape[:2], 3, self.config.heads, self.config.dim_head)
         return [split[:, :, part].swapaxes(1, 2) for part in range(3)]
 
-    def attend(self, queries, keys, values, mask):
-        """Queries (B, H, n, D), keys and values (B, H, K, D), mask (n, K) true where seen -> (B, n, d)."""
+    def attend(self, queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+        """Attend from queries (B, H, n, D) to keys and values (B, H, K, D), where mask (n, K) is true, to (B, n, d)."""
         queries = queries * self.config.dim_head**-0.5
         logits = jnp.einsum("bhqd,bhkd->bhqk", queries, keys, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(jnp.where(mask[None, None], logits, MASKED)).astype(self.dtype)
@@ -145,7 +148,7 @@ class _FeedForward(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         x, gate = jnp.split(nn.Dense(8 * self.config.dim, dtype=self.dtype, name="net_0")(x), 2, axis=-1)
         return nn.Dense(self.config.dim, dtype=self.dtype, name="net_3")(x * nn.gelu(gate, approximate=False))
 
@@ -156,17 +159,17 @@ class _Wrapping(nn.Module):
     config: DallePytorchConfig
     dtype: Any
 
-    def setup(self):
+    def setup(self) -> None:
         self.norm = _norm(self.dtype)
         if self.config.sandwich_norm:
             self.norm_out = _norm(self.dtype)
         if self.config.layer_scale:
             self.scale = self.param("scale", nn.initializers.ones, (self.config.dim,))
 
-    def before(self, x):
+    def before(self, x: jax.Array) -> jax.Array:
         return self.norm(x)
 
-    def after(self, x):
+    def after(self, x: jax.Array) -> jax.Array:
         if self.config.sandwich_norm:
             x = self.norm_out(x)
         return x * self.scale.astype(self.dtype)[None, None] if self.config.layer_scale else x
@@ -176,7 +179,7 @@ class _Transformer(nn.Module):
     config: DallePytorchConfig
     dtype: Any
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         self.attn = {str(i): _Attention(config, self.dtype) for i in sorted(set(config.attn_sources))}
         self.ff = {str(i): _FeedForward(config, self.dtype) for i in sorted(set(config.ff_sources))}
@@ -188,19 +191,19 @@ class _Transformer(nn.Module):
             self.rotary_cos = self.param("rotary_cos", nn.initializers.ones, shape)
             self.rotary_sin = self.param("rotary_sin", nn.initializers.zeros, shape)
 
-    def __call__(self, x) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[LayerCache, ...]]:
         """The first n positions at once: x (B, n, d) -> (B, n, d) and what steps after them need."""
         length = x.shape[1]
         position = jnp.arange(length)
         remembered: list[dict[str, jax.Array]] = [{} for _ in range(self.config.depth)]
 
-        def shift(layer, block, x):
+        def shift(layer: int, block: str, x: jax.Array) -> jax.Array:
             if not self.config.shift_tokens:
                 return x
             remembered[layer][block] = self._new_shift_cache(x)
             return _shifted(self.config, x, _delayed(x, 1), _delayed(x, self.config.image_fmap_size), position)
 
-        def attend(layer, x):
+        def attend(layer: int, x: jax.Array) -> jax.Array:
             attention = self._attention(layer)
             queries, keys, values = self._rotate(attention.queries_keys_values(x), 0, length)
             remembered[layer] |= {"keys": keys, "values": values}
@@ -210,11 +213,13 @@ class _Transformer(nn.Module):
         x = self._through_layers(x, shift, attend)
         return x, self._caches(remembered)
 
-    def decode_step(self, x, caches: tuple[LayerCache, ...], position) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+    def decode_step(
+        self, x: jax.Array, caches: tuple[LayerCache, ...], position: jax.Array
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
         """One position: x (B, 1, d), position () int32 -> (B, 1, d) and the caches with it."""
         remembered: list[dict[str, jax.Array]] = [{} for _ in range(self.config.depth)]
 
-        def shift(layer, block, x):
+        def shift(layer: int, block: str, x: jax.Array) -> jax.Array:
             if not self.config.shift_tokens:
                 return x
             ring = getattr(caches[layer], block)
@@ -225,7 +230,7 @@ class _Transformer(nn.Module):
             remembered[layer][block] = lax.dynamic_update_slice_in_dim(ring, moving, position % slots, axis=1)
             return _shifted(self.config, x, previous, above, position[None])
 
-        def attend(layer, x):
+        def attend(layer: int, x: jax.Array) -> jax.Array:
             attention = self._attention(layer)
             queries, keys, values = self._rotate(attention.queries_keys_values(x), position, 1)
             keys = lax.dynamic_update_slice_in_dim(caches[layer].keys, keys, position, axis=2)
@@ -237,8 +242,10 @@ class _Transformer(nn.Module):
         x = self._through_layers(x, shift, attend)
         return x, self._caches(remembered)
 
-    def _through_layers(self, x, shift, attend):
-        """X (B, n, d) -> (B, n, d), where `shift(layer, block, x)` and `attend(layer, x)` see earlier positions."""
+    def _through_layers(
+        self, x: jax.Array, shift: Callable[..., jax.Array], attend: Callable[..., jax.Array]
+    ) -> jax.Array:
+        """Map x (B, n, d) to (B, n, d); `shift(layer, block, x)` and `attend(layer, x)` see earlier positions."""
         first = second = x  # one stream, or the two of a reversible network
         for layer in range(self.config.depth):
             wrapping = self.attn_wrapping[layer]
@@ -255,7 +262,7 @@ class _Transformer(nn.Module):
     def _attention(self, layer: int) -> _Attention:
         return self.attn[str(self.config.attn_sources[layer])]
 
-    def _rotate(self, tensors, start, length: int):
+    def _rotate(self, tensors: list[jax.Array], start: Any, length: int) -> list[jax.Array]:
         """Queries, keys and, in this model, values (B, H, n, D) with rotary embedding, if it has one."""
         if not self.config.rotary_emb:
             return tensors
@@ -265,7 +272,7 @@ class _Transformer(nn.Module):
         )
         return [_rotated(tensor, cos, sin) for tensor in tensors]
 
-    def _new_shift_cache(self, x):
+    def _new_shift_cache(self, x: jax.Array) -> jax.Array:
         """Ring (B, F, channels) with the last position of x (B, n, d): steps never look further back into the text."""
         slots = self.config.image_fmap_size
         half, quarter = _shift_widths(self.config.dim)
@@ -288,17 +295,17 @@ class _Columns(nn.Module):
     features: int
     dtype: Any
 
-    def setup(self):
+    def setup(self) -> None:
         self.kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.config.dim, self.features))
         self.bias = self.param("bias", nn.initializers.zeros, (self.features,))
 
-    def __call__(self, x):
-        """X (B, n, d) -> (B, n, features) float32."""
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (B, n, d) to (B, n, features) float32."""
         logits = jnp.einsum("bnd,dv->bnv", x, self.kernel.astype(self.dtype), preferred_element_type=jnp.float32)
         return logits + self.bias.astype(jnp.float32)[None, None]
 
-    def embed(self, ids):
-        """Ids (B, n) -> (B, n, d)."""
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """Map ids (B, n) to (B, n, d)."""
         return jnp.moveaxis(jnp.take(self.kernel, ids, axis=1), 0, -1)
 
 
@@ -308,23 +315,23 @@ class _ToLogits(nn.Module):
     config: DallePytorchConfig
     dtype: Any
 
-    def setup(self):
+    def setup(self) -> None:
         self.norm = _norm(self.dtype)
         self.text = _Columns(self.config, self.config.text_rows, self.dtype)
         self.image = _Columns(self.config, self.config.num_image_tokens, self.dtype)
 
-    def hidden(self, x):
-        """X (B, n, d) as the columns' projections take it."""
+    def hidden(self, x: jax.Array) -> jax.Array:
+        """Map x (B, n, d) to what the columns' projections take."""
         if self.config.stable:
             x = x / x.max(axis=-1, keepdims=True)
         return self.norm(x)
 
-    def image_logits(self, x):
-        """X (B, n, d) -> (B, n, num_image_tokens) float32."""
+    def image_logits(self, x: jax.Array) -> jax.Array:
+        """Map x (B, n, d) to logits of image tokens, (B, n, num_image_tokens) float32."""
         return self.image(self.hidden(x))
 
-    def __call__(self, x):
-        """X (B, n, d) from position 0 on -> (B, n, V) float32, MASKED for tokens of the other kind."""
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (B, n, d) from position 0 on to (B, n, V) float32, MASKED for tokens of the other kind."""
         hidden = self.hidden(x)
         predicts_image = (jnp.arange(x.shape[1]) >= self.config.text_seq_len)[None, :, None]
         text = jnp.where(predicts_image, MASKED, self.text(hidden))
@@ -342,7 +349,8 @@ class DallePytorch(nn.Module):
     config: DallePytorchConfig
     dtype: Any = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
+        """Make the submodules."""
         config = self.config
         self.transformer = _Transformer(config, self.dtype)
         self.to_logits = _ToLogits(config, self.dtype)
@@ -366,7 +374,7 @@ class DallePytorch(nn.Module):
         """Config and parameters for generation: those of the checkpoint, as they are."""
         return config, params
 
-    def __call__(self, input_ids, image_tokens):
+    def __call__(self, input_ids: jax.Array, image_tokens: jax.Array) -> jax.Array:
         """Logits of the token after each of <bos>, text and image tokens.
 
         Args:
@@ -382,7 +390,7 @@ class DallePytorch(nn.Module):
         x, _ = self.transformer(x)
         return self.to_logits(x)
 
-    def encode_prompt(self, input_ids, attention_mask) -> Cache:
+    def encode_prompt(self, input_ids: jax.Array, attention_mask: jax.Array) -> Cache:
         """What generation reads of prompts.
 
         Args:
@@ -404,7 +412,7 @@ class DallePytorch(nn.Module):
         )
         return Cache(tuple(layers), text.last_text)
 
-    def decode_step(self, cache: Cache, token, step) -> tuple[jax.Array, Cache]:
+    def decode_step(self, cache: Cache, token: jax.Array, step: jax.Array) -> tuple[jax.Array, Cache]:
         """Logits (B, num_image_tokens) float32 of image token `step`, and the cache for the next step.
 
         Args:
@@ -418,7 +426,7 @@ class DallePytorch(nn.Module):
         x, layers = self.transformer.decode_step(x, cache.layers, step + self.config.text_seq_len)
         return self.to_logits.image_logits(x)[:, 0], Cache(layers, cache.last_text)
 
-    def _embed_text(self, input_ids):
+    def _embed_text(self, input_ids: jax.Array) -> jax.Array:
         """Ids (B, T) -> (B, T + 1, d): <bos> (id 0) first, then the text with padding ids."""
         padding = self.config.num_text_tokens + jnp.arange(self.config.text_seq_len, dtype=input_ids.dtype)
         ids = jnp.where(input_ids == 0, padding[None], input_ids)
@@ -428,7 +436,7 @@ class DallePytorch(nn.Module):
             x = x + self.text_pos_emb.embedding[None]
         return x.astype(self.dtype)
 
-    def _embed_image(self, tokens, index):
+    def _embed_image(self, tokens: jax.Array, index: jax.Array) -> jax.Array:
         """Tokens (B, n) at positions index (n,) of the image -> (B, n, d)."""
         x = self.to_logits.image.embed(tokens) if self.config.share_input_output_emb else self.image_emb(tokens)
         if not self.config.rotary_emb:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dm_generations.errors import UserError
-from dm_generations.models.base import RawCheckpoint
+from dm_generations.models.base import RawCheckpoint, prefix_errors
 from dm_generations.models.dvae.discrete import DiscreteVAEConfig
 from dm_generations.models.dvae.openai import OpenAIVAEConfig
 from dm_generations.weights.native import unflatten
@@ -48,35 +48,33 @@ def read_discrete_vae(path: Path) -> RawCheckpoint | None:
 
 
 def discrete_vae_config(values: Any, path: Path) -> DiscreteVAEConfig:
-    """The config of DALLE-pytorch's VAE.
+    """Return the config of DALLE-pytorch's VAE.
 
     Args:
         values: `vae_params` of a `dalle.pt`, or `hparams` of a `vae.pt`.
-        path: the file, for messages.
+        path: The file, for messages.
 
     Raises:
-        UserError: if the values are not a config.
+        UserError: The values are not a config.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{path} does not say the sizes of its discrete VAE")
-    try:
+    with prefix_errors(path):
         return DiscreteVAEConfig.from_dict(dict(values))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} does not describe a discrete VAE: {error}") from error
 
 
 def discrete_vae_params(state: Mapping[str, Any], path: Path) -> dict:
     """Convert the state dict of DALLE-pytorch's VAE.
 
     Args:
-        state: tensors by name.
-        path: the file, for messages.
+        state: Tensors by name.
+        path: The file, for messages.
 
     Returns:
         Parameters of `DiscreteVAE`: nested, views of the arrays in `state`.
 
     Raises:
-        UserError: for what is not a tensor.
+        UserError: A value is not a tensor.
     """
     flat = {}
     for name, array in check_tensors(state, path).items():
@@ -91,7 +89,7 @@ def discrete_vae_params(state: Mapping[str, Any], path: Path) -> dict:
 
 
 def discrete_vae_name_in_file(path: str, shape: Shape, prefix: str = "") -> tuple[str, Shape]:
-    """Name and shape, in the file, of the parameter of this path of `DiscreteVAE`; `prefix` precedes the name."""
+    """Return name and shape in the file of a parameter of `DiscreteVAE`; `prefix` precedes the name."""
     return torch_name(split_list_indices(path), shape, prefix)
 
 
@@ -128,37 +126,35 @@ def read_openai_vae(path: Path) -> RawCheckpoint | None:
 
 
 def openai_vae_config(decoder: Mapping[str, np.ndarray], path: Path, prefix: str = "") -> OpenAIVAEConfig:
-    """The config that the decoder's tensors tell; the size of the image, which they do not tell, is OpenAI's.
+    """Return the config that the decoder's tensors tell; the size of the image, which they do not tell, is OpenAI's.
 
     Args:
-        decoder: tensors by name.
-        path: the file, for messages.
-        prefix: what precedes the names in the file, for messages.
+        decoder: Tensors by name.
+        path: The file, for messages.
+        prefix: What precedes the names in the file, for messages.
 
     Raises:
-        UserError: if a tensor that tells a size is missing or has other axes than it should.
+        UserError: A tensor that tells a size is missing or has other axes than it should.
     """
     n_init, vocab_size = get_tensor(decoder, "blocks.input.w", 4, path, prefix).shape[:2]
     n_hid = get_tensor(decoder, "blocks.output.conv.w", 4, path, prefix).shape[1]
     blocks = count_numbered(decoder, "blocks.group_1.block_{}.res_path.conv_1.w", first=1)
-    try:
+    with prefix_errors(path):
         return OpenAIVAEConfig(n_hid, n_init, max(1, blocks), vocab_size)
-    except ValueError as error:
-        raise UserError(f"{path} is not a decoder of OpenAI's discrete VAE: {error}") from error
 
 
 def openai_vae_params(state: Mapping[str, Any], path: Path) -> dict:
     """Convert the state dict of OpenAI's encoder or decoder.
 
     Args:
-        state: tensors by name.
-        path: the file, for messages.
+        state: Tensors by name.
+        path: The file, for messages.
 
     Returns:
         Parameters of `openai.Encoder` or `openai.Decoder`: nested, views of the arrays in `state`.
 
     Raises:
-        UserError: for what is not a tensor.
+        UserError: A value is not a tensor.
     """
     flat = {}
     for name, array in check_tensors(state, path).items():
@@ -169,13 +165,13 @@ def openai_vae_params(state: Mapping[str, Any], path: Path) -> dict:
 
 
 def openai_vae_name_in_file(path: str, shape: Shape, decoder: str = "", encoder: str = "") -> tuple[str, Shape]:
-    """Name and shape, in the file, of the parameter of this path.
+    """Return name and shape, in the file, of the parameter of this path.
 
     Args:
-        path: of the parameter.
-        shape: of the parameter.
-        decoder: what precedes the names of the decoder's tensors in the file.
-        encoder: what precedes the names of the encoder's tensors in the file.
+        path: Of the parameter.
+        shape: Of the parameter.
+        decoder: What precedes the names of the decoder's tensors in the file.
+        encoder: What precedes the names of the encoder's tensors in the file.
     """
     part, path = path.split("/", 1)
     path = re.sub(r"(?<=/)(?=conv_\d+/)", "res_path/", path).replace("output/", "output/conv/")
@@ -188,8 +184,6 @@ def _read_openai_state(file: Path) -> dict[str, np.ndarray] | None:
     content = read_torch(file)
     if not isinstance(content, dict | Opaque):
         return None
-    try:
+    with prefix_errors(file):
         state = state_of(content)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
     return state if "blocks.input.w" in state else None

@@ -8,14 +8,32 @@ V: codebook size
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dm_generations.errors import short_repr
-from dm_generations.models.base import example_images, token_grid
+from dm_generations.errors import UserError, short_repr
+from dm_generations.models.base import (
+    MAX_LAYERS,
+    POSITIONS,
+    VOCABULARY,
+    WIDTH,
+    check_config,
+    example_images,
+    select_fields,
+    token_grid,
+)
+
+_BOUNDS = {
+    "image_size": POSITIONS,
+    "num_tokens": VOCABULARY,
+    "codebook_dim": WIDTH,
+    "num_layers": (1, 16),
+    "num_resnet_blocks": (0, MAX_LAYERS),
+    "hidden_dim": WIDTH,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,50 +49,50 @@ class DiscreteVAEConfig:
     # Mean and standard deviation of each channel; None: pixels are not normalised.
     normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = ((0.5,) * 3, (0.5,) * 3)
 
-    def __post_init__(self):
-        """Raises ValueError for sizes that no network can have."""
-        for field in dataclasses.fields(self):
-            if field.type is int:
-                value, least = getattr(self, field.name), int(field.name != "num_resnet_blocks")
-                if type(value) is not int or not least <= value < 2**31:
-                    raise ValueError(f"{field.name} must be a whole number from {least} on, not {short_repr(value)}")
-        # Bounds on how long the network takes to build, far above any that exists.
-        if self.num_layers > 16 or self.num_resnet_blocks > 256:
-            raise ValueError(f"{self.num_layers} layers, {self.num_resnet_blocks} blocks: at most 16, 256 can be built")
+    def __post_init__(self) -> None:
+        """Raise UserError for sizes that no network can have."""
+        check_config("discrete VAE", self, _BOUNDS)
         if self.image_size % 2**self.num_layers:
-            raise ValueError(f"image_size {self.image_size} cannot be halved {self.num_layers} times")
+            raise UserError(
+                f"discrete VAE config: image_size {self.image_size} cannot be halved num_layers {self.num_layers} times"
+            )
         if self.normalization is not None:
             mean, deviation = self.normalization
             if len(mean) != 3 or len(deviation) != 3 or 0 in deviation:
-                raise ValueError(
-                    f"normalization must be 3 means and 3 deviations, not {short_repr(self.normalization)}"
-                )
+                raise UserError(_describe_normalization(self.normalization))
 
     @classmethod
     def from_dict(cls, values: dict) -> "DiscreteVAEConfig":
-        """The config in a `vae_params`; keys that do not change the network are ignored.
+        """Return the config in a `vae_params`; keys that do not change the network are ignored.
 
         Raises:
-            TypeError: for values of a wrong type.
-            ValueError: for images that are not RGB, and for bad values.
+            UserError: A value is bad, or images are not RGB.
         """
         if values.get("channels", 3) != 3:
-            raise ValueError(f"images of {short_repr(values['channels'])} channels; only RGB is supported")
-        known = {field.name for field in dataclasses.fields(cls)}
-        kept = {key: value for key, value in values.items() if key in known}
-        if kept.get("normalization") is not None:
-            # Later versions list a fourth channel, for transparency.
-            kept["normalization"] = tuple(tuple(float(n) for n in part)[:3] for part in kept["normalization"])
-        return cls(**kept)
+            raise UserError(f"discrete VAE config: channels must be 3, for RGB, not {short_repr(values['channels'])}")
+        known = select_fields(cls, values)
+        if known.get("normalization") is not None:
+            try:
+                # Later versions list a fourth channel, for transparency.
+                mean, deviation = (tuple(float(n) for n in part)[:3] for part in known["normalization"])
+            except (TypeError, ValueError, OverflowError) as error:
+                raise UserError(_describe_normalization(known["normalization"])) from error
+            known["normalization"] = (mean, deviation)
+        return cls(**known)
 
     @property
     def grid(self) -> int:
-        """Codes a side."""
+        """Tokens a side."""
         return self.image_size // 2**self.num_layers
 
     @property
     def codebook_size(self) -> int:
+        """Tokens are below it."""
         return self.num_tokens
+
+
+def _describe_normalization(value: Any) -> str:
+    return f"discrete VAE config: normalization must be 3 means and 3 deviations, not {short_repr(value)}"
 
 
 def _conv(features: int, size: int, dtype: jnp.dtype, name: str) -> nn.Conv:
@@ -82,10 +100,13 @@ def _conv(features: int, size: int, dtype: jnp.dtype, name: str) -> nn.Conv:
 
 
 class ResBlock(nn.Module):
+    """Three convolutions with a shortcut around them."""
+
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):  # (B, h, w, C) -> the same
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, h, w, C) to the same shape."""
         features = x.shape[-1]
         h = nn.relu(_conv(features, 3, self.dtype, "net_0")(x))
         h = nn.relu(_conv(features, 3, self.dtype, "net_2")(h))
@@ -93,11 +114,14 @@ class ResBlock(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Pixels to the logits of tokens."""
+
     config: DiscreteVAEConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):  # (B, H, W, 3) -> logits (B, h, w, V)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, H, W, 3) to logits (B, h, w, V)."""
         config, number = self.config, 0
         for _ in range(config.num_layers):
             down = nn.Conv(config.hidden_dim, (4, 4), (2, 2), padding=1, dtype=self.dtype, name=f"{number}_0")
@@ -108,11 +132,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """What tokens stand for to pixels."""
+
     config: DiscreteVAEConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):  # (B, h, w, D) -> (B, H, W, 3)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, h, w, D) to (B, H, W, 3)."""
         config, number = self.config, 0
         if config.num_resnet_blocks:
             x, number = _conv(config.hidden_dim, 1, self.dtype, "0")(x), 1
@@ -140,13 +167,14 @@ class DiscreteVAE(nn.Module):
     config: DiscreteVAEConfig
     dtype: jnp.dtype = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
+        """Make the submodules."""
         config = self.config
         self.encoder = Encoder(config, self.dtype)
         self.codebook = nn.Embed(config.num_tokens, config.codebook_dim, dtype=self.dtype, param_dtype=jnp.float32)
         self.decoder = Decoder(config, self.dtype)
 
-    def encode(self, pixels):
+    def encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Codebook rows (B, h, w, D) and tokens (B, L) int32 of pixels (B, H, W, 3) in [0, 1].
 
         A token is the index of the largest logit, the first on ties.
@@ -158,7 +186,7 @@ class DiscreteVAE(nn.Module):
         indices = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return self.codebook(indices), indices.reshape(len(pixels), -1)
 
-    def decode(self, quant_states):
+    def decode(self, quant_states: jax.Array) -> jax.Array:
         """Pixels (B, H, W, 3) float32, not clipped, of codebook rows (B, h, w, D); 0 is black and 1 is white.
 
         The network was trained to reproduce its normalised input. The original's `decode` returns that as it is, and
@@ -170,7 +198,7 @@ class DiscreteVAE(nn.Module):
         mean, deviation = (jnp.asarray(part, jnp.float32) for part in self.config.normalization)
         return pixels * deviation.reshape(1, 1, 1, 3) + mean.reshape(1, 1, 1, 3)
 
-    def decode_code(self, tokens):
+    def decode_code(self, tokens: jax.Array) -> jax.Array:
         """Decode tokens.
 
         Args:
@@ -187,6 +215,6 @@ class DiscreteVAE(nn.Module):
         """What `__call__` takes, so that `init` makes all parameters."""
         return [example_images(config.image_size)]
 
-    def __call__(self, pixels):
+    def __call__(self, pixels: jax.Array) -> jax.Array:
         """The reconstruction of pixels (B, H, W, 3); touches every parameter, so `init` makes them all."""
         return self.decode(self.encode(pixels)[0])

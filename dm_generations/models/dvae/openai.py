@@ -14,11 +14,27 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dm_generations.errors import short_repr
-from dm_generations.models.base import example_images, token_grid
+from dm_generations.errors import UserError
+from dm_generations.models.base import (
+    POSITIONS,
+    VOCABULARY,
+    WIDTH,
+    check_config,
+    example_images,
+    select_fields,
+    token_grid,
+)
 
 GROUPS = 4  # of blocks; the resolution changes between them
 LOGIT_LAPLACE_EPS = 0.1  # pixels are mapped from [0, 1] to [eps, 1 - eps]: its distribution is over the open interval
+
+_BOUNDS = {
+    "n_hid": WIDTH,
+    "n_init": WIDTH,
+    "n_blk_per_group": (1, 64),
+    "vocab_size": VOCABULARY,
+    "image_size": POSITIONS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,30 +47,31 @@ class OpenAIVAEConfig:
     vocab_size: int = 8192  # V
     image_size: int = 256  # pixels a side
 
-    def __post_init__(self):
-        """Raises ValueError for sizes that no network can have."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not int or not 1 <= value < 2**31:
-                raise ValueError(f"{field.name} must be a whole number above 0, not {short_repr(value)}")
-        if self.n_blk_per_group > 64:  # a bound on how long the network takes to build
-            raise ValueError(f"n_blk_per_group {self.n_blk_per_group}: at most 64 can be built")
+    def __post_init__(self) -> None:
+        """Raise UserError for sizes that no network can have."""
+        check_config("OpenAI VAE", self, _BOUNDS)
         if self.n_hid % 4 or self.image_size % 2 ** (GROUPS - 1):
-            raise ValueError(f"n_hid {self.n_hid} must be a multiple of 4 and image_size {self.image_size} one of 8")
+            raise UserError(
+                f"OpenAI VAE config: n_hid {self.n_hid} must be a multiple of 4, and image_size {self.image_size} of 8"
+            )
 
     @classmethod
     def from_dict(cls, values: dict) -> "OpenAIVAEConfig":
-        """The config in a `config.json`; keys that it does not know are ignored."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        """Return the config in a `config.json`; keys that it does not know are ignored.
+
+        Raises:
+            UserError: A value is bad.
+        """
+        return cls(**select_fields(cls, values))
 
     @property
     def grid(self) -> int:
-        """Codes a side."""
+        """Tokens a side."""
         return self.image_size // 2 ** (GROUPS - 1)
 
     @property
     def codebook_size(self) -> int:
+        """Tokens are below it."""
         return self.vocab_size
 
 
@@ -71,7 +88,8 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):  # (B, H, W, C) -> (B, H, W, features)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, H, W, C) to (B, H, W, features)."""
         h = x
         for i, size in enumerate(self.kernel_sizes):
             features = self.features if i == 3 else self.features // 4
@@ -90,7 +108,8 @@ class Group(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (B, H, W, C) to (B, H, W, features)."""
         count = self.config.n_blk_per_group
         gain = 1 / (GROUPS * count) ** 2
         for i in range(count):
@@ -99,11 +118,14 @@ class Group(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Pixels to the logits of tokens."""
+
     config: OpenAIVAEConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):  # (B, H, W, 3) -> logits (B, h, w, V) float32
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, H, W, 3) to logits (B, h, w, V) float32."""
         config = self.config
         x = _conv(config.n_hid, 7, self.dtype, "input")(x)
         for i in range(GROUPS):
@@ -119,7 +141,8 @@ class OneHotConv(nn.Module):
     config: OpenAIVAEConfig
 
     @nn.compact
-    def __call__(self, tokens):  # (B, h, w) int -> (B, h, w, n_init) float32; NaN outside the codebook
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Map (B, h, w) int to (B, h, w, n_init) float32; NaN outside the codebook."""
         config = self.config
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (1, 1, config.vocab_size, config.n_init))
         bias = self.param("bias", nn.initializers.zeros, (config.n_init,))
@@ -127,10 +150,13 @@ class OneHotConv(nn.Module):
 
 
 class Decoder(nn.Module):
+    """What tokens stand for to pixels."""
+
     config: OpenAIVAEConfig
     dtype: jnp.dtype
 
-    def setup(self):
+    def setup(self) -> None:
+        """Make the submodules."""
         config = self.config
         self.input = OneHotConv(config)
         for i in range(GROUPS):
@@ -138,7 +164,8 @@ class Decoder(nn.Module):
             setattr(self, f"group_{i + 1}", Group(config, features, (1, 3, 3, 3), self.dtype))
         self.output = nn.Conv(6, (1, 1), dtype=self.dtype)
 
-    def __call__(self, x):  # (B, h, w, n_init) -> (B, H, W, 6): logits of the means, then the log scales
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, h, w, n_init) to (B, H, W, 6): logits of the means, then the log scales."""
         x = x.astype(self.dtype)
         for i in range(GROUPS):
             if i:
@@ -157,11 +184,12 @@ class OpenAIVAE(nn.Module):
     config: OpenAIVAEConfig
     dtype: jnp.dtype = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
+        """Make the submodules."""
         self.encoder = Encoder(self.config, self.dtype)
         self.decoder = Decoder(self.config, self.dtype)
 
-    def encode(self, pixels):
+    def encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Encode pixels (B, H, W, 3) in [0, 1].
 
         Returns:
@@ -172,7 +200,7 @@ class OpenAIVAE(nn.Module):
         indices = jnp.argmax(self.encoder(pixels.astype(self.dtype)), axis=-1).astype(jnp.int32)
         return self.decoder.input(indices), indices.reshape(len(pixels), -1)
 
-    def decode(self, quant_states):
+    def decode(self, quant_states: jax.Array) -> jax.Array:
         """Pixels (B, H, W, 3) float32, not clipped, of what `encode` returns (B, h, w, n_init); 0 is black, 1 is white.
 
         The image is the mean of the logit-Laplace distribution's argument: sigmoid of the first three channels.
@@ -180,7 +208,7 @@ class OpenAIVAE(nn.Module):
         means = jax.nn.sigmoid(self.decoder(quant_states)[..., :3].astype(jnp.float32))
         return (means - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS)
 
-    def decode_code(self, tokens):
+    def decode_code(self, tokens: jax.Array) -> jax.Array:
         """Decode tokens.
 
         Args:
@@ -197,6 +225,6 @@ class OpenAIVAE(nn.Module):
         """What `__call__` takes, so that `init` makes all parameters."""
         return [example_images(config.image_size)]
 
-    def __call__(self, pixels):
+    def __call__(self, pixels: jax.Array) -> jax.Array:
         """The reconstruction of pixels (B, H, W, 3); touches every parameter, so `init` makes them all."""
         return self.decode(self.encode(pixels)[0])

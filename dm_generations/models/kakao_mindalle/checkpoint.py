@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dm_generations.errors import UserError, short_repr
-from dm_generations.models.base import RawCheckpoint
+from dm_generations.models.base import RawCheckpoint, prefix_errors
 from dm_generations.models.kakao_mindalle.network import KakaoMinDalleConfig
 from dm_generations.models.vqgan.checkpoint import config_from_yaml_values, read_yaml, vqgan_name_in_file, vqgan_params
 from dm_generations.weights.native import unflatten
@@ -25,7 +25,7 @@ from dm_generations.weights.state_dict import (
     split_list_indices,
     torch_name,
 )
-from dm_generations.weights.tar import is_archive, unpacked
+from dm_generations.weights.tar import extract, is_archive
 from dm_generations.weights.torch_file import read_torch
 
 CONFIG_FILE, STAGE1_FILE, STAGE2_FILE = "config.yaml", "stage1_last.ckpt", "stage2_last.ckpt"
@@ -60,7 +60,8 @@ def read_generator(path: Path) -> RawCheckpoint | None:
         raise UserError(
             f"{folder / CONFIG_FILE}: stage2.type is {short_repr(stage['type'])}, only 'transformer1d' reads text"
         )
-    config = KakaoMinDalleConfig.from_dict(stage | _section(stage, "hparams", folder))
+    with prefix_errors(folder / CONFIG_FILE):
+        config = KakaoMinDalleConfig.from_dict(stage | _section(stage, "hparams", folder))
     state = _read_state(file)
     found = count_numbered(state, "blocks.{}.ln1.weight")
     if found != config.n_layers:
@@ -79,12 +80,10 @@ def read_codec(path: Path) -> RawCheckpoint | None:
     file = folder / STAGE1_FILE
     stage = _section(_read_config_values(folder), "stage1", folder)
     sizes = _STAGE1_HPARAMS | _section(stage, "hparams", folder)
-    try:
+    with prefix_errors(folder / CONFIG_FILE):
         config = config_from_yaml_values(
             {name: stage.get(name, size) for name, size in _STAGE1_DEFAULTS.items()} | {"hparams": sizes}
         )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG_FILE} does not describe a VQGAN: {error}") from error
     files = (path,) if is_archive(path) else (file,)
     params = vqgan_params(_read_state(file), file)
     return RawCheckpoint("vqgan", config, params, files, name_in_file=vqgan_name_in_file)
@@ -93,7 +92,7 @@ def read_codec(path: Path) -> RawCheckpoint | None:
 def _find_folder(path: Path, weights: str) -> Path | None:
     """The folder of the file `weights` and the config, if `path` is a minDALL-E that has it."""
     if is_archive(path):
-        folder = unpacked(path, _ARCHIVED)
+        folder = extract(path, _ARCHIVED)
     elif path.is_dir():
         folder = path
     elif path.name == weights:
@@ -111,7 +110,7 @@ def _read_config_values(folder: Path) -> dict[str, Any]:
 
 
 def _section(values: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:
-    """The mapping `values[name]`, empty if it is not given. Raises UserError if it is something else."""
+    """The mapping `values[name]`, empty if there is none. Raises UserError if it is something else."""
     section = values.get(name, {})
     if not isinstance(section, dict):
         raise UserError(f"{folder / CONFIG_FILE}: {name} must hold names and values, not {short_repr(section)}")

@@ -18,13 +18,30 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from dm_generations.errors import UserError, short_repr
-from dm_generations.models.base import example_ids
+from dm_generations.errors import UserError
+from dm_generations.models.base import (
+    LAYERS,
+    MAX_POSITIONS,
+    POSITIONS,
+    VOCABULARY,
+    WIDTH,
+    check_config,
+    example_ids,
+    select_fields,
+)
 
 NORM_EPSILON = 1e-5
 MASKED = -1e30
-_SMALLEST = {"ctx_len_txt": 2}  # the last text token is fed with the first image token's step, the others before
-_LARGEST = {"n_layers": 1000}  # far above any that exists: how long the network takes to build
+_BOUNDS = {
+    "vocab_size_txt": VOCABULARY,
+    "vocab_size_img": VOCABULARY,
+    "embed_dim": WIDTH,
+    "n_layers": LAYERS,
+    "n_heads": WIDTH,
+    "ctx_len_img": POSITIONS,
+    # the last text token is read together with the first image token's step, the others before
+    "ctx_len_txt": (2, MAX_POSITIONS),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,44 +61,38 @@ class KakaoMinDalleConfig:
     attn_bias: bool = True
     gelu_use_approx: bool = False  # x * sigmoid(1.702 x) for the exact gelu
 
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            smallest, largest = _SMALLEST.get(field.name, 1), _LARGEST.get(field.name, 2**31 - 1)
-            if isinstance(field.default, bool):
-                is_good, expected = isinstance(value, bool), "true or false"
-            else:
-                is_good = type(value) is int and smallest <= value <= largest
-                expected = f"a whole number from {smallest} to {largest}"
-            if not is_good:
-                raise UserError(f"minDALL-E config: {field.name} must be {expected}, not {short_repr(value)}")
+    def __post_init__(self) -> None:
+        check_config("minDALL-E", self, _BOUNDS)
         if self.embed_dim % self.n_heads:
             raise UserError(f"minDALL-E config: embed_dim {self.embed_dim} is not divisible by n_heads {self.n_heads}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "KakaoMinDalleConfig":
-        """The config of these values; keys it does not know are ignored.
+        """Return the config of these values; keys it does not know are ignored.
 
         Raises:
-            UserError: for bad values.
+            UserError: A value is bad.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        return cls(**select_fields(cls, values))
 
     @property
     def image_length(self) -> int:
+        """Tokens an image."""
         return self.ctx_len_img
 
     @property
     def codebook_size(self) -> int:
+        """Tokens are below it."""
         return self.vocab_size_img
 
     @property
     def max_text_length(self) -> int:
+        """Text tokens that the network reads."""
         return self.ctx_len_txt
 
     @property
     def text_vocab_size(self) -> int:
+        """Rows of the table that the prompt's ids index."""
         return self.vocab_size_txt
 
     @property
@@ -115,7 +126,8 @@ class Attention(nn.Module):
     config: KakaoMinDalleConfig
     dtype: Any
 
-    def setup(self):
+    def setup(self) -> None:
+        """Make the submodules."""
         config = self.config
         projection = functools.partial(nn.Dense, config.embed_dim, config.attn_bias, self.dtype)
         self.key, self.query, self.value, self.proj = (projection() for _ in range(4))
@@ -125,7 +137,7 @@ class Attention(nn.Module):
         return LayerCache(self._split_heads(self.key(x)), self._split_heads(self.value(x)))
 
     def attend(self, x: jax.Array, layer: LayerCache, visible: jax.Array) -> jax.Array:
-        """X (B, Q, d) over keys and values (B, H, K, D); visible: bool, broadcastable to (B, H, Q, K)."""
+        """Attend from x (B, Q, d) to keys and values (B, H, K, D); visible is bool and broadcasts to (B, H, Q, K)."""
         queries = self._split_heads(self.query(x))
         logits = jnp.einsum("bhqd,bhkd->bhqk", queries, layer.keys, preferred_element_type=jnp.float32)
         logits = jnp.where(visible, logits / math.sqrt(queries.shape[-1]), MASKED)
@@ -138,12 +150,13 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     config: KakaoMinDalleConfig
     dtype: Any
 
-    def setup(self):
+    def setup(self) -> None:
+        """Make the submodules."""
         config, dtype = self.config, self.dtype
         self.ln1, self.ln2 = (nn.LayerNorm(NORM_EPSILON, dtype=dtype, use_fast_variance=False) for _ in range(2))
         self.attn = Attention(config, dtype)
@@ -193,7 +206,8 @@ class KakaoMinDalle(nn.Module):
     config: KakaoMinDalleConfig
     dtype: Any = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
+        """Make the submodules."""
         config, dtype = self.config, self.dtype
         width = config.embed_dim
         self.tok_emb_txt, self.pos_emb_txt = (
@@ -220,7 +234,7 @@ class KakaoMinDalle(nn.Module):
         """Config and parameters for generation: those of the checkpoint, as they are."""
         return config, params
 
-    def __call__(self, input_ids, tokens):
+    def __call__(self, input_ids: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Teacher-forced logits, float32, of the image and of the text after its first token.
 
         Args:
@@ -239,7 +253,7 @@ class KakaoMinDalle(nn.Module):
         x = self.ln_f(x)
         return self.head_img(x[:, text_length - 1 :]), self.head_txt(x[:, : text_length - 1])
 
-    def encode_prompt(self, input_ids, attention_mask) -> Cache:
+    def encode_prompt(self, input_ids: jax.Array, attention_mask: jax.Array) -> Cache:
         """What generation reads of prompts (B, N) int32; attention_mask is not read. Axis 0 of every array is B."""
         x = self._embed_text(input_ids[:, :-1], jnp.arange(input_ids.shape[1] - 1))
         layers = []
@@ -253,7 +267,7 @@ class KakaoMinDalle(nn.Module):
         room = ((0, 0), (0, 0), (0, self.config.ctx_len_img), (0, 0))
         return Cache(jax.tree.map(lambda array: jnp.pad(array, room), text.layers), text.last_text)
 
-    def decode_step(self, cache: Cache, token, step) -> tuple[jax.Array, Cache]:
+    def decode_step(self, cache: Cache, token: jax.Array, step: jax.Array) -> tuple[jax.Array, Cache]:
         """Logits (B, V_img) float32 of image token `step`, and the cache for the next step.
 
         Args:
@@ -272,14 +286,14 @@ class KakaoMinDalle(nn.Module):
             layers.append(layer)
         return self.head_img(self.ln_f(x))[:, 0], cache._replace(layers=tuple(layers))
 
-    def _embed_text(self, ids, positions):
-        """Ids (B, Q) at positions (Q,) of the text -> (B, Q, d)."""
+    def _embed_text(self, ids: jax.Array, positions: jax.Array) -> jax.Array:
+        """Map ids (B, Q) at positions (Q,) of the text to (B, Q, d)."""
         return self._sum(self.tok_emb_txt(ids), self.pos_emb_txt(positions))
 
-    def _embed_image(self, tokens, positions):
+    def _embed_image(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """Tokens (B, Q) at positions (Q,) of the image -> (B, Q, d)."""
         return self._sum(self.tok_emb_img(tokens), self.pos_emb_img(positions))
 
-    def _sum(self, tokens, positions):
+    def _sum(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         # Rows are cast, not tables: a table of another dtype would be cast anew at each step.
         return tokens.astype(self.dtype) + positions.astype(self.dtype)[None]

@@ -4,17 +4,15 @@ Rules after `build_tokenizer` of minDALL-E (https://github.com/kakaobrain/minDAL
 CharBPETokenizer in lower case. It puts no tokens around a text, and its padding is attended to.
 """
 
-import io
-import tarfile
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
-from dm_generations.errors import UserError, one_line
 from dm_generations.models.tokenization import (
+    MAX_BYTES,
     build_bpe,
     decode_utf8,
     encode_texts,
@@ -23,9 +21,9 @@ from dm_generations.models.tokenization import (
     parse_merges,
     parse_vocab,
     read_bytes,
-    read_maybe_gzipped,
     replace_surrogates,
 )
+from dm_generations.weights.tar import extract
 
 VOCAB_NAME, MERGES_NAME = "bpe-16k-vocab.json", "bpe-16k-merges.txt"
 PAD, UNKNOWN = "[PAD]", "[UNK]"
@@ -44,10 +42,10 @@ class KakaoTokenizer:
         Raises:
             UserError: A file is missing or broken.
         """
-        self.path, vocab_data, merges_data = _read_vocab_and_merges(path)
+        self.path = _find_folder(path)
         vocab_path, merges_path = self.path / VOCAB_NAME, self.path / MERGES_NAME
-        vocab = parse_vocab(vocab_data, vocab_path)
-        merges = parse_merges(decode_utf8(merges_data, merges_path), merges_path, vocab)
+        vocab = parse_vocab(read_bytes(vocab_path), vocab_path)
+        merges = parse_merges(decode_utf8(read_bytes(merges_path), merges_path), merges_path, vocab)
         find_token_id(vocab, UNKNOWN, vocab_path)
         self._pipeline = tokenizers.Tokenizer(
             build_bpe(self.path, vocab, merges, unk_token=UNKNOWN, end_of_word_suffix="</w>")
@@ -77,43 +75,12 @@ class KakaoTokenizer:
         return pad_ids(ids, length, self._pad_id, self.vocab_size, self.path)
 
 
-def _read_vocab_and_merges(path: Path) -> tuple[Path, bytes, bytes]:
-    """Find and read the two files; returns where they were found first."""
+def _find_folder(path: Path) -> Path:
+    """Return the folder of the two files, which may have to be extracted first."""
     if path.name in (VOCAB_NAME, MERGES_NAME):
-        path = path.parent
-    places = (path, path / "tokenizer", path / "tokenizer.tar.gz")
-    path = next((place for place in places if place.is_file() or (place / VOCAB_NAME).is_file()), path)
-    if path.is_file():
-        files = _read_archive(path)
-        return path, files[VOCAB_NAME], files[MERGES_NAME]
-    return path, read_bytes(path / VOCAB_NAME), read_bytes(path / MERGES_NAME)
-
-
-def _read_archive(path: Path) -> dict[str, bytes]:
-    """Read the two files of a .tar.gz, in memory.
-
-    Raises:
-        UserError: It is broken, lacks a file, or holds anything but plain files and folders.
-    """
-    found: dict[str, bytes] = {}
-    data = read_maybe_gzipped(path)
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-            for member in archive:
-                name = PurePosixPath(member.name)
-                if name.is_absolute() or ".." in name.parts:
-                    raise UserError(f"{path}: holds {ascii(member.name)[:100]}, a path out of its folder")
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise UserError(f"{path}: holds {ascii(member.name)[:100]}, which is not a plain file")
-                if name.name in found:
-                    raise UserError(f"{path}: holds {name.name} twice")
-                if name.name in (VOCAB_NAME, MERGES_NAME) and (file := archive.extractfile(member)) is not None:
-                    found[name.name] = file.read()
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: not a .tar.gz of a tokenizer ({one_line(error)})") from error
-    for needed in (VOCAB_NAME, MERGES_NAME):
-        if needed not in found:
-            raise UserError(f"{path}: does not hold {needed}")
-    return found
+        return path.parent
+    places = (path, path / "tokenizer", path / "tokenizer.tar.gz", path / "tokenizer.tgz")
+    found = next((place for place in places if place.is_file() or (place / VOCAB_NAME).is_file()), path)
+    if not found.is_file():
+        return found
+    return extract(found, {name: name for name in (VOCAB_NAME, MERGES_NAME)}, MAX_BYTES)

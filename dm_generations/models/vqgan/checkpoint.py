@@ -8,8 +8,8 @@
 """
 
 import functools
+import itertools
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dm_generations.errors import UserError, one_line, short_repr
-from dm_generations.models.base import RawCheckpoint
+from dm_generations.models.base import RawCheckpoint, prefix_errors
 from dm_generations.models.vqgan.network import VQGANConfig
 from dm_generations.weights.flax_msgpack import read_flax_msgpack
 from dm_generations.weights.mmap import is_apple_double
@@ -62,10 +62,8 @@ def read_flax(path: Path) -> RawCheckpoint | None:
     weights = path / FLAX_FILE
     if not weights.is_file():
         raise UserError(f"{path} lacks its weights: {FLAX_FILE}")
-    try:
+    with prefix_errors(path / CONFIG_FILE):
         config = VQGANConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path / CONFIG_FILE} does not describe a vqgan: {error}") from error
     return RawCheckpoint("vqgan", config, read_flax_msgpack(weights), (weights,))
 
 
@@ -87,7 +85,7 @@ def read_taming(path: Path) -> RawCheckpoint | None:
     """Read a VQGAN of taming-transformers.
 
     Args:
-        path: a `.ckpt` with its `.yaml` in the same folder, or a folder of the two, which may be in its subfolders
+        path: A `.ckpt` with its `.yaml` in the same folder, or a folder of the two, which may be in its subfolders
             `checkpoints` and `configs`.
 
     Returns:
@@ -109,56 +107,55 @@ def read_taming(path: Path) -> RawCheckpoint | None:
     if not configs:
         raise UserError(f"{path} lacks its .yaml: put the one it came with into its folder")
     file = _choose_config(found[0], list(configs))
-    try:
+    with prefix_errors(file):
         config = config_from_yaml_values(configs[file], is_gumbel="quantize.embed.weight" in state)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{file} does not describe a VQGAN: {error}") from error
     return RawCheckpoint("vqgan", config, vqgan_params(state, found[0]), (found[0],), name_in_file=vqgan_name_in_file)
 
 
 def config_from_yaml_values(values: Mapping[str, Any], is_gumbel: bool = False) -> VQGANConfig:
-    """The config that a YAML file of the family holds.
+    """Return the config that a YAML file of the family holds.
 
     Args:
         values: `embed_dim`, `n_embed` and either `ddconfig` or `hparams`: what taming has under `model.params` and
             minDALL-E under `stage1`.
-        is_gumbel: whether it is a `GumbelVQ`.
+        is_gumbel: Whether it is a `GumbelVQ`.
 
     Raises:
-        TypeError: for values of a wrong type.
-        ValueError: for bad values, and for options that change images or tokens and that are not supported.
+        UserError: A value is bad, or an option changes images or tokens and is not supported.
     """
     sizes = values.get("ddconfig", values.get("hparams"))
     if not isinstance(sizes, Mapping):
-        raise ValueError("ddconfig is missing")
+        raise UserError("VQGAN config: ddconfig is missing")
     own = {"num_groups", "group_norm_eps", "is_signed", "is_gumbel"}  # ours alone
     sizes = {"ch_mult": _DEFAULT_CH_MULT} | {name: value for name, value in sizes.items() if name not in own}
     sizes |= {name: values[name] for name in ("embed_dim", "n_embed") if name in values}
     for name in (*_REQUIRED, "embed_dim", "n_embed"):
         if name not in sizes:
-            raise ValueError(f"{name} is missing")
+            raise UserError(f"VQGAN config: {name} is missing")
     for name in _UNSUPPORTED:
         if sizes.get(name):
-            raise ValueError(f"{name} {short_repr(sizes[name])} is not supported, only false")
+            raise UserError(f"VQGAN config: {name} {short_repr(sizes[name])} is not supported, only false")
     if values.get("remap") is not None:
-        raise ValueError("remap is not supported: tokens that are numbers in a list of the codebook's rows")
+        raise UserError(
+            "VQGAN config: remap is not supported: tokens that are numbers in a list of the codebook's rows"
+        )
     return VQGANConfig.from_dict(sizes | {"is_signed": True, "is_gumbel": is_gumbel})
 
 
 def config_from_shapes(
     state: Mapping[str, np.ndarray], path: Path, resolution: int = 256, prefix: str = "", **options: Any
 ) -> VQGANConfig:
-    """The config of a VQGAN whose file holds nothing but its tensors, with or without the encoder's.
+    """Return the config of a VQGAN whose file holds nothing but its tensors, with or without the encoder's.
 
     Args:
-        state: tensors by taming's names.
-        path: the file, for messages.
-        resolution: pixels a side, which shapes cannot tell.
-        prefix: what precedes the names in the file, for messages.
-        **options: further fields of VQGANConfig.
+        state: Tensors by taming's names.
+        path: The file, for messages.
+        resolution: Pixels a side, which shapes cannot tell.
+        prefix: What precedes the names in the file, for messages.
+        **options: Further fields of VQGANConfig.
 
     Raises:
-        UserError: if a tensor that tells a size is missing or has other axes than it should.
+        UserError: A tensor that tells a size is missing or has other axes than it should.
     """
     get = functools.partial(get_tensor, state, path=path, prefix=prefix)
     is_gumbel = "quantize.embed.weight" in state
@@ -173,7 +170,7 @@ def config_from_shapes(
         raise UserError(f"{path}: levels of {widths} channels are not multiples of encoder.conv_in's {width}")
     with_attention = [i for i in range(len(widths)) if f"decoder.up.{i}.attn.0.q.weight" in state]
     upsampled = [i for i in range(len(widths)) if f"decoder.up.{i}.upsample.conv.weight" in state]
-    try:
+    with prefix_errors(path):
         return VQGANConfig(
             ch=width,
             ch_mult=tuple(features // width for features in widths),
@@ -188,22 +185,20 @@ def config_from_shapes(
             is_gumbel=is_gumbel,
             **options,
         )
-    except ValueError as error:
-        raise UserError(f"{path} is not a VQGAN of {resolution} pixels a side: {error}") from error
 
 
 def vqgan_params(state: Mapping[str, Any], path: Path) -> dict:
     """Convert a state dict of taming's names.
 
     Args:
-        state: tensors by name.
-        path: the file, for messages.
+        state: Tensors by name.
+        path: The file, for messages.
 
     Returns:
         Parameters of `VQGAN`: nested, views of the arrays in `state`.
 
     Raises:
-        UserError: for what is not a tensor.
+        UserError: A value is not a tensor.
     """
     own = {name: value for name, value in state.items() if not _SKIPPED.fullmatch(str(name))}
     flat = {}
@@ -219,7 +214,7 @@ def vqgan_params(state: Mapping[str, Any], path: Path) -> dict:
 
 
 def vqgan_name_in_file(path: str, shape: Shape, prefix: str = "") -> tuple[str, Shape]:
-    """Taming's name and shape for the parameter of this path of `VQGAN`; `prefix` precedes the name in the file."""
+    """Return name and shape in taming's file of a parameter of `VQGAN`; `prefix` precedes the name."""
     return torch_name(re.sub(r"/mid/(block|attn)/", r"/mid/\1_", split_list_indices(path)), shape, prefix)
 
 
@@ -227,18 +222,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file of plain values.
 
     Raises:
-        UserError: if it is not a mapping of such values, or if PyYAML is not installed.
+        UserError: It is not a mapping of such values, or PyYAML is not installed.
     """
     try:
         import yaml
     except ImportError as error:
         raise UserError(f"reading {path} needs PyYAML: pip install 'dm-generations[checkpoints]'") from error
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few lines of aliases of aliases stand for any number of values
+                raise UserError(f"{path} has an alias (*name), which is not supported: write the value itself")
+            return super().compose_node(parent, index)
+
     try:
         with open(path, "rb") as file:
             content = file.read(_YAML_BYTES + 1)
         if len(content) > _YAML_BYTES:
             raise UserError(f"{path} is too long for a config: over {_YAML_BYTES:,} bytes")
-        values = yaml.safe_load(content)
+        values = yaml.load(content, Loader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     # Besides its own errors, the parser lets those of Python's numbers, dates and stack out.
@@ -295,7 +297,8 @@ def _choose_config(checkpoint: Path, configs: list[Path]) -> Path:
     """The config of `checkpoint`: the only one, else the one whose name begins most like it."""
 
     def likeness(config: Path) -> int:
-        return len(os.path.commonprefix([checkpoint.name, config.name]))
+        pairs = zip(checkpoint.name, config.name, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     best = [config for config in configs if likeness(config) == max(map(likeness, configs))]
     if len(best) > 1:

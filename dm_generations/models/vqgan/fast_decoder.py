@@ -27,11 +27,11 @@ from jax import lax
 
 from dm_generations.models.base import token_grid
 from dm_generations.models.vqgan.network import VQGANConfig
-from dm_generations.runtime.params import matmul_precision
+from dm_generations.runtime.device import matmul_precision
 from dm_generations.weights.mmap import release
 
-_WINOGRAD_CH = 64  # `ch` of the smallest network
-_WINOGRAD_CHANNELS = 32  # with fewer on either side of a convolution, transforms take more time than they save
+WINOGRAD_CH = 64  # `ch` of the smallest network
+WINOGRAD_CHANNELS = 32  # with fewer on either side of a convolution, transforms take more time than they save
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -97,7 +97,7 @@ class VQGANDecoder:
             release([value])
             if key == "kernel":
                 is_upsampling = name.endswith("/upsample/conv")
-                if self._is_winograd and array.shape[0] == 3 and min(array.shape[2:]) >= _WINOGRAD_CHANNELS:
+                if self._is_winograd and array.shape[0] == 3 and min(array.shape[2:]) >= WINOGRAD_CHANNELS:
                     scheme = UPSAMPLED_CONV if is_upsampling else CONV
                     key, array = "products", transform_kernel(array, scheme)
                 else:
@@ -113,7 +113,7 @@ class VQGANDecoder:
     @property
     def _is_winograd(self) -> bool:
         # Accelerators have convolutions of their own; a small network takes longer to compile than it saves.
-        return (self.platform, self.dtype) == ("cpu", np.float32) and self.config.ch >= _WINOGRAD_CH
+        return (self.platform, self.dtype) == ("cpu", np.float32) and self.config.ch >= WINOGRAD_CH
 
     # The network, with the structure and the names of `network.Decoder`.
 
@@ -214,7 +214,7 @@ def _double_kernel(kernel: np.ndarray) -> np.ndarray:
     return kernel
 
 
-_STRIP_TILES = 256  # computed at a time; of 128 channels they take 4.7 MB transformed, which stays in a cache
+STRIP_TILES = 256  # computed at a time; of 128 channels they take 4.7 MB transformed, which stays in a cache
 
 
 class Scheme(NamedTuple):
@@ -306,7 +306,7 @@ def convolve(
 def count_strip_rows(batch: int, height: int, width: int, scheme: Scheme) -> int:
     """Rows of the input to compute at a time: a divisor of `height`."""
     tiles = batch * -(-width // scheme.step)  # of a row of tiles
-    rows = max(1, _STRIP_TILES // tiles) * scheme.step
+    rows = max(1, STRIP_TILES // tiles) * scheme.step
     while rows < height and (height % rows or rows + 2 > height):  # a strip is read with a row before and one after
         rows += scheme.step
     return min(rows, height)
@@ -314,7 +314,7 @@ def count_strip_rows(batch: int, height: int, width: int, scheme: Scheme) -> int
 
 def _window(x: jax.Array, first: jax.Array | int, rows: int, activate: Callable) -> jax.Array:
     """`rows` rows of `activate(x)` from `first` on, with one more on each side, zeros outside: (B, s + 2, W + 2, C)."""
-    batch, height, width, channels = x.shape
+    height = x.shape[1]
     frame = ((0, 0), (1, 1), (1, 1), (0, 0))
     if rows == height:
         return jnp.pad(activate(x), frame)

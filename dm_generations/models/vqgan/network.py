@@ -8,14 +8,40 @@ B: batch   H, W: pixels   h, w: token grid   L: tokens, h * w, row-major   C: ch
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dm_generations.errors import short_repr
-from dm_generations.models.base import example_images, token_grid
+from dm_generations.errors import UserError
+from dm_generations.models.base import (
+    MAX_LAYERS,
+    POSITIONS,
+    VOCABULARY,
+    WIDTH,
+    Bounds,
+    check_config,
+    example_images,
+    select_fields,
+    token_grid,
+)
+
+MAX_LEVELS = 16
+_BOUNDS: Bounds = {
+    "ch": WIDTH,
+    "ch_mult": (1, 1024),
+    "num_res_blocks": (1, MAX_LAYERS),
+    "attn_resolutions": POSITIONS,
+    "resolution": POSITIONS,
+    "z_channels": WIDTH,
+    "n_embed": VOCABULARY,
+    "embed_dim": WIDTH,
+    "in_channels": (3, 3),  # RGB
+    "out_ch": (3, 3),
+    "num_groups": WIDTH,
+    "group_norm_eps": (0.0, 1.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,36 +64,29 @@ class VQGANConfig:
     is_signed: bool = False  # inside, pixels are in [-1, 1]: taming's; vqgan-jax keeps them in [0, 1]
     is_gumbel: bool = False  # tokens are the argmax of logits, not the nearest codebook row
 
-    def __post_init__(self):
-        """Raises ValueError for sizes that no network can have."""
-        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type is int}
-        for name in ("ch_mult", "attn_resolutions"):
-            sizes |= {f"{name}[{i}]": size for i, size in enumerate(getattr(self, name))}
-        for name, size in sizes.items():
-            if type(size) is not int or not 1 <= size < 2**31:
-                raise ValueError(f"{name} must be a whole number above 0, not {short_repr(size)}")
-        levels, blocks = len(self.ch_mult), self.num_res_blocks
-        if not 1 <= levels <= 16 or blocks > 64:  # how long the network takes to build: far above any that exists
-            raise ValueError(f"{levels} levels of {blocks} blocks: from 1 to 16 levels of at most 64 can be built")
+    def __post_init__(self) -> None:
+        """Raise UserError for sizes that no network can have."""
+        check_config("VQGAN", self, _BOUNDS)
+        levels = len(self.ch_mult)
+        if not 1 <= levels <= MAX_LEVELS or levels * self.num_res_blocks > MAX_LAYERS:
+            raise UserError(
+                f"VQGAN config: ch_mult of {levels} levels with num_res_blocks {self.num_res_blocks} is not supported: "
+                f"from 1 to {MAX_LEVELS} levels and {MAX_LAYERS} blocks in all"
+            )
         if self.resolution % 2 ** (levels - 1):
-            raise ValueError(f"resolution {self.resolution} cannot be halved {levels - 1} times")
-        if (self.in_channels, self.out_ch) != (3, 3):
-            raise ValueError(f"{self.in_channels} channels in and {self.out_ch} out: only RGB images are supported")
+            raise UserError(f"VQGAN config: resolution {self.resolution} cannot be halved {levels - 1} times")
 
     @classmethod
     def from_dict(cls, values: dict) -> "VQGANConfig":
-        """The config in a `config.json`; keys that do not change the network are ignored.
+        """Return the config in a `config.json`; keys that do not change the network are ignored.
 
         Raises:
-            TypeError: for values of a wrong type.
-            ValueError: for sizes that no network can have.
+            UserError: A value is of a wrong type, or no network can have this size.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        kept = {key: value for key, value in values.items() if key in known}
-        for key in ("ch_mult", "attn_resolutions"):
-            if key in kept:
-                kept[key] = tuple(kept[key])
-        return cls(**kept)
+        known: dict[str, Any] = select_fields(cls, values)
+        for name, value in known.items():
+            known[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**known)
 
     @property
     def grid(self) -> int:
@@ -76,6 +95,7 @@ class VQGANConfig:
 
     @property
     def codebook_size(self) -> int:
+        """Tokens are below it."""
         return self.n_embed
 
     @property
@@ -93,12 +113,15 @@ def _norm(config: VQGANConfig, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
+    """Two convolutions, each after a norm and swish, with a shortcut around them."""
+
     config: VQGANConfig
     features: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):  # (B, H, W, C) -> (B, H, W, features)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, H, W, C) to (B, H, W, features)."""
         h = nn.swish(_norm(self.config, self.dtype, "norm1")(x))
         h = _conv(self.features, 3, self.dtype, "conv1")(h)
         h = nn.swish(_norm(self.config, self.dtype, "norm2")(h))
@@ -115,7 +138,8 @@ class AttnBlock(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):  # (B, H, W, C)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (B, H, W, C) to the same shape."""
         batch, height, width, channels = x.shape
         normed = _norm(self.config, self.dtype, "norm")(x)
         q, k, v = (
@@ -136,7 +160,8 @@ class Resample(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (B, H, W, C) to (B, H / 2, W / 2, C) or (B, 2 H, 2 W, C)."""
         batch, height, width, channels = x.shape
         if not self.down:
             x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
@@ -159,7 +184,8 @@ class Level(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (B, H, W, C) to the next level's (B, H', W', features)."""
         for j in range(self.blocks):
             x = ResBlock(self.config, self.features, self.dtype, name=f"block_{j}")(x)
             if self.has_attention:
@@ -170,11 +196,14 @@ class Level(nn.Module):
 
 
 class Mid(nn.Module):
+    """The blocks at the lowest resolution."""
+
     config: VQGANConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (B, H, W, C) to the same shape."""
         x = ResBlock(self.config, x.shape[-1], self.dtype, name="block_1")(x)
         x = AttnBlock(self.config, self.dtype, name="attn_1")(x)
         return ResBlock(self.config, x.shape[-1], self.dtype, name="block_2")(x)
@@ -186,11 +215,14 @@ def _has_attention(config: VQGANConfig, level: int) -> bool:
 
 
 class Encoder(nn.Module):
+    """Pixels to vectors, one for each token."""
+
     config: VQGANConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, pixels):  # (B, H, W, 3) -> (B, h, w, z_channels)
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """Map (B, H, W, 3) to (B, h, w, z_channels)."""
         config, last = self.config, len(self.config.ch_mult) - 1
         x = _conv(config.ch, 3, self.dtype, "conv_in")(pixels)
         for i, mult in enumerate(config.ch_mult):
@@ -211,11 +243,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Vectors of tokens to pixels."""
+
     config: VQGANConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, z):  # (B, h, w, z_channels) -> (B, H, W, 3)
+    def __call__(self, z: jax.Array) -> jax.Array:
+        """Map (B, h, w, z_channels) to (B, H, W, 3)."""
         config = self.config
         x = _conv(config.ch * config.ch_mult[-1], 3, self.dtype, "conv_in")(z)
         x = Mid(config, self.dtype, name="mid")(x)
@@ -234,17 +269,19 @@ class Quantize(nn.Module):
     config: VQGANConfig
     dtype: jnp.dtype
 
-    def setup(self):
+    def setup(self) -> None:
+        """Make the submodules."""
         self.embedding = nn.Embed(self.config.n_embed, self.config.embed_dim, dtype=self.dtype, param_dtype=jnp.float32)
 
-    def __call__(self, z):  # (..., D) -> indices (...), int32
+    def __call__(self, z: jax.Array) -> jax.Array:
+        """Map (..., D) to indices (...), int32."""
         codebook = self.embedding.embedding
         z = z.astype(jnp.float32)
         products = jnp.einsum("...d,nd->...n", z, codebook)
         distances = jnp.sum(z**2, -1, keepdims=True) + jnp.sum(codebook**2, -1) - 2 * products
         return jnp.argmin(distances, axis=-1).astype(jnp.int32)
 
-    def lookup(self, indices):
+    def lookup(self, indices: jax.Array) -> jax.Array:
         """Codebook rows (..., D) of indices (...)."""
         return self.embedding(indices)
 
@@ -258,14 +295,16 @@ class GumbelQuantize(nn.Module):
     config: VQGANConfig
     dtype: jnp.dtype
 
-    def setup(self):
+    def setup(self) -> None:
+        """Make the submodules."""
         self.embed = nn.Embed(self.config.n_embed, self.config.embed_dim, dtype=self.dtype, param_dtype=jnp.float32)
         self.proj = nn.Conv(self.config.n_embed, (1, 1), dtype=jnp.float32)
 
-    def __call__(self, z):  # (B, h, w, D) -> indices (B, h, w), int32
+    def __call__(self, z: jax.Array) -> jax.Array:
+        """Map (B, h, w, D) to indices (B, h, w), int32."""
         return jnp.argmax(self.proj(z.astype(jnp.float32)), axis=-1).astype(jnp.int32)
 
-    def lookup(self, indices):
+    def lookup(self, indices: jax.Array) -> jax.Array:
         """Codebook rows (..., D) of indices (...)."""
         return self.embed(indices)
 
@@ -278,7 +317,8 @@ class VQGAN(nn.Module):
     config: VQGANConfig
     dtype: jnp.dtype = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
+        """Make the submodules."""
         config = self.config
         self.encoder = Encoder(config, self.dtype)
         self.decoder = Decoder(config, self.dtype)
@@ -286,23 +326,23 @@ class VQGAN(nn.Module):
         self.quant_conv = nn.Conv(config.embed_dim, (1, 1), dtype=self.dtype)
         self.post_quant_conv = nn.Conv(config.z_channels, (1, 1), dtype=self.dtype)
 
-    def encode_continuous(self, pixels):
+    def encode_continuous(self, pixels: jax.Array) -> jax.Array:
         """Vectors (B, h, w, D) before quantisation, of pixels (B, H, W, 3); 0 is black and 1 is white."""
         if self.config.is_signed:
             pixels = 2 * pixels - 1
         return self.quant_conv(self.encoder(pixels.astype(self.dtype)))
 
-    def encode(self, pixels):
+    def encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Codebook rows (B, h, w, D) and tokens (B, L) int32 of pixels (B, H, W, 3) float."""
         indices = self.quantize(self.encode_continuous(pixels))
         return self.quantize.lookup(indices), indices.reshape(len(pixels), -1)
 
-    def decode(self, quant_states):
+    def decode(self, quant_states: jax.Array) -> jax.Array:
         """Pixels (B, H, W, 3) float32, not clipped, of codebook rows (B, h, w, D); 0 is black and 1 is white."""
         pixels = self.decoder(self.post_quant_conv(quant_states.astype(self.dtype))).astype(jnp.float32)
         return (pixels + 1) / 2 if self.config.is_signed else pixels
 
-    def decode_code(self, tokens):
+    def decode_code(self, tokens: jax.Array) -> jax.Array:
         """Decode tokens.
 
         Args:
@@ -319,6 +359,6 @@ class VQGAN(nn.Module):
         """What `__call__` takes, so that `init` makes all parameters."""
         return [example_images(config.image_size)]
 
-    def __call__(self, pixels):
+    def __call__(self, pixels: jax.Array) -> jax.Array:
         """The reconstruction of pixels (B, H, W, 3); touches every parameter, so `init` makes them all."""
         return self.decode(self.encode(pixels)[0])
