@@ -42,8 +42,8 @@ def test_the_last_line_of_a_file_counts(tmp_path):
     with Journal(tmp_path) as journal:
         journal.open(create=True)
         assert journal.is_empty
-        journal.begin("a/1.png", "one")
-        journal.begin("a/1.png", "two")
+        journal.begin("a/1.png", "one", is_there=False)
+        journal.begin("a/1.png", "two", is_there=False)
     assert known(tmp_path, "a/1.png", "two")
 
 
@@ -52,7 +52,7 @@ def test_a_file_that_is_being_replaced_shows_either_image_until_it_is_written(tm
     for replaced in (False, True):
         with Journal(tmp_path) as journal:
             journal.open(create=True)
-            journal.begin("a/1.png", "new")
+            journal.begin("a/1.png", "new", is_there=True)
             assert journal.is_stale("a/1.png", "old") and journal.is_stale("a/1.png", "new")
             if replaced:
                 journal.confirm("a/1.png")
@@ -65,9 +65,9 @@ def test_compacting_keeps_the_files_that_are_there(tmp_path):
     for _ in range(2):
         with Journal(tmp_path) as journal:
             journal.open(create=True)
-            journal.begin("a/3.png", "three")
+            journal.begin("a/3.png", "three", is_there=False)
             journal.assume("a/2.png", "two")
-            journal.begin("a/1.png", "one")
+            journal.begin("a/1.png", "one", is_there=True)
             journal.confirm("a/1.png")
             journal.compact()
         lines = [json.loads(line) for line in (tmp_path / JOURNAL).read_text().split("\n") if line]
@@ -84,12 +84,12 @@ def test_compacting_keeps_the_files_that_are_there(tmp_path):
 def test_lines_that_were_cut_off_or_are_someone_elses_cost_only_themselves(tmp_path, rest):
     with Journal(tmp_path) as journal:
         journal.open(create=True)
-        journal.begin("a/1.png", "one")
+        journal.begin("a/1.png", "one", is_there=False)
     with open(tmp_path / JOURNAL, "ab") as file:
         file.write(rest)
     with Journal(tmp_path) as journal:
         journal.open()
-        journal.begin("a/3.png", "three")
+        journal.begin("a/3.png", "three", is_there=False)
     assert known(tmp_path, "a/1.png", "one") and known(tmp_path, "a/3.png", "three")
 
 
@@ -206,7 +206,7 @@ def test_a_journal_that_was_rewritten_by_another_is_opened_anew(tmp_path, monkey
 
     def end_first_and_lock(file):
         monkeypatch.setattr(journal_module, "lock_file", lock)
-        first.begin("a/1.png", "one")
+        first.begin("a/1.png", "one", is_there=False)
         first.confirm("a/1.png")
         first.compact()
         lock(file)

@@ -149,13 +149,7 @@ def test_placed_weights_of_our_own_folder_are_the_mapped_file(codec):
 
 
 def test_placed_copies_large_and_transposed_arrays_exactly(monkeypatch):
-<<<<<<< HEAD
-    monkeypatch.setattr("dm_generations.runtime.params.CHUNK_BYTES", 1000)
-||||||| dcc8b55
-    monkeypatch.setattr("dm_generations.runtime.params._CHUNK_BYTES", 1000)
-=======
-    monkeypatch.setattr("dm_generations.runtime.device._CHUNK_BYTES", 1000)
->>>>>>> export2
+    monkeypatch.setattr("dm_generations.runtime.device.CHUNK_BYTES", 1000)
     arrays = {
         "plain": np.arange(5000, dtype=np.float32).reshape(50, 100),
         "transposed": np.arange(6000, dtype=np.float32).reshape(60, 100).T,
