@@ -12,8 +12,8 @@ from decode_kit import (
     GOLDEN_CODEC,
     GOLDEN_DECODE,
     all_files,
-    golden_pictures,
-    pictures,
+    golden_images,
+    read_images,
     write_archive_2022,
     write_codec_2022,
 )
@@ -52,7 +52,7 @@ def decoded(request, codec_2022, tmp_path_factory):
 def test_writes_the_files_of_the_2022_script(decoded):
     """The same names, and the same pixels to 1 of 255."""
     case, out_dir = decoded
-    expected, found = golden_pictures(case), pictures(out_dir)
+    expected, found = golden_images(case), read_images(out_dir)
     assert found.keys() == expected.keys()
     for path, pixels in found.items():
         assert pixels.shape == expected[path].shape, path
@@ -66,30 +66,30 @@ def test_writes_the_pixels_that_the_original_decodes(folder, tmp_path):
     archive = write_archive_2022(tmp_path / "a.db", recorded["tokens"])
     out_dir = tmp_path / "out"
     assert main(["decode", "--db", str(archive), "--codec", str(folder), "--out-dir", str(out_dir)]) == 0
-    found = list(pictures(out_dir).values())  # in order of rank, which is that of the tokens
+    found = list(read_images(out_dir).values())  # in order of rank, which is that of the tokens
     assert len(found) == len(recorded["decoded_uint8"])
     assert np.abs(np.stack(found).astype(int) - recorded["decoded_uint8"]).max() <= 1
 
 
 @pytest.mark.parametrize("source", ["2022", "ours"])
-def test_a_gallery_holds_the_pictures_in_order_of_rank(source, tmp_path):
+def test_a_gallery_holds_the_images_in_order_of_rank(source, tmp_path):
     """Row by row, the rest black: in what the 2022 script wrote, and so in ours."""
     if source == "2022":
-        galleries, images = golden_pictures("gallery"), golden_pictures("images")
+        galleries, images = golden_images("gallery"), golden_images("images")
     else:
         for case in ("gallery", "images"):
             assert decode_golden(tmp_path / case, *CASES[case]) == 0
-        galleries, images = pictures(tmp_path / "gallery"), pictures(tmp_path / "images")
+        galleries, images = read_images(tmp_path / "gallery"), read_images(tmp_path / "images")
     for path, gallery in galleries.items():
         folder, name = path.split("/")
         before, text = name.rsplit("_", 1)
         cells = gallery.reshape(2, 32, 4, 32, 3).swapaxes(1, 2).reshape(8, 32, 32, 3)
         for rank, cell in enumerate(cells):
-            picture = images.get(f"{folder}/{before}_{rank:02d}_{text}", np.zeros_like(cell))
-            np.testing.assert_array_equal(cell, picture, err_msg=f"{path} {rank}")
+            image = images.get(f"{folder}/{before}_{rank:02d}_{text}", np.zeros_like(cell))
+            np.testing.assert_array_equal(cell, image, err_msg=f"{path} {rank}")
 
 
-def test_leaves_nothing_but_pictures_and_the_page(decoded):
+def test_leaves_nothing_but_images_and_the_page(decoded):
     _, out_dir = decoded
     others = {path for path in all_files(out_dir) if not path.endswith(".png")}
     assert others == {"manifest.js", "samplebrowser.html", JOURNAL}
@@ -101,7 +101,7 @@ def test_the_manifest_lists_every_file(decoded):
     manifest = json.loads(script[script.index("{") : script.rindex("}") + 1])
     listed = {prefix + middle + suffix for *_, prefix, suffix, files in manifest["groups"] for middle, *_ in files}
     assert manifest["mode"] == ("gallery" if case == "gallery" else "images")
-    assert listed == pictures(out_dir).keys()
+    assert listed == read_images(out_dir).keys()
 
 
 def test_a_second_run_touches_nothing_and_needs_no_codec(decoded, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Which pictures are chosen, and which files they go to."""
+"""Which images are chosen, and which files they go to."""
 
 import pytest
 from decode_kit import GOLDEN_DECODE, SETTINGS
@@ -69,7 +69,7 @@ def test_only_a_file_with_content_is_finished(tmp_path):
     assert is_finished(tmp_path, "whole.png")
 
 
-def test_the_page_is_told_of_a_model_only_if_it_still_draws_the_picture():
+def test_the_page_is_told_of_a_model_only_if_it_still_draws_the_image():
     plan = GroupPlan(SETTINGS, "a boat", None, 1)
     row = ImageRow(1, 1, 1, SETTINGS.params, 0, 5, b"\1\0", "ab" * 16, 31.5, 30.25, generator_id=1, codec_id=None)
     (target,) = plan.targets(Layout("images", 1, 1))

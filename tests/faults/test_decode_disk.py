@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from decode_kit import all_files, pictures
+from decode_kit import all_files, read_images
 from faults_kit import CANNOT_MOUNT, error_line, files_left, run_with_mounts, without_progress, without_root_rights
 
 pytestmark = pytest.mark.e2e
@@ -70,7 +70,7 @@ def test_an_archive_on_a_read_only_disk(command, archive, tmp_path):
     disk.mkdir()
     ended = run_with_mounts(READ_ONLY_DISK, disk, archive, *command.line(out, "--db", str(disk / "archive.db")))
     assert ended.stdout.endswith("\n0\narchive.db\n") and without_progress(ended.stderr) == "", ended
-    assert len(pictures(out)) == 6
+    assert len(read_images(out)) == 6
 
 
 def test_an_output_folder_on_a_read_only_disk(command, archive, tmp_path):
@@ -81,7 +81,7 @@ def test_an_output_folder_on_a_read_only_disk(command, archive, tmp_path):
     assert re.search("cannot write into .*: Read-only file system; choose another", error_line(ended.stderr))
 
 
-def test_a_folder_that_may_not_be_written_costs_its_own_pictures_only(command, tmp_path):
+def test_a_folder_that_may_not_be_written_costs_its_own_images_only(command, tmp_path):
     out, whole, flags = tmp_path / "out", tmp_path / "whole", ("--n-best", "2")
     forbidden = out / "0003_a boat of elm"
     forbidden.mkdir(parents=True, mode=0o500)
@@ -90,7 +90,7 @@ def test_a_folder_that_may_not_be_written_costs_its_own_pictures_only(command, t
     assert ended.returncode == 1
     lines = without_progress(ended.stderr).splitlines()
     assert len(lines) == 2 and all(re.search("error: .*_None.png was not written: Permission denied", x) for x in lines)
-    assert len(pictures(out)) == 8 and not any(forbidden.iterdir())
+    assert len(read_images(out)) == 8 and not any(forbidden.iterdir())
     assert "elm" not in (out / "manifest.js").read_text()
     assert command.run(out, *flags) == 0 and command.run(whole, *flags) == 0
     assert all_files(out) == all_files(whole)

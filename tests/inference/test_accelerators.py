@@ -67,6 +67,6 @@ def test_decoding(models):
 def test_scoring(models):
     checkpoint = load_checkpoint(models.clip, "clip")
     scorer = Scorer(checkpoint, PromptTokenizer(checkpoint.folder), batch_size=2)
-    pictures, ids = jnp.zeros((2, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.uint8), jnp.zeros((2, 16), jnp.int32)
-    assert not rounded(products(scorer._image_tower.trace(scorer._params, pictures)))
+    images, ids = jnp.zeros((2, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.uint8), jnp.zeros((2, 16), jnp.int32)
+    assert not rounded(products(scorer._image_tower.trace(scorer._params, images)))
     assert not rounded(products(scorer._text_tower.trace(scorer._params, ids, ids)))

@@ -66,7 +66,7 @@ def test_half_precision_is_near(codec, dtype, largest, mean):
 
 
 def test_auto_takes_what_memory_holds(monkeypatch):
-    """A picture of 32x32 pixels is small, so a CPU takes many; with next to no memory it takes one."""
+    """A image of 32x32 pixels is small, so a CPU takes many; with next to no memory it takes one."""
     checkpoint = load_checkpoint(GOLDEN_CODEC, "codec")
     assert Decoder.from_checkpoint(checkpoint, "auto").batch_size >= 64
     monkeypatch.setattr("dm_generations.runtime.device.free_bytes", lambda device: 1)
@@ -78,21 +78,21 @@ def failing(codec, monkeypatch, largest: int, when_fetched: bool = False) -> lis
     tried, decode = [], codec._to_uint8
 
     class Failed:
-        def __init__(self, pictures):
-            self.pictures = pictures
+        def __init__(self, images):
+            self.images = images
 
         def __len__(self):
-            return len(self.pictures)
+            return len(self.images)
 
         def block_until_ready(self):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
 
     def to_uint8(params, tokens):
         tried.append(len(tokens))
-        pictures = decode(params, tokens)
+        images = decode(params, tokens)
         if len(tokens) <= largest:
-            return pictures
-        return Failed(pictures) if when_fetched else Failed(pictures).block_until_ready()
+            return images
+        return Failed(images) if when_fetched else Failed(images).block_until_ready()
 
     monkeypatch.setattr(codec, "_to_uint8", to_uint8)
     return tried
@@ -129,7 +129,7 @@ def test_an_error_in_one_of_two_concurrent_batches_is_raised(monkeypatch):
     np.testing.assert_array_equal(codec.decode(tokens), expected)
 
 
-def test_no_memory_for_one_picture_is_an_error(monkeypatch):
+def test_no_memory_for_one_image_is_an_error(monkeypatch):
     codec = Decoder.from_checkpoint(load_checkpoint(GOLDEN_CODEC, "codec"), batch_size=4)
     failing(codec, monkeypatch, 0)
     with pytest.raises(UserError, match="not enough memory"):
@@ -156,6 +156,6 @@ def test_several_devices_share_a_batch(codec, tmp_path):
     tokens = random_tokens(11, codec.token_count, codec.codebook_size)
     np.save(tmp_path / "tokens.npy", tokens)
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    arguments = (str(GOLDEN_CODEC), str(tmp_path / "tokens.npy"), str(tmp_path / "pictures.npy"))
+    arguments = (str(GOLDEN_CODEC), str(tmp_path / "tokens.npy"), str(tmp_path / "images.npy"))
     subprocess.run([sys.executable, "-c", FOUR_DEVICES, *arguments], check=True, env=environment, cwd=ROOT)
-    np.testing.assert_array_equal(np.load(tmp_path / "pictures.npy"), codec.decode(tokens))
+    np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), codec.decode(tokens))

@@ -37,7 +37,7 @@ KEYS = np.array([row_key(3, index) for index in range(6)], np.uint32)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    # Vocabulary rows beyond the codes, as in DALL-E mega: they must never be drawn.
+    # Vocabulary rows beyond the tokens, as in DALL-E mega: they must never be sampled.
     folder = tmp_path_factory.mktemp("model")
     return load_checkpoint(tiny_dalle_bart(folder, image_vocab_size=CODEBOOK_SIZE + 7), "generator")
 
@@ -69,7 +69,7 @@ def test_tokens_are_codes(tokens, checkpoint):
 
 @pytest.fixture(scope="module")
 def guided(tokens, checkpoint):
-    """Guided logits (6, 16, V) of the pictures drawn, by the model run without a cache, each half apart."""
+    """Guided logits (6, 16, V) of the images, by the model run without a cache, each half apart."""
     config, params = checkpoint.config, checkpoint.params
     text_length = config.max_text_length
     tokenizer = PromptTokenizer(checkpoint.folder)
@@ -101,9 +101,9 @@ def test_log_probs_are_those_of_the_guided_distribution_over_all_codes(generator
     logits = guided[:, :, :CODEBOOK_SIZE].astype(np.float64)
     expected = log_softmax(logits)
     expected = np.take_along_axis(expected, tokens[:, :, None].astype(np.int64), axis=2).sum(axis=(1, 2))
-    drawn = generator.sample(*rows(list(range(6))))
-    np.testing.assert_allclose(drawn.log_probs, expected, rtol=1e-5)
-    assert drawn.log_probs.dtype == np.float32 and (drawn.log_probs < 0).all()
+    samples = generator.sample(*rows(list(range(6))))
+    np.testing.assert_allclose(samples.log_probs, expected, rtol=1e-5)
+    assert samples.log_probs.dtype == np.float32 and (samples.log_probs < 0).all()
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -133,7 +133,7 @@ def test_one_program_serves_every_prompt_setting_and_number_of_rows(checkpoint, 
     assert traced == [(5, columns)]
 
 
-def test_pictures_of_scale_1_take_one_sequence_each(generator, tokens, monkeypatch):
+def test_images_of_scale_1_take_one_sequence_each(generator, tokens, monkeypatch):
     """Twelve of them, or six others, fill a batch of six: the unconditional half is computed where it is needed."""
     batches, decode_steps = [], generator._decode_steps
 
@@ -158,16 +158,16 @@ def test_a_row_gives_the_same_tokens_in_batches_of_another_size(checkpoint, toke
 
 
 def test_given_codes_are_kept_and_the_rest_is_drawn_after_them(generator, tokens):
-    given = (tokens[::-1] + 1) % CODEBOOK_SIZE
+    initial = (tokens[::-1] + 1) % CODEBOOK_SIZE
     counts = np.array([0, 1, 5, 15, 16, 3])
-    drawn = generator.sample(*rows(list(range(6))), given, counts)
+    samples = generator.sample(*rows(list(range(6))), initial, counts)
     for row, count in enumerate(counts):
-        np.testing.assert_array_equal(drawn.tokens[row, :count], given[row, :count])
-    np.testing.assert_array_equal(drawn.tokens[0], tokens[0])
-    assert (drawn.tokens[1:4, 5:] != tokens[1:4, 5:]).any()
-    assert drawn.log_probs[4] == 0  # nothing was drawn
+        np.testing.assert_array_equal(samples.tokens[row, :count], initial[row, :count])
+    np.testing.assert_array_equal(samples.tokens[0], tokens[0])
+    assert (samples.tokens[1:4, 5:] != tokens[1:4, 5:]).any()
+    assert samples.log_probs[4] == 0  # nothing was sampled
     own = generator.generate(*rows(list(range(6))), tokens, counts)
-    np.testing.assert_array_equal(own, tokens)  # a row goes on from its own codes as it went on then
+    np.testing.assert_array_equal(own, tokens)  # a row goes on from its own tokens as before
 
 
 def test_a_stream_ends_with_what_a_batch_gives(generator, tokens):
@@ -235,8 +235,8 @@ def test_two_batches_are_sampled_at_the_same_time(small_generator, tokens, monke
 
     monkeypatch.setattr(small_generator, "_decode_steps", met)
     indices = [0, 1, 2, 3, 4, 5, 3]  # four batches
-    drawn = small_generator.sample(*rows(indices))
-    np.testing.assert_array_equal(drawn.tokens, tokens[indices])
+    samples = small_generator.sample(*rows(indices))
+    np.testing.assert_array_equal(samples.tokens, tokens[indices])
 
 
 def test_two_batches_that_memory_does_not_hold_are_drawn_in_turn(small_generator, tokens, monkeypatch):
@@ -335,9 +335,9 @@ def _on_four_devices(folder: str, expected: str) -> None:
     generator = Generator(load_checkpoint(folder, "generator"), PromptTokenizer(Path(folder)), 2)
     assert generator.capacities == [4, 4, 4, 4]
     indices = [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0, 0, 0]
-    drawn = generator.sample(*rows(indices))
-    np.testing.assert_array_equal(drawn.tokens, tokens[indices])
-    assert (drawn.log_probs < 0).all()
+    samples = generator.sample(*rows(indices))
+    np.testing.assert_array_equal(samples.tokens, tokens[indices])
+    assert (samples.log_probs < 0).all()
     np.testing.assert_array_equal(
         list(generator.stream(*rows([2, 5, 1])[:3], 9, rows([2, 5, 1])[3]))[-1], tokens[[2, 5, 1]]
     )

@@ -287,7 +287,7 @@ def test_log_prob_is_the_log_softmax_over_the_real_codes():
     logits = (random.normal(size=(40, 3000)) * random.uniform(0, 60, (40, 1))).astype(np.float32)
     logits[random.random(logits.shape) < 0.01] = np.nan
     logits[random.random(logits.shape) < 0.01] = -np.inf
-    logits[:, 2900:] = 1e3  # columns that are no codes
+    logits[:, 2900:] = 1e3  # columns that are not tokens
     codes = random.integers(0, 2900, 40).astype(np.int32)
     real = np.where(np.isnan(logits), -np.inf, logits)[:, :2900].astype(np.float64)
     real -= real.max(axis=1, keepdims=True)
