@@ -18,7 +18,7 @@ from dm_generations.sampling.params import SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_DECODE = GOLDEN / "original_script"  # what the 2022 script read and wrote
-GOLDEN_CODEC = GOLDEN / "vqgan_jax" / "a"  # 8x8 tokens below its codebook size, 32x32 pixels
+GOLDEN_CODEC = min((GOLDEN / "vqgan_jax").glob("*/golden.npz")).parent
 SETTINGS = GroupKey(1, 1, SamplingParams(50, cond_scale=10.0))
 LAYOUT_2022 = """
 CREATE TABLE prompts (id INTEGER PRIMARY KEY, desc TEXT);

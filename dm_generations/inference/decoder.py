@@ -170,14 +170,21 @@ class Decoder:
 
         rows, cols = self._sheet_shape
         image_shape = rows * self.image_size, cols * self.image_size, 3
-        return Decoding(len(tokens), image_shape, self._runner.run(Work(len(tokens), take, self._decode_batch)))
+        return Decoding(len(tokens), image_shape, self._runner.run(Work(len(tokens), take, self.decode_batch)))
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """Return images (n, H, W, 3) uint8 of `tokens` (n, L) uint16. Raises as `start`."""
         return self.start(tokens).images()
 
-    def _decode_batch(self, tokens: np.ndarray) -> jax.Array:
-        """(B, L) uint16 on the host to (B, H, W, 3) uint8 on the devices, which may not be computed yet."""
+    def decode_batch(self, tokens: np.ndarray) -> jax.Array:
+        """Start decoding one whole batch, without a retry when memory runs out; `start` is made of these.
+
+        Args:
+            tokens: (B, L) uint16; of a tiled decoder (B, R * C, L).
+
+        Returns:
+            Images (B, H, W, 3) uint8 on the devices, which may not be computed yet.
+        """
         return self._to_uint8(self._params, jax.device_put(tokens, self._shard_batch))
 
     def _batch_shape(self, batch_size: int) -> jax.ShapeDtypeStruct:

@@ -27,7 +27,7 @@ _Batch = TypeVar("_Batch")
 _Result = TypeVar("_Result")
 _CPU_CONCURRENCY = 2  # the layers of a small model leave cores idle: two batches take little longer than one
 WEIGHTS_ADVICE = "the weights of the model are too large: use a smaller model, --dtype bfloat16 or --cpu-only"
-_UNKNOWN_HOST_BYTES = 4 << 30  # of a small machine
+UNKNOWN_HOST_BYTES = 4 << 30  # of a small machine
 CHUNK_BYTES = 1 << 25  # between two releases: a call for each small tensor would cost more than it saves
 _ALIGNMENT = 64  # bytes, of arrays that JAX takes over on a CPU instead of copying them
 
@@ -220,7 +220,7 @@ def _free_host_bytes() -> int:
                 return int(line.split()[1]) * 1024
     with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS tells what there is, not what is free
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return _UNKNOWN_HOST_BYTES  # Windows has no sysconf
+    return UNKNOWN_HOST_BYTES  # Windows has no sysconf
 
 
 # Parameters.

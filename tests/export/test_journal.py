@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import ROOT
 
 from dm_generations.errors import UserError
 from dm_generations.export import journal as journal_module
@@ -14,15 +15,6 @@ from dm_generations.export.manifest import GalleryEntry, ImageEntry, build_manif
 
 ENTRY = ImageEntry("0001_a/0001_b.png", 1, "a", 1, None, 50, 1.0, 1.0, 3.0, 0, 21.5, 7, 9, "mine", 1)
 GALLERY = GalleryEntry("0001_a/0001_g.png", 1, "a", 1, None, 50, 1.0, 1.0, 3.0, (21.5, None), 0, "0123abcd")
-HOLD = """
-import sys, time
-from pathlib import Path
-from dm_generations.export.journal import Journal
-journal = Journal(Path(sys.argv[1]))
-journal.open(create=True)
-print("open", flush=True)
-time.sleep(100)
-"""
 
 
 def write_image(folder, path):
@@ -185,8 +177,9 @@ def test_lists_of_earlier_versions_are_not_read_through_links(tmp_path):
 
 
 def test_a_second_decode_of_a_folder_is_refused_until_the_first_is_gone(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+    command = [sys.executable, "tests/programs/hold_journal.py", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as holder:
         try:
             assert holder.stdout.readline() == "open\n"
             for create in (False, True):

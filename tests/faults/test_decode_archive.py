@@ -17,6 +17,7 @@ import pytest
 from archive_kit import execute
 from decode_kit import all_files, change, random_tokens, read_images, write_archive_2022
 from faults_kit import MODES, PAGE, error_line, files_left, undisturbed, without_progress
+from helpers import ROOT
 from tiny import CODEBOOK_SIZE, GRID, IMAGE_SIZE
 
 from dm_generations.archive import Archive, merge
@@ -51,19 +52,10 @@ def on_the_way(monkeypatch):
     return happen
 
 
-HOLD_LOCK = """
-import sqlite3, sys
-connection = sqlite3.connect(sys.argv[1], isolation_level=None)
-connection.execute(f"BEGIN {sys.argv[2]}")
-print("locked", flush=True)
-sys.stdin.read()
-"""
-
-
 @contextlib.contextmanager
 def locked(path, kind):
     """Another process's lock: EXCLUSIVE while it commits, IMMEDIATE while it gathers what it is to write."""
-    command = [sys.executable, "-c", HOLD_LOCK, str(path), kind]
+    command = [sys.executable, str(ROOT / "tests/programs/hold_lock.py"), str(path), kind]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout.readline() == "locked\n"
