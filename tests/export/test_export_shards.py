@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_whole_shards_only(decode, tmp_path, monkeypatch, mod
 
     monkeypatch.setitem(writers_module.CONTAINERS, mode, FullAfterNine)
     status, errors = decode("--mode", mode)
-    assert status == 1 and "No space left on device; make room" in errors and errors.count("\n") == 1
+    assert status == 1 and "No space left on device" in errors and errors.count("\n") == 1
     assert [name[-10:] for name in shards_in(tmp_path / "out")] == (["000000.tar"] if mode == "tar" else [])
     monkeypatch.undo()
     assert decode("--mode", mode) == (0, "")
