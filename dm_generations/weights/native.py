@@ -1,10 +1,10 @@
 """Our own model folder: `config.json` and `model.safetensors`.
 
 config.json has `"format": "dm-generations"`, the kind of network, its config, and `text_style` for a generator, whose
-tokenizer lies in the same folder. Tensors are named by their path in the parameter tree, `decoder/conv_in/kernel`. A generator's
-own codec may lie in the folder `codec` within. Large tensors come first and are aligned, so that a device that computes
-in the system's memory uses them where the file is mapped, without a copy. So the file is never written in place: a new
-one replaces it.
+tokenizer lies in the same folder. Tensors are named by their path in the parameter tree, `decoder/conv_in/kernel`. A
+generator's own codec may lie in the folder `codec` within. Large tensors come first and are aligned, so that a device
+that computes in the system's memory uses them where the file is mapped, without a copy. So the file is never written
+in place: a new one replaces it.
 """
 
 import json
