@@ -1,4 +1,4 @@
-"""How fast a checkpoint loads, and in how much memory: Flax's msgpack, PyTorch's zip, and both as our own folder.
+"""Time and memory of loading a checkpoint: Flax's msgpack, PyTorch's zip, and each converted to our own folder.
 
     python benchmarks/load.py --gb 1
 
@@ -40,7 +40,7 @@ _OF_GLU = {"LayerNorm_0": "ln0", "LayerNorm_1": "ln1", "Dense_0": "fc0", "Dense_
 
 
 def random_weights(gigabytes: float) -> tuple[dict, dict[str, np.ndarray]]:
-    """config.json of a DALL-E mini with fewer or more layers, and its float32 weights by path."""
+    """Return config.json of a DALL-E mini with fewer or more layers, and its float32 weights by path."""
     from dm_generations.models.registry import get_kind, parameter_shapes
 
     def shapes_of(layers: int) -> tuple[dict, dict[str, tuple[int, ...]]]:
@@ -54,7 +54,7 @@ def random_weights(gigabytes: float) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def write_flax(folder: Path, values: dict, flat: dict[str, np.ndarray]) -> None:
-    """`config.json` and `flax_model.msgpack`, as Flax's `to_bytes` writes arrays below its limit of 1 GiB."""
+    """Write `config.json` and `flax_model.msgpack`, as Flax's `to_bytes` writes arrays below 1 GiB."""
     import msgpack
 
     from dm_generations.weights.native import unflatten
@@ -69,7 +69,7 @@ def write_flax(folder: Path, values: dict, flat: dict[str, np.ndarray]) -> None:
 
 
 def write_torch(folder: Path, flat: dict[str, np.ndarray]) -> None:
-    """`encoder.pt` and `decoder.pt`, as min-dalle names and lays out the same weights."""
+    """Write `encoder.pt` and `decoder.pt`, with min-dalle's names and layouts of the same weights."""
     import torch_files
 
     folder.mkdir()
@@ -93,7 +93,7 @@ def _name_in_min_dalle(name: str) -> str:
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process."""
+    """Return the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -104,7 +104,7 @@ def write(gigabytes: float, flax: Path, torch: Path) -> None:
 
 
 def load(path: Path) -> tuple[float, float, int, int]:
-    """Seconds of CPU time and by the clock, the weights' bytes, and the peak of memory above what JAX took before."""
+    """Measure CPU and wall seconds, the bytes of the weights, and the peak of memory above what JAX took before."""
     import jax
 
     from dm_generations.models.loading import load_checkpoint

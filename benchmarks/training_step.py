@@ -1,8 +1,8 @@
-"""A training step of the recipe's DalleBart, with dense layers in bfloat16 and in float32, in turns.
+"""Time a training step of the recipe's DalleBart, with dense layers in bfloat16 and in float32, in turns.
 
     python benchmarks/training_step.py                   # needs '.[training]'; two minutes on 2 cores
 
-Captions and codes are random, which does not change the time of a step. The floor is the time of the products of dense
+Captions and tokens are random, which does not change the time of a step. The floor is the time of the products of dense
 layers, forward and backward, at the rate of a large float32 product; Muon's products are not counted.
 """
 
@@ -48,7 +48,7 @@ def make_step(settings: argparse.Namespace) -> tuple[Callable[[], jax.Array], di
 
 
 def count_multiplications(params: dict) -> int:
-    """Count the multiplications of all kernels, by whether the kernel reads text tokens or codes."""
+    """Count the multiplications of all kernels, by whether the kernel reads text tokens or tokens."""
     total = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)

@@ -12,6 +12,7 @@ from dm_generations.errors import UserError
 NAME_BYTES = 255  # the longest name that common file systems take
 STEM_CHARACTERS = 250  # where the 2022 script cut, before it added ".png"
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_SAFE = re.compile(r"[0-9][A-Za-z0-9_=,. -]{,200}(?<![ .])")  # most names, which the library need not look at
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -62,6 +63,8 @@ def _cache_base() -> Path:
 
 def sanitize_name(text: str) -> str:
     """Return `text`, which starts with a digit or a letter, as a file name; lone surrogates become U+FFFD."""
+    if _SAFE.fullmatch(text):
+        return text
     # The encoding in which names are cut to 255 bytes must not depend on this machine's locale.
     return sanitize_filename(_SURROGATE.sub("\ufffd", text), fs_encoding="utf-8")
 

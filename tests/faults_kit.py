@@ -1,5 +1,6 @@
 """Decodes in processes of their own, to be killed, stopped or starved, and what they left behind."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -69,10 +70,8 @@ def bytes_under(folder: Path) -> int:
     total = 0
     for root, _, names in os.walk(folder):
         for name in set(names) - {JOURNAL}:
-            try:
+            with contextlib.suppress(FileNotFoundError):  # renamed or removed since it was listed
                 total += os.stat(os.path.join(root, name)).st_size
-            except FileNotFoundError:  # renamed or removed since it was listed
-                pass
     return total
 
 
@@ -113,4 +112,4 @@ def error_line(errors: str) -> str:
 
 def without_progress(errors: str) -> str:
     """What a command printed on stderr but for the lines that a slow one prints to say how far it is."""
-    return re.sub(r"(?m)^[\d,]+ of [\d,]+ pictures, .*\n", "", errors)
+    return re.sub(r"(?m)^[\d,]+ of [\d,]+ images, .*\n", "", errors)

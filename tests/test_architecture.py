@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A module imports from its own layer (within its own folder) and from layers below.
 LAYERS = [
     {"errors"},
-    {"atomic_io", "paths", "progress"},
+    {"atomic_io", "paths"},
     {"archive", "weights"},
     {"runtime"},
     {"sampling", "models"},

@@ -50,20 +50,25 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see --help\n")
 
 
-class _LogFormatter(logging.Formatter):
-    """Messages as they are, warnings and errors with their level in front."""
+class _LogHandler(logging.Handler):
+    """Prints messages on stderr, above a bar of progress; warnings and errors with their level in front."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        message = super().format(record)
-        return message if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {message}"
+    def emit(self, record: logging.LogRecord) -> None:
+        message = self.format(record)
+        if record.levelno > logging.INFO:
+            message = f"{record.levelname.lower()}: {message}"
+        with contextlib.suppress(OSError):  # a full disk, for instance, does not stop the work
+            if "tqdm" in sys.modules:
+                sys.modules["tqdm"].tqdm.write(message, file=sys.stderr)
+            else:
+                print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def _log_to_stderr() -> Iterator[None]:
     """Print the package's log messages on stderr."""
     logger = logging.getLogger("dm_generations")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_LogFormatter())
+    handler = _LogHandler()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:

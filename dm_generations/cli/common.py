@@ -5,13 +5,19 @@ import contextlib
 import datetime
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dm_generations.archive import DTYPES
 from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 MAX_TEXT = 100  # characters of a prompt
+PROGRESS_LINE_S = 10.0
 
 
 def at_least_one(text: str) -> int:
@@ -102,33 +108,43 @@ def prepare_device(cpu_only: bool) -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
-@contextlib.contextmanager
-def show_progress() -> Iterator[Callable[[int, int], None]]:
-    """Show progress on stderr.
+class Progress:
+    """Shows progress on stderr: a bar on a terminal, otherwise a plain line every 10 seconds. A context manager."""
 
-    Yields:
-        A callback for (done, total) images; the bar appears at its first call.
-    """
-    from dm_generations.progress import Progress
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._done = 0
+        self._first: tuple[float, int] | None = None  # when the first images were done, and how many
+        self._last_line = 0.0
 
-    with contextlib.ExitStack() as stack:
-        bar: Progress | None = None
-        previous = 0
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` images are done."""
+        if self._bar is None and total and sys.stderr and sys.stderr.isatty():
+            from tqdm import tqdm
 
-        def on_progress(done: int, total: int) -> None:
-            nonlocal bar, previous
-            if bar is None and total:
-                bar = stack.enter_context(Progress(total))
-            if bar is not None and done > previous:
-                bar.advance(done - previous)
-                previous = done
+            self._bar = tqdm(total=total, unit=" images", smoothing=0.05)
+        if done <= self._done:
+            return
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(done - self._done)
+        elif self._first is None:  # most of the time so far was loading and compiling
+            self._first, self._last_line = (now, done), now
+        elif done < total and now - self._last_line >= PROGRESS_LINE_S:
+            since, count = self._first
+            rate = (done - count) / (now - since)
+            line = f"{done:,} of {total:,} images, {rate:.1f} images/s, {(total - done) / rate:,.0f} s left"
+            with contextlib.suppress(OSError):  # a full disk, for instance, does not stop the work
+                print(line, file=sys.stderr, flush=True)
+            self._last_line = now
+        self._done = done
 
-        yield on_progress
+    def __enter__(self) -> "Progress":
+        return self
 
-
-def print_warning(line: str) -> None:
-    """Print a warning on stderr."""
-    print(f"warning: {line}", file=sys.stderr)
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def printable(text: str, limit: int = MAX_TEXT) -> str:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from dm_generations.archive import DTYPES, Archive
-from dm_generations.cli.common import at_least_one, counted, prepare_device, print_warning
+from dm_generations.cli.common import Progress, at_least_one, counted, prepare_device
 from dm_generations.errors import UserError
 from dm_generations.paths import shipped
 
@@ -19,6 +19,7 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
     add = parser.add_argument
     add("--db", metavar="FILE", help="archive to decode (default: the emoji archive that ships)")
     add(
@@ -143,6 +144,7 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
     _check_flags(args)
     with Archive.open(shipped("archive/emoji.db") if args.db is None else args.db) as archive:
         return _decode(archive, args)
@@ -175,7 +177,8 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
         has_metadata=args.metadata,
         strips=Strips(args.captions, args.score_labels, args.caption_font),
     )
-    report = export_archive(archive, options, print_warning)
+    with Progress() as on_progress:
+        report = export_archive(archive, options, on_progress)
     summary = f"{counted(report.written, 'file')} written to {options.out_dir}"
     if report.already_there:
         summary += f", {report.already_there:,} there already"

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 from dm_generations.archive import Archive
 from dm_generations.cli.common import (
+    Progress,
     add_model_options,
     at_least_one,
     counted,
     dalle_pytorch_overrides,
     file_size,
     prepare_device,
-    print_warning,
-    show_progress,
 )
 from dm_generations.errors import UserError
 from dm_generations.pipelines.sweep import (
@@ -201,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
 
         _print_estimate(estimate(sweep, options))
         return 0
-    with show_progress() as on_progress:
+    with Progress() as on_progress:
         report = generate(sweep, options, on_progress)
     status = _print_report(report, args)
     if args.output == "npy":
@@ -216,7 +215,7 @@ def _write_token_files(db: Path, prompts: Sequence[str], out_dir: Path) -> int:
 
     options = ExportOptions(out_dir, Layout("npy", 1, 1), Selection(prompt_texts=prompts))
     with Archive.open(db) as archive:
-        report = export_archive(archive, options, print_warning)
+        report = export_archive(archive, options)
     files = counted(report.written, "token file")
     print(f"Wrote {files} to {out_dir} ({report.already_there:,} skipped, already present)")
     return 1 if report.problems else 0

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dm_generations.archive import Archive
-from dm_generations.cli.common import add_model_options, counted, prepare_device, show_progress
+from dm_generations.cli.common import Progress, add_model_options, counted, prepare_device
 
 if TYPE_CHECKING:
     from dm_generations.pipelines.rescore import ScoreReport
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         from dm_generations.pipelines.rescore import score_archive
 
         codec, clip = load_checkpoint(args.codec, "codec"), load_checkpoint(args.clip, "clip")
-        with show_progress() as on_progress:
+        with Progress() as on_progress:
             report = score_archive(archive, codec, clip, args.batch_size, args.all, on_progress)
     return _print_report(report, args, codec.name)
 

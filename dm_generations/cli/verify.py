@@ -7,13 +7,13 @@ from pathlib import Path
 
 from dm_generations.archive import Archive, verify
 from dm_generations.cli.common import (
+    Progress,
     add_dalle_pytorch_options,
     at_least_one,
     counted,
     dalle_pytorch_overrides,
     prepare_device,
     printable,
-    show_progress,
 )
 from dm_generations.errors import UserError
 from dm_generations.paths import shipped
@@ -96,7 +96,7 @@ def _reproduce(archive: Archive, args: argparse.Namespace) -> int:
 
     checkpoint = load_generator(args.model, args.tokenizer, dalle_pytorch_overrides(args))
     max_margin = None if args.regenerate else args.margin
-    with show_progress() as on_progress:
+    with Progress() as on_progress:
         report = reproduce_archive(
             archive, checkpoint, args.batch_size, max_margin, args.sample, print_mismatch, on_progress
         )

@@ -7,6 +7,7 @@ H, W: pixels of one image   L: tokens of one image
 """
 
 import contextlib
+import logging
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -33,10 +34,10 @@ from dm_generations.export.writers import FileWriter, Member, Shard, ShardSet, S
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.paths import utf8_path
-from dm_generations.progress import Progress
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import core_count
 
+_logger = logging.getLogger(__name__)
 _MAX_FILE_PIXELS = 1 << 28  # 800 MB in memory, and each worker may hold several
 _LEAST_BATCH = 64  # a larger one is cut down to the power of two that holds all images
 
@@ -60,16 +61,16 @@ class ExportOptions:
     """
 
     out_dir: Path
-    layout: Layout = Layout("images", 8, 4)
-    selection: Selection = Selection()
+    layout: Layout = field(default_factory=lambda: Layout("images", 8, 4))
+    selection: Selection = field(default_factory=Selection)
     codec: str | None = None
     dtype: str = "float32"
     batch_size: int | None = 32
     num_workers: int | None = None
     overwrite: bool = False
-    encoding: Encoding = Encoding()
+    encoding: Encoding = field(default_factory=Encoding)
     has_metadata: bool = False
-    strips: Strips = Strips()
+    strips: Strips = field(default_factory=Strips)
 
 
 @dataclass
@@ -99,7 +100,9 @@ class Decoded(Protocol):
 class TokenDecoder(Protocol):
     """What turns tokens into images: a codec, or PassthroughDecoder."""
 
-    batch_size: int
+    @property
+    def batch_size(self) -> int:
+        """How many images `start` should get at a time."""
 
     def start(self, tokens: np.ndarray) -> Decoded:
         """Begin decoding (n, L) uint16."""
@@ -122,13 +125,20 @@ class PassthroughDecoder:
         return self.tokens
 
 
-def export_archive(archive: Archive, options: ExportOptions, warn: Callable[[str], None]) -> ExportReport:
+def export_archive(
+    archive: Archive, options: ExportOptions, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> ExportReport:
     """Write the selected images under `options.out_dir`, with the page to look at them.
 
-    Bad rows and files that cannot be written are reported, on stderr too, and the rest is done.
+    Bad rows and files that cannot be written are reported, and logged as errors, and the rest is done.
 
     Args:
-        warn: Called with a line for each thing that looks wrong and stops nothing.
+        archive: The archive.
+        options: What to write, and how.
+        on_progress: Called with how many images are done, and of how many.
+
+    Returns:
+        What was written, and the problems.
 
     Raises:
         UserError: There is nothing to decode, the codec is not one for these rows, or another decode writes there
@@ -140,13 +150,13 @@ def export_archive(archive: Archive, options: ExportOptions, warn: Callable[[str
     with Journal(options.out_dir) as journal:
         if options.layout.has_page:
             journal.open()
-        exporter = Exporter(archive, plans, options, journal)
-        due_count = exporter.count_due()
-        decoder = _load_decoder(archive, plans, options, due_count, warn) if due_count else None
+        exporter = Exporter(archive, plans, options, journal, on_progress)
+        due_count = exporter.due_count
+        decoder = _load_decoder(archive, plans, options, due_count) if due_count else None
         for folder in ("", *folders):
             remove_stale_temporaries(utf8_path(options.out_dir, folder))
-        with Progress(due_count) as progress:
-            exporter.run(decoder, progress)
+        on_progress(0, due_count)
+        exporter.run(decoder)
         exporter.write_page()
     return exporter.report
 
@@ -154,7 +164,14 @@ def export_archive(archive: Archive, options: ExportOptions, warn: Callable[[str
 class Exporter:
     """One export: what is to be written, and what is known of it by now."""
 
-    def __init__(self, archive: Archive, plans: list[GroupPlan], options: ExportOptions, journal: Journal):
+    def __init__(
+        self,
+        archive: Archive,
+        plans: list[GroupPlan],
+        options: ExportOptions,
+        journal: Journal,
+        on_progress: Callable[[int, int], None],
+    ):
         self.archive, self.plans, self.options, self.journal = archive, plans, options, journal
         self.layout = replace(options.layout, image_extension=options.encoding.extension)
         self.out_dir = options.out_dir
@@ -166,19 +183,19 @@ class Exporter:
         )
         self._stale_paths = set(self._find_stale_tokens() if self.layout.mode == "npy" else self._find_stale())
         self._set_id = fingerprint(self._describe_set()) if self.layout.is_sharded else ""
+        due = (target for _, target, shard in self._files() if self._is_due(target, shard))
+        self.due_count = sum(len(target.ranks) for target in due)  # images that are to be decoded
+        self._done_count = 0  # of them, those that are written, or cannot be
+        self._on_progress = on_progress
 
-    def count_due(self) -> int:
-        """Return the number of images that are to be decoded."""
-        return sum(len(target.ranks) for _, target, shard in self._files() if self._is_due(target, shard))
-
-    def run(self, decoder: TokenDecoder | None, progress: Progress) -> None:
+    def run(self, decoder: TokenDecoder | None) -> None:
         """Decode and write what is due; `decoder` may be None when nothing is."""
         if self.layout.has_page:
             self.journal.open(create=True)
         workers = self.options.num_workers or core_count()
-        files = _fill(_decode(decoder, self._read(decoder, progress)))
+        files = _fill(_decode(decoder, self._read(decoder)))
         if self.layout.is_sharded:
-            added, ended = partial(progress.advance, 1), partial(self._when_shard_ended, progress=progress)
+            added, ended = partial(self._advance, 1), self._when_shard_ended
             with ShardWriter(self.out_dir, self.layout.mode, workers, added, ended, self._last_members) as shards:
                 for file in files:
                     assert file.shard is not None, "all files have one"
@@ -186,7 +203,7 @@ class Exporter:
         else:
             with FileWriter(workers) as writer:
                 for file in files:
-                    done = self._when_written(file, progress)
+                    done = self._when_written(file)
                     writer.submit(utf8_path(self.out_dir, file.path), partial(file.encode, self._context), done)
 
     def write_page(self) -> None:
@@ -226,14 +243,15 @@ class Exporter:
             rows = self.archive.rows(plan.key, plan.count)
             for target in plan.targets(self.layout):
                 members = list(islice(rows, len(target.ranks)))
-                if members and self._is_stale(self._entry(plan, target, target.path, members), members):
-                    yield target.path
+                if members:
+                    identity = identify(self._entry(plan, target, target.path, members))
+                    if self._is_stale(target.path, identity, members):
+                        yield target.path
 
-    def _is_stale(self, entry: Entry, members: list[ImageRow]) -> bool:
-        """Return whether the file of an entry, whose rows are `members`, is known to show other images."""
-        if not all(row.quantvec for row in members):
-            return False  # a row that cannot be read could not be decoded either
-        return self.layout.has_page and self.journal.is_stale(entry.file, identify(entry))
+    def _is_stale(self, path: str, identity: str, members: list[ImageRow]) -> bool:
+        """Return whether a file is known to show other images than `members`."""
+        # A row that cannot be read could not be decoded either.
+        return self.journal.is_stale(path, identity) and all(row.quantvec for row in members)
 
     def _find_stale_tokens(self) -> Iterator[str]:
         """Yield paths of files of tokens that hold others than the image of their rank has. They have no journal."""
@@ -250,13 +268,13 @@ class Exporter:
         """Yield what tells one set of shards from another."""
         yield self.layout.mode, self.layout.extension, self.layout.shard_size if self.layout.mode == "tar" else None
         for plan in self.plans:
-            yield plan
+            yield _describe_plan(plan)
             for row in self.archive.rows(plan.key, plan.count):
                 yield row.id, row.quantvec_md5, row.clip_score_input, row.clip_score_tokenized
 
     # Read: rows to tokens.
 
-    def _read(self, decoder: TokenDecoder | None, progress: Progress) -> Iterator[Item]:
+    def _read(self, decoder: TokenDecoder | None) -> Iterator[Item]:
         """Yield the tokens to decode, with the place of each image."""
         current_plan: GroupPlan | None = None
         rows: Iterator[ImageRow] = iter(())
@@ -268,15 +286,18 @@ class Exporter:
             is_due = self._is_due(target, shard)
             if shard is None and members and not is_due:
                 entry = self._entry(plan, target, target.path, members)
-                is_due = self._is_stale(entry, members)  # since this export began: others may add to the archive
+                identity = identify(entry)
+                is_due = self._is_stale(
+                    target.path, identity, members
+                )  # since this export began: others may add to the archive
             if decoder is not None and is_due:
-                yield from self._read_file(plan, target, members, shard, decoder, progress)
+                yield from self._read_file(plan, target, members, shard, decoder)
             elif is_due or not members:
-                self._report_change(target, progress)
+                self._report_change(target)
             elif shard is None:
                 self.report.already_there += 1
                 self._entries[target.path] = entry
-                self.journal.assume(target.path, identify(entry))
+                self.journal.assume(target.path, identity)
             elif shard is not finished_shard:
                 finished_shard = shard
                 self.report.already_there += 1
@@ -288,7 +309,6 @@ class Exporter:
         members: list[ImageRow],
         shard: Shard | None,
         decoder: TokenDecoder,
-        progress: Progress,
     ) -> Iterator[Item]:
         """Yield the tokens of one file."""
         tokens_by_cell = {}
@@ -296,10 +316,10 @@ class Exporter:
             try:
                 tokens_by_cell[cell] = self._tokens(row, decoder)
             except BadTokensError as error:
-                self._report_problem(f"image {row.id} was not decoded: {error}", progress)
+                self._report_problem(f"image {row.id} was not decoded: {error}")
         if len(members) < len(target.ranks):
-            self._report_change(target, progress)
-        progress.advance(len(target.ranks) - len(tokens_by_cell))
+            self._report_change(target)
+        self._advance(len(target.ranks) - len(tokens_by_cell))
         is_whole = len(tokens_by_cell) == len(target.ranks)
         if shard is not None and not is_whole:
             shard.is_whole = False
@@ -335,41 +355,44 @@ class Exporter:
 
     # Written, or not.
 
-    def _when_written(self, file: OutputFile, progress: Progress) -> Callable[[Exception | None], None]:
+    def _when_written(self, file: OutputFile) -> Callable[[Exception | None], None]:
         # Not the file itself: it holds pixels.
         path, replaced_path, image_count = file.path, file.replaced_path, len(file.rows)
 
         def done(error: Exception | None) -> None:
-            progress.advance(image_count)
+            self._advance(image_count)
             if error is not None:
                 del self._entries[path]
-                self._report_unwritten(path, error, progress)
+                self._report_unwritten(path, error)
                 return
             self.report.written += 1
-            if self.layout.has_page:
-                self.journal.confirm(path, identify(self._entries[path]))
+            self.journal.confirm(path)
             if replaced_path is not None:
                 with contextlib.suppress(OSError):
                     utf8_path(self.out_dir, replaced_path).unlink()
 
         return done
 
-    def _when_shard_ended(self, shard: Shard, error: Exception | None, progress: Progress) -> None:
+    def _when_shard_ended(self, shard: Shard, error: Exception | None) -> None:
         if error is not None:
-            self._report_unwritten(shard.final_path, error, progress)
+            self._report_unwritten(shard.final_path, error)
         else:
             self.report.written += 1
 
-    def _report_unwritten(self, path: str, error: Exception, progress: Progress) -> None:
+    def _report_unwritten(self, path: str, error: Exception) -> None:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
-        self._report_problem(f"{self.out_dir / path} was not written: {reason}", progress)
+        self._report_problem(f"{self.out_dir / path} was not written: {reason}")
 
-    def _report_change(self, target: Target, progress: Progress) -> None:
-        self._report_problem(f"{target.path}: {self.archive.path} changed while it was read; run again", progress)
+    def _report_change(self, target: Target) -> None:
+        self._report_problem(f"{target.path}: {self.archive.path} changed while it was read; run again")
 
-    def _report_problem(self, line: str, progress: Progress) -> None:
+    def _report_problem(self, line: str) -> None:
         self.report.problems.append(line)
-        progress.say(f"error: {line}")
+        _logger.error(line)
+
+    def _advance(self, image_count: int) -> None:
+        self._done_count += image_count
+        self._on_progress(self._done_count, self.due_count)
 
     def _manifest(self) -> dict:
         mode = "gallery" if self.layout.is_gallery else "images"
@@ -381,6 +404,16 @@ class Exporter:
 
 
 # Decode: tokens to pixels.
+
+
+def _describe_plan(plan: GroupPlan) -> str:
+    """Return what stands for a group in the names of shards. It never changes, so that finished shards are found."""
+    params = plan.key.params
+    settings = (
+        f"Settings(prompt_id={plan.key.prompt_id!r}, sc_prompt_id={plan.key.sc_prompt_id!r}, top_k={params.top_k!r}, "
+        f"top_p={params.top_p!r}, temperature={params.temperature!r}, cond_scale={params.cond_scale!r})"
+    )
+    return f"GroupPlan(settings={settings}, prompt={plan.prompt!r}, sc_prompt={plan.sc_prompt!r}, count={plan.count!r})"
 
 
 def _decode(decoder: TokenDecoder | None, items: Iterator[Item]) -> Iterator[Item]:
@@ -415,9 +448,7 @@ def _fill(items: Iterable[Item]) -> Iterator[OutputFile]:
 # Before anything is read.
 
 
-def _load_decoder(
-    archive: Archive, plans: list[GroupPlan], options: ExportOptions, due_count: int, warn: Callable[[str], None]
-) -> TokenDecoder:
+def _load_decoder(archive: Archive, plans: list[GroupPlan], options: ExportOptions, due_count: int) -> TokenDecoder:
     """Return what decodes the rows of `plans`, once the output folder is there. Raises UserError."""
     layout = options.layout
     if layout.mode == "npy":
@@ -426,7 +457,7 @@ def _load_decoder(
     checkpoint = load_checkpoint(options.codec, "codec")
     grid, warnings = check_codec(archive, plans, checkpoint)
     for warning in warnings:
-        warn(warning)
+        _logger.warning(warning)
     codec = Decoder.from_checkpoint(checkpoint, _limit_batch(options.batch_size, due_count), options.dtype, grid=grid)
     _check_gallery_size(options, codec.image_size)
     if layout.is_seamless:

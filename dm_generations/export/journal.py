@@ -46,6 +46,7 @@ class Journal:
         self._out_dir, self._path = out_dir, out_dir / JOURNAL
         self._file: io.FileIO | None = None
         self._identities: dict[str, Identity] = {}  # by path
+        self._replacing: dict[str, str] = {}  # what files are going to show that show other images now, by path
 
     def open(self, create: bool = False) -> None:
         """Lock and read the journal, or the lists of earlier versions where there is none.
@@ -93,12 +94,14 @@ class Journal:
             UserError: The disk takes no more.
         """
         is_sure = self._identities.get(path) == identity or not is_finished(self._out_dir, path)
+        if not is_sure:
+            self._replacing[path] = identity
         self._append(path, identity if is_sure else None)
 
-    def confirm(self, path: str, identity: str) -> None:
+    def confirm(self, path: str) -> None:
         """Note that a file was written. Raises UserError as `begin`."""
-        if self._identities.get(path) is None:
-            self._append(path, identity)
+        if path in self._replacing:
+            self._append(path, self._replacing.pop(path))
 
     def assume(self, path: str, identity: str) -> None:
         """Take a file that is there for one that shows these images, unless something else is known of it."""

@@ -146,10 +146,10 @@ class ShardSet:
 
 
 def fingerprint(parts: Iterable[object]) -> str:
-    """Return eight hex digits that tell one list of things from another; `parts` print the same in every run."""
+    """Return eight hex digits that tell one list of things from another, by how they print."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(f"{part!r}\n".encode("utf-8", "surrogatepass"))
+        digest.update(f"{part}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:8]
 
 
@@ -167,7 +167,7 @@ class Tar:
     """A tar file under construction in `file`."""
 
     def __init__(self, file: BinaryIO):
-        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)
+        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
 
     def add(self, name: str, content: bytes) -> None:
         """Append a file."""
@@ -289,7 +289,7 @@ class _OpenShard:
         self._temporary.unlink(missing_ok=True)
 
     def _start(self, container: Callable[[BinaryIO], Container]) -> None:
-        self._file = open(self._temporary, "xb")
+        self._file = open(self._temporary, "xb")  # noqa: SIM115
         self._filled = container(self._file)
 
     def _add(self, members: list[Member]) -> None:
@@ -298,7 +298,8 @@ class _OpenShard:
             self._filled.add(name, content)
 
     def _close(self) -> None:
-        assert self._file is not None and self._filled is not None, "started"
+        assert self._file is not None, "started"
+        assert self._filled is not None, "started"
         self._filled.close()
         self._file.flush()
         os.fsync(self._file.fileno())  # else a power cut may leave half of it at its final name

@@ -1,21 +1,20 @@
-"""What opens, what is refused and with which words; what is left beside the file."""
+"""Which files open, which are refused, and what is in their folder afterwards."""
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import tempfile
 import tracemalloc
 from pathlib import Path
 
 import pytest
-from archive_kit import COLUMNS_2022, archive_2022, execute, fill, new_image
-from helpers import ROOT, golden
+from archive_kit import COLUMNS_2022, archive_2022, execute, fill, leave_log, new_image, run_program
+from helpers import golden
 
-from dm_generations.archive import Archive, ArchiveError, GroupKey, database, merge, verify
+from dm_generations.archive import Archive, ArchiveError, GroupKey, database, verify
 from dm_generations.sampling.params import SamplingParams
 
 
@@ -28,73 +27,69 @@ def ours(tmp_path):
 
 
 def refused(path, mode="r") -> str:
-    """The message with which an archive is refused; one line."""
+    """The message with which an archive is refused, one line."""
     with pytest.raises(ArchiveError) as caught:
         Archive.open(path, mode, timeout=0.1).close()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_files_that_are_no_archive(tmp_path):
+def test_files_that_are_not_archives(tmp_path):
     (tmp_path / "empty.db").touch()
     (tmp_path / "text.db").write_text("hello" * 100)
     (tmp_path / "magic.db").write_bytes(b"SQLite format 3\0")
     (tmp_path / "noise.db").write_bytes(b"SQLite format 3\0" + bytes(range(256)) * 20)
     os.mkfifo(tmp_path / "pipe.db")
-    assert "no such file" in refused(tmp_path / "missing.db")
-    assert "no such file" in refused(tmp_path / "missing" / "a.db", "w")
-    assert "is a folder" in refused(tmp_path)
-    assert "empty" in refused(tmp_path / "empty.db")
-    assert "not an SQLite database" in refused(tmp_path / "text.db")
-    assert "damaged or cut short" in refused(tmp_path / "magic.db")
-    assert "noise.db" in refused(tmp_path / "noise.db")
-    assert "not a regular file" in refused(tmp_path / "pipe.db")
-    assert "cannot be read" in refused(tmp_path / "a\0b.db")
+    assert str(tmp_path) in refused(tmp_path)
+    for name in ("missing.db", "empty.db", "text.db", "magic.db", "noise.db", "pipe.db", "a\0b.db"):
+        assert repr(name)[1:-1] in refused(tmp_path / name)
+    assert str(tmp_path / "missing" / "a.db") in refused(tmp_path / "missing" / "a.db", "w")
 
 
 def test_other_databases(tmp_path):
     path = tmp_path / "other.db"
     execute(path, "CREATE TABLE prompts (id INTEGER PRIMARY KEY, desc TEXT)")
-    assert "no table sc_prompts" in refused(path)
+    assert "sc_prompts" in refused(path)
     execute(path, "CREATE TABLE sc_prompts (id INTEGER PRIMARY KEY, desc TEXT)")
     execute(path, "CREATE VIEW images AS SELECT * FROM prompts")
-    assert "no table images" in refused(path)
+    assert "images" in refused(path)
     execute(path, "DROP VIEW images")
     execute(path, "CREATE TABLE images (prompt_id, sc_prompt_id, top_k, top_p, key0, key1, quantvec)")
-    assert "images lacks cond_scale, temperature" in refused(path)
+    assert "cond_scale, temperature" in refused(path)
 
 
 def test_a_newer_format(ours):
     execute(ours, "PRAGMA user_version = 3")
     for mode in ("r", "w"):
-        assert "has format 3, this program reads up to 2; install a newer" in refused(ours, mode)
+        assert re.search(r"\b3\b.*\b2\b.*newer", refused(ours, mode))
 
 
 def test_a_truncated_file(ours):
     ours.write_bytes(ours.read_bytes()[:9000])
     for mode in ("r", "w"):
-        assert "damaged or cut short" in refused(ours, mode)
+        assert "ours.db" in refused(ours, mode)
 
 
 def test_damage_met_while_reading_is_one_clear_error(ours):
     with open(ours, "r+b") as file:
         file.seek(4096)
         file.write(b"\xff" * (ours.stat().st_size - 4096))
-    with pytest.raises(ArchiveError, match="damaged or cut short|SQLite"), Archive.open(ours) as archive:
-        archive.prompts(), archive.groups(), list(archive.rows_to_score())
+    with pytest.raises(ArchiveError, match=r"ours\.db"), Archive.open(ours) as archive:  # noqa: PT012
+        archive.prompts()
+        archive.groups()
+        list(archive.rows_to_score())
 
 
 def test_a_locked_archive(ours):
     holder = sqlite3.connect(ours, isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
-    assert "another program is using the archive" in refused(ours)
+    assert "another program" in refused(ours)
     holder.execute("ROLLBACK")
     holder.execute("BEGIN IMMEDIATE")
     with Archive.open(ours, timeout=0.1) as archive:  # a writer at work does not keep readers out
         assert archive.count() == 100
-    with Archive.open(ours, "w", timeout=0.1) as archive:
-        with pytest.raises(ArchiveError, match="another program is using the archive"):
-            fill(archive, new_image(1))
+    with Archive.open(ours, "w", timeout=0.1) as archive, pytest.raises(ArchiveError, match="another program"):
+        fill(archive, new_image(1))
     holder.close()
 
 
@@ -108,14 +103,11 @@ def test_readers_between_two_rows_do_not_hold_off_a_writer(ours):
 
 def test_create_refuses_and_leaves_nothing(tmp_path):
     (tmp_path / "there.db").write_text("mine")
-    for path, message in [
-        (tmp_path / "there.db", "exists already"),
-        (tmp_path / "no" / "such" / "a.db", "no such folder"),
-        (tmp_path / "a\0b.db", "cannot be created"),
-    ]:
-        with pytest.raises(ArchiveError, match=message):
+    for path in (tmp_path / "there.db", tmp_path / "no" / "such" / "a.db", tmp_path / "a\0b.db"):
+        with pytest.raises(ArchiveError):
             Archive.create(path)
-    assert os.listdir(tmp_path) == ["there.db"] and (tmp_path / "there.db").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["there.db"]
+    assert (tmp_path / "there.db").read_text() == "mine"
 
 
 def test_open_or_create_makes_an_archive_once(tmp_path):
@@ -124,76 +116,39 @@ def test_open_or_create_makes_an_archive_once(tmp_path):
     with Archive.open_or_create(tmp_path / "a.db") as archive:
         assert archive.count() == 1
     (tmp_path / "text.db").write_text("mine")
-    for path, message in [
-        (tmp_path / "text.db", "not an SQLite database"),
-        (tmp_path / "no" / "a.db", "no such folder"),
-        (tmp_path / "a\0b.db", "cannot be created"),
-    ]:
-        with pytest.raises(ArchiveError, match=message):
+    for path in (tmp_path / "text.db", tmp_path / "no" / "a.db", tmp_path / "a\0b.db"):
+        with pytest.raises(ArchiveError):
             Archive.open_or_create(path)
     assert sorted(os.listdir(tmp_path)) == ["a.db", "text.db"]
 
 
 def test_reading_only_means_no_writing(ours):
-    with Archive.open(ours) as archive, pytest.raises(ArchiveError, match="open for reading only"):
+    with Archive.open(ours) as archive, pytest.raises(ArchiveError, match="reading"):
         fill(archive, new_image(1))
-
-
-WITHOUT_RIGHTS = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-from dm_generations.archive import Archive, ArchiveError
-Archive.open("a.db").close()  # what is imported late is imported now: the next user may not read this Python
-if os.geteuid() == 0:
-    os.setuid(65534)  # root could write anywhere
-print(Archive.open("a.db").count())
-for job in (lambda: Archive.open("a.db", "w"), lambda: Archive.create("b.db")):
-    try:
-        job()
-    except ArchiveError as error:
-        print(error)
-"""
 
 
 def test_a_folder_that_cannot_be_written():
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
         folder = Path(name)
-        with Archive.create(folder / "a.db") as archive:
-            fill(archive, new_image(1))
+        for archive_name in ("a.db", "logged.db"):
+            with Archive.create(folder / archive_name) as archive:
+                fill(archive, new_image(1))
+        leave_log(folder / "logged.db")
+        (folder / "logged.db-shm").unlink()
         folder.chmod(0o555)
-        command = [sys.executable, "-c", WITHOUT_RIGHTS, str(ROOT)]
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        status, out, errors = run_program("open_without_rights.py", cwd=folder)
         folder.chmod(0o755)
-    assert result.stderr == ""
-    lines = result.stdout.splitlines()
-    assert lines[0] == "1" and len(lines) == 3
-    assert all("this folder cannot be written" in line for line in lines[1:])
-
-
-KILLED = """
-import os, signal, sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-from archive_kit import fill, new_image
-from dm_generations.archive import Archive
-from dm_generations.sampling.params import SamplingParams
-archive = Archive.open(sys.argv[2], "w")
-archive.connection.execute("PRAGMA cache_size = 10")  # pages, so that half a batch reaches the file
-key = 1000
-while True:
-    with archive.transaction():
-        archive.add_images((new_image(key + i) for i in range(5000)), None, None, None, 1)
-        if key > 12000:
-            os.kill(os.getpid(), signal.SIGKILL)
-    key += 5000
-    print(archive.count(), flush=True)
-"""
+    assert (status, errors) == (0, "")
+    read, write, create, read_log = out.splitlines()
+    assert read == "1"
+    assert all("folder" in line for line in (write, create))
+    assert all(word in read_log for word in ("logged.db-wal", "copy", "folder"))
 
 
 def test_a_killed_writer_loses_its_batch_only(ours):
-    command = [sys.executable, "-c", KILLED, str(ROOT), str(ours)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    assert result.stdout.split() == ["5100", "10100", "15100"]
+    status, out, errors = run_program("add_images_until_killed.py", ours)
+    assert status == -signal.SIGKILL, errors
+    assert out.split() == ["5100", "10100", "15100"]
     assert ours.with_name("ours.db-journal").exists()  # the file holds half a batch
     with Archive.open(ours) as archive:
         assert archive.count() == 15100
@@ -201,27 +156,17 @@ def test_a_killed_writer_loses_its_batch_only(ours):
     assert execute(ours, "PRAGMA integrity_check") == [("ok",)]
 
 
-HALF_A_BATCH = """
-import os, signal, sqlite3, sys
-connection = sqlite3.connect(sys.argv[1], isolation_level=None)
-connection.execute("PRAGMA cache_size = 2")
-connection.execute("BEGIN IMMEDIATE")
-connection.execute("UPDATE images SET clip_score_input = 0")
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_half_a_batch_that_cannot_be_undone_here_is_told_with_a_remedy(ours, tmp_path, monkeypatch):
-    theirs = tmp_path / "theirs.db"
-    shutil.copy(golden("original_script") / "archive.db", theirs)
-    for path in (ours, theirs):
-        subprocess.run([sys.executable, "-c", HALF_A_BATCH, str(path)])
-    before = theirs.read_bytes()
-    assert "undo its last batch: the program `sqlite3` does that when it reads the file" in refused(theirs)
-    assert theirs.read_bytes() == before
+def test_half_a_batch_that_cannot_be_undone_here_is_reported_with_a_remedy(ours, tmp_path, monkeypatch):
+    original = tmp_path / "2022.db"
+    shutil.copy(golden("original_script") / "archive.db", original)
+    for path in (ours, original):
+        run_program("update_scores_until_killed.py", path)
+    before = original.read_bytes()
+    assert "sqlite3" in refused(original)
+    assert original.read_bytes() == before
     with monkeypatch.context() as patch:
-        patch.setattr(os, "access", lambda path, mode: False)  # a folder of someone else's
-        assert refused(ours).endswith("to undo its last batch: copy the archive and its -journal to a folder of yours")
+        patch.setattr(os, "access", lambda path, mode: False)  # a folder of another user
+        assert "-journal" in refused(ours)
     with Archive.open(ours) as archive:
         assert archive.count() == 100
 
@@ -233,7 +178,8 @@ def test_the_2022_layout_is_read_and_never_touched(tmp_path):
     tmp_path.chmod(0o555)
     before = (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
     with Archive.open(path) as archive:
-        assert archive.version == 0 and archive.models() == {}
+        assert archive.version == 0
+        assert archive.models() == {}
         groups = archive.groups()
         assert (len(groups), sum(group.count for group in groups), archive.count()) == (25, 101, 101)
         for group in groups:
@@ -245,7 +191,7 @@ def test_the_2022_layout_is_read_and_never_touched(tmp_path):
     assert (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns) == before
     assert os.listdir(tmp_path) == ["archive.db"]
     tmp_path.chmod(0o755)
-    assert "`merge` it into a new archive" in refused(path, "w")
+    assert "merge" in refused(path, "w")
 
 
 def test_the_2022_layout_with_other_columns(tmp_path):
@@ -263,32 +209,14 @@ def test_the_2022_layout_with_other_columns(tmp_path):
     assert (second.id, second.quantvec) == (2, b"")
 
 
-def test_the_2022_layout_with_settings_that_are_no_numbers(tmp_path):
+def test_the_2022_layout_with_settings_that_are_not_numbers(tmp_path):
     path = archive_2022(tmp_path / "a.db")
     execute(path, "INSERT INTO images (prompt_id, sc_prompt_id, top_k) VALUES (3, 1, 'many')")
     with (
         Archive.open(path) as archive,
-        pytest.raises(ArchiveError, match="top_k 'many'; `verify` lists them"),
+        pytest.raises(ArchiveError, match="top_k 'many'"),
     ):
         archive.groups()
-
-
-def test_wal_mode_files_are_read_without_leaving_a_log(tmp_path):
-    path = archive_2022(tmp_path / "a.db")
-    execute(path, "PRAGMA journal_mode = WAL")
-    before = path.read_bytes()
-    with Archive.open(path) as archive:
-        assert archive.groups() == [] and archive.prompts() == {3: "a blue ball", 7: "a red cube"}
-        assert os.listdir(tmp_path) == ["a.db"]
-    assert path.read_bytes() == before
-
-
-def test_an_archive_that_was_put_into_wal_mode_is_one_file_again(ours):
-    execute(ours, "PRAGMA journal_mode = WAL")
-    with Archive.open(ours, "w") as archive:
-        fill(archive, new_image(1000))
-    assert os.listdir(ours.parent) == ["ours.db"]
-    assert execute(ours, "PRAGMA journal_mode") == [("delete",)]
 
 
 def test_prompts_that_are_not_text(tmp_path):
@@ -320,13 +248,13 @@ def test_odd_file_names(tmp_path):
             fill(archive, new_image(1))
         with Archive.open(tmp_path / name) as archive:
             assert archive.count() == 1
-    with pytest.raises(ArchiveError, match="name is too long"):
+    with pytest.raises(ArchiveError, match="name"):
         Archive.create(tmp_path / ("x" * 245 + ".db"))
     assert len(os.listdir(tmp_path)) == 4
 
 
-def test_a_name_without_characters_is_no_archive():
-    assert "is a folder" in refused("")
+def test_an_empty_name_is_refused():
+    assert "folder" in refused("")
 
 
 SUPER_JOURNAL = b"\0\0\0\1victim.txt" + (10).to_bytes(4, "big") + sum(b"victim.txt").to_bytes(4, "big")
@@ -337,7 +265,7 @@ def test_a_journal_that_names_a_file_to_delete_is_refused(ours, mode):
     """SQLite undoes such a journal, and then deletes the file that it names."""
     victim = ours.with_name("victim.txt")
     victim.write_text("mine")
-    subprocess.run([sys.executable, "-c", HALF_A_BATCH, str(ours)])
+    run_program("update_scores_until_killed.py", ours)
     journal = ours.with_name("ours.db-journal")
     with open(journal, "ab") as file:
         file.write(SUPER_JOURNAL + bytes.fromhex("d9d505f920a163d7"))
@@ -345,82 +273,13 @@ def test_a_journal_that_names_a_file_to_delete_is_refused(ours, mode):
     link = ours.with_name("link.db")
     link.symlink_to(ours)
     for path in (ours, link):
-        assert "ours.db-journal: this journal is part of a write to several databases" in refused(path, mode)
+        assert "ours.db-journal" in refused(path, mode)
     assert (ours.read_bytes(), journal.read_bytes(), victim.read_text()) == (*before, "mine")
 
 
 def test_a_journal_that_is_a_pipe_is_refused(ours):
     os.mkfifo(ours.with_name("ours.db-journal"))
-    assert "not a regular file" in refused(ours)
-
-
-def test_views_and_triggers_of_a_file_do_not_run_while_it_is_read(ours):
-    execute(ours, "CREATE VIEW image_order AS SELECT 1/0")
-    execute(ours, "CREATE VIEW bad AS SELECT * FROM missing")
-    execute(ours, "CREATE TRIGGER evil AFTER INSERT ON images BEGIN DELETE FROM prompts; END")
-    with Archive.open(ours) as archive:
-        assert archive.count() == 100 and len(archive.groups()) == 1 and list(verify(archive)) == []
-    merge([ours], ours.with_name("merged.db"))
-    assert execute(ours.with_name("merged.db"), "SELECT count(*) FROM images") == [(100,)]
-
-
-@pytest.mark.parametrize(
-    "trigger",
-    [
-        "AFTER INSERT ON images BEGIN DELETE FROM prompts; END",
-        "BEFORE INSERT ON prompts BEGIN INSERT INTO Sc_Prompts (desc) VALUES ('mine'); END",
-        "AFTER INSERT ON models BEGIN UPDATE images SET quantvec = x'00'; END",
-        "AFTER UPDATE OF clip_score_input ON images BEGIN DELETE FROM images; END",
-        "AFTER INSERT ON images BEGIN INSERT INTO log VALUES (1); END",  # and that table has a trigger too
-        "AFTER INSERT ON images BEGIN"
-        " INSERT INTO other WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i FROM n) SELECT i FROM n; END",
-        "AFTER INSERT ON images BEGIN INSERT INTO nowhere VALUES (1); END",
-    ],
-)
-def test_triggers_that_could_change_an_archive_are_refused_before_it_is_written(ours, trigger):
-    execute(ours, "CREATE TABLE log (n)")
-    execute(ours, "CREATE TABLE other (n)")
-    execute(ours, "CREATE TRIGGER more AFTER INSERT ON log BEGIN DELETE FROM images; END")
-    execute(ours, f"CREATE TRIGGER evil {trigger}")
-    before = ours.read_bytes()
-    assert "drop it, or `merge` the archive into a new one" in refused(ours, "w")
-    assert ours.read_bytes() == before
-
-
-def test_triggers_that_only_count_run(ours):
-    execute(ours, "CREATE TABLE counts (n INTEGER)")
-    execute(ours, "INSERT INTO counts VALUES (0)")
-    execute(ours, "CREATE TRIGGER count_ AFTER INSERT ON images BEGIN UPDATE counts SET n = n + 1; END")
-    with Archive.open(ours, "w") as archive:
-        assert fill(archive, new_image(1000)) == 1
-    source = ours.with_name("source.db")
-    with Archive.create(source) as archive:
-        fill(archive, new_image(1, clip_score_input=1.0), new_image(2000))
-    (report,) = merge([source], ours)
-    assert (report.added_count, report.scored_count) == (1, 1)  # without what triggers changed
-    assert execute(ours, "SELECT n FROM counts") == [(2,)]
-
-
-def test_a_trigger_that_appears_while_a_file_is_open_is_refused(ours):
-    with Archive.open(ours, "w") as archive:
-        execute(ours, "CREATE TRIGGER evil AFTER INSERT ON images BEGIN DELETE FROM prompts; END")
-        with pytest.raises(ArchiveError):
-            fill(archive, new_image(1000))
-        assert archive.count() == 100 and len(archive.prompts()) == 1
-
-
-def test_messages_that_are_not_utf_8(ours):
-    """Python's sqlite3 cannot read what SQLite says about a name that is not text."""
-    execute(ours, "CREATE TABLE xyzzy (n)")
-    execute(ours, "CREATE TRIGGER evil AFTER INSERT ON images BEGIN INSERT INTO xyzzy VALUES (1); END")
-    execute(ours, "DROP TABLE xyzzy")
-    ours.write_bytes(ours.read_bytes().replace(b"xyzzy", b"xyz\xff\xfe"))
-    refused(ours, "w")
-    damaged = ours.read_bytes().replace(
-        b"CREATE INDEX images_by_group ON images", b"CREATE INDEX images_by_group ON im\xffges"
-    )
-    ours.write_bytes(damaged)
-    refused(ours)
+    assert "ours.db-journal" in refused(ours)
 
 
 def test_ids_that_do_not_ascend_end_a_scan(ours):
@@ -431,11 +290,11 @@ def test_ids_that_do_not_ascend_end_a_scan(ours):
     for value in ("7", "CAST(x'ff' AS TEXT)", "x'00'", "1.5"):
         execute(ours, f"UPDATE images SET id = {value}")
         with Archive.open(ours) as archive:
-            with pytest.raises(ArchiveError, match="ids of the images do not ascend"):
+            with pytest.raises(ArchiveError, match="ids"):
                 list(archive.rows_to_score())
-            assert any("reading stopped" in str(problem) for problem in verify(archive))
+            assert "reading" in {problem.kind for problem in verify(archive)}
             if value != "7":  # numbers, if the wrong ones, can be read
-                with pytest.raises(ArchiveError, match="not a whole number"):
+                with pytest.raises(ArchiveError, match="id"):
                     archive.rows(GroupKey(1, 1, SamplingParams(50, 0.9, 1.0, 3.0)))
 
 

@@ -29,9 +29,11 @@ def browser():
     executable = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
     if executable is None:
         missing("no Chromium found: apt-get install chromium")
-    with sync_playwright() as playwright:
-        with playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS) as browser:
-            yield browser
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS) as browser,
+    ):
+        yield browser
 
 
 @pytest.fixture

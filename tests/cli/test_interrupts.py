@@ -26,7 +26,7 @@ def _python_handler():
 @pytest.mark.usefixtures("_python_handler")
 def test_it_comes_at_the_end_of_a_deferring_block():
     passed = []
-    with pytest.raises(KeyboardInterrupt), defer_sigint():
+    with pytest.raises(KeyboardInterrupt), defer_sigint():  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
         passed.append(True)
     assert passed

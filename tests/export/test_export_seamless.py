@@ -87,7 +87,7 @@ def test_a_sheet_shares_weights_and_divides_the_batch(tiny_codec):
 
 
 def test_a_sheet_that_no_memory_holds_is_refused(tiny_codec):
-    with pytest.raises(UserError, match="sheet of 900 x 800 .* GB"):
+    with pytest.raises(UserError, match=r"sheet of 900 x 800 .* GB"):
         tiny_codec.tiled(800, 900)
 
 

@@ -103,6 +103,14 @@ def test_the_format_is_that_of_the_members(decode, tmp_path, mode):
     assert not any(name.endswith(".png") for name in members)
 
 
+def test_names_are_those_of_earlier_versions(decode, tmp_path):
+    """Recorded from version 0.1.0: with other names, finished shards would be decoded again."""
+    assert decode("--mode", "zip") == (0, "")
+    assert decode("--mode", "tar") == (0, "")
+    tars = [f"pictures-5d057ef0-{number:06d}.tar" for number in range(3)]
+    assert shards_in(tmp_path / "out") == [*tars, "pictures-d1ff6587.zip"]
+
+
 @pytest.mark.parametrize("mode", ["tar", "zip"])
 def test_a_finished_run_is_not_done_again(decode, tmp_path, mode):
     assert decode("--mode", mode) == (0, "")

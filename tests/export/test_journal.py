@@ -55,7 +55,7 @@ def test_a_file_that_is_being_replaced_shows_either_image_until_it_is_written(tm
             journal.begin("a/1.png", "new")
             assert journal.is_stale("a/1.png", "old") and journal.is_stale("a/1.png", "new")
             if replaced:
-                journal.confirm("a/1.png", "new")
+                journal.confirm("a/1.png")
         assert known(tmp_path, "a/1.png", "new") == replaced
 
 
@@ -68,7 +68,7 @@ def test_compacting_keeps_the_files_that_are_there(tmp_path):
             journal.begin("a/3.png", "three")
             journal.assume("a/2.png", "two")
             journal.begin("a/1.png", "one")
-            journal.confirm("a/1.png", "one")
+            journal.confirm("a/1.png")
             journal.compact()
         lines = [json.loads(line) for line in (tmp_path / JOURNAL).read_text().split("\n") if line]
         assert lines == [["a/1.png", "one"], ["a/2.png", "two"]]
@@ -207,7 +207,7 @@ def test_a_journal_that_was_rewritten_by_another_is_opened_anew(tmp_path, monkey
     def end_first_and_lock(file):
         monkeypatch.setattr(journal_module, "lock_file", lock)
         first.begin("a/1.png", "one")
-        first.confirm("a/1.png", "one")
+        first.confirm("a/1.png")
         first.compact()
         lock(file)
 

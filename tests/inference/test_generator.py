@@ -176,7 +176,7 @@ def test_a_stream_ends_with_what_a_batch_gives(generator, tokens):
     assert [part.shape for part in parts] == [(3, 5), (3, 10), (3, 15), (3, 16)]
     for part in parts:
         np.testing.assert_array_equal(part, tokens[[3, 0, 2], : part.shape[1]])
-    with pytest.raises(UserError, match="13 .* too many for a batch of 6"):
+    with pytest.raises(UserError, match=r"13 .* too many for a batch of 6"):
         next(generator.stream(*rows([0] * 13)[:3], 5))
 
 
@@ -305,7 +305,7 @@ def test_arguments_that_make_no_sense_are_refused_by_name(generator, changes, me
 
 
 def test_settings_out_of_range_are_refused(generator):
-    with pytest.raises(UserError, match="temperature .*nan"):
+    with pytest.raises(UserError, match=r"temperature .*nan"):
         generator.sample(["a boat", "a cat"], [SamplingParams(), SamplingParams(temperature=float("nan"))], KEYS[:2])
 
 
@@ -316,7 +316,7 @@ def test_settings_at_the_ends_of_their_ranges_can_be_sampled(generator):
 
 @pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"batch_size": 2, "dtype": "float64"}])
 def test_a_generator_of_a_size_or_dtype_that_is_none_is_refused(checkpoint, arguments):
-    with pytest.raises(ValueError, match="batch_size|dtype"):
+    with pytest.raises(ValueError, match=r"batch_size|dtype"):
         Generator(checkpoint, PromptTokenizer(checkpoint.folder), **arguments)
 
 

@@ -5,7 +5,6 @@ import os
 import numpy as np
 import pytest
 from decode_kit import all_files, pictures
-from tiny import tiny_vqgan
 
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
@@ -21,26 +20,26 @@ TOKENS = np.array([[3, 4, 5], [6, 7, 8]], np.uint16)
 
 
 @pytest.fixture(scope="module")
-def codec(tmp_path_factory):
-    folder = tiny_vqgan(tmp_path_factory.mktemp("models") / "vqgan")
-    return Decoder.from_checkpoint(load_checkpoint(folder, "codec"), batch_size=2)
+def decoder(models):
+    return Decoder.from_checkpoint(load_checkpoint(models.vqgan, "codec"), batch_size=2)
 
 
-def test_each_image_is_filled_with_its_own_first_code():
+def test_each_image_is_filled_with_its_own_first_token():
     found = pad_tokens(TOKENS, 5)
-    assert found.tolist() == [[3, 4, 5, 3, 3], [6, 7, 8, 6, 6]] and found.dtype == np.uint16
+    assert found.tolist() == [[3, 4, 5, 3, 3], [6, 7, 8, 6, 6]]
+    assert found.dtype == np.uint16
     np.testing.assert_array_equal(pad_tokens(TOKENS, 3), TOKENS)
 
 
-def test_writes_each_unfinished_image(codec, tmp_path):
-    paths = write_partial_images(tmp_path / "out", SAMPLES, TOKENS, codec)
-    write_partial_images(tmp_path / "out", SAMPLES, pad_tokens(TOKENS, 16), codec)
+def test_writes_each_unfinished_image(decoder, tmp_path):
+    paths = write_partial_images(tmp_path / "out", SAMPLES, TOKENS, decoder)
+    write_partial_images(tmp_path / "out", SAMPLES, pad_tokens(TOKENS, 16), decoder)
     assert [path.name for path in paths] == [partial_image_name(sample, 3) for sample in SAMPLES]
     found = pictures(tmp_path / "out")
-    expected = codec.decode(pad_tokens(TOKENS, 16))
-    for sample, picture in zip(SAMPLES, expected, strict=True):
+    expected = decoder.decode(pad_tokens(TOKENS, 16))
+    for sample, image in zip(SAMPLES, expected, strict=True):
         for count in (3, 16):
-            np.testing.assert_array_equal(found[partial_image_name(sample, count)], picture)
+            np.testing.assert_array_equal(found[partial_image_name(sample, count)], image)
     assert len(all_files(tmp_path / "out")) == 4
 
 
@@ -52,17 +51,20 @@ def test_names_tell_images_and_steps_apart():
     samples = [*SAMPLES, *(Sample(combination, 7, 0) for combination in other)]
     names = [partial_image_name(sample, count) for sample in samples for count in (8, 64, 1024)]
     assert len(set(names)) == 12
-    assert names[0].endswith("_7_0_0008_a boat.png") and names[:3] == sorted(names[:3])
+    assert names[0].endswith("_7_0_0008_a boat.png")
+    assert names[:3] == sorted(names[:3])
 
 
 @pytest.mark.parametrize("prompt", ["../../etc/passwd", "🐈" * 10_000, "a\0b\n<c>", "\ud800", ""])
 def test_names_stay_in_their_folder(prompt):
     name = partial_image_name(Sample(Combination(prompt, None, SamplingParams()), 2**32 - 1, 2**32 - 1), 1024)
-    assert os.path.basename(name) == name and len(name.encode()) <= 255 and name.endswith(".png")
+    assert os.path.basename(name) == name
+    assert len(name.encode()) <= 255
+    assert name.endswith(".png")
 
 
-def test_a_folder_that_is_a_file_is_refused(codec, tmp_path):
+def test_a_folder_that_is_a_file_is_refused(decoder, tmp_path):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(UserError, match="cannot write into .*out"):
-        write_partial_images(tmp_path / "out", SAMPLES, TOKENS, codec)
+    with pytest.raises(UserError, match=r"cannot write into .*out"):
+        write_partial_images(tmp_path / "out", SAMPLES, TOKENS, decoder)
     assert (tmp_path / "out").read_text() == "mine"

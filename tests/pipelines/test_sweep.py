@@ -1,10 +1,12 @@
 """Combinations, their order and keys, and what an archive lacks of them; no model is needed."""
 
 import hashlib
+import os
 import subprocess
 import sys
 
 import pytest
+from helpers import ROOT
 
 from dm_generations.archive import Archive, ModelInfo, NewImage
 from dm_generations.errors import UserError
@@ -126,14 +128,10 @@ def test_open_settings_take_the_defaults_of_a_model():
 
 @pytest.mark.parametrize("axis", ["prompts", "sc_prompts", "top_k", "top_p", "temperature", "cond_scale"])
 def test_an_axis_without_values_is_refused(axis):
-    with pytest.raises(UserError, match=f"{axis} needs at least one value"):
+    with pytest.raises(UserError, match=axis):
         Sweep(**({"prompts": ["a"]} | {axis: []}))
 
 
 def test_planning_needs_neither_jax_nor_numpy():
-    code = (
-        "import sys; from dm_generations.pipelines.sweep import Sweep, plan_sweep;"
-        "plan_sweep(Sweep(['a']), None, None, 1);"
-        "assert not {'jax', 'numpy', 'flax'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    program = ROOT / "tests" / "programs" / "plan_without_jax.py"
+    subprocess.run([sys.executable, program], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -4,7 +4,7 @@ import pytest
 
 from dm_generations import cli
 from dm_generations.errors import UserError
-from dm_generations.pipelines.sweep import SWEEP_KEYS, read_sweep_file
+from dm_generations.pipelines.sweep import SWEEP_KEYS, load_sweep, read_sweep_file
 
 SWEEP = """
 prompts = ["a cat", "a dog"]
@@ -27,23 +27,19 @@ def sweep_file(tmp_path):
     return write
 
 
-def planned(tmp_path, capsys, *words) -> str:
-    words = ["generate", "--db", tmp_path / "x.db", "--no-score", "--dry-run", *words]
-    assert cli.main([str(word) for word in words]) == 0
-    assert not (tmp_path / "x.db").exists()
-    return capsys.readouterr().out.splitlines()[0]
-
-
-def test_a_file_describes_a_sweep_and_flags_take_precedence(tmp_path, capsys, sweep_file):
+def test_a_file_describes_a_sweep_and_flags_take_precedence(sweep_file):
     path = sweep_file(SWEEP)
-    assert planned(tmp_path, capsys, "--sweep", path).startswith("12 combinations x 4 = 48 images")
-    found = planned(tmp_path, capsys, "--sweep", path, "--temperature", 1, "--n", 3, "--prompts", "a bee")
-    assert found.startswith("2 combinations x 3 = 6 images")
+    sweep = load_sweep({}, path)
+    assert (sweep.combination_count, sweep.image_count) == (12, 48)
+    assert sweep.unset == set()
+    changed = load_sweep({"temperature": [1], "n": 3, "prompts": ["a bee"]}, path)
+    assert (changed.combination_count, changed.image_count) == (2, 6)
+    assert changed.prompts == ("a bee",)
 
 
 def test_single_values_and_lists_are_read_alike(sweep_file):
     values = read_sweep_file(sweep_file(SWEEP))
-    assert values["top_p"] == [0.9] and values["temperature"] == [0.7, 1, 2.0] and values["n"] == 4
+    assert (values["top_p"], values["temperature"], values["n"]) == ([0.9], [0.7, 1, 2.0], 4)
 
 
 def test_every_key_is_a_flag():
@@ -54,41 +50,44 @@ def test_every_key_is_a_flag():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("prompt = 'a cat'", "unknown key 'prompt'"),
-        ("n = [1, 2]", "n takes one value"),
-        ("top_k = [1.5]", "top_k must be a whole number, not 1.5"),
-        ("top_p = true", "top_p must be a whole number or a number, not True"),
-        ("prompts = [1]", "prompts must be text, not 1"),
-        ("prompts = [", "not a TOML file"),
-        (b"prompts = ['\xff']", "not a TOML file"),
-        ("[prompts]\na = 1", "prompts must be text"),
+        ("prompt = 'a cat'", ["'prompt'", *SWEEP_KEYS]),
+        ("n = [1, 2]", ["n takes one value"]),
+        ("top_k = [1.5]", ["top_k", "1.5"]),
+        ("top_p = true", ["top_p", "True"]),
+        ("prompts = [1]", ["prompts", "1"]),
+        ("prompts = [", ["TOML"]),
+        (b"prompts = ['\xff']", ["TOML"]),
+        ("[prompts]\na = 1", ["prompts"]),
     ],
 )
 def test_what_is_wrong_is_named(sweep_file, text, expected):
     with pytest.raises(UserError, match="--sweep") as caught:
         read_sweep_file(sweep_file(text))
-    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert all(name in str(caught.value) for name in ["sweep.toml", *expected])
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("temperature = 1" + 400 * "0", "temperature must be from 0 to 3e+38, not inf"),
-        ("cond_scale = -1" + 400 * "0", "cond_scale must be from 0 to 3e+38, not -inf"),
-        ("n = 0x1" + 5000 * "0", "n must be from 1 to 10,000,000, not a number of more than 40 digits"),
-        ("seed = 0x1" + 5000 * "0", "not a number of more than 40 digits"),
-        ("top_k = [5, 0x1" + 5000 * "0" + "]", "top_k must be from 0 to 2,147,483,647, not a number of more"),
-        ("keys = []", "keys needs at least one value"),
-        ("keys = ['0x1:2']", "'0x1:2' is not two whole numbers"),
+        ("temperature = 1" + 400 * "0", ["temperature", "3e+38", "inf"]),
+        ("cond_scale = -1" + 400 * "0", ["cond_scale", "3e+38", "-inf"]),
+        ("n = 0x1" + 5000 * "0", ["n ", "10,000,000"]),
+        ("seed = 0x1" + 5000 * "0", ["seed"]),
+        ("top_k = [5, 0x1" + 5000 * "0" + "]", ["top_k", "2,147,483,647"]),
+        ("keys = []", ["keys"]),
+        ("keys = ['0x1:2']", ["--keys", "'0x1:2'"]),
     ],
 )
-def test_values_that_cannot_be_sampled_are_one_line_too(tmp_path, capsys, sweep_file, text, expected):
-    path = sweep_file("prompts = 'a cat'\n" + text)
-    assert cli.main(["generate", "--db", str(tmp_path / "x.db"), "--sweep", str(path), "--dry-run"]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1 and len(told) < 200 and expected in told
+def test_values_that_cannot_be_sampled_are_one_line_too(sweep_file, text, expected):
+    with pytest.raises(UserError) as caught:
+        load_sweep({}, sweep_file("prompts = 'a cat'\n" + text))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 200
+    assert all(name in message for name in expected)
 
 
 def test_no_such_file(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match=r"none\.toml"):
         read_sweep_file(tmp_path / "none.toml")

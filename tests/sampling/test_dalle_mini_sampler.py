@@ -116,7 +116,7 @@ def test_rows_with_keys_of_their_own_are_calls_with_one_prompt():
     assert len(np.unique(together, axis=0)) == 3
 
 
-@pytest.mark.parametrize("rows, columns", [(1, 1), (1, 5), (3, 4), (3, 65), (2, 1000)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 5), (3, 4), (3, 65), (2, 1000)])
 def test_noise_is_that_of_jax_without_partitionable_threefry(rows, columns):
     with jax.threefry_partitionable(False):
         key = jax.random.PRNGKey(1234567890)
@@ -133,7 +133,7 @@ def test_keys_are_those_of_jax_with_32_bit_integers(seed):
     assert prng_key(seed) == tuple(jax.random.PRNGKey(seed).tolist())
 
 
-@pytest.mark.parametrize("bits, noise", [(0, -4.4699), (2**9 - 1, -4.4699), (2**32 - 1, 15.9424)])
+@pytest.mark.parametrize(("bits", "noise"), [(0, -4.4699), (2**9 - 1, -4.4699), (2**32 - 1, 15.9424)])
 def test_noise_is_finite_at_the_ends_of_its_range(bits, noise, monkeypatch):
     """A uniform number of 0 counts as the smallest normal one."""
     words = jnp.full((1, 1), bits, jnp.uint32)

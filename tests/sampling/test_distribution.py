@@ -46,7 +46,7 @@ def fit(codes, distribution):
 
 
 @pytest.mark.parametrize(
-    "freedom, statistic, tail",
+    ("freedom", "statistic", "tail"),
     # NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.4
     [
         (1, 3.841, 0.05),

@@ -24,7 +24,7 @@ FORMAT_PAGE = ROOT / "schema" / "sampling.md"
 RECORDED = sorted(path.parent for path in golden("dalle_bart").glob("**/sample_settings.json"))
 
 
-@pytest.mark.parametrize("counter, key, expected", KNOWN_ANSWERS)
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
 def test_threefry_gives_the_known_answers_of_random123_under_numpy_and_jax(counter, key, expected):
     for array in (np.array, jnp.array):
         words = [array([word], dtype="uint32") for word in (*key, *counter)]
