@@ -28,8 +28,8 @@ from dm_generations.archive import Archive
 from dm_generations.archive.records import tokens_from_blob
 from dm_generations.atomic_io import write_atomic
 from dm_generations.cli import main as run_command
-from dm_generations.export.encoders import Encoding
 from dm_generations.export.exporter import ExportOptions, export_archive
+from dm_generations.export.output_file import Encoding
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.vqgan.network import VQGAN, VQGANConfig

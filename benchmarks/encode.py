@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dm_generations.export.encoders import Encoding
+from dm_generations.export.output_file import Encoding
 
 ROOT = Path(__file__).resolve().parent.parent
 ENCODERS: dict[str, Callable] = {

@@ -32,8 +32,7 @@ from dm_generations.models.dalle_mini.config import DalleBartConfig
 from dm_generations.models.dalle_mini.network import DalleBart
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.registry import parameter_shapes
-from dm_generations.runtime.device import free_bytes
-from dm_generations.runtime.params import put_params
+from dm_generations.runtime.device import free_bytes, put_params
 from dm_generations.sampling.params import SamplingParams
 from dm_generations.sampling.prng import row_key
 from dm_generations.weights.native import unflatten

@@ -108,7 +108,7 @@ def load(path: Path) -> tuple[float, float, int, int]:
     import jax
 
     from dm_generations.models.loading import load_checkpoint
-    from dm_generations.runtime.params import put_params
+    from dm_generations.runtime.device import put_params
 
     jax.block_until_ready(jax.numpy.zeros(1))
     load_checkpoint(None, "generator")  # what is imported and traced once

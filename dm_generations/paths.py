@@ -36,8 +36,8 @@ def cache_dir(name: str) -> Path:
     It holds executable code (compiled programs), so a folder that another user owns or may write is refused.
 
     Raises:
-        UserError: The folder belongs to another user, or this user has no home, as in a container that runs under a
-            user number without a name.
+        UserError: The folder belongs to another user or others can write to it; or this user has no home, as in a
+            container that runs under a user number without a name.
     """
     path = _cache_base() / "dm-generations" / name
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -45,6 +45,8 @@ def cache_dir(name: str) -> Path:
         status = path.stat()
         if status.st_uid != os.getuid():
             raise UserError(f"{path} belongs to another user; remove it or set XDG_CACHE_HOME")
+        if status.st_mode & 0o022:  # whatever is in it may be theirs
+            raise UserError(f"{path} can be written by other users; remove it or set XDG_CACHE_HOME")
         if status.st_mode & 0o077:
             path.chmod(0o700)
     return path

@@ -8,6 +8,8 @@ import pytest
 from helpers import golden, golden_dirs
 from tiny import TinyModels, tiny_models
 
+from dm_generations.export.manifest import ImageEntry
+
 __all__ = ["golden", "golden_dirs"]
 
 
@@ -25,3 +27,14 @@ def pytest_configure(config):
 def models(tmp_path_factory) -> TinyModels:
     """A text-to-image model, a codec and a CLIP, which tests share so that each program is compiled once."""
     return tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def make_entry():
+    def make_entry(file: str = "0001_rocket/a.png", **fields) -> ImageEntry:
+        defaults = dict(prompt_id=1, prompt="rocket", sc_prompt_id=1, sc_prompt=None, top_k=50, top_p=0.9)
+        defaults |= dict(temperature=1.0, cond_scale=3.0, rank=0, score=25.0, key0=1, key1=2)
+        defaults |= dict(model="embedded/dalle_bart", sampler_version=1)
+        return ImageEntry(file, **defaults | fields)
+
+    return make_entry

@@ -24,6 +24,20 @@ def test_the_cache_is_private(tmp_path, monkeypatch):
     assert cache_dir("xla").stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs owners and modes of files")
+def test_a_cache_of_another_user_or_one_that_others_can_write_to_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = cache_dir("xla")
+    folder.chmod(0o770)
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
+        cache_dir("xla")
+    folder.chmod(0o700)
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
+        cache_dir("xla")
+
+
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
     for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)

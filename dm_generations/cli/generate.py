@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,6 +97,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="image i has the same key under all settings, so that they are compared on equal noise; otherwise each "
         "combination has its own keys (default: the same)",
     )
+    _add_progressive(add)
+    add("--dry-run", action="store_true", help="only say what would be generated: images, bytes, memory and time")
+    _add_settings(parser.add_argument_group("settings", "each takes one or more values"))
+    _add_init_tokens(parser.add_argument_group("initial tokens", "images that continue the first tokens of another"))
+    add_model_options(parser, generates=True)
+
+
+def _add_progressive(add: Callable[..., argparse.Action]) -> None:
     add(
         "--progressive",
         type=at_least_one,
@@ -110,10 +118,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("progressive"),
         help="where --progressive writes (default: progressive)",
     )
-    add("--dry-run", action="store_true", help="only say what would be generated: images, bytes, memory and time")
-    _add_settings(parser.add_argument_group("settings", "each takes one or more values"))
-    _add_init_tokens(parser.add_argument_group("initial tokens", "images that continue the first tokens of another"))
-    add_model_options(parser, generates=True)
 
 
 def _add_settings(group: argparse._ArgumentGroup) -> None:

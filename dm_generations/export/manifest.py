@@ -16,23 +16,27 @@ statement, `window.DM_MANIFEST = {...};`, in ASCII:
     images       [middle, rank, score or null, key0, key1]     best first; then what is not "", 1, 0, "float32" of
                  [model, sampler_version, init_count, dtype], up to the last of them: the name of the model that sampled
                  the image, "" for the one that ships and null for one that is not known; which noise it sampled with;
-                 how many tokens were given; and the dtype of its activations
+                 the number of initial tokens; and the dtype of its activations
     gallery      [middle, page, [score or null, ...], identity]    by page; images best first; identity: hex digits
                  that differ from those of other images, or left out
 
 top_k 0 and top_p 1.0 mean "off"; scores are CLIP logits of image and prompt as typed; numbers that JSON
-lacks (NaN, infinities) are null.
+has no form for (NaN, infinities) are null.
 """
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+from dm_generations.archive import ImageRow, ModelInfo
 from dm_generations.atomic_io import write_atomic
+from dm_generations.export.plan import GroupPlan, Target
+from dm_generations.export.writers import fingerprint
+from dm_generations.models.loading import is_other_embedded
 from dm_generations.paths import shipped
 
 MANIFEST_VERSION = 1
@@ -82,7 +86,7 @@ class ImageEntry(_File):
         return [round_score(self.score), self.key0, self.key1, *self._provenance()]
 
     def _provenance(self) -> list[int | str | None]:
-        """Return what sampling it again takes besides settings and key; for the shipped model mostly nothing."""
+        """Return what sampling it again needs apart from settings and key; for the shipped model mostly nothing."""
         if self.model is None or self.sampler_version is None:
             return [None]
         model = "" if self.model.startswith(_SHIPPED) else self.model
@@ -94,7 +98,7 @@ class ImageEntry(_File):
 
 @dataclass(frozen=True, slots=True)
 class GalleryEntry(_File):
-    """One file that shows several images; `scores` has one value for each, best first."""
+    """One file of several images; `scores` has one value for each, best first."""
 
     scores: tuple[float | None, ...]
     page: int = 0
@@ -111,6 +115,54 @@ class GalleryEntry(_File):
 
 
 Entry = ImageEntry | GalleryEntry
+
+
+def make_entry(
+    plan: GroupPlan, target: Target, path: str, members: list[ImageRow], models: Mapping[int, ModelInfo]
+) -> Entry:
+    """Return what the page says of a file.
+
+    Args:
+        plan: The group of its images.
+        target: The file.
+        path: Where the file is: the target's path, or its incomplete one.
+        members: The rows of the target's ranks.
+        models: Those of the archive, by id.
+    """
+    key, params = plan.key, plan.key.params
+    settings = (params.top_k, params.top_p, params.temperature, params.cond_scale)
+    shared = (path, key.prompt_id, plan.prompt, key.sc_prompt_id, plan.sc_prompt, *settings)
+    if target.incomplete_path:
+        identity = fingerprint((row.key0, row.key1, row.quantvec_md5) for row in members)
+        return GalleryEntry(*shared, scores=tuple(map(finite_score, members)), page=target.page, identity=identity)
+    (row,) = members
+    names = ("key0", "key1", "sampler_version", "init_count", "dtype")
+    provenance: dict[str, Any] = {name: json_value(getattr(row, name)) for name in names}
+    generator = None if row.generator_id is None else models.get(row.generator_id)
+    model = _find_generator_name(generator)
+    return ImageEntry(*shared, rank=target.ranks.start, score=finite_score(row), model=model, **provenance)
+
+
+def finite_score(row: ImageRow) -> float | None:
+    """Return the score by the prompt as typed; None if there is none, or it is not a finite number."""
+    score = row.clip_score_input
+    return score if isinstance(score, float) and math.isfinite(score) else None
+
+
+def json_value(value: object) -> str | int | float | None:
+    """Return what JSON has for a value of a 2022 archive, which may be of any type that SQLite stores."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value  # type: ignore[return-value]
+
+
+def _find_generator_name(model: ModelInfo | None) -> str | None:
+    """Return the `--model` that generates an image again; None if it is not known, or its weights have changed."""
+    if model is None or is_other_embedded(model.name, model.sha256, "generator"):
+        return None
+    return model.name
 
 
 def build_manifest(mode: str, archive_name: str, entries: Iterable[Entry]) -> dict[str, Any]:
@@ -154,7 +206,7 @@ def write_manifest(out_dir: Path, manifest: dict[str, Any]) -> Path:
 
     Raises:
         OSError: They cannot be written.
-        UserError: The installation lacks the page.
+        UserError: The page is missing from the installation.
     """
     for name, content in manifest_files(manifest).items():
         write_atomic(out_dir / name, content)
@@ -184,7 +236,7 @@ def _finite(number: float | None) -> float | None:
 
 
 def round_score(score: float | None) -> float | None:
-    """Return a score rounded to what the page shows and a digit more: the page reads the manifest whole."""
+    """Return a score rounded to one digit more than the page shows: the page reads the whole manifest."""
     finite = _finite(score)
     return None if finite is None else round(finite, 3)
 

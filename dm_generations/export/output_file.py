@@ -1,31 +1,184 @@
-"""One output file under way: which images are on it, where it goes, and what its bytes are.
+"""One output file: the images on it, and its bytes as PNG, WebP, JPEG or NumPy, with a record of its rows inside.
+
+    png          chunks tEXt, or iTXt for what is not Latin-1: Description, Software, Comment
+    webp, jpeg   EXIF: ImageDescription (UTF-8), Software, UserComment
+
+Description is the prompt; the comment is the record as JSON in ASCII: the row's columns by name, with the texts of
+its prompts, the rank of the image in its group, and the name and hash of the models. A gallery's record has what its
+images share, and a list `images` with the rest. Numbers that JSON has no form for are null.
 
 H, W: pixels of one image   L: tokens of one image
 """
 
-import math
+import io
+import json
+import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from dm_generations import __version__
 from dm_generations.archive import ImageRow, ModelInfo
-from dm_generations.archive.records import TOKEN_DTYPE
+from dm_generations.archive.records import PARAM_COLUMNS, TOKEN_DTYPE
 from dm_generations.export.captions import Strips
-from dm_generations.export.encoders import (
-    Encoding,
-    Record,
-    encode_npy,
-    gallery_record,
-    image_record,
-    json_value,
-    record_json,
-)
-from dm_generations.export.manifest import Entry, GalleryEntry, ImageEntry
+from dm_generations.export.manifest import finite_score, json_value
 from dm_generations.export.plan import GroupPlan, Target
-from dm_generations.export.writers import Member, Shard, fingerprint
-from dm_generations.models.loading import is_other_embedded
+from dm_generations.export.writers import Member, Shard
+
+Record = dict[str, Any]
+
+EXTENSIONS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
+PNG_EFFORTS = ("default", "small")
+JPEG_QUALITY = 90
+SOFTWARE = f"dm_generations {__version__}"
+
+# Pixels on the longer side that each format takes.
+_MAX_SIDES = {"png": (1 << 31) - 1, "webp": (1 << 14) - 1, "jpeg": 65_500}
+# zlib finds no repeats in decoded images, only runs: a quarter of the time of Pillow's default, for the same size.
+_RUNS_ONLY = {"compress_level": 1, "compress_type": zlib.Z_RLE}
+
+_SHARED = ("prompt_id", "prompt", "sc_prompt_id", "sc_prompt", *PARAM_COLUMNS)
+_OWN = (
+    *("key0", "key1", "sampler_version", "dtype", "init_count", "init_md5"),
+    *("log_prob", "clip_score_input", "clip_score_tokenized", "quantvec_md5"),
+)
+_IMAGE_DESCRIPTION, _SOFTWARE, _EXIF_IFD, _USER_COMMENT = 0x010E, 0x0131, 0x8769, 0x9286
+_ASCII = b"ASCII\0\0\0"  # the character code that a UserComment starts with
+_JPEG_EXIF_BYTES = 65_000  # a JPEG segment holds 65,533 bytes
+_JPEG_TEXT_CHARACTERS = 2_000  # up to 12 bytes each in JSON, and 4 in the description
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How pixels become a file.
+
+    Attributes:
+        format: A key of EXTENSIONS.
+        quality: 1 to 100, of webp (None: lossless) and jpeg (None: JPEG_QUALITY).
+        png: One of PNG_EFFORTS; "small" takes some 20 times as long for 2% less.
+    """
+
+    format: str = "png"
+    quality: int | None = None
+    png: str = "default"
+
+    @property
+    def extension(self) -> str:
+        """Of file names, with its dot."""
+        return EXTENSIONS[self.format]
+
+    @property
+    def max_side(self) -> int:
+        """Pixels on the longer side that the format takes."""
+        return _MAX_SIDES[self.format]
+
+    def encode(self, pixels: np.ndarray, record: Record | None = None) -> bytes:
+        """Return a file of `pixels` with `record` inside.
+
+        Args:
+            pixels: (H, W, 3) uint8, sRGB.
+            record: What `image_record` or `gallery_record` gives; None for a file without it.
+        """
+        buffer = io.BytesIO()
+        image = Image.fromarray(pixels)
+        if self.format == "png":
+            effort = {"optimize": True} if self.png == "small" else _RUNS_ONLY
+            image.save(buffer, "PNG", pnginfo=_png_info(record) if record else None, **effort)
+            return buffer.getvalue()
+        tags = {"exif": _exif(record, self.format == "jpeg")} if record else {}
+        if self.format == "jpeg":
+            image.save(buffer, "JPEG", quality=self.quality or JPEG_QUALITY, **tags)
+        elif self.quality is None:
+            # Method and quality 0 are libwebp's quickest search: a PNG's size, in less than its time.
+            image.save(buffer, "WEBP", lossless=True, method=0, quality=0, **tags)
+        else:
+            image.save(buffer, "WEBP", quality=self.quality, **tags)
+        return buffer.getvalue()
+
+
+def encode_npy(tokens: np.ndarray) -> bytes:
+    """Return tokens as a NumPy file, as the DALL-3 fork of DALLE-pytorch writes them for its diffusion decoder.
+
+    Args:
+        tokens: (L,), row-major over the grid.
+
+    Returns:
+        A `.npy` file of int64 in one dimension.
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, tokens.astype("<i8"), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def image_record(
+    row: ImageRow, prompt: str | None, sc_prompt: str | None, rank: int, models: Mapping[int, ModelInfo]
+) -> Record:
+    """Return the record of one image; values of a 2022 archive, which may be of any type, become JSON's.
+
+    Args:
+        rank: In its group, from 0.
+        models: Those of the archive, by id.
+    """
+    texts = {"prompt_id": row.prompt_id, "prompt": prompt, "sc_prompt_id": row.sc_prompt_id, "sc_prompt": sc_prompt}
+    settings = {name: getattr(row.params, name) for name in PARAM_COLUMNS}
+    record: Record = {"id": row.id} | {name: json_value(value) for name, value in (texts | settings).items()}
+    record |= {"rank": rank} | {name: json_value(getattr(row, name)) for name in _OWN}
+    return record | {"generator": _model(row.generator_id, models), "codec": _model(row.codec_id, models)}
+
+
+def gallery_record(images: list[Record]) -> Record:
+    """Return the record of a gallery of these images, which are of one group, best first."""
+    shared = {name: images[0][name] for name in _SHARED}
+    rest = [{name: value for name, value in record.items() if name not in shared} for record in images]
+    return shared | {"images": rest}
+
+
+def record_json(record: Record) -> bytes:
+    """Return a record as JSON in ASCII, the same bytes for the same record."""
+    return json.dumps(record, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def _png_info(record: Record) -> PngInfo:
+    texts = {"Description": record["prompt"], "Software": SOFTWARE, "Comment": record_json(record).decode()}
+    info = PngInfo()
+    for keyword, text in texts.items():
+        if text:
+            info.add_text(keyword, _utf8(text.replace("\0", "\ufffd")).decode())  # a chunk takes no NUL
+    return info
+
+
+def _exif(record: Record, is_jpeg: bool) -> bytes:
+    """Return EXIF with `record`; for a JPEG, which has 64 KB for it, long prompts are cut and long lists left out."""
+    block = _exif_block(record)
+    if is_jpeg and len(block) > _JPEG_EXIF_BYTES:
+        cut = {name: (record[name] or "")[:_JPEG_TEXT_CHARACTERS] or None for name in ("prompt", "sc_prompt")}
+        block = _exif_block(record | cut)
+        if len(block) > _JPEG_EXIF_BYTES:
+            block = _exif_block({name: value for name, value in (record | cut).items() if name != "images"})
+    return block
+
+
+def _exif_block(record: Record) -> bytes:
+    tags = Image.Exif()
+    if record["prompt"]:
+        tags[_IMAGE_DESCRIPTION] = _utf8(record["prompt"])
+    tags[_SOFTWARE] = SOFTWARE
+    tags.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _ASCII + record_json(record)
+    return tags.tobytes()
+
+
+def _utf8(text: str) -> bytes:
+    """Return `text` in UTF-8, with U+FFFD for lone surrogates, which have none."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+def _model(model_id: int | None, models: Mapping[int, ModelInfo]) -> dict[str, str] | None:
+    model = None if model_id is None else models.get(model_id)
+    return None if model is None else {"name": model.name, "sha256": model.sha256}
 
 
 @dataclass(frozen=True)
@@ -77,7 +230,7 @@ class OutputFile:
         self.placed_count += 1
         cols, rows = self.grid
         if cols * rows == 1:
-            self.pixels = image.copy()  # a view would hold the whole batch
+            self.pixels = image
             return
         height, width, channels = image.shape
         if self.pixels is None:
@@ -88,7 +241,7 @@ class OutputFile:
     def place_all(self, pixels: np.ndarray) -> None:
         """Put all images at once, (rows * H, cols * W, 3) uint8; cells without an image become black."""
         self.placed_count = len(self.rows)
-        self.pixels = pixels.copy()
+        self.pixels = pixels.copy()  # the decoder's are read-only
         cols, rows = self.grid
         height, width = pixels.shape[0] // rows, pixels.shape[1] // cols
         for cell in set(range(rows * cols)).difference(cell for cell, _ in self.rows):
@@ -136,7 +289,7 @@ class OutputFile:
 
     def _labels(self) -> list[str]:
         """Return scores by cell; nothing where there is no image or no score."""
-        score_by_cell = {cell: _finite_score(row) for cell, row in self.rows}
+        score_by_cell = {cell: finite_score(row) for cell, row in self.rows}
         scores = [score_by_cell.get(cell) for cell in range(len(self.target.ranks))]
         return ["" if score is None else f"{score:.2f}" for score in scores]
 
@@ -144,8 +297,8 @@ class OutputFile:
 def fill_cells(tokens_by_cell: Mapping[int, np.ndarray], cell_count: int) -> np.ndarray:
     """Return the tokens of a gallery that is decoded as one.
 
-    A cell without an image gets one of the others: whatever stands there changes the images next to it a little, and
-    this is least seen.
+    A cell without an image gets one of the others: what is decoded there changes the images next to it a little, and
+    this is the least visible.
 
     Args:
         tokens_by_cell: (L,) each, at least one.
@@ -156,46 +309,3 @@ def fill_cells(tokens_by_cell: Mapping[int, np.ndarray], cell_count: int) -> np.
     """
     present = list(tokens_by_cell.values())
     return np.stack([tokens_by_cell.get(cell, present[cell % len(present)]) for cell in range(cell_count)])
-
-
-def make_entry(
-    plan: GroupPlan, target: Target, path: str, members: list[ImageRow], models: Mapping[int, ModelInfo]
-) -> Entry:
-    """Return what the page shows of a file.
-
-    Args:
-        path: Where the file is: the target's, or its incomplete one.
-        members: The rows of the target's ranks.
-        models: Those of the archive, by id.
-    """
-    shared: dict[str, Any] = {
-        "file": path,
-        "prompt_id": plan.key.prompt_id,
-        "prompt": plan.prompt,
-        "sc_prompt_id": plan.key.sc_prompt_id,
-        "sc_prompt": plan.sc_prompt,
-        **asdict(plan.key.params),
-    }
-    scores = tuple(map(_finite_score, members))
-    if target.incomplete_path:
-        identity = fingerprint((row.key0, row.key1, row.quantvec_md5) for row in members)
-        return GalleryEntry(**shared, scores=scores, page=target.page, identity=identity)
-    (row,) = members
-    names = ("key0", "key1", "sampler_version", "init_count", "dtype")
-    provenance: dict[str, Any] = {name: json_value(getattr(row, name)) for name in names}
-    generator = None if row.generator_id is None else models.get(row.generator_id)
-    provenance["model"] = _find_generator_name(generator)
-    return ImageEntry(**shared, rank=target.ranks.start, score=scores[0], **provenance)
-
-
-def _finite_score(row: ImageRow) -> float | None:
-    """Return the score by the prompt as typed, where there is one that is a number."""
-    score = row.clip_score_input
-    return score if isinstance(score, float) and math.isfinite(score) else None
-
-
-def _find_generator_name(model: ModelInfo | None) -> str | None:
-    """Return what `--model` needs to sample an image again; None where that is not known or gone (other weights)."""
-    if model is None or is_other_embedded(model.name, model.sha256, "generator"):
-        return None
-    return model.name

@@ -15,7 +15,7 @@ from dm_generations.models.clip.network import CLIP, unit
 from dm_generations.models.clip.preprocessing import Preprocessing
 from dm_generations.models.loading import Checkpoint
 from dm_generations.models.tokenization import PromptTokenizer
-from dm_generations.runtime.params import matmul_precision, put_params
+from dm_generations.runtime.device import matmul_precision, put_params
 
 TEXT_BATCH = 8  # texts of one run of the text tower; a sweep has few distinct prompts
 MAX_CACHED_TEXTS = 4096  # prompts whose features stay in memory: 8 MB at P = 512
@@ -109,7 +109,7 @@ class Scorer:
         """Return features of images, float32 (n, P), rows of unit length.
 
         Args:
-            images: uint8 (n, H, W, 3) of any size, or images on their way from a decoder, which stay on the device.
+            images: uint8 (n, H, W, 3) of any size, or images that a decoder is computing, which stay on the device.
                 They are resized as transformers' CLIP processor does it.
         """
         if isinstance(images, Decoding):

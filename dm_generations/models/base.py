@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from dm_generations.errors import UserError, short_repr
-from dm_generations.runtime.params import matmul_precision, put_params
+from dm_generations.runtime.device import matmul_precision, put_params
 from dm_generations.weights.state_dict import Shape, same_name
 
 # The largest sizes that a config may have, far above those of any model that exists: whoever writes a file of a few

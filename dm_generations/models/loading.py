@@ -2,7 +2,7 @@
 
 The format is recognised by what lies in the folder or file: our own folder (`weights.native`), or one of those that
 `registry.KINDS` lists. One folder can hold several models: min-dalle's has a generator and its codec. Weights are views
-of mapped files in the dtype of the file; `runtime.params.put_params` puts them on the device.
+of mapped files in the dtype of the file; `runtime.device.put_params` puts them on the device.
 """
 
 import dataclasses

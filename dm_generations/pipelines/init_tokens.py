@@ -22,7 +22,7 @@ from dm_generations.archive import init_md5
 from dm_generations.archive.records import TOKEN_DTYPE
 from dm_generations.errors import UserError, one_line
 from dm_generations.models.loading import Checkpoint
-from dm_generations.runtime.params import matmul_precision, put_params
+from dm_generations.runtime.device import matmul_precision, put_params
 
 # How much of an image is used by default: 14 rows of 32, as OpenAI primed DALL-E (Ramesh et al., "Zero-Shot
 # Text-to-Image Generation", 2021) and DALLE-pytorch's `generate_images` does.

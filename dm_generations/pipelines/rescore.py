@@ -72,21 +72,16 @@ def score_archive(
     model_names = {row_id: model.name for row_id, model in archive.models().items()}
     prompts = archive.prompts()
 
-    done = 0
-    on_progress(done, report.due_count)
+    on_progress(done := 0, report.due_count)
     rows = archive.rows_to_score(rescore, clip_id)
     while batch := list(itertools.islice(rows, batch_size * decoder.concurrency)):
-        usable: list[tuple[ImageRow, np.ndarray]] = []
+        own_rows = []
         for row in batch:
-            if row.codec_id is not None and row.codec_id != codec_id:
+            if row.codec_id in (None, codec_id):
+                own_rows.append(row)
+            else:
                 report.count_by_other_codec[model_names.get(row.codec_id, f"id {row.codec_id}")] += 1
-                continue
-            try:
-                tokens = tokens_from_blob(row.quantvec, row.quantvec_md5, decoder.token_count, decoder.codebook_size)
-            except BadTokensError as error:
-                report.bad_rows.append(f"image {row.id} was not scored: {error}")
-                continue
-            usable.append((row, tokens))
+        usable = _read_tokens(own_rows, decoder, report)
         if usable:
             with memory_errors(SMALLER_BATCH):
                 decoding = decoder.start(np.stack([tokens for _, tokens in usable]))
@@ -100,3 +95,16 @@ def score_archive(
         done += len(batch)
         on_progress(done, report.due_count)
     return report
+
+
+def _read_tokens(rows: list[ImageRow], decoder: Decoder, report: ScoreReport) -> list[tuple[ImageRow, np.ndarray]]:
+    """Return rows with their tokens (L,) uint16; bad rows go to the report."""
+    usable = []
+    for row in rows:
+        try:
+            tokens = tokens_from_blob(row.quantvec, row.quantvec_md5, decoder.token_count, decoder.codebook_size)
+        except BadTokensError as error:
+            report.bad_rows.append(f"image {row.id} was not scored: {error}")
+        else:
+            usable.append((row, tokens))
+    return usable

@@ -1,4 +1,9 @@
-"""Devices: their free memory, cores, and batches that shrink when memory runs out."""
+"""Devices: their free memory, cores, parameters on them, and batches that shrink when memory runs out.
+
+The arrays of a checkpoint are views of mapped files. Pages that have been copied are released while the copying goes
+on, so that loading N bytes of weights takes little more than N bytes of memory. Weights that need no copy (float32 on
+a CPU) are read from the disk when they are first used, and shared with other processes.
+"""
 
 import collections
 import contextlib
@@ -6,20 +11,25 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from dm_generations.errors import UserError, defer_sigint
+from dm_generations.weights.mmap import is_immutable, release
 
 _Batch = TypeVar("_Batch")
 _Result = TypeVar("_Result")
 _CPU_CONCURRENCY = 2  # the layers of a small model leave cores idle: two batches take little longer than one
-WEIGHTS_ADVICE = "the weights of a model do not fit: use a smaller model, --dtype bfloat16 or --cpu-only"
-_UNKNOWN_HOST_BYTES = 4 << 30  # of a small machine
+WEIGHTS_ADVICE = "the weights of the model are too large: use a smaller model, --dtype bfloat16 or --cpu-only"
+UNKNOWN_HOST_BYTES = 4 << 30  # of a small machine
+CHUNK_BYTES = 1 << 25  # between two releases: a call for each small tensor would cost more than it saves
+_ALIGNMENT = 64  # bytes, of arrays that JAX takes over on a CPU instead of copying them
 
 
 def core_count() -> int:
@@ -59,7 +69,7 @@ class _Job(NamedTuple):
 
 
 class BatchRunner:
-    """Computes batches, again with smaller ones when a device runs out of memory.
+    """Computes batches, and retries with smaller ones when a device runs out of memory.
 
     Attributes:
         size: Items of a batch.
@@ -84,7 +94,7 @@ class BatchRunner:
         """Start the first batches now, and return an iterator over the results of all, in order.
 
         Raises:
-            UserError: The smallest batch does not fit into memory. Other errors of `work.compute` are passed on.
+            UserError: Memory is too small for the smallest batch. Other errors of `work.compute` are passed on.
         """
         jobs: collections.deque[_Job] = collections.deque()
         ahead = self._start(work, jobs, 0)
@@ -98,7 +108,7 @@ class BatchRunner:
                     result = jax.block_until_ready(job.future.result())
                 except jax.errors.JaxRuntimeError as error:
                     was_alone = not job.in_pool and not jobs
-                    while jobs:  # else they would share the memory with what is computed again
+                    while jobs:  # else they would share the memory with the retry
                         with contextlib.suppress(jax.errors.JaxRuntimeError):
                             jax.block_until_ready(jobs.popleft().future.result())
                     self._shrink(error, job.size, was_alone)
@@ -210,4 +220,69 @@ def _free_host_bytes() -> int:
                 return int(line.split()[1]) * 1024
     with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS tells what there is, not what is free
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return _UNKNOWN_HOST_BYTES  # Windows has no sysconf
+    return UNKNOWN_HOST_BYTES  # Windows has no sysconf
+
+
+# Parameters.
+
+
+@memory_errors(WEIGHTS_ADVICE)
+def put_params(params: dict, dtype: Any = np.float32, sharding: jax.sharding.Sharding | None = None) -> dict:
+    """Put the parameters of a network on its devices.
+
+    Args:
+        params: Nested dict of NumPy arrays.
+        dtype: Of matrices. Vectors (norms and biases) become float32, which costs nothing.
+        sharding: Where to put them; None is the default device.
+
+    Returns:
+        A dict of the same structure with arrays of JAX.
+
+    Raises:
+        UserError: Memory is too small for the weights.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    on_device, unreleased = [], []
+    for leaf in leaves:
+        leaf = np.asarray(leaf)
+        target = np.dtype(dtype if leaf.ndim > 1 else np.float32)
+        # Never the mapped memory of other files: another program may rewrite them at any time.
+        is_usable = leaf.dtype == target and is_immutable(leaf)
+        on_device.append(jax.device_put(leaf if is_usable else _copy(leaf, target), sharding))
+        unreleased.append(leaf)
+        if sum(view.nbytes for view in unreleased) >= CHUNK_BYTES:
+            release(unreleased)
+            unreleased.clear()
+    release(unreleased)
+    return jax.tree.unflatten(structure, jax.block_until_ready(on_device))
+
+
+def _copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Copy to contiguous `dtype`; of a large array, the pages it lies on are released on the way."""
+    size = array.size * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    copy = raw[start : start + size].view(dtype).reshape(array.shape)
+    if array.nbytes <= CHUNK_BYTES:
+        copy[...] = array
+        return copy
+    # Along the axis that is slowest in the file, also of a transposed view, so that each page is read once.
+    axis = max(range(array.ndim), key=lambda i: abs(array.strides[i]))
+    count = max(1, array.shape[axis] * CHUNK_BYTES // array.nbytes)
+    for first in range(0, array.shape[axis], count):
+        part = (slice(None),) * axis + (slice(first, first + count),)
+        copy[part] = array[part]
+        release([array])
+    return copy
+
+
+def matmul_precision(dtype: Any) -> AbstractContextManager:
+    """Return a context in which traced matrix products keep all bits of float32.
+
+    JAX's default would round the factors first: to 10 bits on a GPU (TF32), to 7 on a TPU. For activations of 16 bits
+    it is the default, which loses none of theirs.
+
+    Args:
+        dtype: Of the activations.
+    """
+    return jax.default_matmul_precision("highest" if np.dtype(dtype).itemsize >= 4 else "default")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from dm_generations.runtime.params import matmul_precision
+from dm_generations.runtime.device import matmul_precision
 from dm_generations.sampling import logits as sampling
 from dm_generations.sampling.batching import OF_ROWS, TEXT_BATCH, RowInputs
 from dm_generations.sampling.methods import GumbelSampler, Sampler, row_settings

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dm_generations.archive import Archive
-from dm_generations.export.encoders import PNG_EFFORTS, Encoding
+from dm_generations.export.output_file import PNG_EFFORTS, Encoding
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import load_checkpoint
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pathvalidate import sanitize_filename
 
-from dm_generations.export.filenames import image_file, prompt_folder
+from dm_generations.export.plan import make_file_name, make_folder_name
 
 HOSTILE = [
     "",
@@ -55,22 +55,22 @@ def same_to_a_file_system(name: str) -> str:
 
 
 def test_reads_as_in_2022():
-    assert prompt_folder(7, "a cute avocado") == "0007_a cute avocado"
-    assert image_file(1, 50, 1.0, 0.7, 10.0, None, rank=3) == "0001_k=50,p=1.0,t=0.7,c=10.0_03_None.png"
-    assert image_file(2, 0, 0.95, 3.0, 1.0, "blurry") == "0002_k=0,p=0.95,t=3.0,c=1.0_blurry.png"
-    assert image_file(1, 0, 1.0, 1.0, 1.0, "x", page=1) == "0001_k=0,p=1.0,t=1.0,c=1.0,page=2_x.png"
+    assert make_folder_name(7, "a cute avocado") == "0007_a cute avocado"
+    assert make_file_name(1, 50, 1.0, 0.7, 10.0, None, rank=3) == "0001_k=50,p=1.0,t=0.7,c=10.0_03_None.png"
+    assert make_file_name(2, 0, 0.95, 3.0, 1.0, "blurry") == "0002_k=0,p=0.95,t=3.0,c=1.0_blurry.png"
+    assert make_file_name(1, 0, 1.0, 1.0, 1.0, "x", page=1) == "0001_k=0,p=1.0,t=1.0,c=1.0,page=2_x.png"
 
 
 @given(prompt_id=ids, prompt=texts)
 def test_a_folder_name_is_one_safe_path_component(prompt_id, prompt):
-    name = prompt_folder(prompt_id, prompt)
+    name = make_folder_name(prompt_id, prompt)
     assert_safe(name)
     assert not name.endswith((" ", "."))
 
 
 @given(settings, texts, places)
 def test_a_file_name_is_one_safe_path_component(values, sc_prompt, place):
-    name = image_file(*values, sc_prompt, **place)
+    name = make_file_name(*values, sc_prompt, **place)
     assert_safe(name)
     assert name.endswith(".png")
 
@@ -84,12 +84,12 @@ def assert_safe(name: str):
 
 @given(ids, texts, ids, texts)
 def test_two_prompts_never_share_a_folder(one, prompt, other, other_prompt):
-    name, other_name = prompt_folder(one, prompt), prompt_folder(other, other_prompt)
+    name, other_name = make_folder_name(one, prompt), make_folder_name(other, other_prompt)
     assert one == other or same_to_a_file_system(name) != same_to_a_file_system(other_name)
 
 
 @given(settings, texts, places, settings, texts, places, st.booleans(), st.booleans())
-def test_two_pictures_never_share_a_name(values, text, place, values_2, text_2, place_2, same_values, is_gallery):
+def test_two_images_never_share_a_name(values, text, place, values_2, text_2, place_2, same_values, is_gallery):
     # Within one folder a run writes either ranks or pages, and an unconditional prompt's id fixes its text.
     values_2 = values if same_values else values_2
     text_2 = text if values[0] == values_2[0] else text_2
@@ -99,18 +99,18 @@ def test_two_pictures_never_share_a_name(values, text, place, values_2, text_2, 
         place, place_2 = ({"rank": one["rank"] or 0} for one in (place, place_2))
     keys = {(repr(values), *sorted(place.items())), (repr(values_2), *sorted(place_2.items()))}
     names = {
-        same_to_a_file_system(image_file(*values, text, **place)),
-        same_to_a_file_system(image_file(*values_2, text_2, **place_2)),
+        same_to_a_file_system(make_file_name(*values, text, **place)),
+        same_to_a_file_system(make_file_name(*values_2, text_2, **place_2)),
     }
     assert len(names) == len(keys)
 
 
 @given(st.integers(0, 99999), st.text(st.characters(exclude_categories=["Cs"]), max_size=300), st.integers(0, 99))
 def test_names_are_pathvalidates_where_those_can_exist(number, text, rank):
-    assert prompt_folder(number, text) == sanitize_filename(f"{number:04d}_{text}")
+    assert make_folder_name(number, text) == sanitize_filename(f"{number:04d}_{text}")
     settings_text = f"{number:04d}_k=50,p=1.0,t=0.7,c=10.0_{rank:02d}"
     name_2022 = sanitize_filename(f"{settings_text}_{text}")[:250] + ".png"
-    name = image_file(number, 50, 1.0, 0.7, 10.0, text, rank=rank)
+    name = make_file_name(number, 50, 1.0, 0.7, 10.0, text, rank=rank)
     if len(name_2022.encode()) <= 255:
         assert name == name_2022
     else:

@@ -16,7 +16,7 @@ from dm_generations.errors import UserError
 from dm_generations.models.base import RawCheckpoint
 from dm_generations.models.loading import check_names_and_shapes, load_checkpoint
 from dm_generations.pipelines.convert import convert
-from dm_generations.runtime.params import put_params
+from dm_generations.runtime.device import put_params
 from dm_generations.weights import native
 from dm_generations.weights.native import flatten
 
@@ -149,7 +149,7 @@ def test_placed_weights_of_our_own_folder_are_the_mapped_file(codec):
 
 
 def test_placed_copies_large_and_transposed_arrays_exactly(monkeypatch):
-    monkeypatch.setattr("dm_generations.runtime.params.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("dm_generations.runtime.device.CHUNK_BYTES", 1000)
     arrays = {
         "plain": np.arange(5000, dtype=np.float32).reshape(50, 100),
         "transposed": np.arange(6000, dtype=np.float32).reshape(60, 100).T,

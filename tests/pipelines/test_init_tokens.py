@@ -11,7 +11,7 @@ from decode_kit import GOLDEN_CODEC
 from PIL import Image, ImageCms
 
 from dm_generations.errors import UserError
-from dm_generations.export.encoders import encode_npy
+from dm_generations.export.output_file import encode_npy
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
 from dm_generations.models.loading import load_checkpoint

@@ -27,7 +27,7 @@ from jax import lax
 
 from dm_generations.models.base import token_grid
 from dm_generations.models.vqgan.network import VQGANConfig
-from dm_generations.runtime.params import matmul_precision
+from dm_generations.runtime.device import matmul_precision
 from dm_generations.weights.mmap import release
 
 WINOGRAD_CH = 64  # `ch` of the smallest network
