@@ -181,10 +181,9 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
     with Progress() as on_progress:
         report = export_archive(archive, options, on_progress)
     summary = f"{counted(report.written, 'file')} written to {options.out_dir}"
-    if report.already_there:
-        summary += f", {report.already_there:,} there already"
-    if report.problems:
-        summary += f", {counted(len(report.problems), 'problem')}"
+    notes = [f"{report.already_there:,} skipped, already present"] if report.already_there else []
+    notes += [counted(len(report.problems), "problem")] if report.problems else []
+    summary += f" ({'; '.join(notes)})" if notes else ""
     print(f"{summary}. Open {report.page} in a browser." if report.page else f"{summary}.")
     return 1 if report.problems else 0
 

@@ -69,7 +69,7 @@ def test_half_precision_is_near(codec, dtype, largest, mean):
 
 
 def test_auto_takes_what_memory_holds(monkeypatch):
-    """A image of 32x32 pixels is small, so a CPU takes many; with next to no memory it takes one."""
+    """An image of the golden codec is small, so a CPU takes many; with next to no memory it takes one."""
     checkpoint = load_checkpoint(GOLDEN_CODEC, "codec")
     assert Decoder.from_checkpoint(checkpoint, "auto").batch_size >= 64
     monkeypatch.setattr("dm_generations.runtime.device.free_bytes", lambda device: 1)
