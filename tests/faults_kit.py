@@ -80,14 +80,14 @@ def files_left(folder: Path) -> dict[str, bytes]:
     return {path: data for path, data in all_files(folder).items() if path != JOURNAL}
 
 
-def run_with_mounts(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a shell script, started in ROOT, that may mount disks, which it alone sees and which end with it.
+def run_with_mounts(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a shell script of tests/programs, started in ROOT, that may mount disks, which end with it.
 
-    `arguments` are its "$1", "$2", ...; where it ends with CANNOT_MOUNT the test is skipped.
+    The test is skipped where the script ends with CANNOT_MOUNT.
     """
     if not shutil.which("unshare"):
         pytest.skip("needs unshare to mount a small disk")
-    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", *map(str, arguments)]
+    command = ["unshare", "--map-root-user", "--mount", "sh", f"tests/programs/{program}", *map(str, arguments)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if ended.returncode == CANNOT_MOUNT or "unshare" in ended.stderr:
         pytest.skip("may not mount a small disk here")
@@ -111,5 +111,5 @@ def error_line(errors: str) -> str:
 
 
 def without_progress(errors: str) -> str:
-    """What a command printed on stderr but for the lines that a slow one prints to say how far it is."""
+    """What a command printed on stderr, without the lines of progress that a slow one prints."""
     return re.sub(r"(?m)^[\d,]+ of [\d,]+ images, .*\n", "", errors)

@@ -15,7 +15,7 @@ from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
 from dm_generations.weights import native
 from dm_generations.weights.native import flatten, unflatten
 
-GRID = 4  # a side: 16 codes a picture
+GRID = 4  # a side: 16 tokens an image
 CODEBOOK_SIZE = 32
 IMAGE_SIZE = 8  # pixels a side
 TEXT_VOCAB = 260  # bytes and 4 special tokens

@@ -1,4 +1,4 @@
-"""Text on galleries: a strip above the grid that says what it shows, and one below each image with its score.
+"""Text on galleries: a strip above the grid with prompt and settings, and one below each image with its score.
 
 H, W: pixels of one image   C: pixels of the caption's strip   S: pixels of a row of scores
 """
@@ -22,7 +22,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True)
 class Strips:
-    """The text that is added to galleries.
+    """The text on galleries.
 
     Attributes:
         captions: A strip above the grid with prompt and settings.
@@ -39,7 +39,7 @@ class Strips:
         return self.captions or self.score_labels
 
     def check(self) -> None:
-        """Raise UserError if text cannot be drawn."""
+        """Raise UserError if text cannot be rendered: the font is missing or not readable."""
         if self:
             _load_font(self.font, 12)
 
@@ -71,7 +71,7 @@ class Strips:
         image = Image.fromarray(sheet)
         draw = ImageDraw.Draw(image)
         if self.captions:
-            _draw_caption(draw, caption, pixels.shape[1], self.font)
+            _render_caption(draw, caption, pixels.shape[1], self.font)
         if self.score_labels:
             font = _load_font(self.font, _label_size(height))
             for cell, label in enumerate(labels):
@@ -87,7 +87,7 @@ class Strips:
         return _label_size(image_size) * 3 // 2 if self.score_labels else 0
 
 
-def _draw_caption(draw: ImageDraw.ImageDraw, caption: tuple[str, str], width: int, font_file: str | None) -> None:
+def _render_caption(draw: ImageDraw.ImageDraw, caption: tuple[str, str], width: int, font_file: str | None) -> None:
     line_height = _line_height(width)
     font, margin = _load_font(font_file, line_height * 3 // 4), line_height // 2
     prompt, settings = (_one_line(text if font_file else without_accents(text)) for text in caption)
@@ -102,31 +102,31 @@ def _wrap(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int, line_cou
     lines: list[str] = []
     while text and len(lines) < line_count:
         is_last = len(lines) == line_count - 1
-        count = _count_fitting(draw, text, font, width)
+        count = _count_characters(draw, text, font, width)
         if count < len(text) and not is_last:
             count = text.rfind(" ", 1, count + 1) if " " in text[1 : count + 1] else count
         elif count < len(text):
             ellipsis = draw.textlength("...", font)
-            count = _count_fitting(draw, text, font, width - ellipsis)
+            count = _count_characters(draw, text, font, width - ellipsis)
         line, text = text[:count], text[count:].lstrip()
         lines.append(line.rstrip() + ("..." if text and is_last else ""))
     return lines
 
 
-def _count_fitting(draw: ImageDraw.ImageDraw, text: str, font: Font, width: float) -> int:
+def _count_characters(draw: ImageDraw.ImageDraw, text: str, font: Font, width: float) -> int:
     """Return how many characters from the start fit into `width` pixels, and 1 at least."""
-    fits, misfits = 1, min(len(text), _LINE_CHARACTERS) + 1
-    while misfits - fits > 1:
-        middle = (fits + misfits) // 2
+    enough, too_many = 1, min(len(text), _LINE_CHARACTERS) + 1
+    while too_many - enough > 1:
+        middle = (enough + too_many) // 2
         if draw.textlength(text[:middle], font) <= width:
-            fits = middle
+            enough = middle
         else:
-            misfits = middle
-    return fits
+            too_many = middle
+    return enough
 
 
 def without_accents(text: str) -> str:
-    """Return `text` with "e" for "é": the font of Pillow has no letters with accents, and draws boxes instead."""
+    """Return `text` with "e" for "é": the font of Pillow has no letters with accents, and shows boxes instead."""
     letters = unicodedata.normalize("NFD", text)
     return unicodedata.normalize("NFC", "".join(letter for letter in letters if not unicodedata.combining(letter)))
 
@@ -150,6 +150,8 @@ def _load_font(file: str | None, size: int) -> Font:
     try:
         return ImageFont.load_default(size) if file is None else ImageFont.truetype(file, size)
     except ImportError as error:
-        raise UserError("this Pillow was built without FreeType, which captions need; install the usual one") from error
+        raise UserError(
+            "this Pillow was built without FreeType, which captions need; install Pillow from PyPI"
+        ) from error
     except OSError as error:
-        raise UserError(f"--caption-font: {file!r} is not a font that can be read ({error})") from error
+        raise UserError(f"--caption-font: {file!r} is not a readable font ({error})") from error

@@ -8,8 +8,7 @@ H, W: pixels of one image   L: tokens of one image
 
 import contextlib
 import logging
-import stat
-import tempfile
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +27,16 @@ from dm_generations.export.journal import Journal, identify
 from dm_generations.export.manifest import Entry, build_manifest, make_entry, manifest_files, write_manifest
 from dm_generations.export.output_file import EncodeContext, Encoding, OutputFile, encode_npy, fill_cells
 from dm_generations.export.plan import GroupPlan, Layout, Selection, Target, check_codec, is_finished, select_groups
-from dm_generations.export.writers import FileWriter, Member, Shard, ShardSet, ShardWriter, fingerprint
+from dm_generations.export.writers import (
+    FileWriter,
+    Member,
+    Shard,
+    ShardSet,
+    ShardWriter,
+    check_folders,
+    fingerprint,
+    make_folder,
+)
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.paths import utf8_path
@@ -103,7 +111,7 @@ class TokenDecoder(Protocol):
         """How many images `start` should get at a time."""
 
     def start(self, tokens: np.ndarray) -> Decoded:
-        """Begin decoding (n, L) uint16."""
+        """Start decoding (n, L) uint16."""
 
 
 @dataclass
@@ -118,7 +126,7 @@ class PassthroughDecoder:
         return PassthroughDecoder(tokens)
 
     def images(self) -> np.ndarray:
-        """Give them back."""
+        """Return the tokens."""
         assert self.tokens is not None, "started"
         return self.tokens
 
@@ -144,16 +152,15 @@ def export_archive(
     """
     plans = select_groups(archive, options.selection)
     folders = [] if options.layout.is_sharded else sorted({plan.folder for plan in plans})
-    _check_folders(options.out_dir, folders)
+    check_folders(options.out_dir, folders)
     with Journal(options.out_dir) as journal:
         if options.layout.has_page:
             journal.open()
         exporter = Exporter(archive, plans, options, journal, on_progress)
-        due_count = exporter.due_count
-        decoder = _load_decoder(archive, plans, options, due_count) if due_count else None
+        decoder = _load_decoder(archive, plans, options, exporter.due_count) if exporter.due_count else None
         for folder in ("", *folders):
             remove_stale_temporaries(utf8_path(options.out_dir, folder))
-        on_progress(0, due_count)
+        on_progress(0, exporter.due_count)
         exporter.run(decoder)
         exporter.write_page()
     return exporter.report
@@ -179,6 +186,8 @@ class Exporter:
         self._context = EncodeContext(
             self.layout.mode, options.encoding, options.strips, options.has_metadata, self._models
         )
+        folders = {"", *(plan.folder for plan in plans)}
+        self._new_folders = {folder for folder in folders if not os.path.exists(utf8_path(self.out_dir, folder))}
         self._stale_paths = set(self._find_stale_tokens() if self.layout.mode == "npy" else self._find_stale())
         self._set_id = fingerprint(self._describe_set()) if self.layout.is_sharded else ""
         due = (target for _, target, shard in self._files() if self._is_due(target, shard))
@@ -201,6 +210,7 @@ class Exporter:
         else:
             with FileWriter(workers) as writer:
                 for file in files:
+                    self.journal.flush()
                     done = self._when_written(file)
                     writer.submit(utf8_path(self.out_dir, file.path), partial(file.encode, self._context), done)
 
@@ -233,7 +243,11 @@ class Exporter:
 
     def _is_path_due(self, path: str) -> bool:
         is_due = self.options.overwrite or path in self._stale_paths
-        return is_due or not is_finished(self.out_dir, path)
+        return is_due or not self._is_finished(path)
+
+    def _is_finished(self, path: str) -> bool:
+        """Return whether a file was there before this export; asks the disk only where the file's folder was."""
+        return path.rpartition("/")[0] not in self._new_folders and is_finished(self.out_dir, path)
 
     def _find_stale(self) -> Iterator[str]:
         """Yield paths of files whose ranks belong to other images by now."""
@@ -252,13 +266,13 @@ class Exporter:
         return self.journal.is_stale(path, identity) and all(row.quantvec for row in members)
 
     def _find_stale_tokens(self) -> Iterator[str]:
-        """Yield paths of files of tokens that hold others than the image of their rank has. They have no journal."""
+        """Yield paths of files of tokens that differ from those of the image of their rank. They have no journal."""
         for plan in self.plans:
             rows = self.archive.rows(plan.key, plan.count)
             for target, row in zip(plan.targets(self.layout), rows, strict=False):  # fewer if the archive changes
                 with contextlib.suppress(OSError, ValueError, BadTokensError):
                     path, content = utf8_path(self.out_dir, target.path), encode_npy(self._tokens(row, None))
-                    is_there = is_finished(self.out_dir, target.path)
+                    is_there = self._is_finished(target.path)
                     if is_there and (path.stat().st_size != len(content) or path.read_bytes() != content):
                         yield target.path
 
@@ -266,7 +280,7 @@ class Exporter:
         """Yield what tells one set of shards from another."""
         yield self.layout.mode, self.layout.extension, self.layout.shard_size if self.layout.mode == "tar" else None
         for plan in self.plans:
-            yield _describe_plan(plan)
+            yield plan.describe()
             for row in self.archive.rows(plan.key, plan.count):
                 yield row.id, row.quantvec_md5, row.clip_score_input, row.clip_score_tokenized
 
@@ -285,9 +299,8 @@ class Exporter:
             if shard is None and members and not is_due:
                 entry = self._entry(plan, target, target.path, members)
                 identity = identify(entry)
-                is_due = self._is_stale(
-                    target.path, identity, members
-                )  # since this export began: others may add to the archive
+                # Since this export began: others may add to the archive.
+                is_due = self._is_stale(target.path, identity, members)
             if decoder is not None and is_due:
                 yield from self._read_file(plan, target, members, shard, decoder)
             elif is_due or not members:
@@ -301,12 +314,7 @@ class Exporter:
                 self.report.already_there += 1
 
     def _read_file(
-        self,
-        plan: GroupPlan,
-        target: Target,
-        members: list[ImageRow],
-        shard: Shard | None,
-        decoder: TokenDecoder,
+        self, plan: GroupPlan, target: Target, members: list[ImageRow], shard: Shard | None, decoder: TokenDecoder
     ) -> Iterator[Item]:
         """Yield the tokens of one file."""
         tokens_by_cell = {}
@@ -326,7 +334,7 @@ class Exporter:
         path = target.path if is_whole or not target.incomplete_path else target.incomplete_path
         self._entries[path] = entry = self._entry(plan, target, path, members)
         if self.layout.has_page:
-            self.journal.begin(path, identify(entry))
+            self.journal.begin(path, identify(entry), self._is_finished(path))
         grid = (self.layout.cols, self.layout.rows) if self.layout.is_gallery else (1, 1)
         replaced_path = target.incomplete_path if is_whole else None
         file_rows = [(cell, members[cell]) for cell in tokens_by_cell]
@@ -382,7 +390,9 @@ class Exporter:
         self._report_problem(f"{self.out_dir / path} was not written: {reason}")
 
     def _report_change(self, target: Target) -> None:
-        self._report_problem(f"{target.path}: {self.archive.path} changed while it was read; run again")
+        self._report_problem(
+            f"{target.path}: {self.archive.path} changed while it was read; run the same command again"
+        )
 
     def _report_problem(self, line: str) -> None:
         self.report.problems.append(line)
@@ -402,16 +412,6 @@ class Exporter:
 
 
 # Decode: tokens to pixels.
-
-
-def _describe_plan(plan: GroupPlan) -> str:
-    """Return what stands for a group in the names of shards. It never changes, so that finished shards are found."""
-    params = plan.key.params
-    settings = (
-        f"Settings(prompt_id={plan.key.prompt_id!r}, sc_prompt_id={plan.key.sc_prompt_id!r}, top_k={params.top_k!r}, "
-        f"top_p={params.top_p!r}, temperature={params.temperature!r}, cond_scale={params.cond_scale!r})"
-    )
-    return f"GroupPlan(settings={settings}, prompt={plan.prompt!r}, sc_prompt={plan.sc_prompt!r}, count={plan.count!r})"
 
 
 def _decode(decoder: TokenDecoder | None, items: Iterator[Item]) -> Iterator[Item]:
@@ -450,7 +450,7 @@ def _load_decoder(archive: Archive, plans: list[GroupPlan], options: ExportOptio
     """Return what decodes the rows of `plans`, once the output folder is there. Raises UserError."""
     layout = options.layout
     if layout.mode == "npy":
-        _make_folder(options.out_dir)
+        make_folder(options.out_dir)
         return PassthroughDecoder()
     checkpoint = load_checkpoint(options.codec, "codec")
     grid, warnings = check_codec(archive, plans, checkpoint)
@@ -460,7 +460,7 @@ def _load_decoder(archive: Archive, plans: list[GroupPlan], options: ExportOptio
     _check_gallery_size(options, codec.image_size)
     if layout.is_seamless:
         codec = codec.tiled(layout.rows, layout.cols)
-    _make_folder(options.out_dir)
+    make_folder(options.out_dir)
     compile_cache.enable()
     return codec
 
@@ -470,36 +470,6 @@ def _limit_batch(batch_size: int | None, due_count: int) -> int | Literal["auto"
     if batch_size is None:
         return "auto"
     return min(batch_size, max(_LEAST_BATCH, 1 << (due_count - 1).bit_length()))
-
-
-def _check_folders(out_dir: Path, folders: Iterable[str]) -> None:
-    """Raise UserError where the output folder is not one, or a prompt's folder is a link to somewhere else."""
-    try:
-        is_folder = stat.S_ISDIR(out_dir.stat().st_mode)
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        raise _bad_folder(out_dir, error) from error
-    if not is_folder:
-        raise UserError(f"{out_dir} is a file, not a folder; choose another with --out-dir")
-    for folder in folders:
-        if utf8_path(out_dir, folder).is_symlink():
-            raise UserError(f"{out_dir / folder} is a symbolic link; remove it, or choose another --out-dir")
-
-
-def _make_folder(out_dir: Path) -> None:
-    """Make it where it is missing, and find out now whether it can be written."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
-            pass
-    except (OSError, ValueError) as error:
-        raise _bad_folder(out_dir, error) from error
-
-
-def _bad_folder(out_dir: Path, error: OSError | ValueError) -> UserError:
-    reason = error.strerror if isinstance(error, OSError) else error
-    return UserError(f"cannot write into {str(out_dir)!r}: {reason}; choose another folder with --out-dir")
 
 
 def _check_gallery_size(options: ExportOptions, image_size: int) -> None:

@@ -6,10 +6,10 @@ images. `.journal.jsonl` tells them apart. It is ASCII: for each file a line bre
     [path, identity]        path: relative to the folder, with "/"    identity: see `identify`
 
 The last line of a path counts. Lines are appended before a file is written, so a decode that is killed leaves no file
-that nobody knows; when one ends, the journal is written anew with one line a file. An identity of null says that the
-file shows one of two images: a decode that was to replace it may not have come to it.
+without a line; when one ends, the journal is written anew with one line a file. An identity of null says that the
+file shows one of two images: a decode that was to replace it may have ended before.
 
-A folder may come from a stranger, so the journal is opened without following links, and only a regular file of bounded
+A folder may come from anyone, so the journal is opened without following links, and only a regular file of bounded
 size is read. While it is open it is locked against a second decode; the lock goes when the process ends.
 """
 
@@ -46,7 +46,8 @@ class Journal:
         self._out_dir, self._path = out_dir, out_dir / JOURNAL
         self._file: io.FileIO | None = None
         self._identities: dict[str, Identity] = {}  # by path
-        self._replacing: dict[str, str] = {}  # what files are going to show that show other images now, by path
+        self._replacing: dict[str, str] = {}  # new identities of files that are being replaced, by path
+        self._unwritten: list[bytes] = []  # lines for the next `flush`
 
     def open(self, create: bool = False) -> None:
         """Lock and read the journal, or the lists of earlier versions where there is none.
@@ -87,28 +88,51 @@ class Journal:
         """Return whether a file is known to show, or perhaps to show, other images than these."""
         return path in self._identities and self._identities[path] != identity
 
-    def begin(self, path: str, identity: str) -> None:
-        """Note what a file is going to show. To be called before it is written.
+    def begin(self, path: str, identity: str, is_there: bool) -> None:
+        """Note which images a file is going to show. Call `flush` before the file is written.
 
-        Raises:
-            UserError: The disk takes no more.
+        Args:
+            path: Of the file.
+            identity: Of its images.
+            is_there: Whether a file is at this path now.
         """
-        is_sure = self._identities.get(path) == identity or not is_finished(self._out_dir, path)
+        is_sure = not is_there or self._identities.get(path) == identity
         if not is_sure:
             self._replacing[path] = identity
-        self._append(path, identity if is_sure else None)
+        self._add(path, identity if is_sure else None)
 
     def confirm(self, path: str) -> None:
-        """Note that a file was written. Raises UserError as `begin`."""
+        """Note that a file was written."""
         if path in self._replacing:
-            self._append(path, self._replacing.pop(path))
+            self._add(path, self._replacing.pop(path))
+
+    def flush(self) -> None:
+        """Append what was noted to the file, in one write.
+
+        Raises:
+            UserError: The disk is full, or another error of writing.
+        """
+        lines, self._unwritten = b"".join(self._unwritten), []
+        try:
+            while lines:
+                assert self._file is not None, "opened by `open(create=True)`"
+                lines = lines[self._file.write(lines) :]
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._path}: {error.strerror}; free some space and run the same command again to "
+                "continue"
+            ) from error
 
     def assume(self, path: str, identity: str) -> None:
-        """Take a file that is there for one that shows these images, unless something else is known of it."""
+        """Take a finished file for one that shows these images, unless something else is known of it."""
         self._identities.setdefault(path, identity)
 
     def compact(self) -> None:
-        """Write the journal anew, with one line for each file that is there, and close it. Raises OSError."""
+        """Write the journal anew, with one line for each file that is there, and close it.
+
+        Raises:
+            OSError: It cannot be written.
+        """
         found = self._identities.items()
         self._identities = {p: identity for p, identity in found if is_finished(self._out_dir, p)}
         self._rewrite()
@@ -116,8 +140,10 @@ class Journal:
             (self._out_dir / name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Write what was noted, if possible, and release the lock."""
         if self._file is not None:
+            with contextlib.suppress(UserError):
+                self.flush()
             self._file.close()
             self._file = None
 
@@ -127,20 +153,13 @@ class Journal:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _append(self, path: str, identity: Identity) -> None:
-        assert self._file is not None, "opened by `open(create=True)`"
-        line = _line(path, identity)
-        try:
-            while line:
-                line = line[self._file.write(line) :]
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self._path}: {error.strerror}; make room for it and run the same command again to go on"
-            ) from error
+    def _add(self, path: str, identity: Identity) -> None:
         self._identities[path] = identity
+        self._unwritten.append(_line(path, identity))
 
     def _rewrite(self) -> None:
         """Write all lines anew, or remove a journal that would have none; close it."""
+        self._unwritten = []
         if sys.platform == "win32":  # which replaces no open file
             self.close()
         if self._identities:
@@ -151,10 +170,9 @@ class Journal:
 
 
 def identify(entry: Entry) -> str:
-    """Return 16 hex digits that tell the images of a file, and what is written on it or inside it, from others.
+    """Return 16 hex digits that differ for files of other images, or with other text on them or inside.
 
-    A key alone does not: images that start from two sets of given tokens have the same keys, and so do those of two
-    models.
+    A key alone is not enough: images of other initial tokens or of another model can have the same key.
     """
     facts = entry.facts()
     return _digest([*facts[0], *facts[1:]] if isinstance(entry, GalleryEntry) else facts)
@@ -165,12 +183,12 @@ def _digest(values: list) -> str:
 
 
 def _line(path: str, identity: Identity) -> bytes:
-    """Return a line. It begins with its line break: what was cut off before it, on a full disk, costs only itself."""
+    """Return a line. It begins with its line break: a line before it may be cut off."""
     return f"\n{json.dumps([path, identity], separators=(',', ':'))}".encode("ascii")
 
 
 def _parse(lines: Iterable[bytes]) -> Iterator[tuple[str, Identity]]:
-    """Yield what lines say; those that were cut off or are someone else's are left out."""
+    """Yield the contents of lines; those that are cut off or not of this format are left out."""
     for line in lines:
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             path, identity = json.loads(line)
@@ -210,7 +228,7 @@ def _open_locked(path: Path, create: bool) -> io.FileIO:
 
 
 def lock_file(file: io.FileIO) -> None:
-    """Raise BlockingIOError if another process holds the lock. A file system that has no locks goes without."""
+    """Raise BlockingIOError if another process holds the lock. On a file system without locks there is none."""
     try:
         if sys.platform == "win32":
             import msvcrt

@@ -16,12 +16,12 @@ statement, `window.DM_MANIFEST = {...};`, in ASCII:
     images       [middle, rank, score or null, key0, key1]     best first; then what is not "", 1, 0, "float32" of
                  [model, sampler_version, init_count, dtype], up to the last of them: the name of the model that sampled
                  the image, "" for the one that ships and null for one that is not known; which noise it sampled with;
-                 how many tokens were given; and the dtype of its activations
+                 the number of initial tokens; and the dtype of its activations
     gallery      [middle, page, [score or null, ...], identity]    by page; images best first; identity: hex digits
                  that differ from those of other images, or left out
 
 top_k 0 and top_p 1.0 mean "off"; scores are CLIP logits of image and prompt as typed; numbers that JSON
-lacks (NaN, infinities) are null.
+has no form for (NaN, infinities) are null.
 """
 
 import json
@@ -86,7 +86,7 @@ class ImageEntry(_File):
         return [round_score(self.score), self.key0, self.key1, *self._provenance()]
 
     def _provenance(self) -> list[int | str | None]:
-        """Return what sampling it again takes besides settings and key; for the shipped model mostly nothing."""
+        """Return what sampling it again needs apart from settings and key; for the shipped model mostly nothing."""
         if self.model is None or self.sampler_version is None:
             return [None]
         model = "" if self.model.startswith(_SHIPPED) else self.model
@@ -98,7 +98,7 @@ class ImageEntry(_File):
 
 @dataclass(frozen=True, slots=True)
 class GalleryEntry(_File):
-    """One file that shows several images; `scores` has one value for each, best first."""
+    """One file of several images; `scores` has one value for each, best first."""
 
     scores: tuple[float | None, ...]
     page: int = 0
@@ -206,7 +206,7 @@ def write_manifest(out_dir: Path, manifest: dict[str, Any]) -> Path:
 
     Raises:
         OSError: They cannot be written.
-        UserError: The installation lacks the page.
+        UserError: The page is missing from the installation.
     """
     for name, content in manifest_files(manifest).items():
         write_atomic(out_dir / name, content)
@@ -236,7 +236,7 @@ def _finite(number: float | None) -> float | None:
 
 
 def round_score(score: float | None) -> float | None:
-    """Return a score rounded to what the page shows and a digit more: the page reads the manifest whole."""
+    """Return a score rounded to one digit more than the page shows: the page reads the whole manifest."""
     finite = _finite(score)
     return None if finite is None else round(finite, 3)
 

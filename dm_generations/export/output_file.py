@@ -297,8 +297,8 @@ class OutputFile:
 def fill_cells(tokens_by_cell: Mapping[int, np.ndarray], cell_count: int) -> np.ndarray:
     """Return the tokens of a gallery that is decoded as one.
 
-    A cell without an image gets one of the others: whatever stands there changes the images next to it a little, and
-    this is least seen.
+    A cell without an image gets one of the others: what is decoded there changes the images next to it a little, and
+    this is the least visible.
 
     Args:
         tokens_by_cell: (L,) each, at least one.

@@ -70,7 +70,7 @@ class Layout:
 
     @property
     def has_page(self) -> bool:
-        """Whether the folder gets a page, and a journal of what its files show."""
+        """Whether the folder gets a page, and a journal of which images its files hold."""
         return self.mode in ("images", "gallery")
 
     @property
@@ -92,7 +92,7 @@ class Target:
         path: Relative to the output folder, with "/" between its two parts.
         page: Of a gallery, from 0.
         ranks: The images on it; 0 is the best of the group.
-        incomplete_path: Where a gallery goes that lacks images; None for single images.
+        incomplete_path: Of a gallery with missing images; None for single images.
     """
 
     path: str
@@ -115,6 +115,18 @@ class GroupPlan:
         """The group's folder in the output folder."""
         return make_folder_name(self.key.prompt_id, self.prompt)
 
+    def describe(self) -> str:
+        """Return what stands for a group in the names of shards; it never changes, so finished shards are found."""
+        key, params = self.key, self.key.params
+        settings = (
+            f"Settings(prompt_id={key.prompt_id!r}, sc_prompt_id={key.sc_prompt_id!r}, top_k={params.top_k!r}, "
+            f"top_p={params.top_p!r}, temperature={params.temperature!r}, cond_scale={params.cond_scale!r})"
+        )
+        return (
+            f"GroupPlan(settings={settings}, prompt={self.prompt!r}, sc_prompt={self.sc_prompt!r}, "
+            f"count={self.count!r})"
+        )
+
     def targets(self, layout: Layout) -> Iterator[Target]:
         """Yield the files of this group, best images first."""
         folder = self.folder
@@ -133,7 +145,7 @@ def select_groups(archive: Archive, selection: Selection) -> list[GroupPlan]:
     """Return the selected groups, in the order of their ids and settings.
 
     Raises:
-        UserError: The archive lacks an id or a text, or nothing is selected.
+        UserError: An id or a text is not in the archive, or nothing is selected.
     """
     prompts, sc_prompts = archive.prompts(), archive.sc_prompts()
     prompt_ids = _select_ids("prompt", archive.path, prompts, selection.prompt_ids, selection.prompt_texts)
@@ -143,7 +155,7 @@ def select_groups(archive: Archive, selection: Selection) -> list[GroupPlan]:
     groups = archive.groups(prompt_ids, sc_prompt_ids)
     if not groups:
         found = "no images" if prompt_ids is None and sc_prompt_ids is None else "no images of these prompts"
-        raise UserError(f"{archive.path} holds {found}; `python -m dm_generations info` shows what it holds")
+        raise UserError(f"{archive.path} holds {found}; `python -m dm_generations info` lists what it holds")
     return [
         GroupPlan(
             group.key,
@@ -177,7 +189,7 @@ def _select_ids(
         raise UserError(f"{path} has no {kind} with id {_list_ids(unknown)}; its {kind} ids are {_list_ids(texts)}")
     known_texts, wanted_texts = set(texts.values()), set(wanted)  # a sweep may ask for thousands
     if unknown_texts := [text for text in wanted if text not in known_texts]:
-        raise UserError(f"{path} has no {kind} {unknown_texts[0]!r:.200}; give the whole text, or its id")
+        raise UserError(f"{path} has no {kind} {unknown_texts[0]!r:.200}; use the whole text, or its id")
     return sorted(set(ids) | {text_id for text_id, text in texts.items() if text in wanted_texts})
 
 
@@ -210,13 +222,13 @@ def make_file_name(
     """Return the name of an image's or gallery's file, `0001_k=50,p=1.0,t=1.0,c=10.0_00_None.png`.
 
     Galleries that the 2022 script could not write add a field to the settings: `,page=2` for the second page of a group
-    and `,incomplete` where images are missing. Elsewhere `_` follows cond_scale, so these are never taken for a
-    prompt's text.
+    and `,incomplete` where images are missing. Elsewhere `_` follows cond_scale, so a prompt's
+    text is never mistaken for these.
 
     Args:
         rank: The image's rank in its group, from 0; None for a gallery, whose name has none.
         page: Of a gallery, from 0.
-        is_incomplete: Whether the gallery lacks images because of bad rows.
+        is_incomplete: Whether images are missing in the gallery because of bad rows.
 
     Returns:
         A name of at most 255 bytes.
@@ -236,8 +248,8 @@ def make_file_name(
 def check_codec(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoint) -> tuple[int, list[str]]:
     """Return the grid that a codec is to decode, in tokens a side, and warnings about it and the rows of `plans`.
 
-    Rows that record their codec are held against that record; others (2022 archives) against their tokens. A codec
-    decodes another grid than its own if the record says so.
+    Rows that record their codec are compared with that record; of others (2022 archives) the tokens are checked. A
+    codec decodes another grid than its own if the record says so.
 
     Raises:
         UserError: The codec's grid or codebook is not that of the rows.
@@ -290,11 +302,11 @@ def _check_tokens(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoin
     token_count = size // BYTES_PER_TOKEN
     if token_count != codec.config.grid**2:
         side = math.isqrt(token_count)
-        theirs = f"{side}x{side} codes" if side**2 == token_count else f"{token_count:,} codes an image"
+        theirs = f"{side}x{side} tokens" if side**2 == token_count else f"{token_count:,} tokens an image"
         raise _mismatch(archive, codec, theirs)
     largest = [int(np.frombuffer(blob, TOKEN_DTYPE).max()) for blob in sample if len(blob) == size]
     if sum(token >= codec.config.codebook_size for token in largest) > len(largest) / 2:
-        raise _mismatch(archive, codec, f"codes up to {max(largest):,}")
+        raise _mismatch(archive, codec, f"tokens up to {max(largest):,}")
 
 
 def _read_unrecorded(archive: Archive, plan: GroupPlan) -> list[ImageRow]:
@@ -306,9 +318,9 @@ def _mismatch(archive: Archive, codec: Checkpoint, theirs: str) -> UserError:
     ours = _describe(codec.config.grid, codec.config.codebook_size)
     return UserError(
         f"codec {codec.name!r} takes {ours}, but {archive.path} holds {theirs}; "
-        "give the codec that they were made with: --codec FOLDER"
+        "choose the codec that they were made with: --codec FOLDER"
     )
 
 
 def _describe(grid: int | None, codebook_size: int | None) -> str:
-    return f"{grid}x{grid} codes below {codebook_size:,}"
+    return f"{grid}x{grid} tokens below {codebook_size:,}"

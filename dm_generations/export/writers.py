@@ -4,8 +4,8 @@ A shard holds, for each image, `<id>.png` (or .webp, .jpg), `<id>.json` with the
 <id> is the row's, in nine digits. A zip holds the tree that separate files would be. Shards of a set carry a
 fingerprint of what the set holds, so those of another selection, archive or format have other names, and a shard that
 is there is one that was asked for. Files have no times of their own: the same images give the same bytes. A shard is
-written under a temporary name and renamed when it is whole; one that lacks images because of bad rows gets a name
-that says so.
+written under a temporary name and renamed when it is whole; one in which images are missing
+because of bad rows gets another name.
 """
 
 import contextlib
@@ -13,7 +13,9 @@ import errno
 import hashlib
 import io
 import os
+import stat
 import tarfile
+import tempfile
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -24,6 +26,7 @@ from typing import Any, BinaryIO, Protocol, Self
 
 from dm_generations.atomic_io import temporary_path, write_atomic
 from dm_generations.errors import UserError, defer_sigint
+from dm_generations.paths import utf8_path
 
 Member = tuple[str, bytes]  # name, with "/" between its parts, and content
 
@@ -34,10 +37,40 @@ _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can say
 _MODE = 0o644
 
 
+def check_folders(out_dir: Path, folders: Iterable[str]) -> None:
+    """Raise UserError if the output folder is not a folder, or a prompt's folder is a symbolic link."""
+    try:
+        is_folder = stat.S_ISDIR(out_dir.stat().st_mode)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise _bad_folder(out_dir, error) from error
+    if not is_folder:
+        raise UserError(f"{out_dir} is a file, not a folder; choose another with --out-dir")
+    for folder in folders:
+        if utf8_path(out_dir, folder).is_symlink():
+            raise UserError(f"{out_dir / folder} is a symbolic link; remove it, or choose another --out-dir")
+
+
+def make_folder(out_dir: Path) -> None:
+    """Make the output folder if it is missing, and raise UserError if it cannot be written."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass
+    except (OSError, ValueError) as error:
+        raise _bad_folder(out_dir, error) from error
+
+
+def _bad_folder(out_dir: Path, error: OSError | ValueError) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return UserError(f"cannot write into {str(out_dir)!r}: {reason}; choose another folder with --out-dir")
+
+
 class _BoundedPool:
     """Threads with a queue of bounded length; a context manager that waits for what is queued.
 
-    What is queued is given up when the block ends with an error.
+    What is queued is dropped when the block ends with an error.
     """
 
     def __init__(self, workers: int):
@@ -174,7 +207,7 @@ class Tar:
         info = tarfile.TarInfo(name)
         info.size, info.mode = len(content), _MODE
         self._tar.addfile(info, io.BytesIO(content))
-        self._tar.members.clear()  # type: ignore[attr-defined]  # a list of all, which nobody asks for
+        self._tar.members.clear()  # type: ignore[attr-defined]  # a list of all members, which is not needed
 
     def close(self) -> None:
         """Write what comes after the last file."""
@@ -206,7 +239,7 @@ class ShardWriter(_BoundedPool):
 
     Images of a shard follow each other, and by the time that the first of the next one comes, the rows of the shard
     have been read. A full or read-only disk ends the run with a UserError; a shard that cannot be written for another
-    reason is given up, and the next one started.
+    reason is skipped, and the next one started.
     """
 
     def __init__(
@@ -224,7 +257,7 @@ class ShardWriter(_BoundedPool):
             out_dir: Folder of the shards.
             mode: A key of CONTAINERS.
             workers: Threads that encode.
-            added: Called for each image, once it is in its shard or given up.
+            added: Called for each image, once it is in its shard or skipped.
             ended: Called for each shard, with None when it is at its place and else with the error.
             last_members: Called before that, for what the shard is to end with.
         """
@@ -323,7 +356,7 @@ def _raise_if_fatal(path: Path, error: BaseException | None) -> None:
     """Raise UserError if `error`, of writing `path`, is one that every later file would meet."""
     if isinstance(error, OSError) and error.errno in FATAL_ERRNOS:
         raise UserError(
-            f"cannot write {path}: {error.strerror}; make room and run the same command again to go on"
+            f"cannot write {path}: {error.strerror}; free some space and run the same command again to continue"
         ) from error
 
 

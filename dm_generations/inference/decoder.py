@@ -38,8 +38,8 @@ _MEMORY_SHARE = 0.5  # of the free memory; the next batch is under way while the
 class Decoder:
     """The decoder of an image codec, compiled once, with its batch divided among the local devices.
 
-    Every call has the shape (B, L): short batches are padded. Where a batch does not fit into the memory of a device,
-    it is halved and computed again.
+    Every call has the shape (B, L): short batches are padded. When a device runs out of memory, the batch is halved
+    and computed again.
 
     Attributes:
         grid: Tokens a side of an image.
@@ -60,7 +60,7 @@ class Decoder:
         """Put the decoder on the devices.
 
         Args:
-            kind: Of the network, one of the codecs of `networks.ROLES`.
+            kind: Of the network, one of the codecs in `models.registry.KINDS`.
             config: Of the network.
             params: As in a checkpoint.
             batch_size: Images at a time, of all devices together; rounded up to as many for each device. "auto" is
@@ -109,7 +109,7 @@ class Decoder:
         shared. A batch has about as many images as this decoder's.
 
         Raises:
-            UserError: Memory does not hold a sheet.
+            UserError: Memory is too small for a sheet.
         """
         decode_grids, side = self._of_one_device, self.grid
 
@@ -122,7 +122,7 @@ class Decoder:
         sheets._item_name = f"sheet of {cols} x {rows} images"
         sheets._set_function(to_uint8)
         sheets.set_batch_size(self.batch_size // (rows * cols))
-        sheets._check_fits()
+        sheets._check_memory()
         return sheets
 
     @property
@@ -139,8 +139,8 @@ class Decoder:
         """Decode `wanted` images at a time, rounded up to as many for each device."""
         count = len(self._devices)
         message = (
-            f"not enough memory to decode one {self._item_name} at a time; end what else uses the device, "
-            "or give --dtype bfloat16"
+            f"not enough memory to decode one {self._item_name} at a time; close other programs that use the device, "
+            "or use --dtype bfloat16"
         )
         size = max(1, -(-wanted // count)) * count
         self._runner = BatchRunner(size, batch_concurrency(self._devices), message, step=count)
@@ -150,17 +150,17 @@ class Decoder:
         return self._to_uint8.lower(self._params, self._batch_shape(self.batch_size)).compile().out_info
 
     def start(self, tokens: np.ndarray) -> "Decoding":
-        """Begin decoding; does not wait for the images.
+        """Start decoding; does not wait for the images.
 
         Args:
             tokens: (n, L) uint16, for any n; of a tiled decoder (n, R * C, L).
 
         Raises:
-            UserError: A token is outside the codebook (the network would make an image of NaN), or memory does not
-                hold one image for each device.
+            UserError: A token is outside the codebook (the network would make an image of NaN), or memory is too
+                small for one image on each device.
         """
         if tokens.size and int(tokens.max()) >= self.codebook_size:
-            raise UserError(f"code {int(tokens.max()):,} is outside the codec's codebook of {self.codebook_size:,}")
+            raise UserError(f"token {int(tokens.max()):,} is outside the codec's codebook of {self.codebook_size:,}")
 
         def take(first: int, size: int) -> tuple[np.ndarray, int]:
             part = tokens[first : first + size]
@@ -170,14 +170,21 @@ class Decoder:
 
         rows, cols = self._sheet_shape
         image_shape = rows * self.image_size, cols * self.image_size, 3
-        return Decoding(len(tokens), image_shape, self._runner.run(Work(len(tokens), take, self._decode_batch)))
+        return Decoding(len(tokens), image_shape, self._runner.run(Work(len(tokens), take, self.decode_batch)))
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """Return images (n, H, W, 3) uint8 of `tokens` (n, L) uint16. Raises as `start`."""
         return self.start(tokens).images()
 
-    def _decode_batch(self, tokens: np.ndarray) -> jax.Array:
-        """(B, L) uint16 on the host to (B, H, W, 3) uint8 on the devices, which may still be on their way."""
+    def decode_batch(self, tokens: np.ndarray) -> jax.Array:
+        """Start decoding one whole batch, without a retry when memory runs out; `start` is made of these.
+
+        Args:
+            tokens: (B, L) uint16; of a tiled decoder (B, R * C, L).
+
+        Returns:
+            Images (B, H, W, 3) uint8 on the devices, which may not be computed yet.
+        """
         return self._to_uint8(self._params, jax.device_put(tokens, self._shard_batch))
 
     def _batch_shape(self, batch_size: int) -> jax.ShapeDtypeStruct:
@@ -189,7 +196,7 @@ class Decoder:
         self._to_uint8 = jax.jit(_on_each_device(to_uint8, self._mesh) if len(self._devices) > 1 else to_uint8)
 
     def _auto_batch_size(self) -> int:
-        """Return a power of two for each device: what keeps it busy, or less where memory does not hold as many."""
+        """Return a power of two for each device: enough to keep it busy, or less if memory is too small for that."""
         enough = _ENOUGH_PIXELS.get(self._devices[0].platform, _ENOUGH_PIXELS_ELSEWHERE) // self.image_size**2
         size = 1 << max(enough, 1).bit_length() - 1
         free = free_bytes_of_each(self._devices)
@@ -197,7 +204,7 @@ class Decoder:
             size //= 2
         return size * len(self._devices)
 
-    def _check_fits(self) -> None:
+    def _check_memory(self) -> None:
         """Raise UserError where decoding one item takes more memory than is free.
 
         For what grows faster than its pixels: the attention of a sheet holds a number for each pair of its tokens. A
@@ -215,20 +222,26 @@ class Decoder:
     def _largest_bytes(self, batch_size: int) -> int:
         """Return the bytes of the largest array on a device while a batch is decoded.
 
-        JAX traces the program for it, and remembers that for the first batch.
+        JAX traces the program for it, and reuses that for the first batch.
         """
         return largest_array_bytes(self._to_uint8.trace(self._params, self._batch_shape(batch_size)).jaxpr.jaxpr)
 
 
 class Decoding:
-    """Images on their way from a decoder."""
+    """Images that are being decoded."""
 
     def __init__(self, count: int, image_shape: tuple[int, int, int], batches: Iterator[jax.Array]):
-        """Args: count: n. image_shape: (H, W, 3). batches: of images (B, H, W, 3), the last one padded."""
+        """Take batches that are being computed.
+
+        Args:
+            count: n.
+            image_shape: (H, W, 3).
+            batches: Images (B, H, W, 3), the last one padded.
+        """
         self._count, self._image_shape, self._batches = count, image_shape, batches
 
     def __len__(self) -> int:
-        """N."""
+        """Return n."""
         return self._count
 
     def images(self) -> np.ndarray:

@@ -30,7 +30,7 @@ from dm_generations.sampling.prng import WORD
 
 _T = TypeVar("_T")
 _TIMED_STEPS = 4
-_LOGITS_COPIES = 8  # halves, guided, filtered, noise and what a compiler keeps of them
+_LOGITS_COPIES = 8  # halves, guided, filtered, noise and a compiler's temporary copies of them
 
 
 class Samples(NamedTuple):
@@ -42,7 +42,7 @@ class Samples(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """Samples on their way from a generator."""
+    """Samples that are being generated."""
 
     samples: Callable[[], Samples]  # waits for them, once
 
@@ -157,12 +157,13 @@ class Generator:
         if concurrency * self.batch_bytes(wanted) > free:
             concurrency = 1
         message = (
-            "not enough memory to sample one image at a time; end what else uses the device, or give --dtype bfloat16"
+            "not enough memory to sample one image at a time; close other programs that use the device, or use "
+            "--dtype bfloat16"
         )
         self._runner = BatchRunner(wanted, concurrency, message)
 
     def check_texts(self, texts: Sequence[str | None]) -> None:
-        """Raise UserError for a text with a token that the model lacks, as one of a wrong tokenizer has."""
+        """Raise UserError for a text with a token that the model does not have, as a wrong tokenizer makes."""
         self._tokenizer.encode(texts, self._model.config.max_text_length)
 
     def generate(
@@ -193,9 +194,9 @@ class Generator:
         Args:
             prompts: n texts.
             settings: Of each row, or one for all.
-            keys: (n, 2) uint32, of `threefry.row_key`.
+            keys: (n, 2) uint32, of `sampling.prng.row_key`.
             sc_prompts: n texts, or None for the model's own empty prompt; None for all.
-            init_tokens: (n, L), of which each row keeps the first `init_count`; the rest is sampled.
+            init_tokens: (n, L), of which the first `init_count` of each row are copied; the rest is sampled.
             init_count: (n,), or one number for all.
             every: Steps after which `on_tokens` is called; None for never.
             on_tokens: Called with the number of the first row and the tokens so far, (m, count), of the m rows that
@@ -227,7 +228,7 @@ class Generator:
         init_tokens: np.ndarray | None = None,
         init_count: np.ndarray | int = 0,
     ) -> "Sampling":
-        """Begin sampling; does not wait for the tokens. The arguments and errors are those of `sample`."""
+        """Start sampling; does not wait for the tokens. The arguments and errors are those of `sample`."""
         rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
 
         def sample(batch: _Batch) -> tuple[loop.DecodeState, list[int]]:
@@ -310,7 +311,7 @@ class Generator:
     def batch_bytes(self, batch_size: int) -> int:
         """Estimate the memory on a device of a batch, besides the weights: caches, texts and logits.
 
-        JAX traces the program for it, and remembers that for the first batch.
+        JAX traces the program for it, and reuses that for the first batch.
         """
         length = self._model.config.max_text_length
         inputs = pack_batch([], 2 * batch_size, self._tokenizer, length, self.token_count)
@@ -319,7 +320,7 @@ class Generator:
         cached = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         return cached + 2 * batch_size * self._sampler.columns * 4 * _LOGITS_COPIES
 
-    # Underneath
+    # Implementation.
 
     def _rows(self, prompts, settings, keys, sc_prompts, init_tokens, init_count) -> list[Row]:
         count = len(prompts)
@@ -393,7 +394,7 @@ class Generator:
     def _samples(self, state: loop.DecodeState, counts: list[int]) -> Samples:
         """Wait for the samples of a batch, so many rows of each device."""
         if not self._in_use(state.last.can_sample, counts).all():
-            raise UserError(f"model {self._name!r} gives no numbers for some rows: its weights are damaged")
+            raise UserError(f"model {self._name!r} gives NaN for some rows: its weights are damaged")
         tokens = self._in_use(state.tokens, counts)
         return Samples(tokens.astype(self._token_dtype), self._in_use(state.last.log_prob, counts))
 

@@ -109,7 +109,7 @@ class Scorer:
         """Return features of images, float32 (n, P), rows of unit length.
 
         Args:
-            images: uint8 (n, H, W, 3) of any size, or images on their way from a decoder, which stay on the device.
+            images: uint8 (n, H, W, 3) of any size, or images that a decoder is computing, which stay on the device.
                 They are resized as transformers' CLIP processor does it.
         """
         if isinstance(images, Decoding):

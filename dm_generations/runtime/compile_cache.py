@@ -2,9 +2,9 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import platform
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -13,16 +13,17 @@ from typing import Any
 from dm_generations.errors import UserError
 from dm_generations.paths import cache_dir
 
+_logger = logging.getLogger(__name__)
 MAX_BYTES = 1 << 30
 _CHECKED = "checked"  # a file whose time says: entries older than this were found complete
 _CLOCK_SLACK_NS = 10**9  # file systems round times, and lag behind the clock
 
 
 def enable() -> None:
-    """Keep compiled programs in this user's private cache, at most about 1 GiB of them, from now on.
+    """Cache compiled programs on disk from now on, at most about 1 GiB, in this user's private folder.
 
-    Call it before the first compilation. A cache that cannot be used costs time, nothing else, so it is reported on
-    stderr and the program goes on. A folder set by JAX_COMPILATION_CACHE_DIR is left to JAX as it is. Starts JAX.
+    Call it before the first compilation. A cache that cannot be used costs only time, so that is logged as a
+    warning and the program continues. A folder set by JAX_COMPILATION_CACHE_DIR is left to JAX as it is. Starts JAX.
 
     Raises:
         UserError: JAX_PLATFORMS names a platform that is not there.
@@ -43,7 +44,7 @@ def enable() -> None:
         _prune(folder.parent, MAX_BYTES)
         _remove_truncated(folder)
     except (OSError, UserError) as error:
-        print(f"warning: compiled programs are not kept: {error}", file=sys.stderr)
+        _logger.warning("compiled programs are not cached: %s", error)
         return
     config.update("jax_compilation_cache_dir", str(folder))
     config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -66,7 +67,7 @@ def _machine() -> str:
 
 
 def _prune(folder: Path, max_bytes: int) -> None:
-    """Delete the files used longest ago until the rest fit.
+    """Delete the least recently used files until the rest have at most `max_bytes`.
 
     JAX's own bound (`jax_compilation_cache_max_size`) needs one more package, filelock.
     """

@@ -26,8 +26,8 @@ from dm_generations.weights.mmap import is_immutable, release
 _Batch = TypeVar("_Batch")
 _Result = TypeVar("_Result")
 _CPU_CONCURRENCY = 2  # the layers of a small model leave cores idle: two batches take little longer than one
-WEIGHTS_ADVICE = "the weights of a model do not fit: use a smaller model, --dtype bfloat16 or --cpu-only"
-_UNKNOWN_HOST_BYTES = 4 << 30  # of a small machine
+WEIGHTS_ADVICE = "the weights of the model are too large: use a smaller model, --dtype bfloat16 or --cpu-only"
+UNKNOWN_HOST_BYTES = 4 << 30  # of a small machine
 CHUNK_BYTES = 1 << 25  # between two releases: a call for each small tensor would cost more than it saves
 _ALIGNMENT = 64  # bytes, of arrays that JAX takes over on a CPU instead of copying them
 
@@ -69,7 +69,7 @@ class _Job(NamedTuple):
 
 
 class BatchRunner:
-    """Computes batches, again with smaller ones when a device runs out of memory.
+    """Computes batches, and retries with smaller ones when a device runs out of memory.
 
     Attributes:
         size: Items of a batch.
@@ -94,7 +94,7 @@ class BatchRunner:
         """Start the first batches now, and return an iterator over the results of all, in order.
 
         Raises:
-            UserError: The smallest batch does not fit into memory. Other errors of `work.compute` are passed on.
+            UserError: Memory is too small for the smallest batch. Other errors of `work.compute` are passed on.
         """
         jobs: collections.deque[_Job] = collections.deque()
         ahead = self._start(work, jobs, 0)
@@ -108,7 +108,7 @@ class BatchRunner:
                     result = jax.block_until_ready(job.future.result())
                 except jax.errors.JaxRuntimeError as error:
                     was_alone = not job.in_pool and not jobs
-                    while jobs:  # else they would share the memory with what is computed again
+                    while jobs:  # else they would share the memory with the retry
                         with contextlib.suppress(jax.errors.JaxRuntimeError):
                             jax.block_until_ready(jobs.popleft().future.result())
                     self._shrink(error, job.size, was_alone)
@@ -220,7 +220,7 @@ def _free_host_bytes() -> int:
                 return int(line.split()[1]) * 1024
     with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS tells what there is, not what is free
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return _UNKNOWN_HOST_BYTES  # Windows has no sysconf
+    return UNKNOWN_HOST_BYTES  # Windows has no sysconf
 
 
 # Parameters.
@@ -239,14 +239,14 @@ def put_params(params: dict, dtype: Any = np.float32, sharding: jax.sharding.Sha
         A dict of the same structure with arrays of JAX.
 
     Raises:
-        UserError: The weights do not fit into memory.
+        UserError: Memory is too small for the weights.
     """
     leaves, structure = jax.tree.flatten(params)
     on_device, unreleased = [], []
     for leaf in leaves:
         leaf = np.asarray(leaf)
         target = np.dtype(dtype if leaf.ndim > 1 else np.float32)
-        # Never the mapped memory of other files: somebody may write them anew while the program runs.
+        # Never the mapped memory of other files: another program may rewrite them at any time.
         is_usable = leaf.dtype == target and is_immutable(leaf)
         on_device.append(jax.device_put(leaf if is_usable else _copy(leaf, target), sharding))
         unreleased.append(leaf)

@@ -206,11 +206,11 @@ def filter_logits(
     divisor = jnp.where(_is_greedy(logits, temperature), 1.0, temperature)[:, None]
     if order == "temperature_first":
         logits = logits / divisor
-        logits = jnp.where(_keep_top_k(logits, top_k), logits, -jnp.inf)
-        return jnp.where(_keep_top_p(logits, top_p), logits, -jnp.inf)
+        logits = jnp.where(keep_top_k(logits, top_k), logits, -jnp.inf)
+        return jnp.where(keep_top_p(logits, top_p), logits, -jnp.inf)
     if order == "top_p_first":
-        logits = jnp.where(_keep_top_p(logits, top_p), logits, -jnp.inf)
-        logits = jnp.where(_keep_top_k(logits, top_k), logits, -jnp.inf)
+        logits = jnp.where(keep_top_p(logits, top_p), logits, -jnp.inf)
+        logits = jnp.where(keep_top_k(logits, top_k), logits, -jnp.inf)
         return logits / divisor
     raise ValueError(f"order is {order!r}, not one of {', '.join(ORDERS)}")
 
@@ -252,14 +252,14 @@ def _is_greedy(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     return (temperature == 0) | ~jnp.isfinite(logits.max(axis=1) / temperature)
 
 
-def _keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
-    """(B, V) bool, exactly top_k true in a row; the lower code first among equals."""
-    code_count = logits.shape[1]
-    is_on = (top_k > 0) & (top_k < code_count)
+def keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
+    """Return (B, V) bool, exactly top_k true in a row; of equal logits the lower token comes first."""
+    token_count = logits.shape[1]
+    is_on = (top_k > 0) & (top_k < token_count)
 
     def keep():
-        count = jnp.where(is_on, top_k, code_count)[:, None]
-        order = _sortable(logits)
+        count = jnp.where(is_on, top_k, token_count)[:, None]
+        order = to_sortable(logits)
         threshold = _count_threshold(order, count)
         is_above, is_tied = order > threshold, order == threshold
         places = count - _count(is_above)
@@ -268,16 +268,16 @@ def _keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
     return jax.lax.cond(is_on.any(), keep, lambda: jnp.ones(logits.shape, bool))
 
 
-def _keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """(B, V) bool, true where the tokens that come before weigh less than top_p of the row; -inf weighs 0."""
+def keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Return (B, V) bool, true where the tokens that come before weigh less than top_p of the row; -inf weighs 0."""
     is_off = (top_p >= 1)[:, None]
 
     def keep():
         best = logits.max(axis=1, keepdims=True)
         weights = jnp.exp(logits - jnp.where(jnp.isfinite(best), best, 0.0))
         target = top_p[:, None] * weights.sum(axis=1, keepdims=True)
-        target = jnp.maximum(target, jnp.finfo(jnp.float32).tiny)  # the best code stays although top_p underflows
-        order = _sortable(logits)
+        target = jnp.maximum(target, jnp.finfo(jnp.float32).tiny)  # the best token stays although top_p underflows
+        order = to_sortable(logits)
 
         def weigh(is_counted):
             return jnp.where(is_counted, weights, 0.0).sum(axis=1, keepdims=True)
@@ -291,8 +291,8 @@ def _keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     return jax.lax.cond(is_off.all(), lambda: jnp.ones(logits.shape, bool), keep)
 
 
-def _sortable(values: jax.Array) -> jax.Array:
-    """float32 to uint32 in the same order: a sign bit flipped, or all bits of a negative number; -0 as 0."""
+def to_sortable(values: jax.Array) -> jax.Array:
+    """Return float32 as uint32 in the same order: a sign bit flipped, or all bits of a negative number; -0 as 0."""
     bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.uint32)
     sign = jnp.uint32(_SIGN)
     return jnp.where(bits >= sign, ~bits, bits | sign)
@@ -334,7 +334,7 @@ def _weight_threshold(order: jax.Array, is_reached: Callable[[jax.Array], jax.Ar
     """The largest threshold (B, 1) uint32 for which `is_reached` (non-increasing in it) holds, bit by bit.
 
     32 passes over the row. More candidates in one pass would add the weights in another order: the sums would be
-    rounded otherwise, and now and then a row would keep one code more or less.
+    rounded otherwise, and now and then a row would keep one token more or less.
     """
 
     def set_bit(index, threshold):

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dm_generations import atomic_io as files
-from dm_generations.atomic_io import remove_stale_temporaries, write_atomic
+from dm_generations.atomic_io import remove_stale_temporaries, temporary_path, write_atomic
 from dm_generations.export.output_file import Encoding
 from dm_generations.export.writers import FileWriter
 
@@ -76,10 +75,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
 
 def test_only_what_dead_processes_left_is_removed(tmp_path):
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    stale = f".dmg-{files._HOST}-{int(dead.stdout)}-00000000.tmp"
+    with subprocess.Popen([sys.executable, "--version"], stdout=subprocess.DEVNULL) as dead:
+        dead.wait(60)
+    own = temporary_path(tmp_path).name
+    stale = own.replace(f"-{os.getpid()}-", f"-{dead.pid}-")
     kept = [
-        f".dmg-{files._HOST}-{os.getppid()}-00000000.tmp",
+        own.replace(f"-{os.getpid()}-", f"-{os.getppid()}-"),
         ".dmg-ffffffff-1-00000000.tmp",
         ".dmg-mine",
         "a.png",

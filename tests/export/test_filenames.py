@@ -89,7 +89,7 @@ def test_two_prompts_never_share_a_folder(one, prompt, other, other_prompt):
 
 
 @given(settings, texts, places, settings, texts, places, st.booleans(), st.booleans())
-def test_two_pictures_never_share_a_name(values, text, place, values_2, text_2, place_2, same_values, is_gallery):
+def test_two_images_never_share_a_name(values, text, place, values_2, text_2, place_2, same_values, is_gallery):
     # Within one folder a run writes either ranks or pages, and an unconditional prompt's id fixes its text.
     values_2 = values if same_values else values_2
     text_2 = text if values[0] == values_2[0] else text_2

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import ROOT
 
 from dm_generations.errors import UserError
 from dm_generations.export import journal as journal_module
@@ -14,15 +15,6 @@ from dm_generations.export.manifest import GalleryEntry, ImageEntry, build_manif
 
 ENTRY = ImageEntry("0001_a/0001_b.png", 1, "a", 1, None, 50, 1.0, 1.0, 3.0, 0, 21.5, 7, 9, "mine", 1)
 GALLERY = GalleryEntry("0001_a/0001_g.png", 1, "a", 1, None, 50, 1.0, 1.0, 3.0, (21.5, None), 0, "0123abcd")
-HOLD = """
-import sys, time
-from pathlib import Path
-from dm_generations.export.journal import Journal
-journal = Journal(Path(sys.argv[1]))
-journal.open(create=True)
-print("open", flush=True)
-time.sleep(100)
-"""
 
 
 def write_image(folder, path):
@@ -42,8 +34,8 @@ def test_the_last_line_of_a_file_counts(tmp_path):
     with Journal(tmp_path) as journal:
         journal.open(create=True)
         assert journal.is_empty
-        journal.begin("a/1.png", "one")
-        journal.begin("a/1.png", "two")
+        journal.begin("a/1.png", "one", is_there=False)
+        journal.begin("a/1.png", "two", is_there=False)
     assert known(tmp_path, "a/1.png", "two")
 
 
@@ -52,7 +44,7 @@ def test_a_file_that_is_being_replaced_shows_either_image_until_it_is_written(tm
     for replaced in (False, True):
         with Journal(tmp_path) as journal:
             journal.open(create=True)
-            journal.begin("a/1.png", "new")
+            journal.begin("a/1.png", "new", is_there=True)
             assert journal.is_stale("a/1.png", "old") and journal.is_stale("a/1.png", "new")
             if replaced:
                 journal.confirm("a/1.png")
@@ -65,9 +57,9 @@ def test_compacting_keeps_the_files_that_are_there(tmp_path):
     for _ in range(2):
         with Journal(tmp_path) as journal:
             journal.open(create=True)
-            journal.begin("a/3.png", "three")
+            journal.begin("a/3.png", "three", is_there=False)
             journal.assume("a/2.png", "two")
-            journal.begin("a/1.png", "one")
+            journal.begin("a/1.png", "one", is_there=True)
             journal.confirm("a/1.png")
             journal.compact()
         lines = [json.loads(line) for line in (tmp_path / JOURNAL).read_text().split("\n") if line]
@@ -84,12 +76,12 @@ def test_compacting_keeps_the_files_that_are_there(tmp_path):
 def test_lines_that_were_cut_off_or_are_someone_elses_cost_only_themselves(tmp_path, rest):
     with Journal(tmp_path) as journal:
         journal.open(create=True)
-        journal.begin("a/1.png", "one")
+        journal.begin("a/1.png", "one", is_there=False)
     with open(tmp_path / JOURNAL, "ab") as file:
         file.write(rest)
     with Journal(tmp_path) as journal:
         journal.open()
-        journal.begin("a/3.png", "three")
+        journal.begin("a/3.png", "three", is_there=False)
     assert known(tmp_path, "a/1.png", "one") and known(tmp_path, "a/3.png", "three")
 
 
@@ -185,8 +177,9 @@ def test_lists_of_earlier_versions_are_not_read_through_links(tmp_path):
 
 
 def test_a_second_decode_of_a_folder_is_refused_until_the_first_is_gone(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+    command = [sys.executable, "tests/programs/hold_journal.py", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as holder:
         try:
             assert holder.stdout.readline() == "open\n"
             for create in (False, True):
@@ -206,7 +199,7 @@ def test_a_journal_that_was_rewritten_by_another_is_opened_anew(tmp_path, monkey
 
     def end_first_and_lock(file):
         monkeypatch.setattr(journal_module, "lock_file", lock)
-        first.begin("a/1.png", "one")
+        first.begin("a/1.png", "one", is_there=False)
         first.confirm("a/1.png")
         first.compact()
         lock(file)

@@ -22,7 +22,7 @@ def files_of(group):
     return [prefix + file[0] + suffix for file in files]
 
 
-def test_prompts_and_groups_are_listed_once_and_pictures_best_first(make_entry):
+def test_prompts_and_groups_are_listed_once_and_images_best_first(make_entry):
     names = [f"0001_rocket/0001_k=50_{rank:02d}_None.png" for rank in range(3)]
     entries = [make_entry(name, rank=rank, score=30.0 - rank, key1=rank) for rank, name in enumerate(names)]
     random.Random(0).shuffle(entries)
@@ -38,7 +38,7 @@ def test_prompts_and_groups_are_listed_once_and_pictures_best_first(make_entry):
     assert second[:3] == [1, 0, 0] and files_of(second) == ["0002_castle/x.png"] and second[8][0][2] is None
 
 
-def test_what_a_picture_needs_besides_its_key_is_listed_where_it_is_needed(make_entry):
+def test_what_an_image_needs_besides_its_key_is_listed_where_it_is_needed(make_entry):
     kinds = [{}, {"dtype": "float32"}, {"dtype": "float16"}, {"init_count": 28, "dtype": "float32"}]
     kinds += [{"model": "mega"}, {"sampler_version": 1001}, {"model": None, "sampler_version": None}]
     entries = [make_entry(f"{rank}.png", rank=rank, **kind) for rank, kind in enumerate(kinds)]
@@ -60,7 +60,7 @@ def test_prefix_and_suffix_give_back_every_name(make_entry, names):
     assert files_of(build_manifest("images", "a.db", entries)["groups"][0]) == names
 
 
-def test_gallery_keeps_the_scores_of_its_pictures(make_entry):
+def test_gallery_keeps_the_scores_of_its_images(make_entry):
     settings = dict(prompt_id=1, prompt="rocket", sc_prompt_id=2, sc_prompt="blur", top_k=0, top_p=1.0)
     settings |= dict(temperature=1.0, cond_scale=3.0)
     entries = [GalleryEntry(f"g{page}.png", **settings, scores=(3.14159, None), page=page) for page in (1, 0)]

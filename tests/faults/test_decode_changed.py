@@ -1,4 +1,4 @@
-"""Decodes again of an archive that has changed since: no name shows a picture that it does not belong to any more."""
+"""Decodes again of an archive that has changed since: no name shows an image that it does not belong to any more."""
 
 import hashlib
 import shutil
@@ -27,25 +27,25 @@ SELECT prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, 0, 99, ?,
 
 
 def add_best(archive):
-    """One more picture, better than all others of its group."""
+    """One more image, better than all others of its group."""
     tokens = random_tokens(7, GRID**2, CODEBOOK_SIZE)[-1].astype("<u2").tobytes()
     change(archive, ADD_BEST, tokens, hashlib.md5(tokens).hexdigest())
 
 
 def add_twin(archive):
-    """One more picture, better than all others, with the key of the first: it goes on from given codes, say."""
+    """One more image, better than all others, with the key of the first: it goes on from initial tokens, say."""
     add_best(archive)
     change(archive, "UPDATE images SET (key0, key1) = (SELECT key0, key1 FROM images WHERE id = 1) WHERE key1 = 99")
 
 
 def rescore(archive):
-    """The last picture is the best, the first one the worst."""
+    """The last image is the best, the first one the worst."""
     change(archive, "UPDATE images SET clip_score_input = -clip_score_input")
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("change_archive", [add_best, add_twin, rescore])
-def test_files_show_the_pictures_of_their_rank(decode, archive, tmp_path, mode, change_archive):
+def test_files_show_the_images_of_their_rank(decode, archive, tmp_path, mode, change_archive):
     assert decode(*MODES[mode]) == (0, "")
     change_archive(archive)
     assert decode(*MODES[mode]) == (0, "")
@@ -98,7 +98,7 @@ def test_a_first_run_was_stopped_before_the_archive_changed(decode, stopped, arc
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_of_another_archive_was_stopped(decode, stopped, archive, tmp_path, mode):
-    """What it was to replace may show either picture."""
+    """What it was to replace may show either image."""
     assert decode(*MODES[mode]) == (0, "")
     expected = all_files(tmp_path / "out")
     rescored = shutil.copy(archive, tmp_path / "rescored.db")
@@ -127,7 +127,7 @@ def test_a_run_was_stopped_between_the_page_and_the_journal(decode, tmp_path, mo
 
 @pytest.fixture
 def growing(decode, archive, tmp_path, monkeypatch):
-    """Runs `decode` on an archive of ours that gets a better picture once the run knows what is due."""
+    """Runs `decode` on an archive of ours that gets a better image once the run knows what is due."""
     native = tmp_path / "native.db"
     merge([archive], native)
     run_job = exporter_module.Exporter.run
@@ -159,7 +159,7 @@ def test_an_archive_shrinks_while_a_run_goes_on(decode, archive, tmp_path, monke
     monkeypatch.setattr(exporter_module.Exporter, "run", shrink_and_run)
     status, errors = decode(*MODES[mode], db=native)
     assert status == 1
-    assert all(line.endswith("native.db changed while it was read; run again") for line in errors.splitlines())
+    assert all("native.db changed while it was read" in line for line in errors.splitlines())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -175,7 +175,7 @@ def test_an_archive_grows_while_a_run_goes_on(decode, growing, tmp_path, mode):
 def test_an_archive_grows_while_a_run_that_finds_all_done_reads_it(decode, growing, tmp_path):
     assert decode(db=growing.archive) == (0, "")
     status, errors = growing()
-    assert status == 1 and errors.count("native.db changed while it was read; run again") == 6
+    assert status == 1 and errors.count("native.db changed while it was read") == 6
     assert decode(db=growing.archive) == (0, "") and decode(db=growing.archive, out=tmp_path / "fresh") == (0, "")
     assert all_files(tmp_path / "out") == all_files(tmp_path / "fresh")
 
@@ -211,7 +211,7 @@ def test_journals_that_were_cut_off_or_are_someone_elses(decode, stopped, archiv
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_pictures_that_take_more_than_their_key_to_draw_again_are_decoded_once(decode, archive, tmp_path, mode):
+def test_images_that_take_more_than_their_key_to_draw_again_are_decoded_once(decode, archive, tmp_path, mode):
     native = tmp_path / "native.db"
     merge([archive], native)
     change(native, "UPDATE images SET dtype = 'bfloat16' WHERE id <= 3")

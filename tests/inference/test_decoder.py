@@ -28,12 +28,15 @@ def test_decodes_the_golden_tokens(codec):
         assert np.abs(decoded.astype(int) - arrays["decoded_uint8"]).max() <= 1
 
 
-def test_decoding_is_batch_invariant_and_compiles_once(codec):
+def test_decoding_is_batch_invariant_and_all_batches_have_one_shape(codec, monkeypatch):
     tokens = random_tokens(4, codec.token_count, codec.codebook_size)
     with jax.transfer_guard("disallow"):  # every copy to or from the device is one that was asked for
         together, alone = codec.decode(tokens), codec.decode(tokens[3:])
     np.testing.assert_array_equal(together[3:], alone)
-    assert codec._to_uint8._cache_size() == 1
+    shapes, decode_batch = set(), codec.decode_batch
+    monkeypatch.setattr(codec, "decode_batch", lambda batch: shapes.add(batch.shape) or decode_batch(batch))
+    codec.decode(tokens[:1]), codec.decode(np.concatenate([tokens, tokens[:2]]))
+    assert shapes == {(4, codec.token_count)}
 
 
 def test_pixels_are_truncated_not_rounded(codec):
@@ -44,7 +47,7 @@ def test_pixels_are_truncated_not_rounded(codec):
         np.testing.assert_array_equal(codec.decode(arrays["tokens"])[inside], np.floor(scaled[inside]))
 
 
-def test_a_code_outside_the_codebook_is_refused(codec):
+def test_a_token_outside_the_codebook_is_refused(codec):
     tokens = np.full((1, codec.token_count), codec.codebook_size, np.uint16)
     with pytest.raises(UserError, match="outside the codec's codebook"):
         codec.decode(tokens)
@@ -66,7 +69,7 @@ def test_half_precision_is_near(codec, dtype, largest, mean):
 
 
 def test_auto_takes_what_memory_holds(monkeypatch):
-    """A picture of 32x32 pixels is small, so a CPU takes many; with next to no memory it takes one."""
+    """An image of the golden codec is small, so a CPU takes many; with next to no memory it takes one."""
     checkpoint = load_checkpoint(GOLDEN_CODEC, "codec")
     assert Decoder.from_checkpoint(checkpoint, "auto").batch_size >= 64
     monkeypatch.setattr("dm_generations.runtime.device.free_bytes", lambda device: 1)
@@ -75,26 +78,26 @@ def test_auto_takes_what_memory_holds(monkeypatch):
 
 def failing(codec, monkeypatch, largest: int, when_fetched: bool = False) -> list[int]:
     """Lets batches above `largest` run out of memory, on starting or on waiting; the list grows by those tried."""
-    tried, decode = [], codec._to_uint8
+    tried, decode_batch = [], codec.decode_batch
 
     class Failed:
-        def __init__(self, pictures):
-            self.pictures = pictures
+        def __init__(self, images):
+            self.images = images
 
         def __len__(self):
-            return len(self.pictures)
+            return len(self.images)
 
         def block_until_ready(self):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
 
-    def to_uint8(params, tokens):
+    def limited(tokens):
         tried.append(len(tokens))
-        pictures = decode(params, tokens)
+        images = decode_batch(tokens)
         if len(tokens) <= largest:
-            return pictures
-        return Failed(pictures) if when_fetched else Failed(pictures).block_until_ready()
+            return images
+        return Failed(images) if when_fetched else Failed(images).block_until_ready()
 
-    monkeypatch.setattr(codec, "_to_uint8", to_uint8)
+    monkeypatch.setattr(codec, "decode_batch", limited)
     return tried
 
 
@@ -108,54 +111,41 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch, when_fetched):
     assert codec.batch_size == 4 and max(tried) == 16
     tried.clear()
     np.testing.assert_array_equal(codec.decode(tokens), expected)
-    assert tried == [4] * 6  # what it learned, it keeps
+    assert tried == [4] * 6  # it stays at this size
 
 
 def test_an_error_in_one_of_two_concurrent_batches_is_raised(monkeypatch):
     codec = Decoder.from_checkpoint(load_checkpoint(GOLDEN_CODEC, "codec"), batch_size=2)
     tokens = random_tokens(6, codec.token_count, codec.codebook_size)
-    expected, decode, calls = codec.decode(tokens), codec._to_uint8, []
+    expected, decode_batch, calls = codec.decode(tokens), codec.decode_batch, []
 
-    def to_uint8(params, tokens):
+    def broken(tokens):
         calls.append(threading.current_thread())
         if len(calls) == 2:
             raise ValueError("the second batch")
-        return decode(params, tokens)
+        return decode_batch(tokens)
 
-    monkeypatch.setattr(codec, "_to_uint8", to_uint8)
+    monkeypatch.setattr(codec, "decode_batch", broken)
     with pytest.raises(ValueError, match="the second batch"):
         codec.decode(tokens)
     assert threading.current_thread() not in calls
     np.testing.assert_array_equal(codec.decode(tokens), expected)
 
 
-def test_no_memory_for_one_picture_is_an_error(monkeypatch):
+def test_no_memory_for_one_image_is_an_error(monkeypatch):
     codec = Decoder.from_checkpoint(load_checkpoint(GOLDEN_CODEC, "codec"), batch_size=4)
     failing(codec, monkeypatch, 0)
     with pytest.raises(UserError, match="not enough memory"):
         codec.decode(random_tokens(1, codec.token_count, codec.codebook_size))
 
 
-FOUR_DEVICES = """
-import jax, numpy as np, sys
-from dm_generations.inference.decoder import Decoder
-from dm_generations.models.loading import Checkpoint, find_checkpoint, load_checkpoint
-from dm_generations.models.loading import load_checkpoint
-tokens = np.load(sys.argv[2])
-codec = Decoder.from_checkpoint(load_checkpoint(sys.argv[1], "codec"), batch_size=6)
-assert codec.batch_size == 8  # two for each device
-with jax.transfer_guard("disallow"):
-    parts = list(codec.start(tokens).on_device())
-    assert {len(shard.data) for part, _ in parts for shard in part.addressable_shards} == {2}
-    np.save(sys.argv[3], np.concatenate([jax.device_get(part)[:count] for part, count in parts]))
-assert len(jax.devices()) == 4
-"""
-
-
 def test_several_devices_share_a_batch(codec, tmp_path):
     tokens = random_tokens(11, codec.token_count, codec.codebook_size)
     np.save(tmp_path / "tokens.npy", tokens)
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    arguments = (str(GOLDEN_CODEC), str(tmp_path / "tokens.npy"), str(tmp_path / "pictures.npy"))
-    subprocess.run([sys.executable, "-c", FOUR_DEVICES, *arguments], check=True, env=environment, cwd=ROOT)
-    np.testing.assert_array_equal(np.load(tmp_path / "pictures.npy"), codec.decode(tokens))
+    environment["PYTHONPATH"] = str(ROOT)
+    arguments = (str(GOLDEN_CODEC), str(tmp_path / "tokens.npy"), str(tmp_path / "images.npy"))
+    subprocess.run(
+        [sys.executable, "tests/programs/decode_on_four_devices.py", *arguments], check=True, env=environment, cwd=ROOT
+    )
+    np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), codec.decode(tokens))

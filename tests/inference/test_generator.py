@@ -4,12 +4,12 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import ROOT
 from tiny import CODEBOOK_SIZE, tiny_dalle_bart
 
 from dm_generations.errors import UserError
@@ -17,6 +17,7 @@ from dm_generations.inference.generator import Generator
 from dm_generations.models.dalle_mini.network import DalleBart
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.tokenization import PromptTokenizer
+from dm_generations.sampling import decode_loop
 from dm_generations.sampling import logits as sampling
 from dm_generations.sampling.params import SamplingParams
 from dm_generations.sampling.prng import row_key
@@ -37,7 +38,7 @@ KEYS = np.array([row_key(3, index) for index in range(6)], np.uint32)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    # Vocabulary rows beyond the codes, as in DALL-E mega: they must never be drawn.
+    # Vocabulary rows beyond the tokens, as in DALL-E mega: they must never be sampled.
     folder = tmp_path_factory.mktemp("model")
     return load_checkpoint(tiny_dalle_bart(folder, image_vocab_size=CODEBOOK_SIZE + 7), "generator")
 
@@ -62,14 +63,14 @@ def rows(indices) -> tuple:
     )
 
 
-def test_tokens_are_codes(tokens, checkpoint):
+def test_tokens_are_below_the_codebook_size(tokens, checkpoint):
     assert tokens.shape == (6, checkpoint.config.image_length) and tokens.dtype == np.uint16
     assert tokens.max() < CODEBOOK_SIZE and len(np.unique(tokens)) > 10
 
 
 @pytest.fixture(scope="module")
 def guided(tokens, checkpoint):
-    """Guided logits (6, 16, V) of the pictures drawn, by the model run without a cache, each half apart."""
+    """Guided logits (6, 16, V) of the images, by the model run without a cache, each half apart."""
     config, params = checkpoint.config, checkpoint.params
     text_length = config.max_text_length
     tokenizer = PromptTokenizer(checkpoint.folder)
@@ -101,9 +102,9 @@ def test_log_probs_are_those_of_the_guided_distribution_over_all_codes(generator
     logits = guided[:, :, :CODEBOOK_SIZE].astype(np.float64)
     expected = log_softmax(logits)
     expected = np.take_along_axis(expected, tokens[:, :, None].astype(np.int64), axis=2).sum(axis=(1, 2))
-    drawn = generator.sample(*rows(list(range(6))))
-    np.testing.assert_allclose(drawn.log_probs, expected, rtol=1e-5)
-    assert drawn.log_probs.dtype == np.float32 and (drawn.log_probs < 0).all()
+    samples = generator.sample(*rows(list(range(6))))
+    np.testing.assert_allclose(samples.log_probs, expected, rtol=1e-5)
+    assert samples.log_probs.dtype == np.float32 and (samples.log_probs < 0).all()
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -117,7 +118,7 @@ def test_sampling_is_batch_invariant(generator, tokens, indices):
 
 
 def test_one_program_serves_every_prompt_setting_and_number_of_rows(checkpoint, monkeypatch):
-    """Traces are counted: one program, which draws the rows one half after the other."""
+    """Traces are counted: one program, which samples the rows one half after the other."""
     traced, guide = [], sampling.guide
 
     def counted(*logits_and_scale):
@@ -133,15 +134,29 @@ def test_one_program_serves_every_prompt_setting_and_number_of_rows(checkpoint, 
     assert traced == [(5, columns)]
 
 
-def test_pictures_of_scale_1_take_one_sequence_each(generator, tokens, monkeypatch):
+def replace_decode_steps(monkeypatch, make_replacement) -> None:
+    """Let the next generators call what `make_replacement` returns for `decode_loop.decode_steps`."""
+    monkeypatch.setattr(decode_loop, "decode_steps", make_replacement(decode_loop.decode_steps))
+
+
+def row_inputs(arguments):
+    """The argument of `decode_steps` after model, sampler, mesh and parameters."""
+    return arguments[4]
+
+
+def test_images_of_scale_1_take_one_sequence_each(checkpoint, tokens, monkeypatch):
     """Twelve of them, or six others, fill a batch of six: the unconditional half is computed where it is needed."""
-    batches, decode_steps = [], generator._decode_steps
+    batches = []
 
-    def counted(*arguments):
-        batches.append(int(arguments[1].row_count[0]))
-        return decode_steps(*arguments)
+    def counted(decode_steps):
+        def run(*arguments):
+            batches.append(int(row_inputs(arguments).row_count[0]))
+            return decode_steps(*arguments)
 
-    monkeypatch.setattr(generator, "_decode_steps", counted)
+        return run
+
+    replace_decode_steps(monkeypatch, counted)
+    generator = Generator(checkpoint, PromptTokenizer(checkpoint.folder), BATCH_SIZE)
     unguided = [0, 5] * 6
     np.testing.assert_array_equal(generator.generate(*rows(unguided)), tokens[unguided])
     assert batches == [12]
@@ -158,16 +173,16 @@ def test_a_row_gives_the_same_tokens_in_batches_of_another_size(checkpoint, toke
 
 
 def test_given_codes_are_kept_and_the_rest_is_drawn_after_them(generator, tokens):
-    given = (tokens[::-1] + 1) % CODEBOOK_SIZE
+    initial = (tokens[::-1] + 1) % CODEBOOK_SIZE
     counts = np.array([0, 1, 5, 15, 16, 3])
-    drawn = generator.sample(*rows(list(range(6))), given, counts)
+    samples = generator.sample(*rows(list(range(6))), initial, counts)
     for row, count in enumerate(counts):
-        np.testing.assert_array_equal(drawn.tokens[row, :count], given[row, :count])
-    np.testing.assert_array_equal(drawn.tokens[0], tokens[0])
-    assert (drawn.tokens[1:4, 5:] != tokens[1:4, 5:]).any()
-    assert drawn.log_probs[4] == 0  # nothing was drawn
+        np.testing.assert_array_equal(samples.tokens[row, :count], initial[row, :count])
+    np.testing.assert_array_equal(samples.tokens[0], tokens[0])
+    assert (samples.tokens[1:4, 5:] != tokens[1:4, 5:]).any()
+    assert samples.log_probs[4] == 0  # nothing was sampled
     own = generator.generate(*rows(list(range(6))), tokens, counts)
-    np.testing.assert_array_equal(own, tokens)  # a row goes on from its own codes as it went on then
+    np.testing.assert_array_equal(own, tokens)  # a row goes on from its own tokens as before
 
 
 def test_a_stream_ends_with_what_a_batch_gives(generator, tokens):
@@ -187,24 +202,27 @@ def test_settings_can_be_the_same_for_all_rows(generator):
 
 
 def test_a_batch_that_does_not_fit_is_halved(checkpoint, tokens, monkeypatch):
+    limit, sizes = [6], []
+
+    def small(decode_steps):
+        def run(*arguments):
+            sizes.append(len(row_inputs(arguments).top_k))
+            if sizes[-1] > limit[0]:
+                raise_out_of_memory()
+            return decode_steps(*arguments)
+
+        return run
+
+    replace_decode_steps(monkeypatch, small)
     generator = Generator(checkpoint, PromptTokenizer(checkpoint.folder), 6)
-    decode_steps, sizes = generator._decode_steps, []
-
-    def small(*arguments):
-        sizes.append(len(arguments[1].top_k))
-        if sizes[-1] > 6:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-        return decode_steps(*arguments)
-
-    monkeypatch.setattr(generator, "_decode_steps", small)
     np.testing.assert_array_equal(generator.generate(*rows(list(range(6)))), tokens)
     assert sizes == [12, 6, 6] and generator.batch_size == 3
-    monkeypatch.setattr(generator, "_decode_steps", _exhausted)
+    limit[0] = 0
     with pytest.raises(UserError, match="not enough memory"):
         generator.generate(*rows([0]))
 
 
-def _exhausted(*arguments):
+def raise_out_of_memory():
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
 
@@ -218,51 +236,64 @@ def test_batches_are_as_large_as_memory_allows(checkpoint, monkeypatch):
     assert generator.batch_size == 4 and generator.concurrency == 1 and generator.capacities == [8]
 
 
-@pytest.fixture
-def small_generator(checkpoint, tokens):
-    """Batches of two, with its program compiled: from now on it draws two of them at a time."""
+def make_small_generator(checkpoint) -> Generator:
+    """Batches of two, with its program compiled: from now on it samples two of them at a time."""
     generator = Generator(checkpoint, PromptTokenizer(checkpoint.folder), 2)
     generator.generate(*rows([0]))
     return generator
 
 
-def test_two_batches_are_sampled_at_the_same_time(small_generator, tokens, monkeypatch):
-    decode_steps, meeting = small_generator._decode_steps, threading.Barrier(2)
+def test_two_batches_are_sampled_at_the_same_time(checkpoint, tokens, monkeypatch):
+    meeting, is_compiled = threading.Barrier(2), threading.Event()
 
-    def met(*arguments):
-        meeting.wait(60)  # BrokenBarrierError for one that is alone
-        return decode_steps(*arguments)
+    def met(decode_steps):
+        def run(*arguments):
+            if is_compiled.is_set():
+                meeting.wait(60)  # BrokenBarrierError for one that is alone
+            return decode_steps(*arguments)
 
-    monkeypatch.setattr(small_generator, "_decode_steps", met)
+        return run
+
+    replace_decode_steps(monkeypatch, met)
+    small_generator = make_small_generator(checkpoint)
+    is_compiled.set()
     indices = [0, 1, 2, 3, 4, 5, 3]  # four batches
-    drawn = small_generator.sample(*rows(indices))
-    np.testing.assert_array_equal(drawn.tokens, tokens[indices])
+    samples = small_generator.sample(*rows(indices))
+    np.testing.assert_array_equal(samples.tokens, tokens[indices])
 
 
-def test_two_batches_that_memory_does_not_hold_are_drawn_in_turn(small_generator, tokens, monkeypatch):
-    decode_steps, threads = small_generator._decode_steps, []
+def test_two_batches_that_memory_does_not_hold_are_sampled_in_turn(checkpoint, tokens, monkeypatch):
+    def small(decode_steps):
+        def run(*arguments):
+            if threading.current_thread() is not threading.main_thread():
+                raise_out_of_memory()
+            return decode_steps(*arguments)
 
-    def small(*arguments):
-        threads.append(threading.current_thread())
-        if threads[-1] is not threading.main_thread():
-            _exhausted()
-        return decode_steps(*arguments)
+        return run
 
-    monkeypatch.setattr(small_generator, "_decode_steps", small)
+    replace_decode_steps(monkeypatch, small)
+    small_generator = make_small_generator(checkpoint)
     np.testing.assert_array_equal(small_generator.generate(*rows(list(range(6)))), tokens)
     assert small_generator.concurrency == 1 and small_generator.batch_size == 2
 
 
-def test_an_error_in_one_of_two_concurrent_batches_is_raised(small_generator, monkeypatch):
-    def broken(*arguments):
-        raise OSError("broken")
+def test_an_error_in_one_of_two_concurrent_batches_is_raised(checkpoint, monkeypatch):
+    def broken(decode_steps):
+        def run(*arguments):
+            if threading.current_thread() is not threading.main_thread():
+                raise OSError("broken")
+            return decode_steps(*arguments)
 
-    monkeypatch.setattr(small_generator, "_decode_steps", broken)
+        return run
+
+    replace_decode_steps(monkeypatch, broken)
+    small_generator = make_small_generator(checkpoint)
     with pytest.raises(OSError, match="broken"):
         small_generator.generate(*rows(list(range(6))))
 
 
-def test_margins_of_concurrent_batches_are_those_of_one(generator, small_generator, tokens):
+def test_margins_of_concurrent_batches_are_those_of_one(checkpoint, generator, tokens):
+    small_generator = make_small_generator(checkpoint)
     arguments = rows(list(range(6)))
     for _ in range(2):  # the program is compiled by the first
         margins = small_generator.teacher_forced_margins(*arguments[:3], tokens, arguments[3])
@@ -271,11 +302,16 @@ def test_margins_of_concurrent_batches_are_those_of_one(generator, small_generat
         )
 
 
-def test_devices_draw_what_one_draws(checkpoint, tokens, tmp_path):
+def test_four_devices_sample_what_one_samples(checkpoint, tokens, tmp_path):
     """Four devices, in a process of its own: the host's CPU divided."""
     np.save(tmp_path / "expected.npy", tokens)
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, __file__, str(checkpoint.folder), str(tmp_path / "expected.npy")]
+    command = [
+        sys.executable,
+        str(ROOT / "tests/programs/sample_on_four_devices.py"),
+        str(checkpoint.folder),
+        str(tmp_path / "expected.npy"),
+    ]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     subprocess.run(command, env=environment, check=True)
 
@@ -327,22 +363,3 @@ def test_no_rows_give_no_tokens(generator):
 def test_the_loop_copies_nothing_to_the_device_behind_our_back(generator, tokens):
     with jax.transfer_guard("disallow"):
         np.testing.assert_array_equal(generator.generate(*rows([2])), tokens[[2]])
-
-
-def _on_four_devices(folder: str, expected: str) -> None:
-    assert jax.local_device_count() == 4
-    tokens = np.load(expected)
-    generator = Generator(load_checkpoint(folder, "generator"), PromptTokenizer(Path(folder)), 2)
-    assert generator.capacities == [4, 4, 4, 4]
-    indices = [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0, 0, 0]
-    drawn = generator.sample(*rows(indices))
-    np.testing.assert_array_equal(drawn.tokens, tokens[indices])
-    assert (drawn.log_probs < 0).all()
-    np.testing.assert_array_equal(
-        list(generator.stream(*rows([2, 5, 1])[:3], 9, rows([2, 5, 1])[3]))[-1], tokens[[2, 5, 1]]
-    )
-    assert (generator.teacher_forced_margins(*rows(indices)[:3], tokens[indices], rows(indices)[3]) < 1e-4).all()
-
-
-if __name__ == "__main__":
-    _on_four_devices(*sys.argv[1:])

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from dm_generations.errors import UserError
-from dm_generations.inference.scorer import Scorer
+from dm_generations.inference.scorer import TEXT_BATCH, Scorer
 from dm_generations.models.clip.checkpoint import flax_from_torch
-from dm_generations.models.clip.network import CLIP, CLIPConfig
+from dm_generations.models.clip.network import CLIP, CLIPConfig, unit
 from dm_generations.models.clip.preprocessing import Preprocessing
 from dm_generations.models.tokenization import PromptTokenizer
 
@@ -54,7 +54,7 @@ def images():
     return np.random.default_rng(0).integers(0, 256, (5, 48, 40, 3), np.uint8)
 
 
-def test_score_is_the_logit_of_picture_and_prompt(scorer, checkpoint, tokenizer, images):
+def test_score_is_the_logit_of_image_and_prompt(scorer, checkpoint, tokenizer, images):
     score_input, score_tokenized = scorer.score(images, PROMPTS)
     texts = [*PROMPTS, *(tokenizer.round_trip(prompt, 14) for prompt in PROMPTS)]
     logits = CLIP(checkpoint.config).apply(
@@ -66,26 +66,38 @@ def test_score_is_the_logit_of_picture_and_prompt(scorer, checkpoint, tokenizer,
     assert abs(score_input[1] - score_tokenized[1]) > 0.01  # an end token typed in the middle is not read back
 
 
-def test_scores_do_not_depend_on_company(scorer, images):
+def test_scores_are_batch_invariant(scorer, images):
     together = scorer.score(images, PROMPTS)
     alone = [scorer.score(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(5)]
     np.testing.assert_allclose(np.concatenate(alone, axis=1), together, atol=1e-5)
 
 
-def test_towers_are_compiled_once_and_texts_run_once(scorer, images, monkeypatch):
+def test_each_tower_is_traced_once(checkpoint, tokenizer, images, monkeypatch):
+    traced = []
+
+    def counted(features):
+        traced.append(features.shape)
+        return unit(features)
+
+    monkeypatch.setattr("dm_generations.inference.scorer.unit", counted)
+    scorer = Scorer(checkpoint, tokenizer, batch_size=4)
     scorer.score(images, PROMPTS)
-    with jax.transfer_guard("disallow"):  # every copy to the device is one that was asked for
+    with jax.transfer_guard("disallow"):  # every copy to the device is an explicit one
         scorer.score(images[:3], ["new", "words", "a cat"])
-    assert scorer._image_tower._cache_size() == scorer._text_tower._cache_size() == 1
-    monkeypatch.setattr(scorer, "_text_tower", None)
-    scorer.score(images[:1], ["words"])
+    assert sorted(traced) == [(4, 24), (TEXT_BATCH, 24)]
 
 
-def test_remembered_texts_are_bounded(scorer, monkeypatch):
+def test_features_of_recent_texts_are_cached(scorer, tokenizer, monkeypatch):
+    encoded, encode = [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda texts, length: encoded.extend(texts) or encode(texts, length))
     monkeypatch.setattr("dm_generations.inference.scorer.MAX_CACHED_TEXTS", 3)
     texts = [c * 2 for c in "abcdefghijk"]
     assert scorer.text_features(texts + texts).shape == (22, 24)
-    assert list(scorer._text_features) == texts[-3:]
+    assert encoded == texts
+    scorer.text_features(texts[-3:])
+    assert encoded == texts
+    scorer.text_features(texts[:1])
+    assert encoded == [*texts, texts[0]]
 
 
 def test_nothing_to_score(scorer, images):

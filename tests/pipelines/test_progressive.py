@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from decode_kit import all_files, pictures
+from decode_kit import all_files, read_images
 
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
@@ -35,7 +35,7 @@ def test_writes_each_unfinished_image(decoder, tmp_path):
     paths = write_partial_images(tmp_path / "out", SAMPLES, TOKENS, decoder)
     write_partial_images(tmp_path / "out", SAMPLES, pad_tokens(TOKENS, 16), decoder)
     assert [path.name for path in paths] == [partial_image_name(sample, 3) for sample in SAMPLES]
-    found = pictures(tmp_path / "out")
+    found = read_images(tmp_path / "out")
     expected = decoder.decode(pad_tokens(TOKENS, 16))
     for sample, image in zip(SAMPLES, expected, strict=True):
         for count in (3, 16):

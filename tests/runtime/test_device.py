@@ -22,7 +22,7 @@ def mac(name):
     return found[name]
 
 
-@pytest.mark.parametrize(("sysconf", "expected"), [(mac, 1 << 33), (None, devices._UNKNOWN_HOST_BYTES)])
+@pytest.mark.parametrize(("sysconf", "expected"), [(mac, 1 << 33), (None, devices.UNKNOWN_HOST_BYTES)])
 def test_free_bytes_where_there_is_no_proc(monkeypatch, sysconf, expected):
     device = jax.devices("cpu")[0]  # JAX starts here, and reads files of the system too
     monkeypatch.setattr(Path, "read_text", no_proc)

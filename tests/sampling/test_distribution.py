@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from sampling_kit import draw, reference_distribution
+from sampling_kit import reference_distribution, sample_tokens
 
 from dm_generations.sampling import logits as sampling
 from dm_generations.sampling.prng import row_key
@@ -24,14 +24,14 @@ def chi_square_tail(statistic, freedom):
     return tail
 
 
-def fit(codes, distribution):
-    """The p-value of `codes` (n,) as draws of `distribution` (V,); 0 if one of them cannot be drawn."""
-    observed = np.bincount(codes, minlength=len(distribution))
+def p_value(tokens, distribution):
+    """The p-value of `tokens` (n,) as samples of `distribution` (V,); 0 if one of them cannot be sampled."""
+    observed = np.bincount(tokens, minlength=len(distribution))
     if observed[distribution == 0].any():
         return 0.0
     order = np.argsort(distribution)
-    expected, observed = distribution[order] * len(codes), observed[order]
-    # Cells from the rarest on, each as many codes as it takes to expect 5: fewer are not near a normal number.
+    expected, observed = distribution[order] * len(tokens), observed[order]
+    # Cells from the rarest on, each as many tokens as it takes to expect 5: fewer are not near a normal number.
     cells, open_cell = [], np.zeros(2)
     for pair in np.stack([expected, observed], axis=1):
         open_cell = open_cell + pair
@@ -75,41 +75,41 @@ def distribution_case(number):
             return case
 
 
-def many_draws(number, draw_count, row_count=1 << 14):
-    """(draw_count,) codes of a case, with keys that are all different, at as many steps as it takes."""
+def sample_many(number, sample_count, row_count=1 << 14):
+    """(sample_count,) tokens of a case, with keys that are all different, at as many steps as it takes."""
     logits, top_k, top_p, temperature, order = distribution_case(number)
     settings = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "order": order}
     keys = np.array([row_key(number, index) for index in range(row_count)], np.uint32)
-    codes = [draw(logits, keys, step, **settings) for step in range(-(-draw_count // row_count))]
-    return np.concatenate(codes)[:draw_count]
+    tokens = [sample_tokens(logits, keys, step, **settings) for step in range(-(-sample_count // row_count))]
+    return np.concatenate(tokens)[:sample_count]
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_draws_follow_the_filtered_distribution(number):
-    """Chi-square of 65,536 draws. 1e-3 in all, over 4 tests."""
-    assert fit(many_draws(number, 1 << 16), reference_distribution(*distribution_case(number))) > 1e-3 / 4
+def test_samples_follow_the_filtered_distribution(number):
+    """Chi-square of 65,536 samples. 1e-3 in all, over 4 tests."""
+    assert p_value(sample_many(number, 1 << 16), reference_distribution(*distribution_case(number))) > 1e-3 / 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(50))
-def test_a_million_draws_follow_the_filtered_distribution(number):
+def test_a_million_samples_follow_the_filtered_distribution(number):
     """1e-3 in all, over 50 tests."""
-    assert fit(many_draws(number, 10**6), reference_distribution(*distribution_case(number))) > 1e-3 / 50
+    assert p_value(sample_many(number, 10**6), reference_distribution(*distribution_case(number))) > 1e-3 / 50
 
 
 def test_a_wrong_distribution_does_not_pass():
     number = next(number for number in range(50) if distribution_case(number)[1] > 8 and number % 2 == 0)
-    codes, case = many_draws(number, 1 << 16), distribution_case(number)
+    tokens, case = sample_many(number, 1 << 16), distribution_case(number)
     logits, top_k, top_p, temperature, order = case
     right = reference_distribution(*case)
-    assert fit(codes, right) > 1e-3
-    assert fit(codes, reference_distribution(logits, top_k, top_p, temperature * 1.1, order)) < 1e-6
-    assert fit(codes, reference_distribution(logits, np.count_nonzero(right) - 1, 1.0, temperature, order)) == 0
-    assert fit(codes, reference_distribution(logits, np.count_nonzero(right) + 1, 1.0, temperature, order)) < 1e-6
+    assert p_value(tokens, right) > 1e-3
+    assert p_value(tokens, reference_distribution(logits, top_k, top_p, temperature * 1.1, order)) < 1e-6
+    assert p_value(tokens, reference_distribution(logits, np.count_nonzero(right) - 1, 1.0, temperature, order)) == 0
+    assert p_value(tokens, reference_distribution(logits, np.count_nonzero(right) + 1, 1.0, temperature, order)) < 1e-6
     shifted = right.copy()
     best, second = np.argsort(-right)[:2]
     shifted[[best, second]] += np.array([-0.02, 0.02])
-    assert fit(codes, shifted) < 1e-6
+    assert p_value(tokens, shifted) < 1e-6
 
 
 def test_rows_of_one_batch_follow_their_own_distributions():
@@ -121,7 +121,7 @@ def test_rows_of_one_batch_follow_their_own_distributions():
     keys = random.integers(0, 2**32, (len(axes) * per_setting, 2), dtype=np.uint32)
     columns = [np.repeat(np.array(column), per_setting) for column in zip(*axes, strict=True)]
     names = ("top_k", "top_p", "temperature")
-    codes = draw(np.repeat(rows, per_setting, axis=0), keys, **dict(zip(names, columns, strict=True)))
+    tokens = sample_tokens(np.repeat(rows, per_setting, axis=0), keys, **dict(zip(names, columns, strict=True)))
     for index, (logits, setting) in enumerate(zip(rows, axes, strict=True)):
-        drawn = codes[index * per_setting : (index + 1) * per_setting]
-        assert fit(drawn, reference_distribution(logits, *setting)) > 1e-3 / len(axes), setting
+        sampled = tokens[index * per_setting : (index + 1) * per_setting]
+        assert p_value(sampled, reference_distribution(logits, *setting)) > 1e-3 / len(axes), setting

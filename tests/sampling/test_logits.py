@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ROOT, golden
-from sampling_kit import FILTER, GUMBEL, LOG_PROB, OFF, SAMPLE, draw, keep, reference_distribution, settings_arrays
+from sampling_kit import (
+    FILTER,
+    GUMBEL,
+    LOG_PROB,
+    OFF,
+    SAMPLE,
+    keep,
+    reference_distribution,
+    sample_tokens,
+    settings_arrays,
+)
 
 from dm_generations.sampling import logits as sampling
 from dm_generations.sampling.prng import row_key, threefry2x32
@@ -49,11 +59,11 @@ def test_the_format_page_shows_the_numbers_this_code_gives():
         assert row_key(int(seed), int(index)) == (int(key0, 16), int(key1, 16))
     rows = re.findall(r"^\| `(\w+) (\w+)` \| (\d+) \| (\d+) \| `(\w+)` \| (\S+) \|$", page, re.MULTILINE)
     assert len(rows) >= 4
-    for key0, key1, step, code, bits, noise in rows:
-        words = [np.array([int(word)], np.uint32) for word in (int(key0, 16), int(key1, 16), step, code)]
+    for key0, key1, step, token, bits, noise in rows:
+        words = [np.array([int(word)], np.uint32) for word in (int(key0, 16), int(key1, 16), step, token)]
         assert int(threefry2x32(*words)[0][0]) == int(bits, 16)
         row = GUMBEL(jnp.asarray([[words[0][0], words[1][0]]]), jnp.int32(int(step)), codebook_size=16384)
-        assert float(row[0, int(code)]) == pytest.approx(float(noise), abs=1e-5)
+        assert float(row[0, int(token)]) == pytest.approx(float(noise), abs=1e-5)
 
 
 @pytest.mark.parametrize("bits", [0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFF00, 0xFFFFFFFF])
@@ -98,18 +108,18 @@ def test_filtered_logits_and_dalle_minis_noise_give_the_codes_it_drew(case):
     logits = jnp.asarray(guided.reshape(-1, guided.shape[-1]))
     arrays = settings_arrays(len(logits), **{axis: chosen[axis] for axis in OFF})
     filtered = FILTER(logits, codebook_size=guided.shape[-1], **arrays)
-    drawn = (np.asarray(filtered).reshape(noise.shape) + noise).argmax(axis=-1)
+    sampled = (np.asarray(filtered).reshape(noise.shape) + noise).argmax(axis=-1)
     expected = recorded["full__sequences"][:, 1:]
     is_filled = np.cumsum(expected == end_token, axis=1) > 1  # dalle-mini repeats the end token to the end
-    np.testing.assert_array_equal(drawn[~is_filled], expected[~is_filled])
+    np.testing.assert_array_equal(sampled[~is_filled], expected[~is_filled])
     assert is_filled.mean() < 0.1
 
 
 def plain_keep_top_k(logits, top_k):
-    """`_keep_top_k` as sampler version 1 first had it: no shortcuts, one bit a pass."""
+    """`keep_top_k` as sampler version 1 first had it: no shortcuts, one bit a pass."""
     code_count = logits.shape[1]
     count = jnp.where((top_k > 0) & (top_k < code_count), top_k, code_count)[:, None]
-    order = sampling._sortable(logits)
+    order = sampling.to_sortable(logits)
 
     def count_of(is_counted):
         return is_counted.sum(axis=1, keepdims=True, dtype=jnp.int32)
@@ -121,11 +131,11 @@ def plain_keep_top_k(logits, top_k):
 
 
 def plain_keep_top_p(logits, top_p):
-    """`_keep_top_p` as sampler version 1 first had it."""
+    """`keep_top_p` as sampler version 1 first had it."""
     best = logits.max(axis=1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(best), best, 0.0))
     target = jnp.maximum(top_p[:, None] * weights.sum(axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    order = sampling._sortable(logits)
+    order = sampling.to_sortable(logits)
 
     def weigh(is_counted):
         return jnp.where(is_counted, weights, 0.0).sum(axis=1, keepdims=True)
@@ -148,10 +158,10 @@ def plain_bisect(order, is_reached):
 def plain_draw(logits, noise, top_k, top_p, temperature):
     logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
     is_greedy = ((temperature == 0) | ~jnp.isfinite(logits.max(axis=1) / temperature))[:, None]
-    drawn = logits / jnp.where(is_greedy, 1.0, temperature[:, None])
-    drawn = jnp.where(plain_keep_top_k(drawn, top_k), drawn, -jnp.inf)
-    drawn = jnp.where(plain_keep_top_p(drawn, top_p), drawn, -jnp.inf) + noise
-    return jnp.argmax(jnp.where(is_greedy, logits, drawn), axis=1)
+    sampled = logits / jnp.where(is_greedy, 1.0, temperature[:, None])
+    sampled = jnp.where(plain_keep_top_k(sampled, top_k), sampled, -jnp.inf)
+    sampled = jnp.where(plain_keep_top_p(sampled, top_p), sampled, -jnp.inf) + noise
+    return jnp.argmax(jnp.where(is_greedy, logits, sampled), axis=1)
 
 
 def odd_logits(random, row_count, code_count):
@@ -173,7 +183,7 @@ def test_shortcuts_change_no_result(filters):
     random = np.random.default_rng(5)
     row_count, code_count = 128, 700
     keep_top_k, keep_top_p, plain_k, plain_p = map(
-        jax.jit, (sampling._keep_top_k, sampling._keep_top_p, plain_keep_top_k, plain_keep_top_p)
+        jax.jit, (sampling.keep_top_k, sampling.keep_top_p, plain_keep_top_k, plain_keep_top_p)
     )
     for step in range(8):
         logits = odd_logits(random, row_count, code_count)
@@ -209,7 +219,7 @@ def test_filters_keep_what_a_sort_would_keep_on_random_rows_with_many_ties():
         for row, k, p, t in zip(range(48), top_k, top_p, temperature, strict=True):
             expected = reference_distribution(logits[row], k, float(np.float32(p)), t) > 0
             differing = np.flatnonzero(np.isfinite(filtered[row]) != expected)
-            # float32 sums may put a code whose share ends at top_p exactly on the other side of the edge
+            # float32 sums may put a token whose share ends at top_p exactly on the other side of the edge
             assert len(differing) <= (1 if p < 1 else 0), (row, k, p, t)
 
 
@@ -241,7 +251,7 @@ def test_top_p_first_weighs_the_logits_before_temperature_and_top_k():
     filtered = FILTER(rows, codebook_size=4, order="top_p_first", **arrays)
     np.testing.assert_allclose(filtered[0, :3], 4 * logits[:3], rtol=1e-6)
     keys = np.array([row_key(0, index) for index in range(50)], np.uint32)
-    assert set(draw(logits, keys, temperature=3.0, top_p=0.65, order="top_p_first").tolist()) == {0, 1}
+    assert set(sample_tokens(logits, keys, temperature=3.0, top_p=0.65, order="top_p_first").tolist()) == {0, 1}
     with pytest.raises(ValueError, match="order is 'top_k_first'"):
         keep(logits, order="top_k_first")
 
@@ -260,25 +270,25 @@ def test_a_tiny_top_p_leaves_the_best_code(top_p):
 @pytest.mark.parametrize("temperature", [0.0, 2e-38, 1e-40])
 def test_temperature_zero_and_its_neighbours_are_greedy(temperature):
     keys = np.array([row_key(0, index) for index in range(50)], np.uint32)
-    assert set(draw([29.9, 30, 1, 30], keys, temperature=temperature).tolist()) == {1}
+    assert set(sample_tokens([29.9, 30, 1, 30], keys, temperature=temperature).tolist()) == {1}
 
 
-def test_a_hot_row_draws_evenly_and_never_overflows():
+def test_a_hot_row_samples_evenly_and_never_overflows():
     keys = np.array([row_key(0, index) for index in range(2000)], np.uint32)
-    counts = np.bincount(draw([5, -5, 0, 9], keys, temperature=3e38), minlength=4)
+    counts = np.bincount(sample_tokens([5, -5, 0, 9], keys, temperature=3e38), minlength=4)
     assert counts.min() > 400
 
 
 def test_nan_is_never_drawn_and_infinity_always():
     keys = np.array([row_key(0, index) for index in range(200)], np.uint32)
-    assert set(draw([np.nan, 1, np.nan, 1], keys).tolist()) == {1, 3}
-    assert set(draw([np.nan, 1, np.inf, 1], keys, top_k=2, top_p=0.9).tolist()) == {2}
-    assert set(draw([-np.inf, 1, -np.inf, -np.inf], keys, top_k=3).tolist()) == {1}
+    assert set(sample_tokens([np.nan, 1, np.nan, 1], keys).tolist()) == {1, 3}
+    assert set(sample_tokens([np.nan, 1, np.inf, 1], keys, top_k=2, top_p=0.9).tolist()) == {2}
+    assert set(sample_tokens([-np.inf, 1, -np.inf, -np.inf], keys, top_k=3).tolist()) == {1}
 
 
 def test_a_row_without_numbers_gives_code_0_and_is_not_drawable():
     logits = np.array([[np.nan, np.nan, -np.inf, 4], [np.nan, 0, -np.inf, 4]], np.float32)
-    assert draw(logits, codebook_size=3).tolist() == [0, 1]
+    assert sample_tokens(logits, codebook_size=3).tolist() == [0, 1]
     assert np.asarray(sampling.can_sample(jnp.asarray(logits), 3)).tolist() == [False, True]
 
 
@@ -287,12 +297,12 @@ def test_log_prob_is_the_log_softmax_over_the_real_codes():
     logits = (random.normal(size=(40, 3000)) * random.uniform(0, 60, (40, 1))).astype(np.float32)
     logits[random.random(logits.shape) < 0.01] = np.nan
     logits[random.random(logits.shape) < 0.01] = -np.inf
-    logits[:, 2900:] = 1e3  # columns that are no codes
-    codes = random.integers(0, 2900, 40).astype(np.int32)
+    logits[:, 2900:] = 1e3  # columns that are not tokens
+    tokens = random.integers(0, 2900, 40).astype(np.int32)
     real = np.where(np.isnan(logits), -np.inf, logits)[:, :2900].astype(np.float64)
     real -= real.max(axis=1, keepdims=True)
-    exact = real[np.arange(40), codes] - np.log(np.exp(real).sum(axis=1))
-    found = LOG_PROB(jnp.asarray(logits), jnp.asarray(codes), codebook_size=2900)
+    exact = real[np.arange(40), tokens] - np.log(np.exp(real).sum(axis=1))
+    found = LOG_PROB(jnp.asarray(logits), jnp.asarray(tokens), codebook_size=2900)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, exact, rtol=1e-6, atol=1e-5)
 
@@ -301,7 +311,7 @@ def test_log_prob_of_what_cannot_be_drawn_is_minus_infinity():
     inf, nan = np.inf, np.nan
     rows = [[nan, 0, -inf, 0], [inf, 5, inf, nan], [nan, nan, -inf, -inf], [3, -1e38, -inf, 3e38], [-1, nan, nan, nan]]
     logits = jnp.asarray(rows, jnp.float32)
-    found = [LOG_PROB(logits, jnp.full(5, code), codebook_size=4) for code in range(5)]
+    found = [LOG_PROB(logits, jnp.full(5, token), codebook_size=4) for token in range(5)]
     half = math.log(0.5)
     expected = [
         [-inf, half, -inf, half],
@@ -316,7 +326,7 @@ def test_log_prob_of_what_cannot_be_drawn_is_minus_infinity():
 def test_only_real_codes_are_drawn_and_counted():
     keys = np.array([row_key(0, index) for index in range(200)], np.uint32)
     logits = [1, 2, 0, 50, 50]
-    assert set(draw(logits, keys, codebook_size=3).tolist()) == {0, 1, 2}
+    assert set(sample_tokens(logits, keys, codebook_size=3).tolist()) == {0, 1, 2}
     assert keep(logits, codebook_size=3, top_k=2) == [0, 1]
 
 
@@ -331,15 +341,15 @@ def test_guidance_of_one_is_exactly_the_conditional_half():
     np.testing.assert_array_equal(sampling.guide(cond, broken, jnp.ones(3, jnp.float32)), cond)
 
 
-def test_a_row_draws_the_same_codes_in_any_company():
+def test_a_row_samples_the_same_codes_in_any_company():
     random = np.random.default_rng(3)
     logits = random.normal(size=(8, 40)).astype(np.float32)
     keys = random.integers(0, 2**32, (8, 2), dtype=np.uint32)
     columns = {"top_k": random.integers(0, 40, 8), "top_p": random.uniform(0.3, 1, 8)}
     columns["temperature"] = random.choice([0, 0.7, 3], 8)
-    together = draw(logits, keys, **columns)
+    together = sample_tokens(logits, keys, **columns)
     order = random.permutation(8)
-    moved = draw(logits[order], keys[order], **{name: column[order] for name, column in columns.items()})
+    moved = sample_tokens(logits[order], keys[order], **{name: column[order] for name, column in columns.items()})
     np.testing.assert_array_equal(moved, together[order])
 
 
