@@ -5,8 +5,9 @@ from pathlib import Path
 
 from tokenizers import pre_tokenizers
 
-BART = Path(__file__).parent / "golden" / "dalle_bart" / "text"
-MINDALLE = Path(__file__).parent / "golden" / "mindalle_kakao" / "ckpt" / "tokenizer"
+GOLDEN = Path(__file__).parent / "golden"
+BART = next((GOLDEN / "dalle_bart").rglob("tokenizer.json")).parent
+MINDALLE = next((GOLDEN / "mindalle_kakao").rglob("bpe-16k-vocab.json")).parent
 
 # Ids: bytes "!" to "~" are 0 to 93, the same at a word's end 256 to 349, then the merges, then start and end.
 SIMPLE = '"bpe_simple_vocab_16e6.txt#version: 0.2\nc a\nca t</w>\n'

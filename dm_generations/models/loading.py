@@ -110,11 +110,11 @@ def load_checkpoint(path_or_name: str | os.PathLike | None, role: str) -> Checkp
     """Load the model for a role.
 
     Args:
-        path_or_name: a folder, a file or a name on the Hugging Face hub; None is the embedded model.
+        path_or_name: A folder, a file or a name on the Hugging Face hub; None is the embedded model.
         role: "generator", "codec" or "clip".
 
     Raises:
-        UserError: if there is nothing, nothing of a known format or not for this role, or if a tensor is missing,
+        UserError: There is nothing, nothing of a known format or not for this role, or a tensor is missing,
             unexpected or of another shape than the config says.
     """
     found = find_checkpoint(path_or_name, role)
@@ -156,12 +156,12 @@ def load_generator(
     """Load a text-to-image model.
 
     Args:
-        model: a folder, a file or a hub name; None is the embedded one.
-        tokenizer: file or folder to use in place of the model's own tokenizer.
-        overrides: entries of the config that replace what the files say.
+        model: A folder, a file or a hub name; None is the embedded one.
+        tokenizer: File or folder to use in place of the model's own tokenizer.
+        overrides: Entries of the config that replace what the files say.
 
     Raises:
-        UserError: as `load_checkpoint`, and for an override that the config does not have.
+        UserError: As `load_checkpoint`, or an override is not in the config.
     """
     checkpoint = load_checkpoint(model, "generator")
     if tokenizer is not None:
@@ -185,15 +185,15 @@ def load_models(
     """Load the models of a run from folders, files or the hub.
 
     Args:
-        model: the generator; None is the embedded one.
-        codec: the codec; None is the model's own if it lies with the model, else the embedded one.
-        clip: the CLIP; None is the embedded one.
-        is_scored: whether to load a CLIP at all.
-        tokenizer: see `load_generator`.
-        overrides: see `load_generator`.
+        model: The generator; None is the embedded one.
+        codec: The codec; None is the model's own if it lies with the model, else the embedded one.
+        clip: The CLIP; None is the embedded one.
+        is_scored: Whether to load a CLIP at all.
+        tokenizer: See `load_generator`.
+        overrides: See `load_generator`.
 
     Raises:
-        UserError: if one is missing or broken, or if they are not compatible.
+        UserError: One is missing or broken, or they are not compatible.
     """
     generator = load_generator(model, tokenizer, overrides)
     own_codec = find_checkpoint(model, "codec") if codec is None and model is not None else None
@@ -213,11 +213,11 @@ def check_names_and_shapes(expected: Mapping[str, Shape], raw: RawCheckpoint) ->
     """Check the weights of a model against what its network needs.
 
     Args:
-        expected: the shape of each parameter by its path.
-        raw: the model.
+        expected: The shape of each parameter by its path.
+        raw: The model.
 
     Raises:
-        UserError: naming the first tensors that are misshapen, missing or unexpected, as their file calls them.
+        UserError: Tensors are misshapen, missing or unexpected; the first ones are named as their file names them.
     """
     found = flatten(raw.params)
     shapes = {path: array.shape for path, array in found.items()}
@@ -294,7 +294,7 @@ def _name_in_files(shapes: Mapping[str, Shape], raw: RawCheckpoint) -> dict[tupl
 
 
 def _to_native_order(params: dict) -> dict:
-    """`params` with copies of the arrays of the other byte order: no code after this reads those."""
+    """Return `params` with copies of the arrays of the other byte order, which no code after this reads."""
     tree: dict = {}
     for name, value in params.items():
         if isinstance(value, dict):

@@ -55,12 +55,12 @@ class ModelKind:
         return [_load_attribute(name) for name in self.readers]
 
     def make_decoder(self, config: Any, dtype: np.dtype, platform: str) -> ImageDecoder:
-        """The decoder of a codec.
+        """Make the decoder of a codec.
 
         Args:
-            config: the codec's config.
-            dtype: of activations.
-            platform: of the device, "cpu", "gpu" or "tpu".
+            config: The codec's config.
+            dtype: Of activations.
+            platform: Of the device, "cpu", "gpu" or "tpu".
         """
         if self.decoder is None:
             return NetworkDecoder(self.network_class(config, dtype))
@@ -155,15 +155,15 @@ KINDS = (
 
 
 def find_kind(name: object) -> ModelKind | None:
-    """The kind of this name, None if there is none."""
+    """Return the kind of this name, None if there is none."""
     return next((kind for kind in KINDS if kind.name == name), None)
 
 
 def get_kind(name: str) -> ModelKind:
-    """The kind of this name.
+    """Return the kind of this name.
 
     Raises:
-        KeyError: if there is none.
+        KeyError: There is none.
     """
     kind = find_kind(name)
     if kind is None:
@@ -172,10 +172,10 @@ def get_kind(name: str) -> ModelKind:
 
 
 def kinds_of_role(role: str) -> list[ModelKind]:
-    """The kinds that serve as a generator, a codec or a CLIP.
+    """Return the kinds that serve as a generator, a codec or a CLIP.
 
     Raises:
-        ValueError: for another role.
+        ValueError: There is no such role.
     """
     if role not in ROLES:
         raise ValueError(f"role must be one of {', '.join(ROLES)}, not {role!r:.100}")
@@ -188,11 +188,11 @@ def hub_files(role: str) -> list[tuple[str, ...]]:
 
 
 def parameter_shapes(name: str, config: Any) -> dict[str, Shape]:
-    """The shape of each parameter of a network by its path ("a/b/kernel"). Nothing is computed.
+    """Compute the shape of each parameter of a network by its path ("a/b/kernel"). Nothing is computed.
 
     Args:
-        name: of the kind.
-        config: of the network.
+        name: Of the kind.
+        config: Of the network.
     """
     network_class = get_kind(name).network_class
     network = network_class(config)

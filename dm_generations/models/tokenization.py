@@ -336,8 +336,8 @@ class PromptTokenizer:
         self.vocab_size = vocab_size
         if vocab_size is not None and max(self.bos_id, self.eos_id, self.pad_id) >= vocab_size:
             raise UserError(
-                f"{self.path}: special ids {self.bos_id}, {self.eos_id}, {self.pad_id} do not fit the model, "
-                f"which has {vocab_size} tokens"
+                f"{self.path}: special ids {self.bos_id}, {self.eos_id}, {self.pad_id} are not all below "
+                f"{vocab_size}, the number of tokens of the model"
             )
 
     def encode(self, texts: Sequence[str | None], length: int) -> tuple[np.ndarray, np.ndarray]:

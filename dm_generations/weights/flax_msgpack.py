@@ -28,7 +28,7 @@ DTYPES = {
 MAX_DEPTH = 64
 MAX_ENTRIES = 1_000_000  # of all maps together
 MAX_NAME = 10_000  # bytes
-_WINDOW = 16 << 10  # bytes that msgpack is given at once: a name, or what an array begins with
+_WINDOW = 16 << 10  # bytes that msgpack gets at once: a name, or what an array begins with
 _LENGTH_BYTES = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xC7: 1, 0xC8: 2, 0xC9: 4}  # by first byte: bytes, extensions
 _FIXED_LENGTHS = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}  # extensions
 

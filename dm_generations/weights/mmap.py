@@ -1,4 +1,4 @@
-"""Files as read-only memory: arrays that are views of them, and the pages given back once they have been copied.
+"""Files as read-only memory: arrays that are views of them, and pages released once they have been copied.
 
 A page of a mapped file counts as memory of the process from its first reading until it is released. Whoever copies
 a large file array by array, and releases in between, needs the memory of the copy and little more.
@@ -25,18 +25,29 @@ class Malformed(ValueError):
 
 
 class _Mapping(mmap.mmap):
-    stays = False
+    is_immutable = False
 
 
 class MappedFile:
-    """The bytes of a file, mapped read-only.
+    """The bytes of a file, mapped read-only. Arrays keep the mapping alive, this object does not have to.
 
-    stays: the file is only ever replaced, never written in place, so that its bytes are these for as long as they are
-    mapped. Raises UserError if the file cannot be read or is empty. Arrays keep the mapping alive; this object need
-    not live.
+    Attributes:
+        path: The file.
+        size: Of the file, in bytes.
+        content: The mapped bytes.
     """
 
-    def __init__(self, path: str | os.PathLike, stays: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike, is_immutable: bool = False) -> None:
+        """Map a file.
+
+        Args:
+            path: The file.
+            is_immutable: The file is only ever replaced, never written in place, so that its bytes stay the same for
+                as long as they are mapped.
+
+        Raises:
+            UserError: The file cannot be read, is empty, or is a pointer of Git LFS.
+        """
         self.path = Path(path)
         try:
             with open(self.path, "rb") as file:
@@ -44,7 +55,7 @@ class MappedFile:
                 if self.size == 0:
                     raise UserError(f"{self.path} is empty: download it again")
                 self.content = _Mapping(file.fileno(), self.size, access=mmap.ACCESS_READ)
-                self.content.stays = stays
+                self.content.is_immutable = is_immutable
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
         if self.content[: len(_LFS_POINTER)] == _LFS_POINTER:
@@ -53,9 +64,15 @@ class MappedFile:
             )
 
     def array(self, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-        """The C-ordered array that starts `offset` bytes into the file: a read-only view.
+        """Return a C-ordered array of the file as a read-only view.
 
-        Raises UserError if the file ends before the array does, or the sizes are none.
+        Args:
+            offset: Where it starts, in bytes.
+            dtype: Of the array, with its byte order.
+            shape: Of the array.
+
+        Raises:
+            UserError: The file ends before the array does, or the shape is not one.
         """
         dtype = np.dtype(dtype)
         # without the ones for zeros, an empty array could have sides that NumPy cannot count
@@ -63,7 +80,7 @@ class MappedFile:
         end = offset if 0 in shape else offset + extent
         sizes_fit = len(shape) <= MAX_DIMENSIONS and min(shape, default=0) >= 0 and extent <= 2**62
         if offset < 0 or not sizes_fit or end > self.size:
-            raise UserError(f"{self.path} is damaged: an array of shape {short_shape(shape)} does not fit into it")
+            raise UserError(f"{self.path} is damaged: an array of shape {short_shape(shape)} is larger than it")
         return np.ndarray(shape, dtype, self.content, offset)
 
 
@@ -75,13 +92,13 @@ def is_apple_double(path: Path) -> bool:
 def is_immutable(array: np.ndarray) -> bool:
     """Whether `array` is a view of a file that is never written in place."""
     mapping = _mapping(array)
-    return mapping is not None and mapping.stays
+    return mapping is not None and mapping.is_immutable
 
 
 def release(arrays: Iterable[np.ndarray]) -> None:
     """Let the pages of the files behind these arrays leave the process; arrays without a file are passed over.
 
-    Reading the arrays again reads the files again.
+    Another use of the arrays reads the files another time.
     """
     if not hasattr(mmap, "MADV_DONTNEED"):  # on Windows
         return
@@ -97,5 +114,5 @@ def _mapping(array: np.ndarray) -> _Mapping | None:
 
 
 def short_shape(shape: tuple[int, ...]) -> str:
-    """The shape for a message, whatever a file made of it."""
+    """Return a shape as a short text for a message, whatever a file made of it."""
     return "x".join(f"{size:#x}" if abs(size) > 2**63 else str(size) for size in shape[:8]) or "()"

@@ -1,10 +1,10 @@
 """Our own model folder: `config.json` and `model.safetensors`.
 
 config.json has `"format": "dm-generations"`, the kind of network, its config, and `text_style` for a generator, whose
-tokenizer lies beside it. Tensors are named by their path in the parameter tree, `decoder/conv_in/kernel`. A generator's
-own codec may lie in the folder `codec` within. Large tensors come first and are aligned, so that a device that computes
-in the system's memory uses them where the file is mapped, without a copy. So the file is never written in place: a new
-one replaces it.
+tokenizer lies in the same folder. Tensors are named by their path in the parameter tree, `decoder/conv_in/kernel`. A
+generator's own codec may lie in the folder `codec` within. Large tensors come first and are aligned, so that a device
+that computes in the system's memory uses them where the file is mapped, without a copy. So the file is never written
+in place: a new one replaces it.
 """
 
 import json
@@ -39,15 +39,15 @@ def read_params(folder: Path) -> dict:
         Nested dict of arrays.
 
     Raises:
-        UserError: if the file is missing or broken.
+        UserError: The file is missing or broken.
     """
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise UserError(f"{folder} lacks its weights: {WEIGHTS_FILE}")
-    return unflatten(read_safetensors(weights, stays=True), weights)
+    return unflatten(read_safetensors(weights, is_immutable=True), weights)
 
 
-def read_safetensors(path: str | os.PathLike, stays: bool = False) -> dict[str, np.ndarray]:
+def read_safetensors(path: str | os.PathLike, is_immutable: bool = False) -> dict[str, np.ndarray]:
     """Read a `.safetensors` file as views of the mapped file.
 
     The library checks the file and tells what lies where. Its own arrays are copies: with the pages of the file that
@@ -55,7 +55,7 @@ def read_safetensors(path: str | os.PathLike, stays: bool = False) -> dict[str, 
 
     Args:
         path: The file.
-        stays: See `MappedFile`.
+        is_immutable: See `MappedFile`.
 
     Returns:
         Read-only arrays by name, in the order in which they lie and in the dtypes of the file.
@@ -63,7 +63,7 @@ def read_safetensors(path: str | os.PathLike, stays: bool = False) -> dict[str, 
     Raises:
         UserError: The file cannot be read, is damaged, or is something else.
     """
-    file = MappedFile(path, stays)
+    file = MappedFile(path, is_immutable)
     tensors, position = {}, 8 + int.from_bytes(file.content[:8], "little")
     try:
         with safe_open(path, framework="numpy") as opened:
@@ -81,13 +81,24 @@ def read_safetensors(path: str | os.PathLike, stays: bool = False) -> dict[str, 
 
 
 def read_config(folder: Path) -> dict | None:
-    """The `config.json` of a folder; None if there is none. Raises UserError for one that is not a JSON object."""
+    """Read the `config.json` of a folder.
+
+    Returns:
+        Its values; None if there is no such file.
+
+    Raises:
+        UserError: It cannot be read, or is not a JSON object.
+    """
     path = folder / CONFIG_FILE
     return read_json_object(path) if path.is_file() else None
 
 
 def read_json_object(path: Path) -> dict:
-    """Raises UserError, naming the file, for one that cannot be read or is not a JSON object."""
+    """Read a JSON object.
+
+    Raises:
+        UserError: The file cannot be read, or is not a JSON object.
+    """
     try:
         values = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -100,7 +111,7 @@ def read_json_object(path: Path) -> dict:
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, np.ndarray]:
-    """{"a": {"b": x}} to {"a/b": x}."""
+    """Turn {"a": {"b": x}} into {"a/b": x}."""
     flat: dict[str, np.ndarray] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -111,7 +122,15 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def unflatten(flat: dict[str, np.ndarray], path: Path | str = "the weights") -> dict:
-    """{"a/b": x} to {"a": {"b": x}}. Raises UserError for a name that is a prefix of another."""
+    """Turn {"a/b": x} into {"a": {"b": x}}.
+
+    Args:
+        flat: Arrays by path.
+        path: The file that they come from, for messages.
+
+    Raises:
+        UserError: A name is a prefix of another.
+    """
     tree: dict = {}
     for name, value in flat.items():
         *parents, leaf = name.split("/")
@@ -129,10 +148,15 @@ def unflatten(flat: dict[str, np.ndarray], path: Path | str = "the weights") -> 
 def save(
     folder: Path, kind: str, config: dict, params: dict, dtype: np.dtype | type | None = None, text_style: str = ""
 ) -> None:
-    """Write our own folder, floating tensors as `dtype` (None: as they are). Each file lands by rename.
+    """Write a folder of our own. Each file is written under another name and then renamed.
 
-    config: plain JSON data of the network's config   params: nested dict of arrays, read one at a time, so that
-    they may be mapped   text_style: of a generator, how its prompts become ids
+    Args:
+        folder: Made if it does not exist.
+        kind: A name in `registry.KINDS`.
+        config: Plain JSON data of the network's config.
+        params: Nested dict of arrays, read one at a time, so that they may be mapped.
+        dtype: Of the tensors in the file; None leaves each as it is.
+        text_style: Of a generator: how its prompts become ids.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -210,7 +210,7 @@ def _read_legacy(file: MappedFile) -> Any:
     storages: dict[str, np.ndarray] = {}
     for key in keys if isinstance(keys, list) else ():
         if not isinstance(key, str) or key in storages or key not in wanted:
-            raise Malformed("its list of tensor data does not fit its tensors")
+            raise Malformed("its list of tensor data is not that of its tensors")
         dtype, count = wanted[key]
         if int(file.array(position, np.dtype("<i8"), ())) != count:
             raise Malformed(f"its tensor data {key!r:.100} have another size than its tensors say")
@@ -232,7 +232,7 @@ def _read_legacy(file: MappedFile) -> Any:
 def _storage_of_id(saved_id: Any, storage: Callable[[Any, str, int], Any]) -> Any:
     """Return what `storage(type, key, element count)` gives for a persistent id; in legacy files also a part of it."""
     if isinstance(saved_id, tuple) and len(saved_id) == 4 and saved_id[0] == "module" and is_class(saved_id[1]):
-        return saved_id[1]  # a class whose source text was saved beside it
+        return saved_id[1]  # a class that was saved with its source text
     if not (isinstance(saved_id, tuple) and len(saved_id) in (5, 6) and saved_id[0] == "storage"):
         raise Malformed("its pickle refers to something that is not tensor data")
     _, kind, key, _device, count, *view = saved_id

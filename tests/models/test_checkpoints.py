@@ -173,7 +173,7 @@ def test_convert_gives_a_folder_that_loads_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("named", "beside", "copied"),
+    ("named", "others", "copied"),
     [
         ("vocab.json", ["merges.txt"], ["merges.txt", "vocab.json"]),
         ("merges_mini.txt", ["vocab_mini.json"], ["merges.txt", "vocab.json"]),
@@ -182,16 +182,16 @@ def test_convert_gives_a_folder_that_loads_the_same(tmp_path):
         ("bpe.json", ["enwiki-words-frequency.txt"], ["enwiki-words-frequency.txt", "tokenizer.json"]),
     ],
 )
-def test_convert_takes_all_of_a_tokenizer_that_is_named_by_one_file(tmp_path, named, beside, copied):
+def test_convert_takes_all_of_a_tokenizer_that_is_named_by_one_file(tmp_path, named, others, copied):
     model, tokenizer = tiny_dalle_bart(tmp_path / "model"), tmp_path / "tokenizer"
     (model / "tokenizer.json").unlink(missing_ok=True)
     tokenizer.mkdir()
-    for name in (named, *beside):
+    for name in (named, *others):
         (tokenizer / name).write_text(name)
     convert(str(model), tmp_path / "out", tokenizer / named)
     found = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if "model" not in path.name}
     del found["config.json"]
-    assert sorted(found) == copied and sorted(found.values()) == sorted([named, *beside])
+    assert sorted(found) == copied and sorted(found.values()) == sorted([named, *others])
 
 
 def test_convert_never_overwrites_and_leaves_nothing_half_done(codec, tmp_path):

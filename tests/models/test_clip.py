@@ -88,6 +88,7 @@ def test_features_and_logits_match(folder):
     np.testing.assert_allclose(logits, golden["logits_per_image"], atol=ATOL, rtol=0)
 
 
+@pytest.mark.e2e
 @every_case
 def test_bfloat16_stays_near_float32(folder):
     config, params, golden = recorded(folder)

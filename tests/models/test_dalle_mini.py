@@ -286,6 +286,7 @@ def test_bad_options_are_errors_that_name_them(name, value):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("variant", CASES)
 def test_bfloat16_stays_near_float32(variant):
     """Within a quarter of the standard deviation: up to 0.17 of it was measured."""

@@ -42,21 +42,21 @@ def arrays_of(case: Path, name: str) -> dict[str, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def stepped(model, params, input_ids, codes):
-    """The logits (B, L, V) of a generation that draws `codes` (B, L)."""
+def stepped(model, params, input_ids, tokens):
+    """The logits (B, L, V) of a generation that samples `tokens` (B, L)."""
     apply = functools.partial(model.apply, {"params": params})
 
     def step(state, inputs):
         cache, token = state
-        code, number = inputs
+        token_after, number = inputs
         logits, cache = apply(cache, token, number, method="decode_step")
-        return (cache, code), logits
+        return (cache, token_after), logits
 
     text = apply(input_ids, jnp.zeros_like(input_ids), method="encode_prompt")
     cache = apply(text, method="init_cache")
-    start = jnp.full(len(codes), model.config.start_token, jnp.int32)
-    steps = jnp.arange(codes.shape[1])
-    return jax.lax.scan(step, (cache, start), (codes.T, steps))[1].swapaxes(0, 1)
+    start = jnp.full(len(tokens), model.config.start_token, jnp.int32)
+    steps = jnp.arange(tokens.shape[1])
+    return jax.lax.scan(step, (cache, start), (tokens.T, steps))[1].swapaxes(0, 1)
 
 
 @every_case
@@ -72,7 +72,7 @@ def test_logits_are_those_of_the_original_with_and_without_a_cache(case):
 
 
 @every_case
-def test_filtered_logits_give_the_probabilities_that_the_original_drew_from(case):
+def test_filtered_logits_give_the_probabilities_that_the_original_sampled_from(case):
     checkpoint, arrays = loaded(case, "generator"), arrays_of(case, "stage2.npz")
     model, params = KakaoMinDalle(checkpoint.config), jax.tree.map(jnp.asarray, checkpoint.params)
     names = [name.removesuffix("__settings") for name in arrays if name.endswith("__settings")]

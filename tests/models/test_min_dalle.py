@@ -232,6 +232,7 @@ def seeded_state(shapes):
     return state
 
 
+@pytest.mark.e2e
 def test_images_are_those_of_the_original(recorded):
     """Floats in 0..255. Grids go down the columns first; a seamless one is decoded as one map of tokens."""
     folder, arrays = recorded

@@ -68,6 +68,7 @@ def test_equals_the_network(config, platform):
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
+@pytest.mark.e2e
 def test_decodes_other_grids(platform):
     params, tokens = params_of(CONFIG), tokens_of(CONFIG, 2, side=5)
     expected, found = exact(CONFIG, params, tokens), fast(CONFIG, params, tokens, platform=platform)
@@ -92,6 +93,7 @@ def test_images_do_not_depend_on_the_batch(monkeypatch):
     np.testing.assert_array_equal(decode(weights, tokens), np.concatenate(alone))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.06), ("float16", 0.008)])
 def test_half_precision_stays_near(dtype, tolerance, platform):
     params, tokens = params_of(CONFIG), tokens_of(CONFIG, 2)
@@ -100,6 +102,7 @@ def test_half_precision_stays_near(dtype, tolerance, platform):
     assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
 
 
+@pytest.mark.e2e
 def test_weights_of_half_precision_are_read(platform):
     """Files often hold float16; what is computed is computed in float32."""
     params, tokens = params_of(CONFIG), tokens_of(CONFIG, 2)

@@ -64,6 +64,7 @@ def test_encodes_as_the_original(case):
     np.testing.assert_array_equal(np.asarray(indices)[is_clear], expected[is_clear])
 
 
+@pytest.mark.e2e
 def test_bfloat16_stays_near_float32(case):
     """Half of its 8 bits of precision are left at the end: 6% of the range at the worst pixel, 1% on average."""
     model, arrays = case

@@ -259,7 +259,7 @@ def _parameters(name: str, array: np.ndarray, config: DallePytorchConfig, file: 
     """Parameters of `DallePytorch` by path that a tensor holds, none if it repeats another.
 
     They are views, except those of the table of angles. A name that is not known stays as it is. Raises UserError if
-    another shape could not be told from the parameter's.
+    another shape would pass for the parameter's.
     """
     if block := _BLOCK.fullmatch(name):
         if block[6] == "scale":

@@ -44,7 +44,7 @@ MERGES_NAME = "merges.txt"  # headed like OpenAI's file, but of no use without i
 
 SIMPLE_MERGES = 49_152 - 256 - 2  # OpenAI's file lists far more than its vocabulary takes
 SIMPLE_ENDS = ("<|startoftext|>", "<|endoftext|>")
-# U+0345 is a mark whose upper case is a letter: `regex`, told to ignore case, takes it for neither and drops it.
+# U+0345 is a mark whose upper case is a letter: `regex`, when it ignores case, takes it for neither and drops it.
 SIMPLE_WORDS = r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{0345}]+"
 
 YTTM_SPACE = "▁"
@@ -133,7 +133,7 @@ def _read_hugging_face(path: Path) -> Encode:
 
 
 def _read_chinese(path: Path) -> Encode:
-    """Read BERT's word pieces, with upper case kept, as for bert-base-chinese; a token's id is its line, from 0."""
+    """Read BERT's word pieces, without lowering case, as for bert-base-chinese; a token's id is its line, from 0."""
     tokens = decode_utf8(read_bytes(path), path).removesuffix("\n").split("\n")
     vocab = {token: index for index, token in enumerate(tokens)}
     find_token_id(vocab, "[UNK]", path)
