@@ -153,8 +153,8 @@ def our_stages(checkpoint: Checkpoint, batch_size: int, dtype: str, folder: Path
 
     return {
         "read": read,
-        "to device": lambda tokens: jax.device_put(padded(tokens, codec.batch_size), codec._rows),
-        "decode": lambda tokens: codec._to_uint8(codec._params, tokens),
+        "to device": lambda tokens: padded(tokens, codec.batch_size),
+        "decode": codec.decode_batch,  # it copies the tokens
         "fetch": jax.device_get,
         "encode": encode,
         "write": lambda number, file: write_atomic(folder / f"{number}.png", file),

@@ -213,22 +213,10 @@ def report(what: str, batch_size: int, length: int, begin: float | None, step: f
 
 def seconds_of_step(generator: Generator, steps: int) -> tuple[float, float]:
     """Return the seconds of encoding prompts, and of one step: the best of three batches, all guided."""
-    count, best_begin, best_step = generator.batch_size, float("inf"), float("inf")
     steps = min(steps, generator.token_count)
-    keys = np.array([row_key(0, index) for index in range(count)], np.uint32)
-    prompts = list(itertools.islice(itertools.cycle(PROMPTS), count))
-    settings = SamplingParams(cond_scale=3.0)
-    rows = generator._rows(prompts, settings, keys, None, None, 0)
-    inputs = generator._inputs(generator._next_batch(rows, count))
-    for repeat in range(4):  # the first of them compiles
-        started = time.perf_counter()
-        state = jax.block_until_ready(generator._init_cache(generator._params, inputs))
-        began = time.perf_counter()
-        jax.block_until_ready(generator._advance(inputs, state, 0, steps))
-        if repeat:
-            best_begin = min(best_begin, began - started)
-            best_step = min(best_step, (time.perf_counter() - began) / steps)
-    return best_begin, best_step
+    _, *measured = (generator.measure_steps(steps) for _ in range(4))  # the first of them compiles
+    encoding, step = (min(seconds) for seconds in zip(*measured, strict=True))
+    return encoding, step
 
 
 def cost_of_step(config: DalleBartConfig, sequences: int, itemsize: int) -> tuple[int, int]:

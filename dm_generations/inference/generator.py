@@ -292,21 +292,28 @@ class Generator:
 
     def measure_seconds(self) -> float:
         """Return how long batches of these `capacities` take, from a few steps of them. Compiles what that needs."""
+
+        def seconds(_: int) -> float:
+            encoding, step = self.measure_steps(_TIMED_STEPS)
+            return encoding + step * self.token_count
+
+        self.measure_steps(_TIMED_STEPS)  # compiled, and warm
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            return max(pool.map(seconds, range(self.concurrency)))
+
+    def measure_steps(self, steps: int) -> tuple[float, float]:
+        """Run the first `steps` of a full batch, all guided; return the seconds of encoding its prompts, and of a step.
+
+        Every step reads the whole cache, so all take the same time.
+        """
         count = self.batch_size * len(self._devices)
         rows = self._rows([""] * count, SamplingParams(cond_scale=3.0), np.zeros((count, 2), np.uint32), None, None, 0)
         inputs = self._inputs(self._next_batch(rows, self.batch_size))
-
-        def seconds(_: int = 0) -> float:
-            started = time.perf_counter()
-            state = jax.block_until_ready(self._init_cache(self._params, inputs))
-            began = time.perf_counter()
-            jax.block_until_ready(self._advance(inputs, state, 0, _TIMED_STEPS))
-            step = (time.perf_counter() - began) / _TIMED_STEPS  # each reads the whole cache: as long as the next
-            return began - started + step * self.token_count
-
-        seconds()  # compiled, and warm
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return max(pool.map(seconds, range(self.concurrency)))
+        started = time.perf_counter()
+        state = jax.block_until_ready(self._init_cache(self._params, inputs))
+        encoded = time.perf_counter()
+        jax.block_until_ready(self._advance(inputs, state, 0, steps))
+        return encoded - started, (time.perf_counter() - encoded) / steps
 
     def batch_bytes(self, batch_size: int) -> int:
         """Estimate the memory on a device of a batch, besides the weights: caches, texts and logits.
