@@ -1,11 +1,11 @@
-"""Decode an archive into picture files, from a checkout: `python dm_generations_decode.py --help`.
+"""Decode an archive into image files, from a checkout: `python dm_generations_decode.py --help`.
 
 The same as `python -m dm_generations decode`.
 """
 
 import sys
 
-from dm_generations.cli import program
+from dm_generations.__main__ import start
 
 if __name__ == "__main__":
-    program(["decode", *sys.argv[1:]])
+    start(["decode", *sys.argv[1:]])

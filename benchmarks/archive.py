@@ -1,4 +1,4 @@
-"""How fast the archive is: writing, listing groups, reading a group, the size on disk, the memory used.
+"""Time the archive: writing rows, listing groups, reading a group; its size on disk and the memory it takes.
 
     python benchmarks/archive.py --rows 1000000
 
@@ -18,13 +18,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dm_generations.archive import Archive, ModelInfo, NewImage, merge, verify
+from dm_generations.sampling.params import SamplingParams
 
 SEEDS_PER_GROUP = 32
 AXES = ((50, 256, 0), (0.9, 1.0), (0.7, 1.0, 3.0), (1.0, 3.0, 10.0))  # top_k, top_p, temperature, cond_scale
 
 
 def new_images(count: int, token_count: int) -> Iterator[NewImage]:
-    """Pictures in the order in which `generate` makes them, with scores and keys that are not sorted."""
+    """Yield images in the order in which `generate` makes them, with unsorted scores and keys."""
     random.seed(0)
     settings = itertools.cycle(itertools.product(*AXES))
     prompt_numbers = itertools.count()
@@ -32,21 +33,21 @@ def new_images(count: int, token_count: int) -> Iterator[NewImage]:
     while True:
         prompt = f"prompt number {next(prompt_numbers)}"
         for _ in range(len(list(itertools.product(*AXES)))):
-            top_k, top_p, temperature, cond_scale = next(settings)
+            params = SamplingParams(*next(settings))
             for _ in range(SEEDS_PER_GROUP):
                 if made == count:
                     return
                 made += 1
                 quantvec = random.randbytes(2 * token_count)
                 yield NewImage(
-                    prompt, None, top_k, top_p, temperature, cond_scale,
+                    prompt, None, params,
                     random.getrandbits(32), random.getrandbits(32), quantvec, 1.7e9, 1.7e9 + 1,
                     random.random() * 30, random.random() * 30, 1.7e9 + 2,
                 )  # fmt: skip
 
 
 def peak_memory() -> int:
-    """Peak resident memory of this process in MB."""
+    """Return the peak resident memory of this process in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -57,7 +58,7 @@ def batches(images: Iterator[NewImage], size: int) -> Iterator[list[NewImage]]:
 
 
 class Timer:
-    """Adds up wall and CPU seconds over `with` blocks; the two differ where other programs use the cores."""
+    """Sums wall and CPU seconds of `with` blocks; the two differ if other programs use the cores."""
 
     def __init__(self):
         self.wall = self.cpu = 0.0
@@ -77,7 +78,7 @@ class Timer:
 
 
 def timed_write(path: Path, rows: int, token_count: int, batch_size: int) -> None:
-    """Times the archive's part alone: making the random pictures is not counted."""
+    """Time only the archive, not the making of random images."""
     timer = Timer()
     with Archive.create(path) as archive:
         with archive.transaction():
@@ -93,8 +94,8 @@ def timed_write(path: Path, rows: int, token_count: int, batch_size: int) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000, help="pictures to write (default: 1,000,000)")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of a picture, a square (default: 64)")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="images to write (default: 1,000,000)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of a image, a square (default: 64)")
     parser.add_argument("--batch-size", type=int, default=10_000, help="rows of a transaction (default: 10,000)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +109,7 @@ def main() -> None:
 
         with Archive.open(path) as archive:
             with (timer := Timer()):
-                read = sum(len(row.quantvec) > 0 for group in groups for row in archive.rows(group.settings))
+                read = sum(len(row.quantvec) > 0 for group in groups for row in archive.rows(group.key))
             timer.report("read every group, best first", read)
             with (timer := Timer()):
                 problem_count = sum(1 for _ in verify(archive))

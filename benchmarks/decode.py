@@ -1,13 +1,13 @@
-"""Time the decoder of a full-size VQGAN (f16, 16,384 codes, random weights), alone and with all that is around it.
+"""Time the decoder of a full-size VQGAN (f16, 16,384 tokens, random weights): the network, and the whole pipeline.
 
-    python benchmarks/decode.py network                  # pictures a second of each dtype, and of torch if it is there
+    python benchmarks/decode.py network                  # images a second of each dtype, and of torch if installed
     python benchmarks/decode.py errors                   # each dtype against float64
-    python benchmarks/decode.py pipeline --count 64      # an archive to PNG files and each stage of it, against the
-                                                         # straightforward structure: read, decode, wait, encode in turn
-    python benchmarks/decode.py memory                   # of 1,000 and 71,680 pictures, with a tiny codec
+    python benchmarks/decode.py pipeline --count 64      # an archive to PNG files, each stage of it, and the simple
+                                                         # structure: read, decode, wait, encode in turn
+    python benchmarks/decode.py memory                   # of 1,000 and 71,680 images, with a tiny codec
     python benchmarks/decode.py memory --modes images gallery npy tar zip
 
-On 2 cores some minutes each; --codec PATH takes another codec's weights, "embedded" the one that ships.
+Some minutes each on 2 cores. --codec PATH takes the weights of another codec; "embedded" is the one that ships.
 """
 
 import argparse
@@ -21,11 +21,12 @@ import numpy as np
 from timing import matrix_peak, seconds_of
 
 from dm_generations.archive import DTYPES
-from dm_generations.decode.codec import Codec
-from dm_generations.models.checkpoints import load, unflatten
-from dm_generations.models.networks import parameter_shapes
-from dm_generations.models.vqgan import VQGAN, VQGANConfig
-from dm_generations.models.vqgan_decoder import VQGANDecoder
+from dm_generations.inference.decoder import Decoder
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.registry import parameter_shapes
+from dm_generations.models.vqgan.fast_decoder import VQGANDecoder
+from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
+from dm_generations.weights.native import unflatten
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("what", choices=["network", "errors", "pipeline", "memory"])
     parser.add_argument("--codec", metavar="PATH", help="(default: random weights of full size)")
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="(default: 4)")
-    parser.add_argument("--count", type=int, default=32, metavar="N", help="pictures of `pipeline` (default: 32)")
+    parser.add_argument("--count", type=int, default=32, metavar="N", help="images of `pipeline` (default: 32)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of `pipeline` (default: float32)")
     parser.add_argument("--counts", type=int, nargs="+", default=[1000, 71_680], metavar="N", help="of `memory`")
     modes = decode_stages.MODES
@@ -49,40 +50,42 @@ def main() -> None:
 
 
 def network(args: argparse.Namespace) -> None:
-    """Pictures a second on the device, nothing else; GFLOP are those of the network as it is written."""
+    """Print images a second on the device, without the pipeline. GFLOP are those of the plain network."""
     config, params = codec_of(args.codec)
     tokens = random_tokens(config, args.batch_size)
     peak = {dtype: matrix_peak(dtype) / 1e9 for dtype in DTYPES}  # GFLOP/s
     model = VQGAN(config)
-    decoder_params = {name: params[name] for name in VQGAN.DECODER_PARTS}
+    decoder_params = {name: part for name, part in params.items() if name not in VQGAN.ENCODER_PARTS}
     written = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, method="decode_code"))
     gflop = written.lower(decoder_params, tokens).cost_analysis()["flops"] / args.batch_size / 1e9
-    print(f"{gflop:.0f} GFLOP a picture")
+    print(f"{gflop:.0f} GFLOP a image")
 
     def line(what: str, dtype: str, seconds: float) -> None:
         rate = args.batch_size / seconds
         share = f"{rate * gflop / peak[dtype]:4.0%} of the {peak[dtype]:,.0f} GFLOP/s of a matrix product"
-        print(f"{what:34} {rate:9.2f} pictures/s {1e3 / rate:9.1f} ms {share}", flush=True)
+        print(f"{what:34} {rate:9.2f} images/s {1e3 / rate:9.1f} ms {share}", flush=True)
 
     placed = jax.device_put(decoder_params)
-    line("the network as it is written", "float32", seconds_of(functools.partial(written, placed, tokens)))
+    line("the plain network", "float32", seconds_of(functools.partial(written, placed, tokens)))
     del placed
     two = np.concatenate([tokens, tokens])  # batches, which the decoder has under way together
     for dtype in DTYPES:
-        codec = Codec("vqgan", config, params, args.batch_size, dtype)
+        codec = Decoder("vqgan", config, params, args.batch_size, dtype)
         line(f"ours, {dtype}", dtype, seconds_of(lambda codec=codec: codec.decode(two)) / 2)
     time_torch(config, params, tokens, line)
 
 
 def errors(args: argparse.Namespace) -> None:
-    """Against float64, in units of a pixel's 255 steps, before they are cut to whole numbers; and how many differ."""
+    """Print the errors against float64, in units of 1/255, before truncation, and how many pixels differ after it."""
     config, params = codec_of(args.codec)
     tokens = random_tokens(config, args.batch_size)
     platform = jax.devices()[0].platform
 
     def decoded(dtype: str) -> np.ndarray:
         decoder = VQGANDecoder(config, np.dtype(dtype), platform)
-        return np.clip(np.asarray(jax.jit(decoder.decode)(decoder.prepare(params), tokens), np.float64), 0, 1) * 255
+        return (
+            np.clip(np.asarray(jax.jit(decoder.decode)(decoder.prepare_params(params), tokens), np.float64), 0, 1) * 255
+        )
 
     with jax.enable_x64(True):
         exact = decoded("float64")
@@ -94,15 +97,15 @@ def errors(args: argparse.Namespace) -> None:
 
 
 def pipeline(args: argparse.Namespace) -> None:
-    """See decode_stages.py."""
+    """Run decode_stages.py."""
     config, params = codec_of(args.codec)
     decode_stages.pipeline(args, config, params, random_tokens(config, args.count))
 
 
 def codec_of(path: str | None) -> tuple[VQGANConfig, dict]:
-    """Config and parameters, NumPy float32."""
+    """Return config and parameters, NumPy float32."""
     if path is not None:
-        checkpoint = load(None if path == "embedded" else path, "codec")
+        checkpoint = load_checkpoint(None if path == "embedded" else path, "codec")
         return checkpoint.config, jax.tree.map(lambda leaf: np.array(leaf, np.float32), checkpoint.params)
     config, rng = VQGANConfig(), np.random.default_rng(0)
     flat = {}
@@ -117,12 +120,12 @@ def codec_of(path: str | None) -> tuple[VQGANConfig, dict]:
 
 
 def random_tokens(config: VQGANConfig, count: int) -> np.ndarray:
-    """(count, L) int32."""
+    """Return random tokens (count, L) int32."""
     return np.random.default_rng(1).integers(config.codebook_size, size=(count, config.grid**2), dtype=np.int32)
 
 
 def time_torch(config: VQGANConfig, params: dict, tokens: np.ndarray, line: Callable[[str, str, float], None]) -> None:
-    """The same network in PyTorch, channels last, at its best settings: float32 and under autocast to bfloat16."""
+    """Time the same network in PyTorch, channels last, in float32 and under autocast to bfloat16."""
     try:
         import torch
     except ImportError:
@@ -134,9 +137,9 @@ def time_torch(config: VQGANConfig, params: dict, tokens: np.ndarray, line: Call
     torch.set_float32_matmul_precision("highest")
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def placed(tree):
+    def put_params(tree):
         if isinstance(tree, dict):
-            return {name: placed(part) for name, part in tree.items()}
+            return {name: put_params(part) for name, part in tree.items()}
         array = torch.from_numpy(np.ascontiguousarray(tree.transpose(3, 2, 0, 1) if tree.ndim == 4 else tree))
         return array.to(device, memory_format=torch.channels_last if tree.ndim == 4 else torch.contiguous_format)
 
@@ -174,8 +177,8 @@ def time_torch(config: VQGANConfig, params: dict, tokens: np.ndarray, line: Call
                 x = conv(level["upsample"]["conv"], functional.interpolate(x, scale_factor=2.0, mode="nearest"))
         return conv(weights["conv_out"], functional.silu(norm(weights["norm_out"], x)))
 
-    codebook = placed(params["quantize"]["embedding"]["embedding"])
-    after, decoder = placed(params["post_quant_conv"]), placed(params["decoder"])
+    codebook = put_params(params["quantize"]["embedding"]["embedding"])
+    after, decoder = put_params(params["post_quant_conv"]), put_params(params["decoder"])
     tokens = torch.from_numpy(tokens).to(device)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for dtype in ("float32", "bfloat16"):

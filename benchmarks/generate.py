@@ -1,11 +1,11 @@
-"""Time drawing codes: a sweep against the way of dalle-mini's notebook, and full sizes against what the machine can do.
+"""Time sampling: a sweep against the structure of dalle-mini's notebook, and full sizes against the machine's limits.
 
-    python benchmarks/generate.py sweep                              # the shipped model, 8 settings x 32 pictures
+    python benchmarks/generate.py sweep                              # the shipped model, 8 settings x 32 images
     python benchmarks/generate.py speed --shape mini --batch 1 4 16  # random weights at DALL-E mini's size
 
-On 2 cores some minutes each. `speed` times a few steps and counts on the others taking as long, which they do:
-attention reads the whole cache at every step. Where torch is installed, min-dalle's structure in torch is timed beside
-it. One run of `sweep` compares both ways, each in a process of its own.
+Some minutes each on 2 cores. `speed` times a few steps; the others take as long, as attention reads the whole cache
+at every step. If torch is installed, min-dalle's structure is timed too. `sweep` compares both structures, each
+in a process of its own.
 """
 
 import argparse
@@ -26,17 +26,18 @@ import numpy as np
 from timing import matrix_peak, seconds_of
 
 from dm_generations.archive import DTYPES
-from dm_generations.decode.memory import free_bytes
-from dm_generations.generate.generator import Generator, RowSettings, tokenizer_of
-from dm_generations.models.checkpoints import Checkpoint, load, unflatten
-from dm_generations.models.dalle_bart import DalleBart
-from dm_generations.models.dalle_bart_config import DalleBartConfig
-from dm_generations.models.networks import parameter_shapes
-from dm_generations.models.placement import placed
-from dm_generations.text import TextTokenizer
-from dm_generations.threefry import row_key
+from dm_generations.inference.generator import Generator
+from dm_generations.models.base import Tokenizer
+from dm_generations.models.dalle_mini.config import DalleBartConfig
+from dm_generations.models.dalle_mini.network import DalleBart
+from dm_generations.models.loading import Checkpoint, load_checkpoint
+from dm_generations.models.registry import parameter_shapes
+from dm_generations.runtime.device import free_bytes, put_params
+from dm_generations.sampling.params import SamplingParams
+from dm_generations.sampling.prng import row_key
+from dm_generations.weights.native import unflatten
 
-SWEEP = tuple(itertools.product((256,), (0.95, 1.0), (0.7, 1.0), (3.0, 10.0)))  # as RowSettings
+SWEEP = tuple(itertools.product((256,), (0.95, 1.0), (0.7, 1.0), (3.0, 10.0)))  # as SamplingParams
 PROMPTS = ("a rocket", "a 3d strawberry", "a green dragon", "a house with a garden")
 # https://huggingface.co/dalle-mini/dalle-mini and dalle-mega, config.json
 _MINI = DalleBartConfig(encoder_ffn_dim=2730, decoder_ffn_dim=2730, use_scan=False)
@@ -61,9 +62,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="(default: 1 4 16)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="to time, of each batch (default: 8)")
-    parser.add_argument(
-        "--pictures", type=int, default=32, metavar="N", help="of each setting of `sweep` (default: 32)"
-    )
+    parser.add_argument("--images", type=int, default=32, metavar="N", help="of each setting of `sweep` (default: 32)")
     parser.add_argument("--structure", help=argparse.SUPPRESS)  # what a process of `sweep` runs
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of a GPU's memory torch needs a part
@@ -73,61 +72,61 @@ def main() -> None:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    """Pictures a second of both structures, from the start of the process, programs compiled anew."""
+    """Print images a second of both structures, from the start of the process, with an empty compilation cache."""
     if args.structure:
-        prompts = list(itertools.islice(itertools.cycle(PROMPTS), args.pictures))
-        keys = np.array([row_key(0, index) for index in range(args.pictures)], np.uint32)
+        prompts = list(itertools.islice(itertools.cycle(PROMPTS), args.images))
+        keys = np.array([row_key(0, index) for index in range(args.images)], np.uint32)
         {"ours": our_sweep, "dalle-mini": dalle_mini_sweep}[args.structure](prompts, keys)
         return
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    count, spent = len(SWEEP) * args.pictures, {}
+    count, spent = len(SWEEP) * args.images, {}
     for structure in ("ours", "dalle-mini"):
         started, cpu_started = time.perf_counter(), cpu_seconds_of_children()
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--structure", structure], env=environment, check=True)
         seconds, cpu = time.perf_counter() - started, cpu_seconds_of_children() - cpu_started
         spent[structure] = seconds, cpu
         print(
-            f"{structure:10} {count} pictures in {seconds:7.1f} s, {count / seconds:8.2f} pictures/s "
+            f"{structure:10} {count} images in {seconds:7.1f} s, {count / seconds:8.2f} images/s "
             f"({cpu:.1f} s of CPU time)",
             flush=True,
         )
     wall, cpu = (theirs / ours for ours, theirs in zip(spent["ours"], spent["dalle-mini"], strict=True))
-    print(f"ours: {wall:.1f} times as many pictures/s, {cpu:.1f} times as many in the same CPU time")
+    print(f"ours: {wall:.1f} times as many images/s, {cpu:.1f} times as many in the same CPU time")
 
 
 def cpu_seconds_of_children() -> float:
-    """Of the processes that have ended: the measure to trust where other programs use the cores."""
+    """Return the CPU seconds of ended processes, which other programs on the cores do not change much."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def our_sweep(prompts: list[str], keys: np.ndarray) -> None:
-    """All settings as rows, through one program: a batch can hold pictures of several settings, here of two."""
-    checkpoint = load(None, "generator")
-    generator = Generator(checkpoint, tokenizer_of(checkpoint), batch_size=2 * len(prompts))
-    columns = (np.repeat(column, len(prompts)) for column in zip(*SWEEP, strict=True))
-    generator.generate(prompts * len(SWEEP), RowSettings(*columns), np.tile(keys, (len(SWEEP), 1)))
+    """Sample all settings as rows of one program: a batch can have images of several settings, here of two."""
+    checkpoint = load_checkpoint(None, "generator")
+    generator = Generator(checkpoint, checkpoint.load_tokenizer(), batch_size=2 * len(prompts))
+    settings = [SamplingParams(*values) for values in SWEEP for _ in prompts]
+    generator.generate(prompts * len(SWEEP), settings, np.tile(keys, (len(SWEEP), 1)))
 
 
 def dalle_mini_sweep(prompts: list[str], keys: np.ndarray) -> None:
-    """One call for each setting, which compiles it, as `p_generate` of dalle-mini's notebook has settings as constants.
+    """Call and compile once for each setting, as `p_generate` of dalle-mini's notebook does: settings are constants.
 
     Of the same network: two calls of the decoder at every code, one for each half, and the filters of transformers
-    (FlaxTopKLogitsWarper, FlaxTopPLogitsWarper). More than the notebook does for speed, a batch has many pictures.
+    (FlaxTopKLogitsWarper, FlaxTopPLogitsWarper). More than the notebook does for speed, a batch has many images.
     """
-    checkpoint = load(None, "generator")
+    checkpoint = load_checkpoint(None, "generator")
     config = checkpoint.config
-    model, params = DalleBart(config), placed(checkpoint.params)
-    texts = tokenizer_of(checkpoint).encode([*prompts, *[None] * len(prompts)], config.max_text_length)
+    model, params = DalleBart(config), put_params(checkpoint.params)
+    texts = checkpoint.load_tokenizer().encode([*prompts, *[None] * len(prompts)], config.max_text_length)
     cond, uncond = (tuple(np.split(array, 2)[half] for array in texts) for half in range(2))
 
     @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
     def generate(params, texts, key, top_k: int, top_p: float, temperature: float, cond_scale: float):
         def begin(ids, mask):
-            text = model.apply({"params": params}, ids, mask, method="read_text")
-            return model.apply({"params": params}, text, method="begin")
+            text = model.apply({"params": params}, ids, mask, method="encode_prompt")
+            return model.apply({"params": params}, text, method="init_cache")
 
-        def draw_one(state, step):
+        def sample_one(state, step):
             caches, token, key = state
             (logits, cond), (other, uncond) = (
                 model.apply({"params": params}, cache, token, step, method="decode_step") for cache in caches
@@ -141,28 +140,28 @@ def dalle_mini_sweep(prompts: list[str], keys: np.ndarray) -> None:
             return ((cond, uncond), token, key), token
 
         state = tuple(begin(*text) for text in texts), jnp.full(len(prompts), config.start_token, jnp.int32), key
-        return jax.lax.scan(draw_one, state, jnp.arange(config.image_length))[1].T
+        return jax.lax.scan(sample_one, state, jnp.arange(config.image_length))[1].T
 
     for number, setting in enumerate(SWEEP):
         jax.block_until_ready(generate(params, (cond, uncond), jax.random.PRNGKey(number), *setting))
 
 
 def _keep_top_k(logits: jax.Array, top_k: int) -> jax.Array:
-    """As FlaxTopKLogitsWarper of transformers 4.25."""
-    values, codes = jax.lax.top_k(logits, top_k)
+    """Filter as FlaxTopKLogitsWarper of transformers 4.25."""
+    values, tokens = jax.lax.top_k(logits, top_k)
     rows = jnp.arange(len(logits))[:, None]
-    return jnp.full_like(logits, -jnp.inf).at[rows, codes].set(values)
+    return jnp.full_like(logits, -jnp.inf).at[rows, tokens].set(values)
 
 
 def _keep_top_p(logits: jax.Array, top_p: float) -> jax.Array:
-    """As FlaxTopPLogitsWarper of transformers 4.25: two sorts."""
-    values, codes = jax.lax.top_k(logits, logits.shape[-1])
+    """Filter as FlaxTopPLogitsWarper of transformers 4.25, with two sorts."""
+    values, tokens = jax.lax.top_k(logits, logits.shape[-1])
     is_kept = jnp.roll(jax.nn.softmax(values, axis=-1).cumsum(axis=-1) < top_p, 1).at[:, 0].set(True)
-    return jax.lax.sort_key_val(codes, jnp.where(is_kept, values, -jnp.inf))[1]
+    return jax.lax.sort_key_val(tokens, jnp.where(is_kept, values, -jnp.inf))[1]
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Codes and pictures a second of each batch, both halves of super conditioning drawn, and the floor of a step."""
+    """Print tokens and images a second of each batch size, with guidance, and the least time of a step."""
     machine = Machine.measured(args.dtype)
     print(
         f"memory {machine.bandwidth / 1e9:,.1f} GB/s, matrix products {machine.flops / 1e9:,.0f} GFLOP/s, {args.dtype}"
@@ -191,9 +190,9 @@ def speed(args: argparse.Namespace) -> None:
             f"{floor / step:.0%} of the roofline",
             flush=True,
         )
-        if generator.at_once > 1:
-            count, seconds = generator.at_once * batch_size, generator.seconds_together()
-            print(f"    {generator.at_once} batches beside each other: {count / seconds:.3f} pictures/s", flush=True)
+        if generator.concurrency > 1:
+            count, seconds = generator.concurrency * batch_size, generator.measure_seconds()
+            print(f"    {generator.concurrency} concurrent batches: {count / seconds:.3f} images/s", flush=True)
         del generator
         if torch is not None:
             theirs = torch.seconds_of_step(batch_size, args.steps)
@@ -202,36 +201,26 @@ def speed(args: argparse.Namespace) -> None:
 
 
 def report(what: str, batch_size: int, length: int, begin: float | None, step: float) -> None:
-    """begin: seconds of the texts, None where they are not timed"""
+    """Print a line. `begin` is the time of encoding the prompts in seconds, None if not timed."""
     texts = "" if begin is None else f"{1e3 * begin:.0f} ms for the texts, "
     total = (begin or 0.0) + length * step
     print(
-        f"{what}: {texts}{1e3 * step:.2f} ms a step, {batch_size / step:,.1f} codes/s, "
-        f"{batch_size / total:.3f} pictures/s",
+        f"{what}: {texts}{1e3 * step:.2f} ms a step, {batch_size / step:,.1f} tokens/s, "
+        f"{batch_size / total:.3f} images/s",
         flush=True,
     )
 
 
 def seconds_of_step(generator: Generator, steps: int) -> tuple[float, float]:
-    """Of the texts, and of one step after them: the best of three batches of different prompts, all guided."""
-    count, best_begin, best_step = generator.batch_size, float("inf"), float("inf")
+    """Return the seconds of encoding prompts, and of one step: the best of three batches, all guided."""
     steps = min(steps, generator.token_count)
-    keys = np.array([row_key(0, index) for index in range(count)], np.uint32)
-    prompts = list(itertools.islice(itertools.cycle(PROMPTS), count))
-    inputs = generator._inputs(generator._next_batch(generator._rows(prompts, RowSettings(), keys, None, None, 0)))
-    for repeat in range(4):  # the first of them compiles
-        started = time.perf_counter()
-        state = jax.block_until_ready(generator._begin(inputs))
-        began = time.perf_counter()
-        jax.block_until_ready(generator._advance(inputs, state, 0, steps))
-        if repeat:
-            best_begin = min(best_begin, began - started)
-            best_step = min(best_step, (time.perf_counter() - began) / steps)
-    return best_begin, best_step
+    _, *measured = (generator.measure_steps(steps) for _ in range(4))  # the first of them compiles
+    encoding, step = (min(seconds) for seconds in zip(*measured, strict=True))
+    return encoding, step
 
 
 def cost_of_step(config: DalleBartConfig, sequences: int, itemsize: int) -> tuple[int, int]:
-    """Bytes that a step of the decoder has to read, and its operations: weights and caches once, nothing else."""
+    """Return the bytes that a step must read (weights and caches, once) and its operations."""
     d, layers = config.d_model, config.decoder_layers
     # Self-attention has 4 matrices, cross-attention 2 at a step: keys and values of the text are computed once.
     ffn_matrices = 3 if config.use_glu else 2
@@ -242,7 +231,7 @@ def cost_of_step(config: DalleBartConfig, sequences: int, itemsize: int) -> tupl
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a device gives at best."""
+    """The limits of a device."""
 
     bandwidth: float  # bytes a second, read
     flops: float  # operations a second
@@ -257,10 +246,10 @@ class Machine:
         return cls(bandwidth, matrix_peak(dtype))
 
 
-def model_of(shape: str) -> tuple[Checkpoint, TextTokenizer]:
-    """The shipped model, or random weights of another shape, which read the same ids of texts."""
-    embedded = load(None, "generator")
-    tokenizer = tokenizer_of(embedded)
+def model_of(shape: str) -> tuple[Checkpoint, Tokenizer]:
+    """Return the shipped model, or random weights of another shape with the same tokenizer."""
+    embedded = load_checkpoint(None, "generator")
+    tokenizer = embedded.load_tokenizer()
     if shape == "embedded":
         return embedded, tokenizer
     config = {"mini": _MINI, "mega": _MEGA}[shape]
@@ -268,7 +257,7 @@ def model_of(shape: str) -> tuple[Checkpoint, TextTokenizer]:
 
 
 def random_params(config: DalleBartConfig) -> dict:
-    """Numbers under which activations stay near 1. Arrays are overlapping views: 10 GB of weights take no memory."""
+    """Return weights that keep activations near 1. Arrays are overlapping views, so 10 GB of weights take no memory."""
     shapes = parameter_shapes("dalle_bart", config)
     noise = np.random.default_rng(0).standard_normal(max(map(sum, shapes.values())), np.float32)
 
@@ -283,7 +272,7 @@ def random_params(config: DalleBartConfig) -> dict:
 
 
 class TorchDecoder:
-    """The decoder of a DalleBart in PyTorch as min-dalle has it, with norms and feed-forward blocks as DALL-E mini's.
+    """The decoder of a DalleBart in PyTorch, structured as in min-dalle, with DALL-E mini's norms and blocks.
 
     Both halves in one batch, caches, one setting for the batch; texts are noise, and not timed.
     After kuprel/min-dalle, `min_dalle/models/dalle_bart_decoder.py`.
@@ -291,7 +280,7 @@ class TorchDecoder:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype: str) -> "TorchDecoder | None":
-        """On the GPU, if there is one. None where torch is not installed."""
+        """Build it, on a GPU if there is one. Returns None if torch is not installed."""
         try:
             import torch
         except ImportError:
@@ -319,7 +308,7 @@ class TorchDecoder:
         self.head = tensors(checkpoint.params["lm_head"]["kernel"])
 
     def seconds_of_step(self, batch_size: int, steps: int) -> float:
-        """The best of three times `steps` steps."""
+        """Return the best time of three runs of `steps` steps."""
         wait = self.torch.cuda.synchronize if self.device == "cuda" else lambda: None
         best = float("inf")
         with self.torch.inference_mode():
@@ -335,7 +324,7 @@ class TorchDecoder:
         return best
 
     def begin(self, batch_size: int) -> dict:
-        """Empty caches, and keys and values of texts that are noise; both halves of each picture are rows."""
+        """Make empty caches, and random keys and values of prompts; both halves of each image are rows."""
         torch, config = self.torch, self.config
         heads = config.decoder_attention_heads
 
@@ -350,7 +339,7 @@ class TorchDecoder:
         }
 
     def step(self, state: dict, step: int) -> None:
-        """Draw one code for each picture."""
+        """Sample one token for each image."""
         torch, config = self.torch, self.config
         token = torch.cat([state["token"]] * 2)
         x = self._norm(self.norms["layernorm_embedding"], self.tokens[token] + self.positions[step])[:, None]

@@ -1,4 +1,4 @@
-"""How fast a checkpoint loads, and in how much memory: Flax's msgpack, PyTorch's zip, and both as our own folder.
+"""Time and memory of loading a checkpoint: Flax's msgpack, PyTorch's zip, and each converted to our own folder.
 
     python benchmarks/load.py --gb 1
 
@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from dm_generations.models.checkpoints.convert import convert
+from dm_generations.pipelines.convert import convert
 
 REPEATS = 3
 _OF_LAYER = {
@@ -40,12 +40,12 @@ _OF_GLU = {"LayerNorm_0": "ln0", "LayerNorm_1": "ln1", "Dense_0": "fc0", "Dense_
 
 
 def random_weights(gigabytes: float) -> tuple[dict, dict[str, np.ndarray]]:
-    """config.json of a DALL-E mini with fewer or more layers, and its float32 weights by path."""
-    from dm_generations.models.networks import config_class, parameter_shapes
+    """Return config.json of a DALL-E mini with fewer or more layers, and its float32 weights by path."""
+    from dm_generations.models.registry import get_kind, parameter_shapes
 
     def shapes_of(layers: int) -> tuple[dict, dict[str, tuple[int, ...]]]:
         values = {"model_type": "dallebart", "encoder_layers": layers, "decoder_layers": layers, "use_scan": False}
-        return values, parameter_shapes("dalle_bart", config_class("dalle_bart").from_dict(values))
+        return values, parameter_shapes("dalle_bart", get_kind("dalle_bart").config_class.from_dict(values))
 
     one, two = (sum(4 * int(np.prod(shape)) for shape in shapes_of(layers)[1].values()) for layers in (1, 2))
     values, shapes = shapes_of(max(1, round(1 + (gigabytes * 1e9 - one) / (two - one))))
@@ -54,10 +54,10 @@ def random_weights(gigabytes: float) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def write_flax(folder: Path, values: dict, flat: dict[str, np.ndarray]) -> None:
-    """`config.json` and `flax_model.msgpack`, as Flax's `to_bytes` writes arrays below its limit of 1 GiB."""
+    """Write `config.json` and `flax_model.msgpack`, as Flax's `to_bytes` writes arrays below 1 GiB."""
     import msgpack
 
-    from dm_generations.models.checkpoints import unflatten
+    from dm_generations.weights.native import unflatten
 
     def packed(array: np.ndarray) -> msgpack.ExtType:
         return msgpack.ExtType(1, msgpack.packb((array.shape, array.dtype.name, array.tobytes()), use_bin_type=True))
@@ -69,7 +69,7 @@ def write_flax(folder: Path, values: dict, flat: dict[str, np.ndarray]) -> None:
 
 
 def write_torch(folder: Path, flat: dict[str, np.ndarray]) -> None:
-    """`encoder.pt` and `decoder.pt`, as min-dalle names and lays out the same weights."""
+    """Write `encoder.pt` and `decoder.pt`, with min-dalle's names and layouts of the same weights."""
     import torch_files
 
     folder.mkdir()
@@ -93,7 +93,7 @@ def _name_in_min_dalle(name: str) -> str:
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process."""
+    """Return the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -104,16 +104,16 @@ def write(gigabytes: float, flax: Path, torch: Path) -> None:
 
 
 def load(path: Path) -> tuple[float, float, int, int]:
-    """Seconds of CPU time and by the clock, the weights' bytes, and the peak of memory above what JAX took before."""
+    """Measure CPU and wall seconds, the bytes of the weights, and the peak of memory above what JAX took before."""
     import jax
 
-    from dm_generations.models import checkpoints
-    from dm_generations.models.placement import placed
+    from dm_generations.models.loading import load_checkpoint
+    from dm_generations.runtime.device import put_params
 
     jax.block_until_ready(jax.numpy.zeros(1))
-    checkpoints.load(None, "generator")  # what is imported and traced once
+    load_checkpoint(None, "generator")  # what is imported and traced once
     before, start, cpu_start = peak_bytes(), time.perf_counter(), time.process_time()
-    params = placed(checkpoints.load(path, "generator").params)
+    params = put_params(load_checkpoint(path, "generator").params)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
     return cpu, wall, sum(leaf.nbytes for leaf in jax.tree.leaves(params)), peak_bytes() - before
 

@@ -1,9 +1,9 @@
-"""Time the draw of one code for each row of a batch: what each filter and the noise cost, and what sorting would.
+"""Time the sampling of one token for each row of a batch: each filter, the noise, and sorting for comparison.
 
     python benchmarks/sampling.py                              # a minute on 2 cores
     python benchmarks/sampling.py --rows 512 --columns 16416
 
-A draw happens once for each code of a picture, beside one step of the network.
+This happens once for each token of an image, after one step of the network.
 """
 
 import argparse
@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dm_generations import sampling
+from dm_generations.sampling import logits as sampling
 
 SHAPES = ((64, 1024), (64, 16416))
 SETTINGS = {  # top_k, top_p, temperature
-    "draw, greedy": (0, 1.0, 0.0),
-    "draw, no filter": (0, 1.0, 1.0),
-    "draw, top_k 256": (256, 1.0, 1.0),
-    "draw, top_p 0.9": (0, 0.9, 1.0),
-    "draw, top_k 256 and top_p 0.9": (256, 0.9, 1.0),
+    "sample, greedy": (0, 1.0, 0.0),
+    "sample, no filter": (0, 1.0, 1.0),
+    "sample, top_k 256": (256, 1.0, 1.0),
+    "sample, top_p 0.9": (0, 0.9, 1.0),
+    "sample, top_k 256 and top_p 0.9": (256, 0.9, 1.0),
 }
 
 
@@ -42,7 +42,7 @@ def time_shape(row_count: int, columns: int) -> None:
     random = np.random.default_rng(0)
     logits = jnp.asarray(random.normal(size=(row_count, columns)) * 2, jnp.float32)
     keys = jnp.asarray(random.integers(0, 2**32, (row_count, 2), dtype=np.uint32))
-    codes, step = jnp.zeros(row_count, jnp.int32), jnp.int32(7)
+    tokens, step = jnp.zeros(row_count, jnp.int32), jnp.int32(7)
     print(f"{row_count} rows of {columns} columns")
 
     def line(what: str, function: Callable, *arguments) -> None:
@@ -51,7 +51,7 @@ def time_shape(row_count: int, columns: int) -> None:
         print(f"    {what:32}{1e3 * wall:9.2f} ms ({1e3 * cpu:.2f} ms of CPU time)", flush=True)
 
     line("noise", lambda keys: sampling.gumbel(keys, step, columns), keys)
-    line("log_prob", lambda logits: sampling.log_prob(logits, codes, columns), logits)
+    line("log_prob", lambda logits: sampling.log_prob(logits, tokens, columns), logits)
     for name, settings in SETTINGS.items():
         arrays = [jnp.full(row_count, value) for value in settings]
         line(
@@ -62,7 +62,7 @@ def time_shape(row_count: int, columns: int) -> None:
 
 
 def seconds_of(function: Callable, repeats: int = 10) -> tuple[float, float]:
-    """Wall and CPU seconds, each the best of some calls; the first, which compiles, is left out.
+    """Return wall and CPU seconds, each the best of some calls, without the first one, which compiles.
 
     The two differ by the cores that took part, and where other programs use them too.
     """

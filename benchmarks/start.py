@@ -1,8 +1,8 @@
-"""Time what a newcomer waits for: decoding the archive that ships, and drawing 16 pictures, first and later starts.
+"""Time what a new user waits for: decoding the archive that ships, generating 16 images; first and later starts.
 
     python benchmarks/start.py      # a minute on 2 cores
 
-Each line is one whole process, from its start to its end; the cache of compiled programs begins empty.
+Each line is one whole process, from start to end. The compilation cache is empty at first.
 """
 
 import os
@@ -29,7 +29,7 @@ def main() -> None:
         timed("--help", environment, "--help")
         for start in ("first", "second"):
             draw = ("generate", "--db", f"{folder}/{start}.db", "--prompts", f"a {start} dragon", "--n", "16")
-            timed(f"draw and score 16 pictures, {start} start", environment, *draw)
+            timed(f"generate and score 16 images, {start} start", environment, *draw)
         for run in ("first", "second"):
             timed(f"decode the shipped archive, {run} run", environment, "decode", "--out-dir", f"{folder}/images")
 

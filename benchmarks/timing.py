@@ -1,4 +1,4 @@
-"""What benchmarks measure with: the best of some calls, and the device's matrix peak."""
+"""Measuring for the benchmarks: the best of some calls, and the rate of matrix products of a device."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def seconds_of(function: Callable, repeats: int = 3) -> float:
-    """The best of some calls; the first, which compiles, is left out."""
+    """Return the seconds of the best of some calls, without the first one, which compiles."""
     jax.block_until_ready(function())
     times = []
     for _ in range(repeats):
@@ -19,6 +19,6 @@ def seconds_of(function: Callable, repeats: int = 3) -> float:
 
 
 def matrix_peak(dtype: str, size: int = 4096) -> float:
-    """Operations a second of a large matrix product: what the device can do at best."""
+    """Return the operations a second of a large matrix product."""
     matrix = jnp.ones((size, size), dtype)
     return 2 * size**3 / seconds_of(lambda: matrix @ matrix)

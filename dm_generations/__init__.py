@@ -1,23 +1,33 @@
 """An archive of text-to-image generations, and the pipeline around it.
 
-In Python: `MinDalle`, the methods of the package min-dalle, and `Generator` with `RowSettings`, the sampling loop. They
-are imported when they are asked for, and JAX with them.
+In Python: `Archive`; `Generator` with `SamplingParams`, prompts to tokens; `Decoder`, tokens to images; `Scorer`,
+images to CLIP scores; `load_checkpoint` for the models; and `MinDalle`, the methods of the package min-dalle. They are
+imported on first use, and JAX with those that need it.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dm_generations.generate.generator import Generator, RowSettings
-    from dm_generations.min_dalle import MinDalle
+    from dm_generations.archive import Archive
+    from dm_generations.compat.min_dalle import MinDalle
+    from dm_generations.inference.decoder import Decoder
+    from dm_generations.inference.generator import Generator
+    from dm_generations.inference.scorer import Scorer
+    from dm_generations.models.loading import load_checkpoint
+    from dm_generations.sampling.params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["Generator", "MinDalle", "RowSettings"]
+__all__ = ["Archive", "Decoder", "Generator", "MinDalle", "SamplingParams", "Scorer", "load_checkpoint"]
 
 _MODULES = {
-    "Generator": "dm_generations.generate.generator",
-    "MinDalle": "dm_generations.min_dalle",
-    "RowSettings": "dm_generations.generate.generator",
+    "Archive": "dm_generations.archive",
+    "Decoder": "dm_generations.inference.decoder",
+    "Generator": "dm_generations.inference.generator",
+    "MinDalle": "dm_generations.compat.min_dalle",
+    "SamplingParams": "dm_generations.sampling.params",
+    "Scorer": "dm_generations.inference.scorer",
+    "load_checkpoint": "dm_generations.models.loading",
 }
 
 

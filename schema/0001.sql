@@ -64,7 +64,7 @@ CREATE INDEX images_by_group ON images (
     prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, clip_score_input DESC
 );
 
--- What makes a draw: the same draw is never stored twice. NULLs differ from each other in a UNIQUE index,
+-- What makes a sample: the same one is never stored twice. NULLs differ from each other in a UNIQUE index,
 -- hence the coalesce; where the generator is unknown the key alone says little, so the tokens' MD5 joins in.
 CREATE UNIQUE INDEX images_draw ON images (
     prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, key0, key1,

@@ -1,6 +1,6 @@
 -- Archive format, the step from version 1 to version 2; run as one transaction. README.md explains every column.
 
--- SQLite looks at all rows for each added column that has a CHECK: so all of them stand with the last one.
+-- SQLite reads all rows for each added column that has a CHECK, so the last one has the checks of all.
 ALTER TABLE images ADD COLUMN log_prob REAL;
 ALTER TABLE images ADD COLUMN dtype TEXT;
 ALTER TABLE images ADD COLUMN init_count INTEGER NOT NULL DEFAULT 0;
@@ -13,7 +13,7 @@ ALTER TABLE images ADD COLUMN init_md5 TEXT NOT NULL DEFAULT ''
         ELSE length(init_md5) = 32 AND init_md5 NOT GLOB '*[^0-9a-f]*' END
     );
 
--- As in version 1, and the same key that goes on from other given codes is another draw.
+-- As in version 1, and the same key after other initial tokens makes another sample.
 DROP INDEX images_draw;
 CREATE UNIQUE INDEX images_draw ON images (
     prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, key0, key1,
@@ -21,7 +21,7 @@ CREATE UNIQUE INDEX images_draw ON images (
     CASE WHEN generator_id IS NULL THEN quantvec_md5 ELSE '' END
 );
 
--- What programs draw at this moment, so that others that fill the same archive draw something else.
+-- Unused since no program leases what it samples any more; it stays until the next version of the format.
 CREATE TABLE claims (
     digest BLOB PRIMARY KEY NOT NULL CHECK (typeof(digest) = 'blob' AND length(digest) > 0),
     owner TEXT NOT NULL CHECK (length(owner) > 0),

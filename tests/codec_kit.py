@@ -1,15 +1,18 @@
 """State dicts under PyTorch's names, made from our own parameter trees: what the readers of checkpoints must undo."""
 
+import functools
+import mmap
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import torch_files
 
-from dm_generations.models.checkpoints import flatten
-from dm_generations.models.networks import network_class, parameter_shapes
+from dm_generations.models.registry import get_kind, parameter_shapes
+from dm_generations.weights.native import flatten
 
 
 def random_params(kind: str, config, seed: int = 0) -> dict[str, np.ndarray]:
@@ -50,7 +53,20 @@ def assert_same(tree: dict, flat: dict[str, np.ndarray]) -> None:
 def applied(source, method: str | Callable, *inputs: np.ndarray, dtype: str = "float32"):
     """What `method` of a loaded network gives, or a function of the network and the inputs."""
     params = jax.tree.map(lambda array: np.asarray(array, np.float32), source.params)
-    return network_class(source.kind)(source.config, dtype).apply({"params": params}, *inputs, method=method)
+    return compiled(get_kind(source.kind).network_class(source.config, dtype), method)(params, *inputs)
+
+
+@functools.cache
+def compiled(network: Any, method: str | Callable) -> Callable:
+    """A method of a network as a compiled function of the parameters and the inputs."""
+    return jax.jit(lambda params, *inputs: network.apply({"params": params}, *inputs, method=method))
+
+
+def is_mapped(array: Any) -> bool:
+    """Whether an array is a view of a mapped file."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return isinstance(array, mmap.mmap)
 
 
 def nhwc(array: np.ndarray) -> np.ndarray:

@@ -4,20 +4,17 @@ import os
 import tempfile
 
 import jax
+import pytest
 from helpers import golden, golden_dirs
+from tiny import TinyModels, tiny_models
+
+from dm_generations.export.manifest import ImageEntry
 
 __all__ = ["golden", "golden_dirs"]
 
-# Files of minutes. A process takes a whole file, so that one of them at the end would leave the other processes idle.
-LONG = ("test_readme.py", "test_training_runs.py", "test_public_models.py", "test_generate.py", "test_notebook.py")
-
 
 def pytest_configure(config):
-    """Compiled programs go into a cache of this run's own, never into the user's.
-
-    Commands that tests start keep them as a user's do. Of what tests compute themselves JAX keeps what it has compiled,
-    and traces it anew.
-    """
+    """Compiled programs go into a cache of this run's own, never into the user's."""
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="dm-generations-tests-")
         config.add_cleanup(folder.cleanup)
@@ -26,6 +23,18 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def pytest_collection_modifyitems(items):
-    """The long files first, the rest as it was."""
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> TinyModels:
+    """A text-to-image model, a codec and a CLIP, which tests share so that each program is compiled once."""
+    return tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def make_entry():
+    def make_entry(file: str = "0001_rocket/a.png", **fields) -> ImageEntry:
+        defaults = dict(prompt_id=1, prompt="rocket", sc_prompt_id=1, sc_prompt=None, top_k=50, top_p=0.9)
+        defaults |= dict(temperature=1.0, cond_scale=3.0, rank=0, score=25.0, key0=1, key1=2)
+        defaults |= dict(model="embedded/dalle_bart", sampler_version=1)
+        return ImageEntry(file, **defaults | fields)
+
+    return make_entry

@@ -11,14 +11,15 @@ from flax.serialization import msgpack_serialize
 from flax.traverse_util import unflatten_dict
 from PIL import Image
 
-from dm_generations.archive import Settings
-from dm_generations.models.networks import parameter_shapes
-from dm_generations.models.vqgan import VQGANConfig
+from dm_generations.archive import GroupKey
+from dm_generations.models.registry import parameter_shapes
+from dm_generations.models.vqgan.network import VQGANConfig
+from dm_generations.sampling.params import SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_DECODE = GOLDEN / "original_script"  # what the 2022 script read and wrote
-GOLDEN_CODEC = GOLDEN / "vqgan_jax" / "a"  # 8x8 codes below its codebook size, 32x32 pixels
-SETTINGS = Settings(prompt_id=1, sc_prompt_id=1, top_k=50, top_p=1.0, temperature=1.0, cond_scale=10.0)
+GOLDEN_CODEC = min((GOLDEN / "vqgan_jax").glob("*/golden.npz")).parent
+SETTINGS = GroupKey(1, 1, SamplingParams(50, cond_scale=10.0))
 LAYOUT_2022 = """
 CREATE TABLE prompts (id INTEGER PRIMARY KEY, desc TEXT);
 CREATE TABLE sc_prompts (id INTEGER PRIMARY KEY, desc TEXT);
@@ -55,22 +56,22 @@ def write_archive_2022(path: Path, tokens: np.ndarray, prompts: tuple[str, ...] 
 def write_codec_2022(folder: Path) -> Path:
     """The VQGAN that the 2022 script was given, in the format of vqgan-jax (tests/golden/original_script/README.md).
 
-    Its weights are drawn as those of vqgan_jax/a were, one after another from the same seed; it has one residual block
+    Its weights are made as those of vqgan_jax/a were, one after another from the same seed; it has one residual block
     more a level, so that nearly all come out otherwise.
     """
     values = json.loads((GOLDEN_CODEC / "config.json").read_text()) | {"num_res_blocks": 2}
     normal, weights = np.random.default_rng(101).standard_normal, {}
     for name, shape in parameter_shapes("vqgan", VQGANConfig.from_dict(values)).items():
-        drawn, leaf = normal(shape), name.rsplit("/", 1)[1]
+        weight, leaf = normal(shape), name.rsplit("/", 1)[1]
         if leaf == "kernel":
             is_attention, is_last = "/attn_" in name, name == "decoder/conv_out/kernel"
             gain = (2.0 if "/q/" in name or "/k/" in name else 1.6) if is_attention else 0.625 if is_last else 1.25
-            drawn *= gain / np.prod(shape[:-1]) ** 0.5
+            weight *= gain / np.prod(shape[:-1]) ** 0.5
         elif leaf == "bias":
-            drawn = 0.2 * drawn + 0.5 * (name == "decoder/conv_out/bias")
+            weight = 0.2 * weight + 0.5 * (name == "decoder/conv_out/bias")
         elif leaf == "scale":
-            drawn = 1 + 0.3 * drawn
-        weights[name] = drawn.astype(np.float32)
+            weight = 1 + 0.3 * weight
+        weights[name] = weight.astype(np.float32)
     weights["quantize/embedding/embedding"] = np.load(GOLDEN_DECODE / "codebook.npy")
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(values))
@@ -86,7 +87,7 @@ def change(path: Path, statement: str, *values: object) -> None:
     connection.close()
 
 
-def pictures(folder: Path) -> dict[str, np.ndarray]:
+def read_images(folder: Path) -> dict[str, np.ndarray]:
     """(H, W, 3) uint8 of each PNG under `folder`, by path with "/"."""
     return {
         path.relative_to(folder).as_posix(): np.asarray(Image.open(path))
@@ -100,7 +101,7 @@ def all_files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def golden_pictures(folder: str) -> dict[str, np.ndarray]:
+def golden_images(folder: str) -> dict[str, np.ndarray]:
     """What the 2022 script wrote into `folder` of the golden archive: (H, W, 3) uint8 by path."""
     found = {}
     with zipfile.ZipFile(GOLDEN_DECODE / "expected.zip") as archive:

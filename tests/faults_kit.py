@@ -1,5 +1,6 @@
 """Decodes in processes of their own, to be killed, stopped or starved, and what they left behind."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -13,8 +14,8 @@ import pytest
 from decode_kit import all_files
 from helpers import ROOT
 
-from dm_generations.browser.shown import NOTES
 from dm_generations.cli import main
+from dm_generations.export.journal import JOURNAL
 
 CANNOT_MOUNT = 77
 MODES = {
@@ -24,7 +25,7 @@ MODES = {
     "tar": ("--mode", "tar", "--shard-size", "64"),
     "zip": ("--mode", "zip"),
 }
-PAGE = {"manifest.js", "samplebrowser.html"}
+PAGE = {"manifest.js", "samplebrowser.html", JOURNAL}
 
 
 class Command:
@@ -68,27 +69,25 @@ def bytes_under(folder: Path) -> int:
     """Of all files, unfinished ones too; 0 if there is no such folder."""
     total = 0
     for root, _, names in os.walk(folder):
-        for name in set(names) - {NOTES}:
-            try:
+        for name in set(names) - {JOURNAL}:
+            with contextlib.suppress(FileNotFoundError):  # renamed or removed since it was listed
                 total += os.stat(os.path.join(root, name)).st_size
-            except FileNotFoundError:  # renamed or removed since it was listed
-                pass
     return total
 
 
 def files_left(folder: Path) -> dict[str, bytes]:
-    """Files of a decode that did not come to its end, by path: all but its notes."""
-    return {path: data for path, data in all_files(folder).items() if path != NOTES}
+    """Files of a decode that did not come to its end, by path: all but its journal."""
+    return {path: data for path, data in all_files(folder).items() if path != JOURNAL}
 
 
-def run_with_mounts(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a shell script, started in ROOT, that may mount disks, which it alone sees and which end with it.
+def run_with_mounts(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a shell script of tests/programs, started in ROOT, that may mount disks, which end with it.
 
-    `arguments` are its "$1", "$2", ...; where it ends with CANNOT_MOUNT the test is skipped.
+    The test is skipped where the script ends with CANNOT_MOUNT.
     """
     if not shutil.which("unshare"):
         pytest.skip("needs unshare to mount a small disk")
-    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", *map(str, arguments)]
+    command = ["unshare", "--map-root-user", "--mount", "sh", f"tests/programs/{program}", *map(str, arguments)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if ended.returncode == CANNOT_MOUNT or "unshare" in ended.stderr:
         pytest.skip("may not mount a small disk here")
@@ -112,5 +111,5 @@ def error_line(errors: str) -> str:
 
 
 def without_progress(errors: str) -> str:
-    """What a command printed on stderr but for the lines that a slow one prints to say how far it is."""
-    return re.sub(r"(?m)^[\d,]+ of [\d,]+ pictures, .*\n", "", errors)
+    """What a command printed on stderr, without the lines of progress that a slow one prints."""
+    return re.sub(r"(?m)^[\d,]+ of [\d,]+ images, .*\n", "", errors)

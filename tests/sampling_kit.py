@@ -1,10 +1,10 @@
-"""The draw, compiled once for all tests, and the distribution that it must follow."""
+"""The sampling function, compiled once for all tests, and the distribution that it must follow."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dm_generations import sampling
+from dm_generations.sampling import logits as sampling
 
 SAMPLE = jax.jit(sampling.sample, static_argnames=("codebook_size", "order"))
 FILTER = jax.jit(sampling.filter_logits, static_argnames=("codebook_size", "order"))
@@ -26,8 +26,8 @@ def settings_arrays(row_count, top_k=0, top_p=1.0, temperature=1.0):
     }
 
 
-def draw(logits, keys=None, step=0, codebook_size=None, order="temperature_first", **settings):
-    """Codes (B,) of rows of `logits`; one row is shared by all keys."""
+def sample_tokens(logits, keys=None, step=0, codebook_size=None, order="temperature_first", **settings):
+    """Tokens (B,) of rows of `logits`; one row is shared by all keys."""
     logits = np.atleast_2d(np.asarray(logits, np.float32))
     keys = np.zeros((len(logits), 2), np.uint32) if keys is None else keys
     logits = jnp.asarray(np.broadcast_to(logits, (len(keys), logits.shape[1])))
@@ -38,7 +38,7 @@ def draw(logits, keys=None, step=0, codebook_size=None, order="temperature_first
 
 
 def keep(logits, codebook_size=None, order="temperature_first", **settings):
-    """Which codes of one row of logits the filters leave, as a list."""
+    """Which tokens of one row of logits the filters leave, as a list."""
     logits = jnp.asarray(np.atleast_2d(np.asarray(logits, np.float32)))
     size = codebook_size or logits.shape[1]
     filtered = FILTER(logits, codebook_size=size, order=order, **settings_arrays(len(logits), **settings))

@@ -1,4 +1,4 @@
-"""The notebook explains and calls: it is read, and run but for the cell that installs the package."""
+"""The notebook: text and calls, without definitions. It is run, except for the cell that installs the package."""
 
 import ast
 import json
@@ -12,6 +12,8 @@ import nbformat
 import pytest
 
 from dm_generations.cli import build_parser
+
+pytestmark = pytest.mark.e2e
 
 PATH = Path(__file__).resolve().parent.parent / "dm_generations_decode.ipynb"
 NOTEBOOK = json.loads(PATH.read_text(encoding="utf-8"))
@@ -46,16 +48,16 @@ def test_cells_are_python_and_define_nothing(code):
     assert not any(isinstance(node, definitions) for node in ast.walk(ast.parse("\n".join(lines))))
 
 
+@pytest.mark.e2e
 def test_it_runs(tmp_path, monkeypatch):
-    """From its first cell to its last, in a folder of its own, on the package of this environment."""
+    """All cells in order, in a temporary folder, with the package of this environment."""
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(PATH.parent))
     notebook = nbformat.read(PATH, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if "%pip" not in cell.source]
     nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": tmp_path}}).execute()
-    shown = [
-        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
-    ]
-    assert len(shown) == 6 + 2  # galleries of the shipped archive, and of what was drawn
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    images = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(images) == 6 + 2  # galleries of the shipped archive, and of the new images
     assert len(list((tmp_path / "gallery").rglob("*.png"))) == 2 * 54
     assert (tmp_path / "mine.db").stat().st_size > 0 and (tmp_path / "mine.zip").stat().st_size > 0

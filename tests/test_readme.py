@@ -1,8 +1,10 @@
-"""Every command that README.md shows, run as it stands there, in order, in a copy of the checkout.
+"""Every command and Python example of the documents, run as they stand there, in order, in one copy of the checkout.
 
-The set-up of an environment is cut off where it can be, and done for real once, by the slow test and by `.ci/run`.
+A block of `text` after the commands is what they print, line by line. Setting up an environment is left out, except in
+the slow test and in `.ci/run`.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,17 +12,39 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```sh\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+pytestmark = pytest.mark.e2e
+
+DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))), "archive/README.md"]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 SET_UP = re.compile(r"python3 -m venv \.venv\s*&& \.venv/bin/pip install -q [^&]*&&\s*")
+PYTHON = re.compile(r"^(\.venv/bin/)?python(?= )")
 SHIPPED = ("dm_generations", "schema", "archive", "benchmarks", "samplebrowser.html", "dm_generations_decode.py")
+# A task of an array job, for commands that ask which one they are.
+ENVIRONMENT = {**os.environ, "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
 
 
-def commands() -> list[str]:
-    joined = "".join(BLOCKS).replace("\\\n", " ")
-    return [line for line in joined.splitlines() if line.strip() and not line.startswith("#")]
+def blocks(document: str) -> list[tuple[str, str]]:
+    """(language, text) of each block of a document."""
+    return BLOCK.findall((ROOT / document).read_text(encoding="utf-8"))
+
+
+def commands(block: str) -> list[str]:
+    lines = block.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def run(program: list[str], folder: Path) -> str:
+    """Run a program that has to succeed; returns all that it prints."""
+    done = subprocess.run(program, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{program[-1]}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def set_ups() -> list[str]:
+    found = [command for language, text in blocks("README.md") if language == "sh" for command in commands(text)]
+    return [command for command in found if SET_UP.match(command)]
 
 
 @pytest.fixture(scope="module")
@@ -35,54 +59,39 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def test_readme_shows_both_set_ups():
-    found = [command for command in commands() if SET_UP.match(command)]
-    assert len(found) == 2
-    assert "dm_generations_decode.py" in found[0]
-    assert "pytest" in found[1]
-
-
 @pytest.mark.timeout(900)
-def test_every_command_of_the_readme_works(checkout):
-    ran = 0
-    for command in commands():
-        if "pytest" in command:  # this very run
-            continue
-        command = SET_UP.sub("", command).replace(".venv/bin/python", sys.executable)
-        done = subprocess.run(["bash", "-c", command], cwd=checkout, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        ran += 1
-    assert ran >= 8
-    assert len(list((checkout / "images").rglob("*.png"))) == 6048
-    assert (checkout / "images" / "samplebrowser.html").is_file()
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_and_examples_run(checkout, document):
+    printed = ""
+    for language, text in blocks(document):
+        if language == "sh":
+            printed = ""
+            for command in commands(text):
+                if "pytest" not in command:  # this very run
+                    command = PYTHON.sub(sys.executable, SET_UP.sub("", command))
+                    printed += run(["bash", "-c", command], checkout)
+        elif language == "python":
+            printed = run([sys.executable, "-c", text], checkout)
+        elif language == "text":
+            for line in text.splitlines():
+                assert line in printed.splitlines(), f"{line!r} is not among\n{printed}"
+    if document == "README.md":
+        assert len(list((checkout / "images").rglob("*.png"))) == 6048
+        assert (checkout / "images" / "samplebrowser.html").is_file()
 
 
-def test_the_python_of_the_readme_runs(checkout):
-    blocks = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 2
-    for code in blocks:
-        done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
-    assert (checkout / "rockets.png").stat().st_size > 1000
-
-
-def test_readme_names_every_subcommand_and_its_pictures_exist():
-    from dm_generations.cli import COMMANDS
-
-    for name in COMMANDS:
-        assert re.search(rf"dm_generations {name}\b", README), name
-    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
-        assert (ROOT / path).is_file(), path
+def test_readme_shows_both_set_ups():
+    decode, test = set_ups()
+    assert "dm_generations_decode.py" in decode and "pytest" in test
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_first_command_does_its_own_set_up(checkout, tmp_path):
-    """From nothing but Python: a fresh virtual environment, packages from the index, pictures."""
+    """From nothing but Python: a fresh virtual environment, packages from the index, images."""
     folder = tmp_path / "fresh"
     shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns("images", "gallery"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, folder / name)
-    command = next(command for command in commands() if SET_UP.match(command))
-    subprocess.run(["bash", "-c", command], cwd=folder, check=True, timeout=900)
+    run(["bash", "-c", set_ups()[0]], folder)
     assert len(list((folder / "images").rglob("*.png"))) == 6048

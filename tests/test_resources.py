@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dm_generations import compile_cache
 from dm_generations.errors import UserError
-from dm_generations.resources import cache_dir
+from dm_generations.paths import cache_dir
+from dm_generations.runtime import compile_cache
 
 
 def has_no_home():
@@ -24,6 +24,20 @@ def test_the_cache_is_private(tmp_path, monkeypatch):
     assert cache_dir("xla").stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs owners and modes of files")
+def test_a_cache_of_another_user_or_one_that_others_can_write_to_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = cache_dir("xla")
+    folder.chmod(0o770)
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
+        cache_dir("xla")
+    folder.chmod(0o700)
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
+        cache_dir("xla")
+
+
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
     for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
@@ -32,7 +46,7 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
         cache_dir("xla")
 
 
-def test_without_a_home_programs_are_not_kept_and_work_goes_on(monkeypatch, capsys):
+def test_without_a_home_programs_are_not_cached_and_work_goes_on(monkeypatch, caplog):
     import jax
 
     monkeypatch.setattr(Path, "home", has_no_home)
@@ -45,4 +59,4 @@ def test_without_a_home_programs_are_not_kept_and_work_goes_on(monkeypatch, caps
         assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-    assert capsys.readouterr().err.startswith("warning: compiled programs are not kept: this user has no home")
+    assert "XDG_CACHE_HOME" in caplog.text

@@ -3,15 +3,16 @@
 import json
 from pathlib import Path
 
-from dm_generations.text.bpe import byte_alphabet
+from tokenizers import pre_tokenizers
 
-BART = Path(__file__).parent / "golden" / "dalle_bart" / "text"
-MINDALLE = Path(__file__).parent / "golden" / "mindalle_kakao" / "ckpt" / "tokenizer"
+GOLDEN = Path(__file__).parent / "golden"
+BART = next((GOLDEN / "dalle_bart").rglob("tokenizer.json")).parent
+MINDALLE = next((GOLDEN / "mindalle_kakao").rglob("bpe-16k-vocab.json")).parent
 
 # Ids: bytes "!" to "~" are 0 to 93, the same at a word's end 256 to 349, then the merges, then start and end.
 SIMPLE = '"bpe_simple_vocab_16e6.txt#version: 0.2\nc a\nca t</w>\n'
 
-# Characters ▁ 4, a 5, b 6, c 7; rules ▁a 8, ab 9, ▁ab 10; unknown 1.
+# Characters ▁ 4, a 5, b 6, c 7; merges ▁a 8, ab 9, ▁ab 10; unknown 1.
 YOUTOKENTOME = "4 3\n9601 4\n97 5\n98 6\n99 7\n4 5 8\n5 6 9\n8 6 10\n1 0 2 3\n"
 
 CHINESE = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n中\ncat\n##s\nThe\n"
@@ -45,9 +46,9 @@ HUGGING_FACE = json.dumps(
 
 def clip_vocab() -> dict[str, int]:
     """Bytes 0 to 255, bytes at a word's end 256 to 511, "ca" 512, "cat</w>" 513, start 514, end 515."""
-    characters = sorted(byte_alphabet())
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     ends = ["ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
-    return {piece: index for index, piece in enumerate([*characters, *(c + "</w>" for c in characters), *ends])}
+    return {token: index for index, token in enumerate([*characters, *(c + "</w>" for c in characters), *ends])}
 
 
 def write_tokenizer(kind: str, folder: Path) -> Path:

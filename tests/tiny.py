@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from dm_generations.models import checkpoints
-from dm_generations.models.clip import CLIP, CLIPConfig
-from dm_generations.models.dalle_bart import DalleBart, DalleBartConfig
-from dm_generations.models.vqgan import VQGAN, VQGANConfig
+from dm_generations.models.clip.network import CLIP, CLIPConfig
+from dm_generations.models.dalle_mini.network import DalleBart, DalleBartConfig
+from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
+from dm_generations.weights import native
+from dm_generations.weights.native import flatten, unflatten
 
-GRID = 4  # a side: 16 codes a picture
+GRID = 4  # a side: 16 tokens an image
 CODEBOOK_SIZE = 32
 IMAGE_SIZE = 8  # pixels a side
 TEXT_VOCAB = 260  # bytes and 4 special tokens
@@ -56,7 +57,7 @@ CLIP_CONFIG = {
 
 @dataclasses.dataclass(frozen=True)
 class TinyModels:
-    """Folders, ready for `checkpoints.load` and for the flags --codec, --model and --clip."""
+    """Folders, ready for `load_checkpoint` and for the flags --codec, --model and --clip."""
 
     vqgan: Path
     dalle_bart: Path
@@ -102,9 +103,9 @@ def tiny_clip(folder: Path, seed: int = 0, **changes) -> Path:
 def _write(folder: Path, kind: str, config: dict, init: Callable, seed: int) -> Path:
     shapes = jax.eval_shape(init, jax.random.key(0))["params"]  # shapes alone: nothing is compiled
     random = np.random.default_rng(seed)
-    flat = checkpoints.flatten(shapes)
+    flat = flatten(shapes)
     params = {path: _weights(random, path, flat[path].shape) for path in sorted(flat)}
-    checkpoints.save(folder, kind, config, checkpoints.unflatten(params))
+    native.save(folder, kind, config, unflatten(params))
     return folder
 
 

@@ -6,7 +6,7 @@ import struct
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -85,7 +85,7 @@ def tensor(array: np.ndarray) -> Tensor:
 class _Pickler(pickle._Pickler):
     """The pickler that is written in Python, which can be told what to write for a class."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
     def __init__(self, file: io.BytesIO, protocol: int, legacy: bool) -> None:
         super().__init__(file, protocol)

@@ -1,35 +1,46 @@
-"""Archives of pictures as tokens, in SQLite. Standard library only; never imports JAX or NumPy.
+"""Archives of images as tokens, in SQLite. Needs only the standard library; never imports JAX or NumPy.
 
 with Archive.open("archive/emoji.db") as archive:
     for group in archive.groups():
-        best = next(archive.rows(group.settings, limit=1))
+        best = next(archive.rows(group.key, limit=1))
 """
 
-from dm_generations.archive._info import ArchiveInfo, LogProbInfo, ModelUse, PromptInfo, ScoreInfo, TokenInfo, info
-from dm_generations.archive._merge import SourceReport, merge
-from dm_generations.archive._records import DTYPES, Group, ImageRow, ModelInfo, NewImage, Settings
-from dm_generations.archive._sqlite import ArchiveError
-from dm_generations.archive._store import Archive
-from dm_generations.archive._tokens import init_md5, quantvec_md5
-from dm_generations.archive._verify import Problem, verify
+from dm_generations.archive.connection import ArchiveError
+from dm_generations.archive.database import Archive
+from dm_generations.archive.info import ArchiveInfo, ModelUse, PromptInfo, TokenInfo, ValueRange, info
+from dm_generations.archive.merge import SourceReport, merge
+from dm_generations.archive.records import (
+    DTYPES,
+    DType,
+    Group,
+    GroupKey,
+    ImageRow,
+    ModelInfo,
+    ModelKind,
+    NewImage,
+    init_md5,
+    quantvec_md5,
+)
+from dm_generations.archive.verify import Problem, verify
 
 __all__ = [
     "DTYPES",
     "Archive",
     "ArchiveError",
     "ArchiveInfo",
+    "DType",
     "Group",
+    "GroupKey",
     "ImageRow",
-    "LogProbInfo",
     "ModelInfo",
+    "ModelKind",
     "ModelUse",
     "NewImage",
     "Problem",
     "PromptInfo",
-    "ScoreInfo",
-    "Settings",
     "SourceReport",
     "TokenInfo",
+    "ValueRange",
     "info",
     "init_md5",
     "merge",

@@ -1,15 +1,15 @@
-"""`convert`: any model that loads, as our own folder."""
+"""`convert`: write a model of any format as a folder of this program's own format."""
 
 import argparse
 from pathlib import Path
 
 from dm_generations.archive import DTYPES
 
-HELP = "write a public checkpoint as our own folder"
+HELP = "write a public checkpoint in this program's own format"
 DESCRIPTION = """\
-Write a model of any format that loads as a folder of our own: config.json, model.safetensors and the tokenizer's
-files. Its weights are mapped from the disk, and it needs neither PyTorch's nor Flax's formats.
-A generator's own codec goes to the folder codec within.
+Write a model of any format that this program reads as a folder of its own format: config.json, model.safetensors and
+the tokenizer's files. It loads faster than PyTorch's and Flax's files. A generator's own codec goes to its subfolder
+codec.
 """
 EPILOG = """\
 examples:
@@ -19,15 +19,17 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
     add = parser.add_argument
     add("model", metavar="PATH", help="a folder, a file or a name on the Hugging Face hub, owner/name@revision")
     add("--out", metavar="FOLDER", type=Path, required=True, help="folder to write; it must not exist yet")
-    add("--tokenizer", metavar="PATH", type=Path, help="the generator's tokenizer, if it does not lie with it")
+    add("--tokenizer", metavar="PATH", type=Path, help="the generator's tokenizer, if it is not in the model's folder")
     add("--dtype", choices=["as-is", *DTYPES], default="as-is", help="how weights are stored (default: as they are)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from dm_generations.models.checkpoints.convert import convert
+    """Run the command; returns its exit status."""
+    from dm_generations.pipelines.convert import convert
 
     for line in convert(args.model, args.out, args.tokenizer, None if args.dtype == "as-is" else args.dtype):
         print(line)

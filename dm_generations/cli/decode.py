@@ -1,63 +1,62 @@
-"""`decode`: the pictures of an archive as files."""
+"""`decode`: the images of an archive as files."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from dm_generations.archive import DTYPES, Archive
-from dm_generations.cli._text import counted
-from dm_generations.cli._types import at_least_one
-from dm_generations.cli.model_options import prepare_device
+from dm_generations.cli.common import Progress, at_least_one, counted, prepare_device
 from dm_generations.errors import UserError
-from dm_generations.resources import shipped
+from dm_generations.paths import shipped
 
-HELP = "turn an archive into picture files"
-DESCRIPTION = "Decode the pictures of an archive into files, with a page to look at them."
+HELP = "decode the images of an archive into files"
+DESCRIPTION = "Decode the images of an archive into files, with a page to look at them."
 EPILOG = """\
-Pictures that are on disk already are left as they are, so a run that was stopped goes on when it is repeated.
+Images that are on disk already are skipped, so a run that was stopped continues when it is repeated.
 
 example:
-  python -m dm_generations decode --prompt-ids 1 2 --n-best 4 --out-dir pictures
+  python -m dm_generations decode --prompt-ids 1 2 --n-best 4 --out-dir images
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
     add = parser.add_argument
     add("--db", metavar="FILE", help="archive to decode (default: the emoji archive that ships)")
     add(
         "--codec",
         metavar="PATH",
-        help="codec that the pictures were made with: a folder, a file or a name on the Hugging Face hub "
+        help="codec that the images were made with: a folder, a file or a name on the Hugging Face hub "
         "(default: the embedded one)",
     )
     add(
         "--mode",
         choices=["images", "gallery", "npy", "tar", "zip"],
         default="images",
-        help="a file for each picture, one for all of a prompt and setting, a file of tokens for each picture, "
+        help="a file for each image, one for all of a prompt and setting, a file of tokens for each image, "
         "WebDataset shards with the rows as JSON, or one zip with what images would write (default: images)",
     )
     add(
         "--output",
-        choices=["pictures", "npy"],
-        default="pictures",
-        help="npy is the same as --mode npy (default: pictures)",
+        choices=["images", "npy", "pictures"],  # "pictures": the name of "images" in version 0.1
+        default="images",
+        metavar="{images,npy}",
+        help="npy is the same as --mode npy (default: images)",
     )
     add("--out-dir", metavar="FOLDER", help="folder to write into (default: the name of the mode)")
-    add("--overwrite", action="store_true", help="decode again what is on disk already")
+    add("--overwrite", action="store_true", help="decode images that are on disk already, too")
     add(
         "--batch-size",
         type=_batch_size,
         default=32,
         metavar="N",
-        help="pictures decoded at a time, or auto for what the device has memory for (default: 32)",
+        help="images decoded at a time, or auto for as many as the device has memory for (default: 32)",
     )
     add(
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="numbers that the decoder computes with; the 16-bit ones are faster on most accelerators, and change "
-        "pixels a little (default: float32)",
+        help="of the decoder's activations; the 16-bit ones are faster on most accelerators, and change pixels "
+        "a little (default: float32)",
     )
     add(
         "--num-workers",
@@ -65,21 +64,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="threads that encode files (default: one for each core)",
     )
-    add("--cpu-only", action="store_true", help="leave accelerators alone")
+    add("--cpu-only", action="store_true", help="do not use accelerators")
     _add_files(parser.add_argument_group("files"))
     _add_gallery(
-        parser.add_argument_group("gallery", "a group with more pictures goes on to files with page=2, page=3, ...")
+        parser.add_argument_group("gallery", "a group with more images continues in files with page=2, page=3, ...")
     )
     _add_selection(
         parser.add_argument_group(
-            "which pictures", "ids and texts add up; prompts and sc prompts both have to match (default: all)"
+            "which images", "ids and texts add up; prompts and sc prompts both have to match (default: all)"
         )
     )
 
 
 def _add_files(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--format", choices=["png", "webp", "jpeg"], help="of the pictures (default: png)")
+    add("--format", choices=["png", "webp", "jpeg"], help="of the images (default: png)")
     add(
         "--quality",
         type=_quality,
@@ -88,28 +87,29 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--png",
-        choices=["default", "fast", "small"],
-        help="effort for png: fast is quicker still and a little larger, small takes long (default: default)",
+        choices=["default", "small"],
+        help="effort for png: small takes some 20 times as long for 2%% less; --format webp is faster and lossless too "
+        "(default: default)",
     )
     add(
         "--metadata",
         action="store_true",
-        help="pictures carry their row: prompt, settings, key, scores and models, as text (default: off)",
+        help="store the row in each image: prompt, settings, key, scores and models, as text (default: off)",
     )
-    add("--shard-size", type=at_least_one, metavar="N", help="pictures in a shard of --mode tar (default: 1000)")
+    add("--shard-size", type=at_least_one, metavar="N", help="images in a shard of --mode tar (default: 1000)")
 
 
 def _add_gallery(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--gallery-cols", type=at_least_one, default=8, metavar="N", help="pictures in a row (default: 8)")
-    add("--gallery-rows", type=at_least_one, default=4, metavar="N", help="rows of pictures (default: 4)")
+    add("--gallery-cols", type=at_least_one, default=8, metavar="N", help="images in a row (default: 8)")
+    add("--gallery-rows", type=at_least_one, default=4, metavar="N", help="rows of images (default: 4)")
     add(
         "--seamless",
         action="store_true",
-        help="the pictures of a file are decoded as one, and run into each other without seams (default: off)",
+        help="decode the images of a file as one, so that there are no seams between them (default: off)",
     )
-    add("--captions", action="store_true", help="a strip above the pictures with prompt and settings (default: off)")
-    add("--score-labels", action="store_true", help="CLIP scores below the pictures (default: off)")
+    add("--captions", action="store_true", help="a strip above the images with prompt and settings (default: off)")
+    add("--score-labels", action="store_true", help="CLIP scores below the images (default: off)")
     add(
         "--caption-font",
         metavar="FILE",
@@ -145,20 +145,21 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
     _check_flags(args)
-    with Archive.open(args.db or shipped("archive/emoji.db")) as archive:
+    with Archive.open(shipped("archive/emoji.db") if args.db is None else args.db) as archive:
         return _decode(archive, args)
 
 
 def _decode(archive: Archive, args: argparse.Namespace) -> int:
     prepare_device(args.cpu_only)
-    from dm_generations.decode.captions import Strips
-    from dm_generations.decode.encode import Encoding
-    from dm_generations.decode.plan import Layout, Selection
-    from dm_generations.decode.run import Options, decode_archive
+    from dm_generations.export.captions import Strips
+    from dm_generations.export.exporter import ExportOptions, export_archive
+    from dm_generations.export.output_file import Encoding
+    from dm_generations.export.plan import Layout, Selection
 
     mode = _mode(args)
-    options = Options(
+    options = ExportOptions(
         out_dir=Path(args.out_dir or mode),
         layout=Layout(
             mode,
@@ -177,12 +178,12 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
         has_metadata=args.metadata,
         strips=Strips(args.captions, args.score_labels, args.caption_font),
     )
-    report = decode_archive(archive, options, lambda line: print(f"warning: {line}", file=sys.stderr))
+    with Progress() as on_progress:
+        report = export_archive(archive, options, on_progress)
     summary = f"{counted(report.written, 'file')} written to {options.out_dir}"
-    if report.already_there:
-        summary += f", {report.already_there:,} there already"
-    if report.problems:
-        summary += f", {counted(len(report.problems), 'problem')}"
+    notes = [f"{report.already_there:,} skipped, already present"] if report.already_there else []
+    notes += [counted(len(report.problems), "problem")] if report.problems else []
+    summary += f" ({'; '.join(notes)})" if notes else ""
     print(f"{summary}. Open {report.page} in a browser." if report.page else f"{summary}.")
     return 1 if report.problems else 0
 
@@ -192,16 +193,16 @@ def _mode(args: argparse.Namespace) -> str:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    """UserError for a flag that would have no effect beside the others."""
-    mode, picture_format = _mode(args), args.format or "png"
+    """Raise UserError for a flag that would have no effect together with the others."""
+    mode, image_format = _mode(args), args.format or "png"
     without_effect = [
-        ("--format", args.format and mode == "npy", "files of tokens have no picture format"),
-        ("--metadata", args.metadata and mode == "npy", "files of tokens carry nothing else"),
-        ("--quality", args.quality and picture_format == "png", "png is lossless; choose --format webp or jpeg"),
+        ("--format", args.format and mode == "npy", "files of tokens have no image format"),
+        ("--metadata", args.metadata and mode == "npy", "files of tokens have no place for it"),
+        ("--quality", args.quality and image_format == "png", "png is lossless; choose --format webp or jpeg"),
         (
             "--png",
-            args.png and (picture_format != "png" or mode == "npy"),
-            f"no png is written with --format {picture_format}",
+            args.png and (image_format != "png" or mode == "npy"),
+            f"no png is written with --format {image_format}",
         ),
         ("--shard-size", args.shard_size and mode != "tar", "it is for --mode tar"),
         ("--seamless", args.seamless and mode != "gallery", "it is for --mode gallery"),
@@ -218,7 +219,9 @@ def _check_flags(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} has no effect here: {reason}")
     if args.seamless and (args.captions or args.score_labels):
         text = "--captions" if args.captions else "--score-labels"
-        raise UserError(f"use just one of --seamless and {text}: one picture has no room for text between its parts")
+        raise UserError(
+            f"use just one of --seamless and {text}: there is no space for text between images that are decoded as one"
+        )
 
 
 def _batch_size(text: str) -> int | None:

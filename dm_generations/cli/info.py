@@ -5,13 +5,13 @@ import dataclasses
 import json
 from collections.abc import Iterator
 
-from dm_generations.archive import Archive, ArchiveInfo, LogProbInfo, PromptInfo, ScoreInfo, info
-from dm_generations.cli._text import counted, file_size, printable, utc_time
-from dm_generations.resources import shipped
+from dm_generations.archive import Archive, ArchiveInfo, PromptInfo, ValueRange, info
+from dm_generations.cli.common import counted, file_size, printable, utc_time
+from dm_generations.paths import shipped
 
 HELP = "show what an archive holds"
 DESCRIPTION = """\
-Print what an archive holds: prompts, sampling settings and their values, how many pictures, which models
+Print what an archive holds: prompts, sampling settings and their values, how many images, which models
 made them, CLIP scores, log-probabilities, sizes. Archives in the 2022 layout are read too. Nothing is changed.
 """
 EPILOG = """\
@@ -21,12 +21,14 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
     parser.add_argument("--db", metavar="FILE", help="archive (default: the emoji archive that ships)")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
 def run(args: argparse.Namespace) -> int:
-    with Archive.open(args.db or shipped("archive/emoji.db")) as archive:
+    """Run the command; return its exit status."""
+    with Archive.open(shipped("archive/emoji.db") if args.db is None else args.db) as archive:
         found = info(archive)
     if args.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
@@ -42,9 +44,9 @@ def _lines(found: ArchiveInfo) -> Iterator[str]:
     if found.largest_group != found.smallest_group:
         sizes += f" to {found.largest_group:,}"
     each = f", {sizes} in each" if found.group_count else ""
-    yield f"{counted(found.image_count, 'picture')} in {counted(found.group_count, 'group')}{each}"
+    yield f"{counted(found.image_count, 'image')} in {counted(found.group_count, 'group')}{each}"
     if found.first_time is not None and found.last_time is not None:
-        yield f"drawn from {utc_time(found.first_time)} to {utc_time(found.last_time)}"
+        yield f"sampled from {utc_time(found.first_time)} to {utc_time(found.last_time)}"
 
     yield from _prompt_lines("prompts", found.prompts)
     yield from _prompt_lines("unconditional prompts", found.sc_prompts)
@@ -55,36 +57,36 @@ def _lines(found: ArchiveInfo) -> Iterator[str]:
 
     yield "\ntokens"
     for token in found.tokens:
-        grid = f"{token.grid}x{token.grid} codes" if token.grid else "no square grid"
-        yield f"  {grid} ({token.byte_count:,} bytes)  {counted(token.image_count, 'picture')}"
+        grid = f"{token.grid}x{token.grid} tokens" if token.grid else "no square grid"
+        yield f"  {grid} ({token.byte_count:,} bytes)  {counted(token.image_count, 'image')}"
 
     yield "\nCLIP scores: smallest, mean, largest"
     for name, score in found.scores.items():
-        if score.scored_count:
-            yield f"  {name:<21} {_range(score)}  ({counted(score.scored_count, 'picture')})"
+        if score.image_count:
+            yield f"  {name:<21} {_range(score)}  ({counted(score.image_count, 'image')})"
         else:
             yield f"  {name:<21} none"
 
     if found.log_prob.image_count:
-        yield "\nlog-probability of the codes: smallest, mean, largest"
-        yield f"  {'log_prob':<21} {_range(found.log_prob)}  ({counted(found.log_prob.image_count, 'picture')})"
+        yield "\nlog-probability of the tokens: smallest, mean, largest"
+        yield f"  {'log_prob':<21} {_range(found.log_prob)}  ({counted(found.log_prob.image_count, 'image')})"
     if found.image_count_by_dtype:
         yield "\ncomputed in"
         for dtype, count in found.image_count_by_dtype.items():
-            yield f"  {printable(dtype):<21} ({counted(count, 'picture')})"
+            yield f"  {printable(dtype):<21} ({counted(count, 'image')})"
     if found.continued_count:
-        yield f"\ndrawn on from given codes: {counted(found.continued_count, 'picture')}"
+        yield f"\nwith initial tokens: {counted(found.continued_count, 'image')}"
 
     yield "\nmodels" if found.models else "\nmodels: not recorded"
     for model in found.models:
-        use = counted(model.image_count, "picture")
-        codes = f", {model.grid}x{model.grid} of {model.codebook_size:,} codes" if model.grid else ""
+        use = counted(model.image_count, "image")
+        tokens = f", {model.grid}x{model.grid} of {model.codebook_size:,} tokens" if model.grid else ""
         pixels = f", {model.image_size} px" if model.image_size else ""
         name, digest, kind = (printable(str(text)) for text in (model.name, model.sha256, model.kind))
-        yield f"  {model.id:>3}  {kind:<9}  {name}  sha256 {digest[:12]}{codes}{pixels}  ({use})"
+        yield f"  {model.id:>3}  {kind:<9}  {name}  sha256 {digest[:12]}{tokens}{pixels}  ({use})"
 
 
-def _range(values: ScoreInfo | LogProbInfo) -> str:
+def _range(values: ValueRange) -> str:
     return f"{values.smallest:.2f}  {values.mean:.2f}  {values.largest:.2f}"
 
 
@@ -92,4 +94,4 @@ def _prompt_lines(title: str, prompts: list[PromptInfo]) -> Iterator[str]:
     yield f"\n{title}"
     for prompt in prompts:
         text = "(empty: the model's own)" if prompt.text is None else printable(prompt.text)
-        yield f"  {prompt.id:>3}  {text}  ({counted(prompt.image_count, 'picture')})"
+        yield f"  {prompt.id:>3}  {text}  ({counted(prompt.image_count, 'image')})"

@@ -1,16 +1,16 @@
-"""`merge`: several archives into one."""
+"""`merge`: add archives to one."""
 
 import argparse
 
 from dm_generations.archive import merge
-from dm_generations.cli._text import counted, printable
+from dm_generations.cli.common import counted, printable
 
 HELP = "join archives"
 DESCRIPTION = """\
-Add the pictures of archives to another, which is made if it does not exist. Prompts and models get ids anew;
-a picture that is there already is not added again, but gives its CLIP scores if those are missing. Archives
-of older formats and of the 2022 layout are taken too; the one that they are added to gets the newest format.
-Everything is merged or, when something is wrong with a source, nothing.
+Add the images of archives to another, which is made if it does not exist. Prompts and models get new ids.
+An image that is already there is not added twice, but gets the source's CLIP scores if it has none. Sources
+can have older formats and the 2022 layout; the archive that they are added to gets the newest format. If
+something is wrong with a source, nothing is added.
 """
 EPILOG = """\
 example:
@@ -19,17 +19,18 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sources", nargs="+", metavar="FILE", help="archives to take pictures from; only read")
+    """Add the flags of this command."""
+    parser.add_argument("sources", nargs="+", metavar="FILE", help="archives to take images from; they are not changed")
     parser.add_argument("--into", required=True, metavar="FILE", help="archive to add them to")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the command; return its exit status."""
     for report in merge(args.sources, args.into):
-        there = report.image_count - report.added_count
-        line = f"{printable(report.path, 1000)}: {counted(report.added_count, 'picture')} added"
-        if there:
-            line += f", {there:,} there already"
+        skipped_count = report.image_count - report.added_count
+        line = f"Added {counted(report.added_count, 'image')} from {printable(report.path, 1000)}"
+        line += f" ({skipped_count:,} skipped, already present)"
         if report.scored_count:
-            line += f", {report.scored_count:,} of them scored now"
+            line += f"; {report.scored_count:,} of those now have its scores"
         print(line)
     return 0

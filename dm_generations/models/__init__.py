@@ -1,1 +1,1 @@
-"""The networks: a config in, a pure function out. No input or output but in `checkpoints`."""
+"""The models, one folder each: config, network and checkpoint formats. `registry` lists them, `loading` loads them."""

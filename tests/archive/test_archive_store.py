@@ -10,11 +10,12 @@ import sqlite3
 import pytest
 from archive_kit import CLIP, CODEC, GENERATOR, execute, fill, new_image
 
-from dm_generations.archive import Archive, ArchiveError, ModelInfo, Settings, init_md5
-from dm_generations.archive._queries import HAS_DRAW
-from dm_generations.archive._tokens import codes_fit, grid_side
+from dm_generations.archive import Archive, ArchiveError, GroupKey, ModelInfo, init_md5
+from dm_generations.archive.queries import COUNT_GROUPS, IDS_BEST_FIRST
+from dm_generations.archive.records import grid_side, tokens_below
+from dm_generations.sampling.params import SamplingParams
 
-GROUP = Settings(1, 1, 50, 0.9, 1.0, 3.0)
+GROUP = GroupKey(1, 1, SamplingParams(50, 0.9, 1.0, 3.0))
 
 
 @pytest.fixture
@@ -27,8 +28,9 @@ def test_a_row_comes_back_as_it_was_stored(archive):
     fill(archive, new_image(7, clip_score_input=20.5, clip_score_tokenized=19.5, time_scored=102.0))
     (row,) = archive.rows(GROUP)
     assert dataclasses.asdict(row) == {
-        **{"id": 1, "prompt_id": 1, "sc_prompt_id": 1, "top_k": 50, "top_p": 0.9, "temperature": 1.0},
-        **{"cond_scale": 3.0, "key0": 1, "key1": 7, "quantvec": b"\x07\x00\x02\x00\x03\x00\x04\x00"},
+        **{"id": 1, "prompt_id": 1, "sc_prompt_id": 1},
+        "params": {"top_k": 50, "top_p": 0.9, "temperature": 1.0, "cond_scale": 3.0},
+        **{"key0": 1, "key1": 7, "quantvec": b"\x07\x00\x02\x00\x03\x00\x04\x00"},
         "quantvec_md5": hashlib.md5(b"\x07\x00\x02\x00\x03\x00\x04\x00").hexdigest(),
         **{"clip_score_input": 20.5, "clip_score_tokenized": 19.5, "generator_id": 1, "codec_id": 2},
         **{"sampler_version": 1, "log_prob": None, "dtype": None, "init_count": 0, "init_md5": ""},
@@ -39,14 +41,15 @@ def test_a_row_comes_back_as_it_was_stored(archive):
     assert times == [(100.0, 101.5, 102.0, 3, 1)]
 
 
-def test_how_codes_were_drawn_comes_back(archive):
-    given = new_image(8).quantvec[:6]
+def test_how_tokens_were_sampled_comes_back(archive):
+    initial = new_image(8).quantvec[:6]
     fill(
-        archive, new_image(8, log_prob=-71.25, dtype="bfloat16", init_count=3, init_md5=hashlib.md5(given).hexdigest())
+        archive,
+        new_image(8, log_prob=-71.25, dtype="bfloat16", init_count=3, init_md5=hashlib.md5(initial).hexdigest()),
     )
     (row,) = archive.rows(GROUP)
     assert (row.log_prob, row.dtype, row.init_count) == (-71.25, "bfloat16", 3)
-    assert row.init_md5 == init_md5(row.quantvec, 3) == hashlib.md5(given).hexdigest()
+    assert row.init_md5 == init_md5(row.quantvec, 3) == hashlib.md5(initial).hexdigest()
     assert init_md5(row.quantvec, 0) == ""
 
 
@@ -70,18 +73,18 @@ def test_groups_are_ordered_counted_and_selected(archive):
         *(new_image(i, prompt="a", sc_prompt="blurry") for i in range(2)),
         new_image(9, prompt="b", temperature=0.5),
     )
-    groups = [(group.settings, group.count) for group in archive.groups()]
+    groups = [(group.key, group.count) for group in archive.groups()]
     assert groups == [
-        (Settings(1, 1, 0, 0.9, 1.0, 3.0), 3),
-        (Settings(1, 1, 50, 0.9, 0.5, 3.0), 1),
-        (Settings(2, 2, 50, 0.9, 1.0, 3.0), 2),
+        (GroupKey(1, 1, SamplingParams(0, 0.9, 1.0, 3.0)), 3),
+        (GroupKey(1, 1, SamplingParams(50, 0.9, 0.5, 3.0)), 1),
+        (GroupKey(2, 2, SamplingParams(50, 0.9, 1.0, 3.0)), 2),
     ]
     assert [group.count for group in archive.groups(prompt_ids=[1, 99])] == [3, 1]
     assert [group.count for group in archive.groups(sc_prompt_ids={2})] == [2]
     assert archive.groups(prompt_ids=[]) == []
 
 
-def test_a_draw_is_stored_once(archive):
+def test_an_image_is_stored_once(archive):
     images = [new_image(i) for i in range(5)]
     assert fill(archive, *images) == 5
     assert fill(archive, *images, new_image(5), new_image(5)) == 1
@@ -90,12 +93,12 @@ def test_a_draw_is_stored_once(archive):
 
 
 def continued(key: int, init_count: int, **changes):
-    """The picture of a key whose first codes are taken for given."""
+    """The image of a key whose first tokens count as initial ones."""
     quantvec = new_image(key).quantvec
     return new_image(key, init_count=init_count, init_md5=init_md5(quantvec, init_count), **changes)
 
 
-def test_a_key_that_goes_on_from_other_codes_is_another_draw(archive):
+def test_a_key_after_other_initial_tokens_is_another_image(archive):
     assert fill(archive, new_image(1), continued(1, 1), continued(1, 2), continued(1, 2)) == 3
     assert archive.existing_keys(GROUP, 1) == {(1, 1)}
     fill(archive, continued(5, 2))
@@ -103,28 +106,7 @@ def test_a_key_that_goes_on_from_other_codes_is_another_draw(archive):
     assert archive.existing_keys(GROUP, 1, init_md5="0" * 32) == set()
 
 
-def test_has_draw_knows_every_part_of_a_draw(archive):
-    fill(archive, new_image(4), new_image(5, sc_prompt="blurry"), continued(6, 1))
-    draw = {"prompt": "a red cube", "sc_prompt": None, "top_k": 50, "top_p": 0.9, "temperature": 1.0, "cond_scale": 3.0}
-    draw |= {"key0": 1, "key1": 4, "generator_id": 1, "sampler_version": 1}
-    assert archive.has_draw(**draw)
-    assert archive.has_draw(**draw | {"sc_prompt": "blurry", "key1": 5})
-    assert archive.has_draw(**draw | {"key1": 6, "init_md5": init_md5(new_image(6).quantvec, 1)})
-    other_values = {
-        "prompt": "a",
-        "sc_prompt": "blurry",
-        "top_k": 0,
-        "top_p": 1.0,
-        "temperature": 0.5,
-        "cond_scale": 1.0,
-    }
-    other_values |= {"key0": 2, "key1": 5, "generator_id": 2, "sampler_version": 2, "init_md5": "0" * 32}
-    for name, value in other_values.items():
-        assert not archive.has_draw(**draw | {name: value}), name
-    assert not archive.has_draw(**draw | {"key1": 6})
-
-
-def test_without_a_known_generator_the_tokens_tell_draws_apart(archive):
+def test_without_a_known_generator_images_differ_by_their_tokens(archive):
     one, other = new_image(1), new_image(1, quantvec=bytes(8))
     with archive.transaction():
         assert archive.add_images([one, other, one], None, None, None, None) == 2
@@ -160,35 +142,34 @@ def test_a_failed_transaction_leaves_nothing(archive):
         yield new_image(1)
         raise ValueError("the model broke")
 
-    with pytest.raises(ValueError, match="the model broke"):
-        with archive.transaction():
-            archive.add_images(images(), None, None, None, 1)
+    with pytest.raises(ValueError, match="the model broke"), archive.transaction():
+        archive.add_images(images(), None, None, None, 1)
     assert (archive.count(), archive.prompts()) == (0, {})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantvec": bytes(6)}, "has 6 bytes; codec tiny needs 8"),
-        ({"quantvec": b"\x2c\x01" + bytes(6)}, "a code that codec tiny .300 codes. lacks"),
-        ({"temperature": -1.0}, "does not fit.*temperature"),
-        ({"temperature": float("inf")}, "does not fit.*temperature"),
-        ({"cond_scale": float("nan")}, "does not fit.*cond_scale"),
-        ({"top_p": 1.5}, "does not fit.*top_p"),
-        ({"top_k": -1}, "does not fit.*top_k"),
-        ({"key1": 2**32}, "does not fit.*key1"),
-        ({"key1": 2**70}, "does not fit into 64 bits"),
-        ({"prompt": "a\0b"}, "NUL byte"),
-        ({"prompt": "a\ud800b"}, "lone surrogate"),
-        ({"clip_score_input": float("inf")}, "does not fit.*clip_score_input"),
-        ({"log_prob": float("-inf")}, "does not fit.*log_prob"),
-        ({"log_prob": "likely"}, "does not fit.*log_prob"),
-        ({"dtype": "float64"}, "does not fit.*dtype"),
-        ({"init_count": 5, "init_md5": "0" * 32}, "init_count is 5, not from 0 to the 4 codes of the picture"),
-        ({"init_count": -1}, "init_count is -1, not from 0"),
-        ({"init_count": 2, "init_md5": "0" * 32}, "init_md5 is '0+', not that of the first 2 codes"),
-        ({"init_count": 2}, "init_md5 is '', not that of the first 2 codes"),
-        ({"init_md5": "0" * 32}, "init_md5 is '0+', not that of the first 0 codes"),
+        ({"quantvec": bytes(6)}, "6 bytes.*tiny.* 8"),
+        ({"quantvec": b"\x2c\x01" + bytes(6)}, "tiny.*300"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"cond_scale": float("nan")}, "cond_scale"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"key1": 2**32}, "key1"),
+        ({"key1": 2**70}, "64"),
+        ({"prompt": "a\0b"}, "NUL"),
+        ({"prompt": "a\ud800b"}, "surrogate"),
+        ({"clip_score_input": float("inf")}, "clip_score_input"),
+        ({"log_prob": float("-inf")}, "log_prob"),
+        ({"log_prob": "likely"}, "log_prob"),
+        ({"dtype": "float64"}, "dtype"),
+        ({"init_count": 5, "init_md5": "0" * 32}, "init_count.* 5.* 4 tokens"),
+        ({"init_count": -1}, "init_count.*-1"),
+        ({"init_count": 2, "init_md5": "0" * 32}, "init_md5.*0{32}"),
+        ({"init_count": 2}, "init_md5"),
+        ({"init_md5": "0" * 32}, "init_md5.*0{32}"),
     ],
 )
 def test_bad_values_are_refused(archive, changes, message):
@@ -229,26 +210,14 @@ def test_the_2022_script_can_read_it(archive):
 
 def test_groups_are_read_from_the_index_alone(archive):
     """What makes listing quick; a sort or the table itself would cost seconds at a million rows."""
-    group_plan = archive.query(
-        "EXPLAIN QUERY PLAN SELECT prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, count(*)"
-        " FROM images GROUP BY 1, 2, 3, 4, 5, 6 ORDER BY 1, 2, 3, 4, 5, 6"
-    )
-    row_plan = archive.query(
-        "EXPLAIN QUERY PLAN SELECT id FROM images WHERE prompt_id = 1 AND sc_prompt_id = 1 AND top_k = 1"
-        " AND top_p = 1 AND temperature = 1 AND cond_scale = 1 ORDER BY clip_score_input DESC, id LIMIT 1"
-    )
-    for plan in (group_plan, row_plan):
-        assert [("COVERING INDEX images_by_group" in row[3]) for row in plan] == [True], plan
+    nothing = {"prompt_ids": None, "sc_prompt_ids": None}
+    for query, parameters in ((COUNT_GROUPS, nothing), (IDS_BEST_FIRST, [1] * 7)):
+        plan = archive.connection.rows(f"EXPLAIN QUERY PLAN {query.format(table='images')}", parameters)
+        steps = [row[3] for row in plan if "images" in row[3]]
+        assert len(steps) == 1 and "COVERING INDEX images_by_group" in steps[0], steps
 
 
-def test_a_draw_is_looked_up_in_its_index(archive):
-    """Asked for every picture of a sweep while others fill the archive."""
-    plan = archive.connection.execute(f"EXPLAIN QUERY PLAN {archive.sql(HAS_DRAW)}", [None] * 11).fetchall()
-    (images,) = (row[3] for row in plan if "SEARCH images" in row[3])
-    assert "INDEX images_draw" in images and "init_md5=?" in images, plan
-
-
-def test_six_thousand_pictures_stay_small(archive):
+def test_six_thousand_images_stay_small(archive):
     fill(archive, *(new_image(i % 32, cond_scale=i / 32, clip_score_input=1 / (i + 1)) for i in range(6048)))
     archive.close()
     per_row = archive.path.stat().st_size / 6048  # here with 8 bytes of tokens, to which 120 come
@@ -257,11 +226,11 @@ def test_six_thousand_pictures_stay_small(archive):
 
 
 @pytest.mark.parametrize("codebook_size", [1, 255, 256, 257, 300, 512, 16384, 65535, 65536])
-def test_codes_fit_at_the_edge(codebook_size):
+def test_tokens_below_at_the_edge(codebook_size):
     largest = (codebook_size - 1).to_bytes(2, "little")
-    assert codes_fit(bytes(6) + largest, codebook_size)
+    assert tokens_below(bytes(6) + largest, codebook_size)
     if codebook_size < 65536:
-        assert not codes_fit(codebook_size.to_bytes(2, "little") + bytes(6), codebook_size)
+        assert not tokens_below(codebook_size.to_bytes(2, "little") + bytes(6), codebook_size)
 
 
 def test_grid_side_is_of_whole_squares_only():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dm_generations.browser.manifest import Entry, build_manifest, write_manifest
+from dm_generations.export.manifest import build_manifest, write_manifest
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
@@ -29,9 +29,11 @@ def browser():
     executable = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
     if executable is None:
         missing("no Chromium found: apt-get install chromium")
-    with sync_playwright() as playwright:
-        with playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS) as browser:
-            yield browser
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS) as browser,
+    ):
+        yield browser
 
 
 @pytest.fixture
@@ -70,17 +72,6 @@ def write_picture():
         Image.new("RGB", (8, 8), (shade % 256, 90, 160)).save(path)
 
     return write_picture
-
-
-@pytest.fixture
-def make_entry():
-    def make_entry(file: str = "0001_rocket/a.png", **fields) -> Entry:
-        defaults = dict(prompt_id=1, prompt="rocket", sc_prompt_id=1, sc_prompt=None, top_k=50, top_p=0.9)
-        defaults |= dict(temperature=1.0, cond_scale=3.0, rank=0, score=25.0, key0=1, key1=2)
-        defaults |= dict(model="embedded/dalle_bart", sampler_version=1)
-        return Entry(file, **defaults | fields)
-
-    return make_entry
 
 
 @pytest.fixture

@@ -15,10 +15,12 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from dm_generations.browser.manifest import GalleryEntry, build_manifest, write_manifest
 from dm_generations.cli import build_parser
-from dm_generations.cli.generate import parse_key
-from dm_generations.resources import shipped
+from dm_generations.export.manifest import GalleryEntry, build_manifest, write_manifest
+from dm_generations.paths import shipped
+from dm_generations.pipelines.sweep import parse_key
+
+pytestmark = pytest.mark.browser
 
 HOSTILE = {
     "markup": "</script><script>window.pwned = 1; alert(1)</script>",
@@ -120,7 +122,7 @@ def test_missing_combination_goes_to_the_nearest_and_says_so(page, sweep):
     page.get_by_label("top k").fill("2")
     assert (state(page)["k"], state(page)["c"]) == ("0", "1")
     notice = page.locator("#notice")
-    assert notice.inner_text() == "No pictures with just these settings; nearest: cond scale 1."
+    assert notice.inner_text() == "No images with exactly these settings; nearest: cond scale 1."
     page.get_by_label("top p").fill("1")
     assert notice.inner_text() == ""
 
@@ -148,7 +150,7 @@ def test_search_narrows_the_prompts_and_choosing_one_keeps_the_settings(page, sw
     assert state(page) == {"prompt": "4", "k": "256", "p": "1", "t": "1", "c": "1", "sc": "1"}
     assert page.locator("#prompt").inner_text() == "castle"
     page.get_by_label("Search prompts").fill("nothing like it")
-    assert texts(page, "#prompts .note") == ["No prompt has these words."]
+    assert texts(page, "#prompts .note") == ["No prompt contains these words."]
 
 
 def test_dialog_shows_the_row_and_back_or_escape_leaves_it(page, sweep):
@@ -188,7 +190,7 @@ def test_every_control_has_a_name_and_every_picture_a_text(page, sweep):
             .map((node) => node.outerHTML)"""
     )
     assert unnamed == []
-    assert page.locator("#pictures img").first.get_attribute("alt") == "Picture 1, score 30.00: rocket"
+    assert page.locator("#pictures img").first.get_attribute("alt") == "Image 1, score 30.00: rocket"
 
 
 @pytest.mark.parametrize("width", [400, 1100])
@@ -239,7 +241,7 @@ def test_hostile_text_is_only_text(page, hostile):
 def test_a_note_of_other_settings_stays_on_the_page_whatever_they_are(page, hostile):
     open_folder(page, hostile)
     page.locator("#prompts button").nth(list(HOSTILE).index("long")).click()
-    assert page.locator("#notice").inner_text().startswith("No pictures with just these settings")
+    assert page.locator("#notice").inner_text().startswith("No images with exactly these settings")
     assert page.evaluate("document.documentElement.scrollWidth") <= 1100
 
 
@@ -285,7 +287,7 @@ def test_command_means_exactly_the_prompt_to_a_shell(page, hostile, tmp_path):
         assert words[:3] == ["-m", "dm_generations", "generate"]
 
         args = build_parser().parse_args(words[2:])
-        assert (args.prompts, args.sc_prompts, args.db.name) == ([text], [text], "again.db")
+        assert (args.prompts, args.sc_prompts, args.db.name) == ([text], [text], "regenerated.db")
         settings = (args.top_k, args.top_p, args.temperature, args.cond_scale)
         assert settings == ([50], [0.9], [1.0], [3.0])
         facts = dict(zip(texts(page, "#facts dt"), texts(page, "#facts dd"), strict=True))
@@ -313,7 +315,7 @@ def test_command_draws_as_the_picture_was_drawn_and_none_is_shown_where_none_can
         page.evaluate("(number) => { location.hash = `prompt=1&picture=${number}`; }", number)
         page.locator("#facts bdi", has_text=entry.file).wait_for()
         commands.append(page.locator("#command").text_content())
-        given.append("given codes" in texts(page, "#facts dt"))
+        given.append("initial tokens" in texts(page, "#facts dt"))
     assert commands[0].endswith("--dtype bfloat16") and commands[1] == "" and commands[2].endswith("--keys 1:2")
     words = shlex.split(commands[3].replace("\\\n", ""))
     assert words[-6:] == ["--model", "my mega", "--rng", "dalle-mini", "--dtype", "float16"]
@@ -365,7 +367,7 @@ def test_gallery_shows_pages_with_their_scores(page, tmp_path, write_picture):
 def test_without_a_manifest_the_page_says_how_to_make_one(page, tmp_path):
     shutil.copy(shipped("samplebrowser.html"), tmp_path)
     open_folder(page, tmp_path)
-    assert page.locator("#message-title").inner_text() == "No pictures here yet"
+    assert page.locator("#message-title").inner_text() == "No images here yet"
     assert page.locator("#message-command").inner_text() == "python -m dm_generations decode"
 
 
@@ -381,10 +383,10 @@ def test_page_finds_the_folder_that_decode_makes_beside_it(page, sweep, tmp_path
 @pytest.mark.parametrize(
     ("manifest", "title"),
     [
-        ("{", "The list of pictures cannot be read"),
-        ("{version: 1, mode: 'images'}", "The list of pictures cannot be read"),
-        ("{version: 2, mode: 'images'}", "This page is older than the pictures"),
-        ("{version: 1, mode: 'images', prompts: [], sc_prompts: [], groups: []}", "No pictures"),
+        ("{", "The list of images cannot be read"),
+        ("{version: 1, mode: 'images'}", "The list of images cannot be read"),
+        ("{version: 2, mode: 'images'}", "This page is older than the images"),
+        ("{version: 1, mode: 'images', prompts: [], sc_prompts: [], groups: []}", "No images"),
     ],
 )
 def test_manifest_that_cannot_be_shown_gets_a_message(browser, tmp_path, manifest, title):
@@ -426,7 +428,7 @@ def test_72_000_pictures_load_and_a_large_group_comes_in_parts(page, tmp_path, m
     size = (tmp_path / "manifest.js").stat().st_size
     assert size < 4_000_000, f"72,900 pictures take {size:,} bytes of manifest"
     open_folder(page, tmp_path, "#prompt=0&k=1")
-    assert page.locator("#totals").inner_text() == "72,900 pictures, 15 prompts"
+    assert page.locator("#totals").inner_text() == "72,900 images, 15 prompts"
     assert page.locator("#pictures li").count() == 240
     page.get_by_role("button", name="Show 240 of 760 more").click()
     assert page.locator("#pictures li").count() == 480

@@ -1,4 +1,4 @@
-"""`generate` and `score` as commands: sweeps, resuming, what is refused, and what is left behind."""
+"""`generate` as a command: sweeps, resuming, what is refused, and what is left behind."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,28 +18,24 @@ import pytest
 from decode_kit import write_archive_2022
 from helpers import ROOT
 from PIL import Image
-from tiny import CODEBOOK_SIZE, GRID, tiny_clip, tiny_dalle_bart, tiny_models, tiny_vqgan
+from tiny import CODEBOOK_SIZE, GRID, tiny_dalle_bart, tiny_vqgan
 
 from dm_generations.archive import Archive, verify
-from dm_generations.cli import build_parser, generate
-from dm_generations.errors import UserError
-from dm_generations.generate import run as runs
-from dm_generations.models import checkpoints
-from dm_generations.progress import Progress
-from dm_generations.threefry import row_key
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny_models(tmp_path_factory.mktemp("models"))
+from dm_generations.cli import build_parser, main
+from dm_generations.errors import INTERRUPTED, UserError
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.pipelines import estimate, generate
+from dm_generations.sampling.prng import row_key
+from dm_generations.weights import native
 
 
 def command(*words) -> int:
+    """Run a command; UserErrors pass through."""
     args = build_parser().parse_args(list(map(str, words)))
     return args.run(args)
 
 
-def draw(models, db, *words) -> int:
+def generate_into(models, db, *words) -> int:
     defaults = ["--model", models.dalle_bart, "--codec", models.vqgan, "--batch-size", 4]
     clip = [] if "--no-score" in words else ["--clip", models.clip]
     return command("generate", "--db", db, *defaults, *clip, *words)
@@ -51,137 +46,137 @@ def rows_of(db, columns="*", order="id"):
         return connection.execute(f"SELECT {columns} FROM images ORDER BY {order}").fetchall()
 
 
-def test_a_sweep_lands_whole_and_a_second_run_adds_nothing(models, tmp_path, capsys):
+def test_a_sweep_is_stored_whole_and_a_second_run_adds_nothing(models, tmp_path, capsys):
     db = tmp_path / "sweep.db"
-    words = ["--prompts", "a boat", "a cat", "a boat", "--sc-prompts", "", "blurry", "--n", 3, "--seed", 7]
+    words = ["--prompts", "a boat", "a cat", "a boat", "--sc-prompts", "", "blurry", "--n", 2, "--seed", 7]
     words += ["--top-k", 0, 5, "--cond-scale", 1, 3]
-    assert draw(models, db, *words) == 0
-    assert "48 pictures added" in (told := capsys.readouterr().out)
-    assert f"dm_generations decode --db {db}" in told
+    assert generate_into(models, db, *words) == 0
+    assert "Added 32 images" in (printed := capsys.readouterr().out)
+    assert f"dm_generations decode --db {db}" in printed
     with Archive.open(db) as archive:
         assert list(verify(archive)) == []
         assert list(archive.prompts().values()) == ["a boat", "a cat"]
         assert list(archive.sc_prompts().values()) == [None, "blurry"]
         groups = archive.groups()
-        assert [group.count for group in groups] == [3] * 16
+        assert [group.count for group in groups] == [2] * 16
         assert {model.kind for model in archive.models().values()} == {"generator", "codec", "clip"}
         for group in groups:
-            rows = list(archive.rows(group.settings))
-            assert {(row.key0, row.key1) for row in rows} == {row_key(7, index) for index in range(3)}
+            rows = list(archive.rows(group.key))
+            assert {(row.key0, row.key1) for row in rows} == {row_key(7, index) for index in range(2)}
             assert None not in {row.clip_score_input for row in rows}
             assert {len(row.quantvec) for row in rows} == {GRID**2 * 2}
     times = rows_of(db, "time_start, time_end, time_scored, sampler_version")
     assert all(start < end <= scored and version == 1 for start, end, scored, version in times)
     content = hashlib.md5(db.read_bytes()).hexdigest()
-    assert draw(models, db, *words) == 0
-    assert "0 pictures added" in capsys.readouterr().out
+    assert generate_into(models, db, *words) == 0
+    assert "Added 0 images" in capsys.readouterr().out
     assert hashlib.md5(db.read_bytes()).hexdigest() == content
 
 
 def test_settings_and_prompts_matter_and_keys_do(models, tmp_path):
     db = tmp_path / "a.db"
     words = ["--prompts", "a boat", "a cat", "--cond-scale", 1, 5, "--temperature", 0, 1, "--n", 2]
-    assert draw(models, db, *words, "--no-score") == 0
+    assert generate_into(models, db, *words, "--no-score") == 0
     blobs = rows_of(db, "quantvec", "prompt_id, cond_scale, temperature, id")
     is_same = [blobs[index] == blobs[index + 1] for index in range(0, len(blobs), 2)]
     assert is_same == [True, False] * 4  # temperature 0 ignores the key
     assert len(set(blobs)) == 12
 
 
-def test_one_more_value_draws_exactly_what_is_missing(models, tmp_path, capsys):
+def test_one_more_value_generates_exactly_what_is_missing(models, tmp_path, capsys):
     extended, whole = tmp_path / "extended.db", tmp_path / "whole.db"
     words = ["--prompts", "a boat", "--no-score"]
-    assert draw(models, extended, *words, "--n", 3, "--top-k", 4) == 0
+    assert generate_into(models, extended, *words, "--n", 3, "--top-k", 4) == 0
     capsys.readouterr()
-    assert draw(models, extended, *words, "--n", 5, "--top-k", 4, 9, "--dry-run") == 0
-    assert "3 there already, 7 to draw" in capsys.readouterr().out
-    assert draw(models, extended, *words, "--n", 5, "--top-k", 4, 9) == 0
-    assert "7 pictures added" in capsys.readouterr().out
-    assert draw(models, whole, *words, "--n", 5, "--top-k", 4, 9) == 0
-    columns = "top_k, key0, key1, quantvec"  # the same tokens, although each was drawn in another company
+    assert generate_into(models, extended, *words, "--n", 5, "--top-k", 4, 9, "--dry-run") == 0
+    assert "7 to generate (3 already present)" in capsys.readouterr().out
+    assert generate_into(models, extended, *words, "--n", 5, "--top-k", 4, 9) == 0
+    assert "Added 7 images" in capsys.readouterr().out
+    assert generate_into(models, whole, *words, "--n", 5, "--top-k", 4, 9) == 0
+    columns = "top_k, key0, key1, quantvec"  # the same tokens, although each was sampled in another batch
     assert rows_of(extended, columns, columns) == rows_of(whole, columns, columns)
 
 
-def test_another_model_draws_its_own_pictures(models, tmp_path, capsys):
+def test_another_model_generates_its_own_images(models, tmp_path, capsys):
     db = tmp_path / "a.db"
     other = dataclasses.replace(models, dalle_bart=tiny_dalle_bart(tmp_path / "other", seed=1))
     for used in (models, other):
-        assert draw(used, db, "--prompts", "a boat", "--n", 2, "--no-score") == 0
+        assert generate_into(used, db, "--prompts", "a boat", "--n", 2, "--no-score") == 0
     assert [generator for (generator,) in rows_of(db, "generator_id")] == [1, 1, 3, 3]
 
 
 def test_dry_run_leaves_nothing_behind(models, tmp_path, capsys):
-    assert draw(models, tmp_path / "a.db", "--prompts", "a boat", "a cat", "--n", 3, "--dry-run") == 0
-    assert "0 there already, 6 to draw" in (told := capsys.readouterr().out)
-    assert f"they take about 1.6 kB in the archive, of which {6 * GRID**2 * 2} bytes are codes" in told
-    assert "\n2 batches of 4 beside each other take " in told and "MB of memory besides the weights" in told
-    assert "drawing and scoring takes about 00:" in told
-    assert draw(models, tmp_path / "a.db", "--prompts", "a boat", "--dry-run", "--no-score") == 0
-    assert "\ndrawing takes about 00:" in capsys.readouterr().out
+    assert generate_into(models, tmp_path / "a.db", "--prompts", "a boat", "a cat", "--n", 3, "--dry-run") == 0
+    assert "6 to generate" in (printed := capsys.readouterr().out)
+    assert f"{6 * GRID**2 * 2} bytes" in printed
+    assert re.search(r"memory.* of 4: [\d,]+ MB", printed)
+    assert re.search(r"scoring: about \d\d:\d\d", printed)
+    assert generate_into(models, tmp_path / "a.db", "--prompts", "a boat", "--dry-run", "--no-score") == 0
+    assert re.search(r"generating: about \d\d:\d\d", capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_takes_what_dry_run_counts_with():
+def test_an_image_takes_what_dry_run_assumes():
     path = ROOT / "archive" / "emoji.db"
     with Archive.open(path) as archive:
-        code_bytes = sum(len(blob) for (blob,) in archive.query("SELECT {quantvec} FROM images"))
-        assert (path.stat().st_size - code_bytes) / archive.count() == pytest.approx(generate.ROW_BYTES, rel=0.05)
+        token_bytes = sum(len(blob) for (blob,) in archive.scan(["quantvec"]))
+        assert (path.stat().st_size - token_bytes) / archive.count() == pytest.approx(estimate.ROW_BYTES, rel=0.05)
 
 
 def test_dry_run_refuses_what_a_run_refuses_and_changes_no_file(models, tmp_path):
     old = tmp_path / "2022.db"
     write_archive_2022(old, np.zeros((1, GRID**2), np.uint16))
     before = old.read_bytes()
-    with pytest.raises(UserError, match="the 2022 layout is only read"):
-        draw(models, old, "--prompts", "a boat", "--dry-run")
+    with pytest.raises(UserError, match="2022"):
+        generate_into(models, old, "--prompts", "a boat", "--dry-run")
     assert old.read_bytes() == before
 
 
 def test_prompts_from_a_file_join_those_of_the_command_line(models, tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffa cat\r\n\n  \na château\n".encode())
     words = ["--prompts", "a boat", "--prompts-file", tmp_path / "prompts.txt", "--n", 1, "--no-score"]
-    assert draw(models, tmp_path / "a.db", *words) == 0
+    assert generate_into(models, tmp_path / "a.db", *words) == 0
     with Archive.open(tmp_path / "a.db") as archive:
         assert list(archive.prompts().values()) == ["a boat", "a cat", "a château"]
 
 
-def test_a_prompt_of_10000_characters_is_kept_whole(models, tmp_path):
+def test_a_prompt_of_10000_characters_is_stored_whole(models, tmp_path):
     prompt = "a very long boat " * 600
-    assert draw(models, tmp_path / "a.db", "--prompts", prompt, "--n", 1) == 0
+    assert generate_into(models, tmp_path / "a.db", "--prompts", prompt, "--n", 1, "--no-score") == 0
     with Archive.open(tmp_path / "a.db") as archive:
         assert list(archive.prompts().values()) == [prompt]
 
 
-def test_rows_remember_what_they_were_computed_in_and_how_likely_they_were(models, tmp_path, capsys):
+def test_rows_have_their_dtype_and_log_probability(models, tmp_path, capsys):
     db, words = tmp_path / "a.db", ["--prompts", "a boat", "--n", 3, "--no-score"]
-    assert draw(models, db, *words) == 0
-    assert draw(models, db, *words, "--seed", 1, "--dtype", "bfloat16") == 0
+    assert generate_into(models, db, *words) == 0
+    assert generate_into(models, db, *words, "--seed", 1, "--dtype", "bfloat16") == 0
     found = rows_of(db, "dtype, log_prob, init_count, init_md5")
     assert [row[0] for row in found] == ["float32"] * 3 + ["bfloat16"] * 3
     assert all(-16 * math.log(1000) < row[1] < 0 and row[2:] == (0, "") for row in found)
-    for flag in ("--regenerate", "--replay"):  # each in its own dtype
-        assert command("verify", "--db", db, "--model", models.dalle_bart, "--batch-size", 4, flag) == 0
+    # each in its own dtype
+    assert command("verify", "--db", db, "--model", models.dalle_bart, "--batch-size", 4, "--regenerate") == 0
 
 
 def test_no_same_seeds_gives_every_combination_its_own_keys(models, tmp_path):
     db = tmp_path / "a.db"
     words = ["--prompts", "a boat", "a cat", "--cond-scale", 1, 3, "--n", 2, "--no-score"]
-    assert draw(models, db, *words, "--no-same-seeds") == 0
+    assert generate_into(models, db, *words, "--no-same-seeds") == 0
     assert len(set(rows_of(db, "key0, key1"))) == 8
-    assert draw(models, db, *words) == 0
+    assert generate_into(models, db, *words) == 0
     assert len(set(rows_of(db, "key0, key1"))) == 10
 
 
-def test_pictures_go_on_from_given_codes_and_can_be_checked(models, tmp_path, capsys):
-    db, given = tmp_path / "a.db", tmp_path / "given.npy"
-    np.save(given, np.arange(GRID**2, dtype=np.int64).reshape(GRID, GRID))
+def test_images_continue_initial_tokens_and_can_be_checked(models, tmp_path, capsys):
+    db, init = tmp_path / "a.db", tmp_path / "init.npy"
+    np.save(init, np.arange(GRID**2, dtype=np.int64).reshape(GRID, GRID))
     words = ["--prompts", "a boat", "--n", 3, "--no-score"]
-    assert draw(models, db, *words) == 0
-    assert draw(models, db, *words, "--init-tokens", given, "--init-count", 6) == 0
-    assert "3 pictures added" in capsys.readouterr().out
-    assert draw(models, db, *words, "--init-tokens", given, "--init-count", 6) == 0
-    assert "0 pictures added" in capsys.readouterr().out
-    assert draw(models, db, *words, "--init-tokens", given) == 0  # 7 of 16 are kept
+    assert generate_into(models, db, *words) == 0
+    assert generate_into(models, db, *words, "--init-tokens", init, "--init-count", 6) == 0
+    assert "Added 3 images" in capsys.readouterr().out
+    assert generate_into(models, db, *words, "--init-tokens", init, "--init-count", 6) == 0
+    assert "Added 0 images" in capsys.readouterr().out
+    assert generate_into(models, db, *words, "--init-tokens", init) == 0  # 7 of 16
     tokens = [np.frombuffer(blob, "<u2") for (blob,) in rows_of(db, "quantvec")]
     for count, rows in ((6, tokens[3:6]), (7, tokens[6:9])):
         assert all((row[:count] == np.arange(count)).all() for row in rows)
@@ -191,77 +186,55 @@ def test_pictures_go_on_from_given_codes_and_can_be_checked(models, tmp_path, ca
         assert command("verify", "--db", db, "--model", models.dalle_bart, "--batch-size", 4, flag) == 0
 
 
-def test_a_picture_gives_its_codes(models, tmp_path):
+def test_an_image_gives_its_tokens(models, tmp_path):
     colours = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
-    Image.fromarray(colours).save(tmp_path / "picture.png")
-    words = ["--prompts", "a boat", "--n", 2, "--no-score", "--init-image", tmp_path / "picture.png"]
-    assert draw(models, tmp_path / "a.db", *words) == 0
+    Image.fromarray(colours).save(tmp_path / "image.png")
+    words = ["--prompts", "a boat", "--n", 2, "--no-score", "--init-image", tmp_path / "image.png"]
+    assert generate_into(models, tmp_path / "a.db", *words) == 0
     first, second = (np.frombuffer(blob, "<u2") for (blob,) in rows_of(tmp_path / "a.db", "quantvec"))
     assert (first[:7] == second[:7]).all() and (first[7:] != second[7:]).any()
 
 
-def test_progressive_writes_every_picture_as_it_grows(models, tmp_path):
+def test_progressive_writes_every_unfinished_image(models, tmp_path):
     folder = tmp_path / "steps"
     words = ["--prompts", "a boat", "--n", 2, "--cond-scale", 1, 3, "--no-score", "--progressive", 6]
-    assert draw(models, tmp_path / "a.db", *words, "--progressive-dir", folder) == 0
+    assert generate_into(models, tmp_path / "a.db", *words, "--progressive-dir", folder) == 0
     names = sorted(path.name for path in folder.iterdir())
-    assert len(names) == 4 * 3 and {name.split("_")[3] for name in names} == {"0006", "0012", "0016"}
+    assert len(names) == 4 * 3
+    assert {name.split("_")[3] for name in names} == {"0006", "0012", "0016"}
     plain = tmp_path / "plain.db"
-    assert draw(models, plain, *words[:-2]) == 0
+    assert generate_into(models, plain, *words[:-2]) == 0
     assert rows_of(tmp_path / "a.db", "quantvec") == rows_of(plain, "quantvec")
     with pytest.raises(SystemExit):
-        draw(models, plain, "--prompts", "a boat", "--progressive", 0)
-
-
-def test_two_processes_share_the_work(models, tmp_path):
-    db = tmp_path / "a.db"
-    words = ["--db", db, "--model", models.dalle_bart, "--codec", models.vqgan, "--batch-size", 2]
-    words += ["--prompts", "a boat", "a cat", "--cond-scale", 1, 3, "--n", 10, "--no-score", "--cpu-only"]
-    command_line = [sys.executable, "-m", "dm_generations", "generate", *map(str, words)]
-    environment = {
-        **os.environ,
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    Archive.create(db).close()
-    options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command_line, **options) for _ in range(2)]
-    told = [process.communicate(timeout=200) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
-    added = [int(re.search(r"(\d+) pictures? added", out).group(1)) for out, _ in told]
-    assert sum(added) == 40 and len(rows_of(db)) == 40
-    with Archive.open(db) as archive:
-        assert list(verify(archive)) == []
-    with contextlib.closing(sqlite3.connect(db)) as connection, connection:
-        assert connection.execute("SELECT count(*) FROM claims").fetchone() == (0,)
+        generate_into(models, plain, "--prompts", "a boat", "--progressive", 0)
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    ("words", "message"),
     [
-        (["--init-count", "3"], "--init-count says how many codes"),
+        (["--init-count", "3"], "--init-count"),
         (["--init-tokens", "/nowhere.npy"], "/nowhere.npy"),
-        (["--init-tokens", "/nowhere.npy", "--init-image", "/nowhere.png"], "use just one of --init-image"),
-        (["--n", "0"], "n must be from 1 to 10,000,000, not 0"),
-        (["--n", "5000000", "--top-k", "1", "2", "3"], "15,000,000 pictures, more than 10,000,000"),
-        (["--seed", "-1"], "seed must be from 0"),
-        (["--seed", str(2**64)], "seed must be from 0"),
-        (["--top-k", "5", "-1"], "top_k must be from 0 to 2,147,483,647, not -1"),
-        (["--top-p", "0"], "top_p must be above 0 and at most 1, not 0.0"),
+        (["--init-tokens", "/nowhere.npy", "--init-image", "/nowhere.png"], "--init-image"),
+        (["--n", "0"], "n must be"),
+        (["--n", "5000000", "--top-k", "1", "2", "3"], "15,000,000"),
+        (["--seed", "-1"], "seed must be"),
+        (["--seed", str(2**64)], "seed must be"),
+        (["--top-k", "5", "-1"], "top_k must be"),
+        (["--top-p", "0"], "top_p must be"),
         (["--top-p", "1.01"], "top_p must be"),
         (["--top-p", "nan"], "top_p must be"),
-        (["--temperature", "-0.5"], "temperature must be from 0 to 3e+38, not -0.5"),
+        (["--temperature", "-0.5"], "temperature must be"),
         (["--temperature", "inf"], "temperature must be"),
         (["--temperature", "nan"], "temperature must be"),
         (["--cond-scale", "1", "inf"], "cond_scale must be"),
         (["--cond-scale", "-1"], "cond_scale must be"),
         (["--batch-size", "0"], None),
-        (["--prompts", "a boat", " "], "prompt 2 is empty"),
+        (["--prompts", "a boat", " "], "prompt 2"),
         (["--prompts"], None),
-        (["--prompts", "a\0b"], "prompt 1 holds a NUL byte: 'a\\x00b'"),
-        (["--prompts", "a \udcff"], "prompt 1 is not valid Unicode"),
-        (["--sc-prompts", "a\0b"], "unconditional prompt 1 holds a NUL byte"),
-        (["--no-score", "--clip", "folder"], "use just one of --clip and --no-score"),
+        (["--prompts", "a\0b"], "prompt 1"),
+        (["--prompts", "a \udcff"], "prompt 1"),
+        (["--sc-prompts", "a\0b"], "unconditional prompt 1"),
+        (["--no-score", "--clip", "folder"], "--no-score"),
         (["--model", "/nowhere"], "/nowhere"),
         (["--clip", "/nowhere"], "/nowhere"),
         (["--prompts-file", "/nowhere.txt"], "/nowhere.txt"),
@@ -269,104 +242,89 @@ def test_two_processes_share_the_work(models, tmp_path):
 )
 def test_bad_input_is_refused_before_anything_is_made(models, tmp_path, words, message):
     with pytest.raises(SystemExit if message is None else UserError) as error:
-        draw(models, tmp_path / "a.db", "--prompts", "a boat", *words)
+        generate_into(models, tmp_path / "a.db", "--prompts", "a boat", *words)
     if message is None:
         assert error.value.code == 2
     else:
-        assert message in str(error.value) and "\n" not in str(error.value)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_prompt_is_needed(models, tmp_path):
-    with pytest.raises(UserError, match="prompts needs at least one value"):
-        draw(models, tmp_path / "a.db")
+    with pytest.raises(UserError, match="prompts"):
+        generate_into(models, tmp_path / "a.db")
 
 
-def test_a_codec_that_does_not_fit_is_refused(models, tmp_path):
+def test_an_incompatible_codec_is_refused(models, tmp_path):
     coarse = tiny_vqgan(tmp_path / "coarse", ch_mult=[1, 1, 1])
-    with pytest.raises(UserError, match="'dalle_bart' draws 16 codes a picture, codec 'coarse' takes 2x2"):
-        draw(dataclasses.replace(models, vqgan=coarse), tmp_path / "a.db", "--prompts", "a boat")
+    with pytest.raises(UserError, match=r"'dalle_bart'.* 16 .*'coarse'.*2x2"):
+        generate_into(dataclasses.replace(models, vqgan=coarse), tmp_path / "a.db", "--prompts", "a boat")
     small = tiny_vqgan(tmp_path / "small", n_embed=CODEBOOK_SIZE - 1)
-    with pytest.raises(UserError, match="draws codes below 32, codec 'small' has 31"):
-        draw(dataclasses.replace(models, vqgan=small), tmp_path / "a.db", "--prompts", "a boat")
+    with pytest.raises(UserError, match=r"32.*'small'.*31"):
+        generate_into(dataclasses.replace(models, vqgan=small), tmp_path / "a.db", "--prompts", "a boat")
     assert not (tmp_path / "a.db").exists()
 
 
 def test_a_model_without_its_tokenizer_is_refused(models, tmp_path):
     shutil.copytree(models.dalle_bart, tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="tokenizer.json"):
-        draw(dataclasses.replace(models, dalle_bart=tmp_path / "model"), tmp_path / "a.db", "--prompts", "a")
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        generate_into(dataclasses.replace(models, dalle_bart=tmp_path / "model"), tmp_path / "a.db", "--prompts", "a")
     assert not (tmp_path / "a.db").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a database at all, but long enough to be one " * 3])
-def test_a_file_that_is_no_archive_is_left_alone(models, tmp_path, content):
+def test_a_file_that_is_not_an_archive_is_left_alone(models, tmp_path, content):
     (tmp_path / "a.db").write_bytes(content)
-    with pytest.raises(UserError, match="a.db"):
-        draw(models, tmp_path / "a.db", "--prompts", "a boat")
+    with pytest.raises(UserError, match=r"a\.db"):
+        generate_into(models, tmp_path / "a.db", "--prompts", "a boat")
     assert (tmp_path / "a.db").read_bytes() == content
 
 
 def test_a_model_that_gives_only_nan_writes_no_row(models, tmp_path):
     broken = tmp_path / "broken"
     tiny_dalle_bart(broken, seed=3)
-    checkpoint = checkpoints.load(broken, "generator")
+    checkpoint = load_checkpoint(broken, "generator")
     checkpoint.params["lm_head"]["kernel"] = np.full_like(checkpoint.params["lm_head"]["kernel"], np.nan)
     config = {**dataclasses.asdict(checkpoint.config)}
-    checkpoints.save(broken, "dalle_bart", config, checkpoint.params)
-    with pytest.raises(UserError, match="'broken' gives no numbers"):
-        draw(dataclasses.replace(models, dalle_bart=broken), tmp_path / "a.db", "--prompts", "a", "--no-score")
+    native.save(broken, "dalle_bart", config, checkpoint.params)
+    with pytest.raises(UserError, match="'broken'"):
+        generate_into(dataclasses.replace(models, dalle_bart=broken), tmp_path / "a.db", "--prompts", "a", "--no-score")
     assert rows_of(tmp_path / "a.db") == []
 
 
-def test_a_stop_keeps_finished_batches_and_a_rerun_adds_the_rest(models, tmp_path, capsys, monkeypatch):
+def test_finished_batches_survive_a_stop_and_a_second_run_adds_the_rest(models, tmp_path, capsys, monkeypatch):
     db, words = tmp_path / "a.db", ["--prompts", "a boat", "--n", 18, "--no-score"]
-    draw_batch, batches = runs.Pipeline.draw, []
+    sample, batches = generate.Pipeline.sample, []
 
-    def stops_in_the_third_batch(pipeline, draws):
-        batches.append(len(draws))
+    def stop_in_the_third_batch(pipeline, samples):
+        batches.append(len(samples))
         if len(batches) == 3:
             raise KeyboardInterrupt
-        return draw_batch(pipeline, draws)
+        return sample(pipeline, samples)
 
-    monkeypatch.setattr(runs.Pipeline, "draw", stops_in_the_third_batch)
-    assert draw(models, db, *words) == 130
-    told = capsys.readouterr().err.splitlines()
-    assert told[-1].startswith("stopped;")
-    assert batches == [8, 8, 2] and len(rows_of(db)) == 16  # two at a time, of --batch-size 4
+    monkeypatch.setattr(generate.Pipeline, "sample", stop_in_the_third_batch)
+    flags = ["--model", models.dalle_bart, "--codec", models.vqgan, "--batch-size", 4]
+    assert main([str(word) for word in ["generate", "--db", db, *flags, *words]]) == INTERRUPTED
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted")
+    assert batches == [8, 8, 2]  # two at a time, of --batch-size 4
+    assert len(rows_of(db)) == 16
     monkeypatch.undo()
-    assert draw(models, db, *words) == 0
-    assert "2 pictures added" in capsys.readouterr().out
+    assert generate_into(models, db, *words) == 0
+    assert "Added 2 images" in capsys.readouterr().out
     with Archive.open(db) as archive:
-        assert list(verify(archive)) == [] and archive.count() == 18
-
-
-KILLED = """
-import os, signal, sys
-from dm_generations.archive import Archive
-from dm_generations.cli import build_parser
-add_images = Archive.add_images
-
-def dies_in_the_second(archive, images, *rest):
-    added = add_images(archive, images, *rest)
-    if archive.count() > 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return added
-
-Archive.add_images = dies_in_the_second
-args = build_parser().parse_args(["generate", *sys.argv[1:]])
-args.run(args)
-"""
+        assert list(verify(archive)) == []
+        assert archive.count() == 18
 
 
 def test_too_little_memory_is_one_line_that_says_what_to_do(models, tmp_path, monkeypatch):
-    def exhausts(pipeline, draws):
+    def exhaust(pipeline, samples):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore\nlines")
 
-    monkeypatch.setattr(runs.Pipeline, "draw", exhausts)
-    with pytest.raises(UserError, match="not enough memory on the device; use a smaller --batch-size"):
-        draw(models, tmp_path / "a.db", "--prompts", "a boat", "--no-score")
+    monkeypatch.setattr(generate.Pipeline, "sample", exhaust)
+    with pytest.raises(UserError, match=r"memory.*--batch-size"):
+        generate_into(models, tmp_path / "a.db", "--prompts", "a boat", "--no-score")
 
 
 def test_a_platform_that_is_not_there_is_one_line(tmp_path):
@@ -378,84 +336,22 @@ def test_a_platform_that_is_not_there_is_one_line(tmp_path):
         text=True,
     )
     assert ended.returncode == 1
-    assert ended.stderr == (
-        "error: JAX finds no device for JAX_PLATFORMS=abacus: unset it, or install JAX for that platform\n"
-    )
+    assert re.fullmatch(r"error: .*JAX_PLATFORMS=abacus.*\n", ended.stderr)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_a_kill_in_the_middle_of_a_transaction_loses_that_batch_alone(models, tmp_path):
     db = tmp_path / "a.db"
     words = ["--db", db, "--model", models.dalle_bart, "--codec", models.vqgan, "--batch-size", 4]
     words += ["--prompts", "a boat", "--n", 12, "--no-score"]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
-    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, words)], cwd=root, env=environment)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    program = ROOT / "tests" / "programs" / "generate_until_killed.py"
+    killed = subprocess.run([sys.executable, str(program), "8", *map(str, words)], env=environment)
     assert killed.returncode == -signal.SIGKILL
     with Archive.open(db) as archive:
-        assert archive.count() == 8 and list(verify(archive)) == []  # two batches at a time
-    assert draw(models, db, "--prompts", "a boat", "--n", 12, "--no-score") == 0
-    assert len(rows_of(db)) == 12
-
-
-def test_score_fills_in_what_no_score_left_out(models, tmp_path, capsys, monkeypatch):
-    scored, unscored = tmp_path / "scored.db", tmp_path / "unscored.db"
-    words = ["--prompts", "A Boat", "a cat", "--n", 3]
-    assert draw(models, scored, *words) == 0
-    assert draw(models, unscored, *words, "--no-score") == 0
-    assert {row[0] for row in rows_of(unscored, "clip_score_input")} == {None}
-    options = ["--codec", models.vqgan, "--clip", models.clip, "--batch-size", 4]
-    capsys.readouterr()
-    assert command("score", "--db", unscored, *options) == 0
-    assert "6 pictures scored" in capsys.readouterr().out
-    columns = "quantvec, clip_score_input, clip_score_tokenized, clip_id"
-    expected, found = (rows_of(db, columns, "prompt_id, key0") for db in (scored, unscored))
-    assert [row[0] for row in found] == [row[0] for row in expected]
-    np.testing.assert_allclose([r[1:3] for r in found], [r[1:3] for r in expected], rtol=1e-5, atol=1e-5)
-    content = unscored.read_bytes()
-    assert command("score", "--db", unscored, *options) == 0
-    assert "nothing to do" in capsys.readouterr().out
-    assert unscored.read_bytes() == content
-
-    def stop(progress, pictures):
-        raise KeyboardInterrupt
-
-    options[3:] = [tiny_clip(tmp_path / "clip", seed=1), "--batch-size", 1, "--all"]
-    with monkeypatch.context() as stopping:
-        stopping.setattr(Progress, "advance", stop)
-        assert command("score", "--db", unscored, *options) == 130
-    assert capsys.readouterr().err.startswith("stopped;")
-    assert command("score", "--db", unscored, *options) == 0
-    assert "4 pictures scored" in capsys.readouterr().out  # two were, at a time, before the stop
-    assert command("score", "--db", unscored, *options) == 0
-    assert "by this CLIP; nothing to do" in capsys.readouterr().out
-    renewed = rows_of(unscored, columns, "prompt_id, key0")
-    assert all(new[1] != old[1] and new[3] != old[3] for new, old in zip(renewed, found, strict=True))
-    with Archive.open(unscored) as archive:
+        assert archive.count() == 8  # two batches at a time
         assert list(verify(archive)) == []
-
-
-def test_score_leaves_rows_of_another_codec_and_bad_rows_and_says_so(models, tmp_path, capsys):
-    db = tmp_path / "a.db"
-    other = dataclasses.replace(models, vqgan=tiny_vqgan(tmp_path / "other_codec", seed=1))
-    assert draw(models, db, "--prompts", "a boat", "--n", 3, "--no-score") == 0
-    assert draw(other, db, "--prompts", "a cat", "--n", 2, "--no-score") == 0
-    with contextlib.closing(sqlite3.connect(db)) as connection, connection:
-        connection.execute("UPDATE images SET quantvec = zeroblob(30) WHERE id = 2")
-    capsys.readouterr()
-    options = ["--clip", models.clip, "--batch-size", 4]
-    assert command("score", "--db", db, "--codec", models.vqgan, *options) == 1
-    told = capsys.readouterr()
-    assert "2 pictures scored" in told.out
-    assert "picture 2 was not scored: its token blob is 30 bytes" in told.err
-    assert "2 not scored: made with codec 'other_codec', not 'vqgan'" in told.err
-    assert [score is None for (score,) in rows_of(db, "clip_score_input")] == [False, True, False, True, True]
-    assert command("score", "--db", db, "--codec", other.vqgan, *options) == 1  # the bad row is still there
-    assert "2 pictures scored" in capsys.readouterr().out
-
-
-def test_score_of_a_missing_archive_is_refused_and_makes_none(models, tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        command("score", "--db", tmp_path / "a.db")
-    assert list(tmp_path.iterdir()) == []
+    assert generate_into(models, db, "--prompts", "a boat", "--n", 12, "--no-score") == 0
+    assert len(rows_of(db)) == 12

@@ -1,15 +1,20 @@
 """What every command says of itself."""
 
-import argparse
+import re
 
 import pytest
 
-from dm_generations.cli import COMMANDS, build_parser
+from dm_generations.cli import COMMANDS, main
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_explains_every_flag_and_ends_with_an_example(name):
-    (subparsers,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
-    command = subparsers.choices[name]
-    assert all(action.help for action in command._actions)
-    assert f"  python -m dm_generations {name} " in command.format_help().rpartition("\nexample")[2]
+def test_help_explains_every_flag_and_ends_with_an_example(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    flags = re.split(r"^  (?=-)", printed, flags=re.MULTILINE)[1:]
+    assert flags
+    # The explanation stands after two spaces or more, or below.
+    assert all(re.search(r"\S(?: {2,}|\n {4,})\S", flag) for flag in flags), flags
+    assert f"  python -m dm_generations {name} " in printed.rpartition("\nexample")[2]

@@ -1,4 +1,4 @@
-"""What all commands share."""
+"""What all commands share: flags that are wrong, output that goes nowhere, memory that runs out."""
 
 import errno
 import os
@@ -6,32 +6,110 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from dm_generations.cli import main
+from dm_generations.cli import COMMANDS, main
 
 
 @pytest.mark.parametrize(
-    ("words", "what"),
+    ("words", "names"),
     [
-        (["decode", "--n-best", "0"], "argument --n-best: 0 is not at least 1"),
-        (["generate", "--db", "x.db", "--prompts", "a", "--seed", "1.5"], "argument --seed: invalid int value: '1.5'"),
-        (["verify", "--batch-size", "0"], "argument --batch-size: 0 is not at least 1"),
-        (["generate", "--progressive", "0"], "argument --progressive: 0 is not at least 1"),
-        (["info", "--nonsense"], "unrecognized arguments: --nonsense"),
-        ([], "the following arguments are required: COMMAND"),
+        (["decode", "--n-best", "0"], ["--n-best", "0"]),
+        (["generate", "--db", "x.db", "--prompts", "a", "--seed", "1.5"], ["--seed", "'1.5'"]),
+        (["verify", "--batch-size", "0"], ["--batch-size", "0"]),
+        (["generate", "--progressive", "0"], ["--progressive", "0"]),
+        (["info", "--nonsense"], ["--nonsense"]),
+        ([], ["COMMAND"]),
     ],
 )
-def test_a_wrong_flag_is_one_line(words, what, capsys):
+def test_a_wrong_flag_is_one_line(words, names, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(words)
     assert stopped.value.code == 2
-    assert capsys.readouterr() == ("", f"error: {what}; see --help\n")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert all(name in printed.err for name in [*names, "--help"])
+
+
+def run_info(**streams) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "dm_generations", "info"]
+    return subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=60, **streams)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here, which is as a full disk")
 def test_output_to_a_full_disk_is_one_line():
     with open("/dev/full", "w") as full:
-        words = [sys.executable, "-m", "dm_generations", "info"]
-        run = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert (run.returncode, run.stderr) == (1, f"error: [Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}\n")
+        run = run_info(stdout=full)
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: ")
+    assert run.stderr.count("\n") == 1
+    assert os.strerror(errno.ENOSPC) in run.stderr
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        run = run_info(stdout=writing)
+    finally:
+        os.close(writing)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+@pytest.mark.parametrize("command", ["info", "--help"])
+def test_closed_output_is_no_error(command):
+    words = ["sh", "-c", 'exec "$0" -m dm_generations "$1" >&-', sys.executable, command]
+    run = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.fixture
+def db(models, tmp_path):
+    """An archive with one image and no score."""
+    path = tmp_path / "a.db"
+    words = ["generate", "--db", path, "--model", models.dalle_bart, "--codec", models.vqgan, "--batch-size", 4]
+    assert main([str(word) for word in [*words, "--prompts", "a boat", "--n", 1, "--no-score"]]) == 0
+    return path
+
+
+@pytest.mark.parametrize(
+    "error",
+    [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore\nlines"), MemoryError()],
+    ids=["device", "host"],
+)
+@pytest.mark.parametrize("command", ["generate", "decode", "score", "verify"])
+def test_weights_that_do_not_fit_are_one_line(command, error, db, models, tmp_path, monkeypatch, capsys):
+    words = {
+        "generate": ["--model", models.dalle_bart, "--codec", models.vqgan, "--prompts", "a cat", "--no-score"],
+        "decode": ["--codec", models.vqgan, "--out-dir", tmp_path / "out"],
+        "score": ["--codec", models.vqgan, "--clip", models.clip],
+        "verify": ["--model", models.dalle_bart, "--regenerate"],
+    }
+
+    def fail(*arguments, **options):
+        raise error
+
+    before = db.read_bytes()
+    capsys.readouterr()
+    monkeypatch.setattr(jax, "device_put", fail)
+    assert main([str(word) for word in [command, "--db", db, *words[command]]]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert "memory" in errors
+    assert db.read_bytes() == before
+
+
+def test_memory_that_runs_out_anywhere_is_one_line(monkeypatch, capsys):
+    def fail(args):
+        raise MemoryError
+
+    monkeypatch.setattr(COMMANDS["info"], "run", fail)
+    assert main(["info"]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1

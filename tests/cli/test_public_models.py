@@ -1,6 +1,5 @@
-"""Public checkpoints, as tiny golden files of each format: from text to PNG by the commands that README.md shows."""
+"""Public checkpoints, as tiny golden files of each format: from text to PNG by the commands of docs/models.md."""
 
-import dataclasses
 import json
 import re
 import shutil
@@ -9,15 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, golden, golden_dirs
+from decode_kit import random_tokens, write_archive_2022
+from helpers import ROOT, golden_dirs
 from PIL import Image
-from tiny import tiny_dalle_bart, tiny_vqgan
+from tiny import CODEBOOK_SIZE, GRID, tiny_dalle_bart, tiny_vqgan
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from dm_generations import cli
-from dm_generations.archive import Archive
-from dm_generations.models import checkpoints
-from dm_generations.models.networks import network_class
+from dm_generations import Decoder, Generator, cli
+from dm_generations.archive import Archive, ImageRow
+from dm_generations.archive.records import TOKEN_DTYPE
+from dm_generations.models.loading import Models, load_checkpoint, load_models
+from dm_generations.pipelines.generate import GenerateOptions, prepare
+from dm_generations.pipelines.sweep import DEFAULT_PARAMS, DEFAULT_SEED, load_sweep
+from dm_generations.sampling.prng import row_key
 
 PROMPT = "a red cat"
 LETTERS = ["<s>", "<pad>", "</s>", "<unk>", "Ġ", *"abcdefghijklmnopqrstuvwxyz"]
@@ -27,7 +30,7 @@ LETTERS = ["<s>", "<pad>", "</s>", "<unk>", "Ġ", *"abcdefghijklmnopqrstuvwxyz"]
 def letters(tmp_path_factory):
     """A folder with one small vocabulary as tokenizer.json, and as vocab.json with merges.txt."""
     folder = tmp_path_factory.mktemp("letters")
-    ids = {piece: index for index, piece in enumerate(LETTERS)}
+    ids = {letter: index for index, letter in enumerate(LETTERS)}
     tokenizer = Tokenizer(models.BPE(ids, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,28 +41,6 @@ def letters(tmp_path_factory):
     return folder
 
 
-def run(*words) -> None:
-    assert cli.main([str(word) for word in words]) == 0
-
-
-def drawn_and_decoded(tmp_path: Path, *words, codec=None) -> np.ndarray:
-    """The picture that `generate` with these words and `decode` make: (H, W, 3) uint8."""
-    db, out = tmp_path / "drawn.db", tmp_path / "pictures"
-    flags = [] if codec is None else ["--codec", codec]
-    run("generate", "--db", db, "--prompts", PROMPT, "--n", 1, "--batch-size", 2, "--cpu-only", *flags, *words)
-    model = words[words.index("--model") + 1]
-    run("decode", "--db", db, "--out-dir", out, "--codec", codec or model, "--batch-size", 2, "--cpu-only")
-    (picture,) = out.rglob("*.png")
-    return np.asarray(Image.open(picture))
-
-
-def codec_for(model, tmp_path: Path) -> Path:
-    """A codec of ours that fits a generator."""
-    config = checkpoints.load(model, "generator").config
-    grid = int(config.image_length**0.5)
-    return tiny_vqgan(tmp_path / "codec", resolution=2 * grid, n_embed=config.codebook_size)
-
-
 def cases(name: str, marker: str) -> list[Path]:
     """Folders below golden/`name` that hold a file `marker`, each once though the full set has it too."""
     found = {
@@ -68,252 +49,235 @@ def cases(name: str, marker: str) -> list[Path]:
     return [found[key] for key in sorted(found)]
 
 
-def titles(paths: list[Path]) -> list[str]:
-    return ["-".join(path.parts[-2:]) for path in paths]
-
-
 DALLE_BARTS = cases("dalle_bart", "flax_model.msgpack")
 MIN_DALLES = cases("min_dalle", "encoder.pt")
+KAKAOS = cases("mindalle_kakao", "stage2_last.ckpt")
 DALLE_PYTORCHES = cases("dalle_pytorch", "dalle.pt")
-# Those whose generator is fast to compile: the networks have their own tests for every case.
-QUICK = 2
+CODECS = [*cases("vqgan_jax", "flax_model.msgpack")[:1], *cases("taming", "last.ckpt")]
 
 
-@pytest.mark.parametrize("model", DALLE_BARTS[:QUICK], ids=titles(DALLE_BARTS[:QUICK]))
-def test_dalle_mini(model, letters, tmp_path):
-    picture = drawn_and_decoded(
-        tmp_path, "--no-score", "--model", model, "--tokenizer", letters, codec=codec_for(model, tmp_path)
+def run(*words) -> None:
+    assert cli.main([str(word) for word in words]) == 0
+
+
+def run_badly(capsys, *words) -> str:
+    """Run a command that is refused; return the line that says why."""
+    capsys.readouterr()
+    assert cli.main([str(word) for word in words]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    return errors
+
+
+def stored_rows(db: Path) -> list[ImageRow]:
+    with Archive.open(db) as archive:
+        return [row for group in archive.groups() for row in archive.rows(group.key)]
+
+
+def stored_tokens(db: Path) -> np.ndarray:
+    """The tokens of an archive, (n, L)."""
+    return np.stack([np.frombuffer(row.quantvec, TOKEN_DTYPE) for row in stored_rows(db)])
+
+
+def codec_for(model: str | Path, folder: Path) -> Path:
+    """Write a codec that is compatible with a generator."""
+    config = load_checkpoint(model, "generator").config
+    grid = int(config.image_length**0.5)
+    return tiny_vqgan(folder, resolution=2 * grid, n_embed=config.codebook_size)
+
+
+# From the commands of the table to PNG
+
+
+def table_flags() -> list[str]:
+    """The flags in the table of models, a row each."""
+    text = (ROOT / "docs" / "models.md").read_text("utf-8")
+    return re.findall(r"^\|.*\| `(--[^`]+)` \|$", text, flags=re.MULTILINE)
+
+
+def smallest_dalle_pytorch() -> Path:
+    """Return the `dalle.pt` with the fewest tokens an image, of those whose vocabulary holds all letters."""
+    paths = [folder / "dalle.pt" for folder in DALLE_PYTORCHES]
+    configs = {path: load_checkpoint(path, "generator").config for path in paths}
+    usable = [path for path, config in configs.items() if config.text_vocab_size >= len(LETTERS)]
+    return min(usable, key=lambda path: configs[path].image_length)
+
+
+def write_models(flags: dict[str, str], letters: Path) -> None:
+    """Write tiny models of the formats in the table where the flags of a row look for them."""
+    has_codec, vocabulary = "--codec" in flags, ("vocab.json", "merges.txt")
+    sources = {
+        "dalle-mini/dalle-mini": (DALLE_BARTS[0], vocabulary),
+        "dalle-mini/dalle-mega": (DALLE_BARTS[-1], vocabulary),
+        "kuprel/min-dalle": (MIN_DALLES[0], vocabulary),
+        "minDALL-E": (KAKAOS[0], ()),
+        "dalle.pt": (smallest_dalle_pytorch(), ()),
+    }
+    model = Path(flags["--model"])
+    source, names = sources[flags["--model"]]
+    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, model)
+    for name in names:
+        shutil.copyfile(letters / name, model / name)
+    if "--tokenizer" in flags:
+        shutil.copyfile(letters / "tokenizer.json", flags["--tokenizer"])
+    if has_codec:
+        codec_for(model, Path(flags["--codec"]))
+    elif not (model.is_file() or (model / "config.yaml").exists()):  # those have their codec
+        codec_for(model, model / "codec")
+
+
+def generate_in_python(models: Models) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens (1, L) and images (1, H, W, 3) of the first seed."""
+    generator = Generator(models.generator, models.generator.load_tokenizer(), batch_size=1)
+    keys = np.array([row_key(DEFAULT_SEED, 0)], np.uint32)
+    tokens = generator.generate([PROMPT], DEFAULT_PARAMS, keys)
+    return tokens, Decoder.from_checkpoint(models.codec, batch_size=1, grid=models.grid).decode(tokens)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("row", [flags for flags in table_flags() if flags.startswith("--model")])
+def test_the_commands_of_the_table(row, letters, tmp_path, monkeypatch):
+    """With the hub switched off, and the models in folders of the names that they have there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    words = row.split()
+    flags = dict(zip(words[::2], words[1::2], strict=True))
+    write_models(flags, letters)
+    short = ["--batch-size", 1, "--cpu-only"]
+    run("generate", "--db", "a.db", "--prompts", PROMPT, "--n", 1, "--no-score", *short, *words)
+    codec = flags.get("--codec", flags["--model"])
+    run("decode", "--db", "a.db", "--codec", codec, "--out-dir", "images", *short)
+
+    tokenizer = Path(flags["--tokenizer"]) if "--tokenizer" in flags else None
+    tokens, images = generate_in_python(
+        load_models(flags["--model"], flags.get("--codec"), None, is_scored=False, tokenizer=tokenizer)
     )
-    assert picture.shape == (8, 8, 3) and picture.std() > 0
+    np.testing.assert_array_equal(stored_tokens(Path("a.db")), tokens)
+    (path,) = Path("images").rglob("*.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), images[0])
 
 
-@pytest.mark.parametrize("model", MIN_DALLES[:QUICK], ids=titles(MIN_DALLES[:QUICK]))
-def test_min_dalle_finds_its_own_files(model, letters, tmp_path):
-    """Everything in one folder, as people have it: encoder, decoder, vocabulary, and some codec as --codec."""
-    folder = tmp_path / "min-dalle"
-    shutil.copytree(model, folder)
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copyfile(letters / name, folder / name)
-    picture = drawn_and_decoded(tmp_path, "--no-score", "--model", folder, codec=codec_for(folder, tmp_path))
-    assert picture.std() > 0
+def test_the_table_names_a_command_for_every_role():
+    flags = {row.split()[0] for row in table_flags()}
+    assert flags == {"--model", "--codec", "--clip"}
 
 
-def test_mindalle_needs_nothing_but_its_folder(tmp_path, capsys):
-    model = golden("mindalle_kakao/ckpt")
-    picture = drawn_and_decoded(tmp_path, "--no-score", "--model", model)
-    assert picture.shape == (16, 16, 3) and picture.std() > 0
-    assert (
-        f"decode --db {tmp_path / 'drawn.db'} --codec {model}\n" in capsys.readouterr().out
-    )  # the codec is there, too
+@pytest.mark.parametrize("codec", CODECS, ids=lambda path: path.name)
+def test_codecs_decode_an_archive(codec, tmp_path):
+    checkpoint = load_checkpoint(codec, "codec")
+    config = checkpoint.config
+    tokens = random_tokens(1, config.grid**2, config.codebook_size)
+    db = write_archive_2022(tmp_path / "a.db", tokens)
+    run("decode", "--db", db, "--out-dir", tmp_path / "images", "--codec", codec, "--batch-size", 1, "--cpu-only")
+    (path,) = (tmp_path / "images").rglob("*.png")
+    (expected,) = Decoder.from_checkpoint(checkpoint, batch_size=1).decode(tokens)
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), expected)
 
 
-@pytest.mark.parametrize("model", DALLE_PYTORCHES[:QUICK], ids=titles(DALLE_PYTORCHES[:QUICK]))
-def test_dalle_pytorch_brings_its_codec(model, letters, tmp_path):
-    picture = drawn_and_decoded(
-        tmp_path, "--no-score", "--model", model / "dalle.pt", "--tokenizer", letters / "tokenizer.json"
-    )
-    assert picture.std() > 0
+# Options of single kinds of models
 
 
-CODECS = [golden("vqgan_jax/a"), *cases("taming", "last.ckpt")]
+@pytest.mark.e2e
+def test_the_noise_of_dalle_mini_is_stored_apart_and_repeats(letters, tmp_path):
+    """The same keys with other noise are other rows; a key alone generates its row anew."""
+    model = DALLE_BARTS[-1]
+    words = ["--no-score", "--model", model, "--codec", codec_for(model, tmp_path / "codec"), "--tokenizer", letters]
+    words += ["--batch-size", 2, "--prompts", PROMPT, "--cpu-only"]
+    run("generate", "--db", tmp_path / "a.db", "--n", 4, *words, "--rng", "dalle-mini")
+    rows = stored_rows(tmp_path / "a.db")
+    top_k = load_checkpoint(model, "generator").config.top_k
+    assert [row.params.top_k for row in rows] == [top_k] * 4
+    key = f"{rows[2].key0}:{rows[2].key1}"
+    run("generate", "--db", tmp_path / "b.db", "--keys", key, *words, "--rng", "dalle-mini")
+    run("generate", "--db", tmp_path / "b.db", "--keys", key, *words, "--rng", "rows", "--top-k", top_k)
+    found = [row.quantvec for row in stored_rows(tmp_path / "b.db")]
+    assert len(found) == 2
+    assert rows[2].quantvec in found
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=titles(CODECS))
-def test_codecs(codec, tmp_path):
-    config = checkpoints.load(codec, "codec").config
-    model = tiny_dalle_bart(
-        tmp_path / "model",
-        image_length=config.grid**2,
-        image_vocab_size=config.codebook_size,
-        decoder_start_token_id=config.codebook_size,
-    )
-    picture = drawn_and_decoded(tmp_path, "--no-score", "--model", model, codec=codec)
-    assert picture.shape == (config.image_size, config.image_size, 3) and picture.std() > 0
-
-
-def test_dalle_mini_noise_is_told_apart_and_repeats(letters, tmp_path):
-    """The same keys with another generator of noise are other rows; a key alone gives its row again."""
-    model = golden("dalle_bart/mini")
-    codec = codec_for(model, tmp_path)
-    words = ["--no-score", "--model", model, "--codec", codec, "--tokenizer", letters, "--batch-size", 2]
-    words += ["--prompts", PROMPT, "--rng", "dalle-mini", "--cpu-only"]
-    run("generate", "--db", tmp_path / "a.db", "--n", 4, *words)
-    with Archive.open(tmp_path / "a.db") as archive:
-        (group,) = archive.groups()
-        assert group.settings.top_k == 50 and group.count == 4
-        rows = list(archive.rows(group.settings))
-    row = rows[2]
-    run("generate", "--db", tmp_path / "b.db", "--keys", f"{row.key0}:{row.key1}", *words)
-    run(
-        "generate",
-        "--db",
-        tmp_path / "b.db",
-        "--keys",
-        f"{row.key0}:{row.key1}",
-        *words,
-        "--rng",
-        "rows",
-        "--top-k",
-        50,
-    )
-    with Archive.open(tmp_path / "b.db") as archive:
-        (group,) = archive.groups()
-        again = [other.quantvec for other in archive.rows(group.settings)]
-    assert len(again) == 2 and row.quantvec in again
-
-
-def test_what_no_flag_gives_dalle_mini_takes_from_config_json(tmp_path):
-    """Its `generate` reads these three there."""
+def test_defaults_of_dalle_mini_come_from_config_json(models, tmp_path):
     model = tiny_dalle_bart(tmp_path / "model", top_k=7, top_p=0.75, temperature=0.5)
-    words = ["--no-score", "--model", model, "--codec", tiny_vqgan(tmp_path / "codec"), "--prompts", PROMPT]
-    words += ["--n", 1, "--batch-size", 1, "--cpu-only", "--db", tmp_path / "a.db"]
-    run("generate", *words, "--rng", "dalle-mini")
-    run("generate", *words, "--rng", "dalle-mini", "--temperature", 2)
-    run("generate", *words)
-    with Archive.open(tmp_path / "a.db") as archive:
-        groups = [group.settings for group in archive.groups()]
-    found = sorted((settings.top_k, settings.top_p, settings.temperature) for settings in groups)
-    assert found == [(7, 0.75, 0.5), (7, 0.75, 2.0), (256, 1.0, 1.0)]
+    paths = {"db": tmp_path / "a.db", "model": str(model), "codec": str(models.vqgan)}
+    flags = {"prompts": [PROMPT], "temperature": [2]}
+    found = {}
+    for rng in ("dalle-mini", "rows"):
+        options = GenerateOptions(**paths, is_scored=False, batch_size=1, rng=rng)
+        _, sweep = prepare(load_sweep(flags), options, "r")
+        found[rng] = sweep.top_k, sweep.top_p, sweep.temperature
+    assert found == {"dalle-mini": ((7,), (0.75,), (2.0,)), "rows": ((256,), (1.0,), (2.0,))}
 
 
-def test_tokens_as_npy(letters, tmp_path):
-    model = golden("dalle_bart/mini")
-    codec = codec_for(model, tmp_path)
-    words = ["--no-score", "--model", model, "--codec", codec, "--tokenizer", letters, "--batch-size", 2, "--cpu-only"]
+def test_tokens_as_npy(models, tmp_path):
+    words = ["--no-score", "--model", models.dalle_bart, "--codec", models.vqgan, "--batch-size", 4, "--cpu-only"]
     db, out = tmp_path / "a.db", tmp_path / "npy"
     run("generate", "--db", db, "--prompts", PROMPT, "--n", 3, *words, "--output", "npy", "--out-dir", out)
     files = sorted(out.rglob("*.npy"))
     tokens = [np.load(path, allow_pickle=False) for path in files]
-    assert [array.shape for array in tokens] == [(16,)] * 3 and {array.dtype for array in tokens} == {np.dtype("<i8")}
-    with Archive.open(db) as archive:
-        (group,) = archive.groups()
-        stored = [np.frombuffer(row.quantvec, "<u2") for row in archive.rows(group.settings)]
-    assert sorted(map(tuple, stored)) == sorted(map(tuple, tokens))
-    run("decode", "--db", db, "--output", "npy", "--out-dir", tmp_path / "again")
-    assert [p.read_bytes() for p in sorted((tmp_path / "again").rglob("*.npy"))] == [p.read_bytes() for p in files]
+    assert [array.shape for array in tokens] == [(GRID**2,)] * 3
+    assert {array.dtype for array in tokens} == {np.dtype("<i8")}
+    assert sorted(map(tuple, stored_tokens(db))) == sorted(map(tuple, tokens))
+    run("decode", "--db", db, "--output", "npy", "--out-dir", tmp_path / "decoded")
+    found = sorted((tmp_path / "decoded").rglob("*.npy"))
+    assert [path.read_bytes() for path in found] == [path.read_bytes() for path in files]
+
+
+def test_a_codec_with_more_tokens_is_a_warning(models, tmp_path, capsys):
+    codec = tiny_vqgan(tmp_path / "codec", n_embed=CODEBOOK_SIZE + 1)
+    words = ["--no-score", "--model", models.dalle_bart, "--batch-size", 4, "--prompts", PROMPT, "--n", 1]
+    run("generate", "--db", tmp_path / "a.db", *words, "--codec", codec)
+    assert re.search(r"^warning: .*'codec'", capsys.readouterr().err, flags=re.MULTILINE)
+    run("generate", "--db", tmp_path / "b.db", *words, "--codec", models.vqgan)
+    assert "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("words", "names"),
     [
-        (["--rng", "dalle-mini", "--model", golden("mindalle_kakao/ckpt")], "repeats DALL-E mini and mega"),
-        (
-            ["--rng", "dalle-mini", "--model", DALLE_PYTORCHES[0] / "dalle.pt", "--tokenizer", "LETTERS"],
-            "repeats DALL-E mini and mega",
-        ),
-        (["--model", golden("dalle_bart/mini")], "takes 8x8: give the model's own codec"),
-        (["--model", golden("mindalle_kakao/ckpt"), "--codec", golden("vqgan_jax/a")], "give the model's own codec"),
-        (["--keys", "12"], "is not two whole numbers"),
-        (["--keys", "1:2", "--n", "4"], "use just one of --keys and of --n with --seed"),
-        (["--keys", f"1:{2**32}"], "must be from 0 to 4,294,967,295"),
+        (["--rng", "dalle-mini", "--model", DALLE_PYTORCHES[0] / "dalle.pt", "--tokenizer", "LETTERS"], ["dalle.pt"]),
+        (["--model", "MODEL"], ["'dalle_bart'", "--codec"]),  # the embedded codec has another grid
+        (["--keys", "12"], ["--keys", "'12'"]),
+        (["--keys", "1:2", "--n", "4"], ["--keys", "--n"]),
+        (["--keys", f"1:{2**32}"], ["4,294,967,295"]),
+        (["--conv-like", "causal"], ["conv_like"]),
+        (["--cond-scale-of", "first"], ["guides_first_code_alone"]),
     ],
 )
-def test_what_does_not_fit_is_one_line_and_leaves_nothing(words, expected, letters, tmp_path, capsys):
-    db = tmp_path / "x.db"
-    words = [letters / "tokenizer.json" if word == "LETTERS" else word for word in words]
-    assert cli.main([str(w) for w in ["generate", "--db", db, "--prompts", PROMPT, "--no-score", *words]]) == 1
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and expected in error and "\n" not in error
-    assert not db.exists()
+def test_incompatible_flags_are_one_line_and_leave_nothing(words, names, letters, models, tmp_path, capsys):
+    paths = {"LETTERS": letters / "tokenizer.json", "MODEL": models.dalle_bart}
+    words = [paths.get(word, word) for word in words]
+    error = run_badly(capsys, "generate", "--db", tmp_path / "a.db", "--prompts", PROMPT, "--no-score", *words)
+    assert all(name in error for name in names)
+    assert not (tmp_path / "a.db").exists()
 
 
-def test_a_tokenizer_of_another_model_is_found_out(tmp_path, capsys):
-    model, db = golden("dalle_bart/mini"), tmp_path / "x.db"
-    words = ["--model", model, "--codec", codec_for(model, tmp_path), "--tokenizer", golden("dalle_bart/text")]
-    assert (
-        cli.main([str(w) for w in ["generate", "--db", db, "--prompts", PROMPT, "--no-score", "--n", 1, *words]]) == 1
-    )
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "tokenizer" in error and "99" in error
-    assert not db.exists()
+def test_the_tokenizer_of_another_model_is_an_error(letters, models, tmp_path, capsys):
+    model = tiny_dalle_bart(tmp_path / "model", encoder_vocab_size=len(LETTERS) // 2)
+    words = ["--model", model, "--codec", models.vqgan, "--tokenizer", letters, "--prompts", PROMPT, "--no-score"]
+    error = run_badly(capsys, "generate", "--db", tmp_path / "a.db", *words)
+    assert "tokenizer" in error
+    assert not (tmp_path / "a.db").exists()
 
 
-def readme_flags() -> list[str]:
-    """The flags of the README's table of models, a row each."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    return re.findall(r"^\|.*\| `(--[^`]+)` \|$", text, flags=re.MULTILINE)
-
-
-def folder_with(source: Path, folder: Path, *more: Path) -> Path:
-    shutil.copytree(source, folder)
-    for path in more:
-        shutil.copyfile(path, folder / path.name)
-    return folder
-
-
-@pytest.fixture
-def people_have(tmp_path, letters, monkeypatch):
-    """A working folder in which the README's names are tiny models of these formats; the hub is never asked."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    vocabulary = (letters / "vocab.json", letters / "merges.txt")
-    mini = folder_with(golden("dalle_bart/mini"), tmp_path / "dalle-mini/dalle-mini", *vocabulary)
-    folder_with(golden("dalle_bart/mega"), tmp_path / "dalle-mini/dalle-mega", *vocabulary)
-    codec_for(mini, tmp_path).rename(tmp_path / "dalle-mini/vqgan_imagenet_f16_16384")
-    min_dalle = folder_with(golden("min_dalle/tiny_from_flax"), tmp_path / "kuprel/min-dalle", *vocabulary)
-    detoker = checkpoints.load(tmp_path / "dalle-mini/vqgan_imagenet_f16_16384", "codec")
-    checkpoints.save(min_dalle / "codec", "vqgan", dataclasses.asdict(detoker.config), detoker.params)
-    folder_with(golden("mindalle_kakao/ckpt"), tmp_path / "minDALL-E")
-    shutil.copyfile(next(p for p in DALLE_PYTORCHES if "jack" in p.parts) / "dalle.pt", tmp_path / "dalle.pt")
-    shutil.copyfile(letters / "tokenizer.json", tmp_path / "bpe.json")
-    folder_with(golden("taming/gumbel"), tmp_path / "vqgan_gumbel_f8")
-    return tmp_path
-
-
-@pytest.mark.parametrize("flags", [f for f in readme_flags() if f.startswith("--model")])
-def test_commands_of_the_readme_draw(flags, people_have, capfd):
-    words = [
-        "generate",
-        "--db",
-        "x.db",
-        "--prompts",
-        PROMPT,
-        "--n",
-        "1",
-        "--batch-size",
-        "2",
-        "--no-score",
-        "--cpu-only",
-    ]
-    run(*words, *flags.split())
-    with Archive.open(people_have / "x.db") as archive:
-        assert archive.count() == 1
-    # This fixture's Gumbel VQGAN has more codes than its dalle.pt draws; all others fit.
-    assert ("warning: codec" in capfd.readouterr().err) == ("vqgan_gumbel_f8" in flags)
-
-
-def test_the_table_has_every_format():
-    assert len(readme_flags()) == 10
-
-
-def test_condition_scale_as_dalle_pytorch_has_it(letters, tmp_path, capsys):
-    """With `--cond-scale-of first` the first code is the guided one, and all later ones follow without the prompt."""
+@pytest.mark.e2e
+def test_the_condition_scale_of_the_first_token_alone(letters, tmp_path, capsys):
+    """With `--cond-scale-of first` the first token is the guided one, and the others follow without the prompt."""
     model = DALLE_PYTORCHES[0] / "dalle.pt"
-    words = ["--model", model, "--tokenizer", letters / "tokenizer.json", "--no-score", "--batch-size", 2, "--n", 1]
-    words += ["--prompts", PROMPT, "--temperature", 0, "--cond-scale", 3, "--cpu-only"]
+    words = ["--model", model, "--tokenizer", letters / "tokenizer.json", "--batch-size", 2, "--cpu-only"]
+    settings = ["--prompts", PROMPT, "--temperature", 0, "--cond-scale", 3, "--n", 1, "--no-score"]
     tokens = {}
     for guided in ("all", "first"):
         db = tmp_path / f"{guided}.db"
-        run("generate", "--db", db, *words, "--cond-scale-of", guided)
-        with Archive.open(db) as archive:
-            (group,) = archive.groups()
-            (row,) = archive.rows(group.settings)
-        tokens[guided] = np.frombuffer(row.quantvec, "<u2").astype(np.int32)
-        # The flag is part of the model: it says which rows are meant, and draws them again.
-        checked = ["verify", "--db", db, *words[:4], "--batch-size", 2, "--cpu-only", "--regenerate"]
-        run(*checked, "--cond-scale-of", guided)
-    assert cli.main([str(word) for word in checked]) == 1
-    assert "holds no row that 'dalle.pt' drew" in capsys.readouterr().err
+        run("generate", "--db", db, *words, *settings, "--cond-scale-of", guided)
+        (tokens[guided],) = stored_tokens(db).astype(np.int32)
+    # The flag is part of the model: it says which rows are meant, and samples them anew.
+    run("verify", "--db", db, *words, "--regenerate", "--cond-scale-of", "first")
+    assert cli.main([str(word) for word in ["verify", "--db", db, *words, "--regenerate"]]) == 1
+    assert "'dalle.pt'" in capsys.readouterr().err
     assert tokens["all"][0] == tokens["first"][0]
 
-    found = checkpoints.load(model, "generator")
+    found = load_checkpoint(model, "generator")
     null = np.zeros((1, found.config.text_seq_len), np.int32)
-    logits = network_class(found.kind)(found.config).apply({"params": found.params}, null, tokens["first"][None])
+    logits = found.network_class(found.config).apply({"params": found.params}, null, tokens["first"][None])
     image = np.asarray(logits)[0, found.config.text_seq_len :, -found.config.codebook_size :]
     np.testing.assert_array_equal(image.argmax(1)[1:], tokens["first"][1:])
-
-
-@pytest.mark.parametrize("flags", [["--conv-like", "causal"], ["--cond-scale-of", "first"]])
-def test_flags_of_dalle_pytorch_are_refused_elsewhere(flags, tmp_path, capsys):
-    assert cli.main(["generate", "--db", str(tmp_path / "x.db"), "--prompts", PROMPT, "--no-score", *flags]) == 1
-    assert "about DALLE-pytorch's models; 'embedded/dalle_bart' is none" in capsys.readouterr().err

@@ -15,7 +15,7 @@ def codec(tmp_path_factory):
 
 @pytest.fixture
 def archive(tmp_path):
-    """Six pictures of one prompt and setting, in the 2022 layout, with ids 1 to 6, the best first."""
+    """Six images of one prompt and setting, in the 2022 layout, with ids 1 to 6, the best first."""
     return write_archive_2022(tmp_path / "archive.db", random_tokens(6, GRID**2, CODEBOOK_SIZE))
 
 
@@ -33,7 +33,7 @@ def decode(codec, archive, tmp_path, capfd):
 
 @pytest.fixture
 def many(tmp_path):
-    """1,500 pictures of five prompts, in the 2022 layout."""
+    """1,500 images of five prompts, in the 2022 layout."""
     tokens = random_tokens(300, GRID**2, CODEBOOK_SIZE)
     prompts = tuple(f"a boat of {wood}" for wood in ("oak", "ash", "elm", "fir", "yew"))
     return write_archive_2022(tmp_path / "many.db", tokens, prompts)

@@ -15,12 +15,15 @@ import zipfile
 import numpy as np
 import pytest
 from archive_kit import execute
-from decode_kit import all_files, change, pictures, random_tokens, write_archive_2022
+from decode_kit import all_files, change, random_tokens, read_images, write_archive_2022
 from faults_kit import MODES, PAGE, error_line, files_left, undisturbed, without_progress
+from helpers import ROOT
 from tiny import CODEBOOK_SIZE, GRID, IMAGE_SIZE
 
 from dm_generations.archive import Archive, merge
-from dm_generations.decode.codec import Codec
+from dm_generations.inference.decoder import Decoder
+
+pytestmark = pytest.mark.e2e
 
 PICTURE_MODES = {mode: flags for mode, flags in MODES.items() if mode != "npy"}  # which need a codec
 
@@ -34,7 +37,7 @@ def impatient(monkeypatch):
 @pytest.fixture
 def on_the_way(monkeypatch):
     """A function that lets something happen once, when the third batch starts."""
-    start, batch_count = Codec.start, 0
+    start, batch_count = Decoder.start, 0
 
     def happen(action):
         def start_after_action(codec, tokens):
@@ -44,24 +47,15 @@ def on_the_way(monkeypatch):
                 action()
             return start(codec, tokens)
 
-        monkeypatch.setattr(Codec, "start", start_after_action)
+        monkeypatch.setattr(Decoder, "start", start_after_action)
 
     return happen
-
-
-HOLD_LOCK = """
-import sqlite3, sys
-connection = sqlite3.connect(sys.argv[1], isolation_level=None)
-connection.execute(f"BEGIN {sys.argv[2]}")
-print("locked", flush=True)
-sys.stdin.read()
-"""
 
 
 @contextlib.contextmanager
 def locked(path, kind):
     """Another process's lock: EXCLUSIVE while it commits, IMMEDIATE while it gathers what it is to write."""
-    command = [sys.executable, "-c", HOLD_LOCK, str(path), kind]
+    command = [sys.executable, str(ROOT / "tests/programs/hold_lock.py"), str(path), kind]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout.readline() == "locked\n"
@@ -85,13 +79,13 @@ def test_a_lock_that_is_given_back_is_waited_for(decode, archive, tmp_path):
         timer.start()
         status, errors = decode()
         timer.join()
-    assert (status, errors) == (0, "") and len(pictures(tmp_path / "out")) == 6
+    assert (status, errors) == (0, "") and len(read_images(tmp_path / "out")) == 6
 
 
 def test_a_writer_that_has_not_committed_disturbs_nobody(decode, archive, tmp_path, impatient):
     with locked(archive, "IMMEDIATE"):
         assert decode() == (0, "")
-    assert len(pictures(tmp_path / "out")) == 6
+    assert len(read_images(tmp_path / "out")) == 6
 
 
 @pytest.mark.parametrize("mode", PICTURE_MODES)
@@ -118,7 +112,7 @@ def test_an_archive_that_is_cut_short_on_the_way(command, many, tmp_path, on_the
     assert 0 < len(lines) < 1400
     assert all(re.match(r"error: image \d+ was not decoded: ", line) for line in lines)
     if mode == "images":
-        assert len(pictures(out)) + len(lines) == 1500
+        assert len(read_images(out)) + len(lines) == 1500
     left = {path: data for path, data in all_files(out).items() if path not in PAGE}
     assert {path: data for path, data in left.items() if "incomplete" not in path}.items() < whole.items()
     if mode in ("tar", "zip"):
@@ -157,7 +151,7 @@ def damaged_pages(db, damaged):
 
 
 @pytest.mark.parametrize("layout", ["2022", "ours"])
-def test_a_damaged_page_gives_no_wrong_picture(decode, tmp_path, layout):
+def test_a_damaged_page_gives_no_wrong_image(decode, tmp_path, layout):
     damaged = tmp_path / "damaged.db"
     tokens = random_tokens(60, GRID**2, CODEBOOK_SIZE)
     db = write_archive_2022(tmp_path / "2022.db", tokens, ("a boat", "a ship"))
@@ -190,7 +184,7 @@ def test_a_flipped_bit_of_the_tokens_is_found_by_its_md5(decode, archive, tmp_pa
     archive.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
     status, errors = decode()
     assert status == 1 and "image 4 was not decoded: its tokens do not match their MD5" in error_line(errors)
-    assert len(pictures(tmp_path / "out")) == 5
+    assert len(read_images(tmp_path / "out")) == 5
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -200,7 +194,7 @@ def test_bad_rows_of_every_kind_are_named_and_the_rest_written(decode, archive, 
     change(archive, "UPDATE images SET quantvec = NULL WHERE id = 4")
     change(archive, "UPDATE images SET quantvec = zeroblob(31), quantvec_md5 = NULL WHERE id = 6")
     bad = [1, 3, 4, 6]
-    if mode != "npy":  # which holds any code
+    if mode != "npy":  # which holds any token
         outside = CODEBOOK_SIZE.to_bytes(2, "little") * GRID**2
         change(archive, "UPDATE images SET quantvec = ?, quantvec_md5 = NULL WHERE id = 5", outside)
         bad = [1, 3, 4, 5, 6]
@@ -212,7 +206,7 @@ def test_bad_rows_of_every_kind_are_named_and_the_rest_written(decode, archive, 
 
 
 def ranks_in(folder, mode):
-    """Ranks of the pictures of one group that were written; of a gallery, the cells that are not black."""
+    """Ranks of the images of one group that were written; of a gallery, the cells that are not black."""
     files = [path for path in folder.rglob("*.*") if path.name not in PAGE]
     if mode == "tar":
         (file,) = files
@@ -220,7 +214,7 @@ def ranks_in(folder, mode):
             names = tar.getnames()
         return sorted(int(name.split(".")[0]) - 1 for name in names if name.endswith(".png"))  # ids count from 1
     if mode == "gallery":
-        (sheet,) = pictures(folder).values()
+        (sheet,) = read_images(folder).values()
         cells = sheet.reshape(2, IMAGE_SIZE, 3, IMAGE_SIZE, 3).swapaxes(1, 2).reshape(6, -1)
         return [rank for rank, cell in enumerate(cells) if cell.any()]
     names = [path.name for path in files]
@@ -232,7 +226,7 @@ def ranks_in(folder, mode):
 
 
 @pytest.mark.parametrize("mode", ["tar", "zip"])
-def test_a_shard_that_lacks_a_picture_does_not_pass_for_finished(decode, archive, tmp_path, mode):
+def test_a_shard_that_lacks_an_image_does_not_pass_for_finished(decode, archive, tmp_path, mode):
     out, shards = tmp_path / "out", ("--mode", mode)
     ((blob,),) = execute(archive, "SELECT quantvec FROM images WHERE id = 2")
     change(archive, "UPDATE images SET quantvec = x'00' WHERE id = 2")
@@ -262,7 +256,7 @@ def test_keys_of_any_type_are_told_in_json(decode, archive, tmp_path, mode):
 ALIKE = ("a/b", "a:b", "ab", "AB", "ab.", "ab ", "a\0b", "", "caf\u00e9", "cafe\u0301", "x" * 300, "x" * 301, None)
 
 
-def test_no_two_pictures_share_a_name(decode, codec, tmp_path):
+def test_no_two_images_share_a_name(decode, codec, tmp_path):
     settings = [(50, 1.0, 1.0, 10.0), (50, 1.0, np.nextafter(1.0, 2), 10.0), (50, 1.0, 1.0, 10), (5, 0.1, 1.0, 1e22)]
     tokens = random_tokens(len(ALIKE) * len(ALIKE) * len(settings), GRID**2, CODEBOOK_SIZE).astype("<u2")
     db = write_archive_2022(tmp_path / "alike.db", tokens[:0])

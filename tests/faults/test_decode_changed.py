@@ -1,4 +1,4 @@
-"""Decodes again of an archive that has changed since: no name shows a picture that it does not belong to any more."""
+"""Decodes again of an archive that has changed since: no name shows an image that it does not belong to any more."""
 
 import hashlib
 import shutil
@@ -8,9 +8,11 @@ from decode_kit import all_files, change, random_tokens, write_archive_2022
 from tiny import CODEBOOK_SIZE, GRID
 
 from dm_generations.archive import merge
-from dm_generations.browser.shown import NOTES
-from dm_generations.decode import job as job_module
-from dm_generations.decode import writer as writer_module
+from dm_generations.export import exporter as exporter_module
+from dm_generations.export import writers as writers_module
+from dm_generations.export.journal import JOURNAL, Journal
+
+pytestmark = pytest.mark.e2e
 
 MODES = {
     "images": (),
@@ -25,25 +27,25 @@ SELECT prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, 0, 99, ?,
 
 
 def add_best(archive):
-    """One more picture, better than all others of its group."""
+    """One more image, better than all others of its group."""
     tokens = random_tokens(7, GRID**2, CODEBOOK_SIZE)[-1].astype("<u2").tobytes()
     change(archive, ADD_BEST, tokens, hashlib.md5(tokens).hexdigest())
 
 
 def add_twin(archive):
-    """One more picture, better than all others, with the key of the first: it goes on from given codes, say."""
+    """One more image, better than all others, with the key of the first: it goes on from initial tokens, say."""
     add_best(archive)
     change(archive, "UPDATE images SET (key0, key1) = (SELECT key0, key1 FROM images WHERE id = 1) WHERE key1 = 99")
 
 
 def rescore(archive):
-    """The last picture is the best, the first one the worst."""
+    """The last image is the best, the first one the worst."""
     change(archive, "UPDATE images SET clip_score_input = -clip_score_input")
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("change_archive", [add_best, add_twin, rescore])
-def test_files_show_the_pictures_of_their_rank(decode, archive, tmp_path, mode, change_archive):
+def test_files_show_the_images_of_their_rank(decode, archive, tmp_path, mode, change_archive):
     assert decode(*MODES[mode]) == (0, "")
     change_archive(archive)
     assert decode(*MODES[mode]) == (0, "")
@@ -62,7 +64,7 @@ def test_a_decode_of_others_into_the_folder_forgets_nothing(decode, tmp_path, ot
     add_best(archive)
     assert decode(db=archive) == (0, "") and decode(db=archive, out=tmp_path / "fresh") == (0, "")
     fresh, found = all_files(tmp_path / "fresh"), all_files(tmp_path / "out")
-    assert {path for path in fresh if found[path] != fresh[path]} == set()
+    assert {path for path in fresh if found[path] != fresh[path]} <= {JOURNAL}  # which lists the others too
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def stopped(decode, monkeypatch):
     """Runs `decode` until it has written one file and none of the lists."""
 
     def run(*flags, **options):
-        write, written = writer_module.write_atomic, []
+        write, written = writers_module.write_atomic, []
 
         def write_one(path, data):
             if written:
@@ -79,7 +81,7 @@ def stopped(decode, monkeypatch):
             written.append(path)
 
         with monkeypatch.context() as patched:
-            patched.setattr(writer_module, "write_atomic", write_one)
+            patched.setattr(writers_module, "write_atomic", write_one)
             assert decode(*flags, "--num-workers", "1", **options)[0] == 130
 
     return run
@@ -96,7 +98,7 @@ def test_a_first_run_was_stopped_before_the_archive_changed(decode, stopped, arc
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_of_another_archive_was_stopped(decode, stopped, archive, tmp_path, mode):
-    """What it was to replace may show either picture."""
+    """What it was to replace may show either image."""
     assert decode(*MODES[mode]) == (0, "")
     expected = all_files(tmp_path / "out")
     rescored = shutil.copy(archive, tmp_path / "rescored.db")
@@ -107,7 +109,7 @@ def test_a_run_of_another_archive_was_stopped(decode, stopped, archive, tmp_path
     assert all_files(tmp_path / "out") == expected
 
 
-def test_a_run_was_stopped_between_the_two_lists(decode, tmp_path, monkeypatch):
+def test_a_run_was_stopped_between_the_page_and_the_journal(decode, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -115,7 +117,7 @@ def test_a_run_was_stopped_between_the_two_lists(decode, tmp_path, monkeypatch):
     assert decode("--prompt-ids", "1", db=archive) == (0, "")
     for prompt_id in ("2", "1"):
         with monkeypatch.context() as patched:
-            patched.setattr(job_module, "write_others", stop)
+            patched.setattr(Journal, "compact", stop)
             assert decode("--prompt-ids", prompt_id, db=archive)[0] == 130
     add_best(archive)
     change(archive, "UPDATE images SET clip_score_input = -clip_score_input WHERE prompt_id = 2")
@@ -125,10 +127,10 @@ def test_a_run_was_stopped_between_the_two_lists(decode, tmp_path, monkeypatch):
 
 @pytest.fixture
 def growing(decode, archive, tmp_path, monkeypatch):
-    """Runs `decode` on an archive of ours that gets a better picture once the run knows what is due."""
+    """Runs `decode` on an archive of ours that gets a better image once the run knows what is due."""
     native = tmp_path / "native.db"
     merge([archive], native)
-    run_job = job_module.Job.run
+    run_job = exporter_module.Exporter.run
 
     def grow_and_run(job, *arguments):
         add_best(native)
@@ -136,7 +138,7 @@ def growing(decode, archive, tmp_path, monkeypatch):
 
     def run(*flags):
         with monkeypatch.context() as patched:
-            patched.setattr(job_module.Job, "run", grow_and_run)
+            patched.setattr(exporter_module.Exporter, "run", grow_and_run)
             return decode(*flags, db=native)
 
     run.archive = native
@@ -148,16 +150,16 @@ def test_an_archive_shrinks_while_a_run_goes_on(decode, archive, tmp_path, monke
     native = tmp_path / "native.db"
     merge([archive], native)
     assert decode(*MODES[mode], db=native) == (0, "")
-    run_job = job_module.Job.run
+    run_job = exporter_module.Exporter.run
 
     def shrink_and_run(job, *arguments):
         change(native, "DELETE FROM images WHERE id > 4")
         run_job(job, *arguments)
 
-    monkeypatch.setattr(job_module.Job, "run", shrink_and_run)
+    monkeypatch.setattr(exporter_module.Exporter, "run", shrink_and_run)
     status, errors = decode(*MODES[mode], db=native)
     assert status == 1
-    assert all(line.endswith("native.db changed while it was read; run again") for line in errors.splitlines())
+    assert all("native.db changed while it was read" in line for line in errors.splitlines())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -173,7 +175,7 @@ def test_an_archive_grows_while_a_run_goes_on(decode, growing, tmp_path, mode):
 def test_an_archive_grows_while_a_run_that_finds_all_done_reads_it(decode, growing, tmp_path):
     assert decode(db=growing.archive) == (0, "")
     status, errors = growing()
-    assert status == 1 and errors.count("native.db changed while it was read; run again") == 6
+    assert status == 1 and errors.count("native.db changed while it was read") == 6
     assert decode(db=growing.archive) == (0, "") and decode(db=growing.archive, out=tmp_path / "fresh") == (0, "")
     assert all_files(tmp_path / "out") == all_files(tmp_path / "fresh")
 
@@ -198,10 +200,10 @@ def test_shards_hold_the_scores_that_their_rows_have(decode, archive, tmp_path, 
 
 
 @pytest.mark.parametrize("rest", [b"", b"\xff\n[]\n{}\n[1,2]\n", b'\n["0001_a boat/0001_k=50,p=1.0,t'])
-def test_notes_that_were_cut_off_or_are_someone_elses(decode, stopped, archive, tmp_path, rest):
+def test_journals_that_were_cut_off_or_are_someone_elses(decode, stopped, archive, tmp_path, rest):
     stopped()
-    with open(tmp_path / "out" / NOTES, "ab") as notes:
-        notes.write(rest)
+    with open(tmp_path / "out" / JOURNAL, "ab") as journal:
+        journal.write(rest)
     stopped()
     add_best(archive)
     assert decode() == (0, "") and decode(out=tmp_path / "fresh") == (0, "")
@@ -209,14 +211,44 @@ def test_notes_that_were_cut_off_or_are_someone_elses(decode, stopped, archive, 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_pictures_that_take_more_than_their_key_to_draw_again_are_decoded_once(decode, archive, tmp_path, mode):
+def test_images_that_take_more_than_their_key_to_draw_again_are_decoded_once(decode, archive, tmp_path, mode):
     native = tmp_path / "native.db"
     merge([archive], native)
     change(native, "UPDATE images SET dtype = 'bfloat16' WHERE id <= 3")
     assert decode(*MODES[mode], db=native) == (0, "")
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("0001*/*")}
+    times = times_of_images(tmp_path / "out")
     assert times and decode(*MODES[mode], db=native) == (0, "")
-    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert times_of_images(tmp_path / "out") == times
+
+
+@pytest.mark.parametrize("mode", ["images", "gallery"])
+@pytest.mark.parametrize("change_archive", [None, add_best])
+def test_a_folder_of_a_version_without_a_journal(decode, archive, tmp_path, mode, change_archive):
+    """It is found finished by its manifest, or by what the archive has become."""
+    assert decode(*MODES[mode]) == (0, "")
+    expected, times = all_files(tmp_path / "out"), times_of_images(tmp_path / "out")
+    (tmp_path / "out" / JOURNAL).unlink()
+    if change_archive is not None:
+        change_archive(archive)
+    assert decode(*MODES[mode]) == (0, "") and decode(*MODES[mode], out=tmp_path / "fresh") == (0, "")
+    assert all_files(tmp_path / "out") == all_files(tmp_path / "fresh")
+    unchanged = times_of_images(tmp_path / "out") == times and all_files(tmp_path / "out") == expected
+    assert unchanged == (change_archive is None)
+
+
+def test_a_folder_of_a_version_without_a_journal_whose_run_was_killed(decode, stopped, archive, tmp_path):
+    """That version noted what it wrote in a list of its own."""
+    stopped()
+    (tmp_path / "out" / JOURNAL).unlink()
+    ((path, _),) = [item for item in all_files(tmp_path / "out").items() if "/" in item[0]]
+    (tmp_path / "out" / ".under-way.jsonl").write_text(f'\n["{path}",[30.0,0,0]]')
+    add_best(archive)
+    assert decode() == (0, "") and decode(out=tmp_path / "fresh") == (0, "")
+    assert all_files(tmp_path / "out") == all_files(tmp_path / "fresh")
+
+
+def times_of_images(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("0001*/*")}
 
 
 @pytest.mark.parametrize("content", [b"", b"window.DM_MANIFEST = {};", b"window.DM_MANIFEST = {", b"\xff", b"[]"])

@@ -9,6 +9,8 @@ import pytest
 from decode_kit import all_files
 from faults_kit import MODES, PAGE, bytes_under, files_left, undisturbed, without_progress
 
+pytestmark = pytest.mark.e2e
+
 
 def check_kills(command, out, whole, flags, kill_count, seed):
     """Kill decodes into one folder, each at a random moment of what is left to do, `kill_count` times in all.

@@ -10,15 +10,17 @@ import pytest
 from helpers import ROOT, golden
 
 from dm_generations.errors import UserError
-from dm_generations.models import checkpoints
-from dm_generations.models.checkpoints import min_dalle
-from dm_generations.models.checkpoints.torch_pickle import read_torch
-from dm_generations.models.vqgan import VQGANConfig
+from dm_generations.models.dalle_mini.checkpoint import min_dalle_config, read_min_dalle
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.vqgan.checkpoint import read_detoker
+from dm_generations.models.vqgan.network import VQGANConfig
+from dm_generations.weights.native import flatten
+from dm_generations.weights.torch_file import read_torch
 
 GENERATORS = sorted(file.parent for file in golden("min_dalle").glob("*/decoder.pt"))
-# Its weights are not in the repository, but drawn here as they were when its pictures were recorded.
-SEEDED = ROOT / "tests/golden/min_dalle/detoker_seeded"
-DETOKERS = [SEEDED, *sorted(file.parent for file in golden("min_dalle").glob("*/detoker.pt"))]
+# Weights that are not in the repository, but made here as they were when the images were recorded.
+SEEDED = sorted(file.parent for file in ROOT.glob("tests/golden/min_dalle/*/shapes.json"))
+DETOKERS = [*SEEDED, *sorted(file.parent for file in golden("min_dalle").glob("*/detoker.pt"))]
 DETOKER_CONFIG = VQGANConfig(
     ch=32,
     ch_mult=(1, 1, 2),
@@ -31,9 +33,12 @@ DETOKER_CONFIG = VQGANConfig(
 )
 
 
+SMALLEST = min(GENERATORS, key=lambda folder: (folder / "decoder.pt").stat().st_size)
+
+
 @pytest.fixture(scope="module", params=GENERATORS, ids=lambda folder: folder.name)
 def case(request):
-    model = checkpoints.load(request.param, "generator")
+    model = load_checkpoint(request.param, "generator")
     with np.load(request.param / "golden.npz") as arrays:
         return model, dict(arrays), request.param
 
@@ -66,7 +71,7 @@ def test_logits_are_those_of_the_original(case):
         np.testing.assert_array_equal(logits.argmax(-1), arrays["logits_argmax_all"])
 
 
-def test_the_weights_of_its_draws_come_out(case):
+def test_the_weights_that_it_sampled_from_come_out(case):
     """What the original gave to its sampler, step by step: guidance, top_k with ties, then temperature."""
     model, arrays, _ = case
     settings = [name.removesuffix("__settings") for name in arrays if name.endswith("__settings")]
@@ -102,7 +107,7 @@ def test_weights_are_the_ones_of_the_file_as_they_are(case):
     """Views in the file's float16, and each tensor of both files used once."""
     model, _, folder = case
     stored = [array for part in ("encoder", "decoder") for array in read_torch(folder / f"{part}.pt").values()]
-    found = list(checkpoints.flatten(model.params).values())
+    found = list(flatten(model.params).values())
     assert sorted(array.nbytes for array in found) == sorted(array.nbytes for array in stored)
     assert all(array.dtype == np.float16 and not array.flags.owndata for array in found)
 
@@ -111,32 +116,38 @@ def test_weights_are_the_ones_of_the_file_as_they_are(case):
 def folder(tmp_path):
     """The tiny files without what says their heads."""
     for part in ("encoder", "decoder"):
-        shutil.copy(golden("min_dalle") / "tiny_from_flax" / f"{part}.pt", tmp_path)
+        shutil.copy(SMALLEST / f"{part}.pt", tmp_path)
     (tmp_path / "vocab.json").write_text("{}")
     return tmp_path
 
 
 def test_without_a_side_file_heads_and_start_are_those_of_the_published_models(folder):
     """Heads are 64 wide; the start token is 16,384, or the last row of a smaller table."""
-    source = min_dalle.generator(folder)
-    assert (source.config.decoder_attention_heads, source.config.start_token) == (1, 71)
+    source = read_min_dalle(folder)
+    width, last = source.config.d_model, source.config.image_vocab_size
+    assert last < 16384
+    assert (source.config.decoder_attention_heads, source.config.start_token) == (max(1, width // 64), last)
     assert source.tokenizer == folder and source.text_style == "min_dalle"
     decoder = {name: np.broadcast_to(array, array.shape) for name, array in read_torch(folder / "decoder.pt").items()}
-    decoder["embed_tokens.weight"] = np.broadcast_to(np.float16(0), (16416, 64))
+    decoder["embed_tokens.weight"] = np.broadcast_to(np.float16(0), (16416, width))
     files = (folder / "encoder.pt", folder / "decoder.pt")
-    assert min_dalle.dalle_bart_config(read_torch(files[0]), decoder, files, {}).start_token == 16384
+    assert min_dalle_config(read_torch(files[0]), decoder, files, {}).start_token == 16384
 
 
 def test_the_config_of_dalle_mini_decides_where_it_lies_beside(folder):
-    (folder / "config.json").write_text('{"encoder_attention_heads": 4, "decoder_start_token_id": 64}')
-    config = min_dalle.generator(folder).config
-    assert (config.encoder_attention_heads, config.decoder_attention_heads, config.start_token) == (4, 1, 64)
+    plain = read_min_dalle(folder).config
+    start, heads = plain.image_vocab_size - 7, plain.decoder_attention_heads
+    values = {"encoder_attention_heads": 4 * heads, "decoder_start_token_id": start}
+    (folder / "config.json").write_text(json.dumps(values))
+    config = read_min_dalle(folder).config
+    assert (config.encoder_attention_heads, config.decoder_attention_heads) == (4 * heads, heads)
+    assert config.start_token == start
     (folder / "config.json").write_text("[")
     with pytest.raises(UserError, match=r"config\.json is not JSON"):
-        min_dalle.generator(folder)
-    (folder / "config.json").write_text('{"attention_head_count": 7}')
-    with pytest.raises(UserError, match=r"decoder\.pt: .* not divisible by encoder_attention_heads 7"):
-        min_dalle.generator(folder)
+        read_min_dalle(folder)
+    (folder / "config.json").write_text(json.dumps({"attention_head_count": plain.d_model + 1}))
+    with pytest.raises(UserError, match=rf"decoder\.pt: .*encoder_attention_heads {plain.d_model + 1}"):
+        read_min_dalle(folder)
 
 
 def test_names_of_the_hub_and_saved_norm_scales(folder):
@@ -147,52 +158,52 @@ def test_names_of_the_hub_and_saved_norm_scales(folder):
             if "norm" in name.lower() or "ln" in name:
                 state.setdefault(name.replace(".bias", ".weight"), np.ones_like(state[name]))
         codec_kit.saved(folder / f"{part}_mini.pt", state)
-    plain = checkpoints.load(folder, "generator")
-    with_scales = checkpoints.load(folder / "decoder_mini.pt", "generator")
+    plain = load_checkpoint(folder, "generator")
+    with_scales = load_checkpoint(folder / "decoder_mini.pt", "generator")
     assert with_scales.config.force_ln_scale and not plain.config.force_ln_scale
-    ids = np.ones((1, 12), np.int32)
+    ids = np.ones((1, plain.config.max_text_length), np.int32)
     ids[0, :3] = 0, 5, 2
+    tokens = np.arange(plain.config.image_length)[None] % plain.config.codebook_size
     results = [
-        codec_kit.applied(model, "__call__", ids, (ids != 1).astype(np.int32), np.arange(16)[None])
-        for model in (plain, with_scales)
+        codec_kit.applied(model, "__call__", ids, (ids != 1).astype(np.int32), tokens) for model in (plain, with_scales)
     ]
     np.testing.assert_allclose(*results, atol=1e-5)
     for part in ("encoder", "decoder"):
         (folder / f"{part}.pt").unlink()
-    assert min_dalle.generator(folder).files == (folder / "encoder_mini.pt", folder / "decoder_mini.pt")
+    assert read_min_dalle(folder).files == (folder / "encoder_mini.pt", folder / "decoder_mini.pt")
 
 
 def test_a_damaged_file_is_one_line(folder):
     decoder = {name: np.array(array) for name, array in read_torch(folder / "decoder.pt").items()}  # not mapped
     without_norm = {name: array for name, array in decoder.items() if name != "final_ln.bias"}
     codec_kit.saved(folder / "decoder.pt", without_norm)
-    with pytest.raises(UserError, match="decoder.pt lacks final_ln.bias;"):
-        checkpoints.load(folder, "generator")
+    with pytest.raises(UserError, match=r"decoder.pt lacks final_ln.bias;"):
+        load_checkpoint(folder, "generator")
     for name in ("lm_head.weight", "embed_positions.weight", "layers.0.glu.fc0.weight"):
         codec_kit.saved(folder / "decoder.pt", {key: array for key, array in decoder.items() if key != name})
         with pytest.raises(UserError, match=f"decoder.pt lacks the tensor {name}"):
-            min_dalle.generator(folder)
+            read_min_dalle(folder)
     for name in ("lm_head.bias", "lm_head.weight_x"):
         codec_kit.saved(folder / "decoder.pt", decoder | {name: np.zeros(3, np.float32)})
-        with pytest.raises(UserError, match="decoder.pt has unexpected .*lm_head"):
-            checkpoints.load(folder, "generator")
-    layer = {name: array for name, array in decoder.items() if name != "layers.1.glu.fc0.weight"}
-    codec_kit.saved(folder / "decoder.pt", layer)
-    with pytest.raises(UserError, match="decoder.pt lacks layers.1.glu.fc0.weight;"):
-        checkpoints.load(folder, "generator")
+        with pytest.raises(UserError, match=r"decoder.pt has unexpected .*lm_head"):
+            load_checkpoint(folder, "generator")
+    last = max((name for name in decoder if name.endswith("glu.fc0.weight")), key=lambda name: int(name.split(".")[1]))
+    codec_kit.saved(folder / "decoder.pt", {name: array for name, array in decoder.items() if name != last})
+    with pytest.raises(UserError, match=rf"decoder.pt lacks {last};"):
+        load_checkpoint(folder, "generator")
     codec_kit.saved(folder / "decoder.pt", decoder)
     content = (folder / "decoder.pt").read_bytes()
     (folder / "decoder.pt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="decoder.pt"):
-        min_dalle.generator(folder)
+    with pytest.raises(UserError, match=r"decoder.pt"):
+        read_min_dalle(folder)
 
 
 def test_other_files_are_left_to_other_readers(tmp_path):
-    assert min_dalle.generator(tmp_path) is None and min_dalle.codec(tmp_path) is None
+    assert read_min_dalle(tmp_path) is None and read_detoker(tmp_path) is None
     for name in ("encoder", "decoder", "detoker", "dalle"):
         codec_kit.saved(tmp_path / f"{name}.pt", {"weight": np.zeros((2, 2), np.float32)})
     for path in (tmp_path, tmp_path / "dalle.pt", tmp_path / "decoder.pt"):
-        assert min_dalle.generator(path) is None and min_dalle.codec(path) is None
+        assert read_min_dalle(path) is None and read_detoker(path) is None
 
 
 @pytest.fixture(params=DETOKERS, ids=lambda folder: folder.name)
@@ -221,10 +232,11 @@ def seeded_state(shapes):
     return state
 
 
-def test_pictures_are_those_of_the_original(recorded):
+@pytest.mark.e2e
+def test_images_are_those_of_the_original(recorded):
     """Floats in 0..255. Grids go down the columns first; a seamless one is decoded as one map of tokens."""
     folder, arrays = recorded
-    model = checkpoints.load(folder, "codec")
+    model = load_checkpoint(folder, "codec")
     tokens = arrays["tokens"].astype(np.int32)
     count, side = round(len(tokens) ** 0.5), round(tokens.shape[1] ** 0.5)
 
@@ -232,13 +244,13 @@ def test_pictures_are_those_of_the_original(recorded):
         columns = [np.concatenate(parts[i : i + count], axis=0) for i in range(0, len(parts), count)]
         return np.concatenate(columns, axis=1)
 
-    def pictures(tokens):
+    def images(tokens):
         return np.clip(codec_kit.applied(model, "decode_code", tokens), 0, 1) * 255
 
-    codec_kit.assert_close(tiled(list(pictures(tokens))), arrays["images_grid"])
-    codec_kit.assert_close(pictures(tokens[2:3])[0], arrays["image_2_alone"])
+    codec_kit.assert_close(tiled(list(images(tokens))), arrays["images_grid"])
+    codec_kit.assert_close(images(tokens[2:3])[0], arrays["image_2_alone"])
     seamless = tiled(list(tokens.reshape(-1, side, side))).reshape(1, -1)
-    codec_kit.assert_close(pictures(seamless)[0], arrays["images_seamless"])
+    codec_kit.assert_close(images(seamless)[0], arrays["images_seamless"])
 
 
 @pytest.fixture
@@ -254,10 +266,10 @@ def detoker(tmp_path):
 def test_a_detoker_gives_its_own_arrays_and_sizes(detoker):
     file, flat, _ = detoker
     for path in (file, file.parent):
-        source = min_dalle.codec(path)
+        source = read_detoker(path)
         assert source.config == DETOKER_CONFIG
         codec_kit.assert_same(source.params, flat)
-    model = checkpoints.load(file, "codec")
+    model = load_checkpoint(file, "codec")
     pixels = jax.device_get(codec_kit.applied(model, "decode_code", np.arange(4)[None]))
     assert pixels.shape == (1, 8, 8, 3) and np.isfinite(pixels).all()
 
@@ -266,7 +278,7 @@ def test_a_damaged_detoker_is_one_line(detoker):
     file, _, state = detoker
     codec_kit.saved(file, {name: array for name, array in state.items() if name != "decoder.conv_in.bias"})
     with pytest.raises(UserError, match=r"detoker\.pt lacks decoder\.conv_in\.bias"):
-        checkpoints.load(file, "codec")
+        load_checkpoint(file, "codec")
 
 
 @pytest.mark.parametrize(
@@ -283,6 +295,7 @@ def test_whatever_it_starts_from_codes_are_those_of_the_codebook(folder, image_v
     """min-dalle draws among the first 16,384 columns alone."""
     files = (folder / "encoder.pt", folder / "decoder.pt")
     encoder, decoder = (dict(read_torch(file)) for file in files)
-    decoder["embed_tokens.weight"] = np.broadcast_to(np.float16(0), (image_vocab_size + 1, 64))
-    config = min_dalle.dalle_bart_config(encoder, decoder, files, side)
+    width = encoder["embed_tokens.weight"].shape[1]
+    decoder["embed_tokens.weight"] = np.broadcast_to(np.float16(0), (image_vocab_size + 1, width))
+    config = min_dalle_config(encoder, decoder, files, side)
     assert (config.start_token, config.codebook_size) == (start, codes)

@@ -6,13 +6,14 @@ import pytest
 import torch_files
 from torch_files import Call, Global
 
-from dm_generations.decode.codec import Codec
 from dm_generations.errors import UserError
-from dm_generations.models import checkpoints
-from dm_generations.models.checkpoints import openai_vae
-from dm_generations.models.checkpoints.source import Source
-from dm_generations.models.checkpoints.torch_pickle import read_torch, state_of
-from dm_generations.models.openai_vae import OpenAIVAEConfig
+from dm_generations.inference.decoder import Decoder
+from dm_generations.models.base import RawCheckpoint
+from dm_generations.models.dvae.checkpoint import read_openai_vae
+from dm_generations.models.dvae.openai import OpenAIVAEConfig
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.weights.native import unflatten
+from dm_generations.weights.torch_file import read_torch, state_of
 
 CONFIG = OpenAIVAEConfig(n_hid=8, n_init=6, n_blk_per_group=2, vocab_size=12, image_size=32)
 RESIDUAL_GAIN = 1 / 8**2  # 4 groups of 2 blocks
@@ -24,7 +25,7 @@ def flat():
 
 
 def source_of(flat):
-    return Source("openai_vae", CONFIG, checkpoints.unflatten(flat), ())
+    return RawCheckpoint("openai_vae", CONFIG, unflatten(flat), ())
 
 
 def convolved(x, flat, name):
@@ -139,24 +140,24 @@ def folder(tmp_path, flat):
 
 
 def test_pickled_modules_give_their_own_arrays(folder, flat):
-    source = openai_vae.codec(folder)
+    source = read_openai_vae(folder)
     codec_kit.assert_same(source.params, flat)
     assert source.config == OpenAIVAEConfig(n_hid=8, n_init=6, vocab_size=12)  # 256 pixels: the file does not say
     assert (source.config.grid, source.config.codebook_size) == (32, 12)
-    assert checkpoints.load(folder / "decoder.pkl", "codec").kind == "openai_vae"
+    assert load_checkpoint(folder / "decoder.pkl", "codec").kind == "openai_vae"
     for file in source.files:
         state = state_of(read_torch(file))
-        named = [source.in_file(path, flat[path].shape) for path in flat if source.file_of(path) == file]
+        named = [source.name_in_file(path, flat[path].shape) for path in flat if source.file_of(path) == file]
         assert dict(named) == {name: array.shape for name, array in state.items()}
 
 
 def test_the_decoder_alone_is_a_codec(folder):
     (folder / "encoder.pkl").unlink()
-    model = checkpoints.load(folder, "codec")
+    model = load_checkpoint(folder, "codec")
     assert set(model.params) == {"decoder"}
     tokens = np.arange(4, dtype=np.uint16)[None]
     pixels = codec_kit.applied(model, "decode_code", tokens)
-    pictures = Codec.from_checkpoint(model, batch_size=2, grid=2).decode(tokens)
+    pictures = Decoder.from_checkpoint(model, batch_size=2, grid=2).decode(tokens)
     np.testing.assert_allclose(pictures, np.clip(pixels, 0, 1) * 255, atol=1.001)
     assert pictures.shape == (1, 16, 16, 3) and pictures.dtype == np.uint8
 
@@ -164,7 +165,7 @@ def test_the_decoder_alone_is_a_codec(folder):
 def test_the_encoder_alone_is_refused(folder):
     (folder / "decoder.pkl").unlink()
     with pytest.raises(UserError, match=r"lacks decoder\.pkl"):
-        openai_vae.codec(folder)
+        read_openai_vae(folder)
 
 
 @pytest.mark.parametrize(
@@ -172,18 +173,18 @@ def test_the_encoder_alone_is_refused(folder):
     [
         (module("dall_e.decoder.Decoder", {"blocks.input.w": torch_files.tensor(np.zeros(3))}), "has shape"),
         (Call(Global("os", "system"), ("touch ran",)), "is not a network that torch pickled"),
-        ({"blocks.input.w": 3}, "blocks.input.w is no tensor"),
+        ({"blocks.input.w": 3}, "blocks.input.w is not a tensor"),
     ],
 )
 def test_what_is_no_decoder_is_one_line(folder, monkeypatch, value, message):
     monkeypatch.chdir(folder)
     torch_files.save(folder / "decoder.pkl", value)
     with pytest.raises(UserError, match=rf"decoder\.pkl.*{message}"):
-        openai_vae.codec(folder)
+        read_openai_vae(folder)
     assert not (folder / "ran").exists()
 
 
 def test_other_files_are_left_to_other_readers(tmp_path):
-    assert openai_vae.codec(tmp_path) is None
+    assert read_openai_vae(tmp_path) is None
     torch_files.save(tmp_path / "decoder.pkl", {"layers": [1, 2]})
-    assert openai_vae.codec(tmp_path) is None
+    assert read_openai_vae(tmp_path) is None

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dm_generations.models.resize import FILTERS, resize
+from dm_generations.models.clip.preprocessing import FILTERS, resize
 
 SIZES = [(256, 256, 224, 224), (64, 64, 224, 224), (96, 128, 24, 32), (50, 71, 60, 80), (7, 5, 7, 12), (1, 3, 1, 4)]
 RESIZE = jax.jit(resize, static_argnums=(1, 2, 3))

@@ -9,7 +9,7 @@ import pytest
 from helpers import golden_dirs
 
 from dm_generations.errors import UserError
-from dm_generations.models import checkpoints
+from dm_generations.models.loading import load_checkpoint
 
 # The fuller set comes first, so that a folder that both sets have is taken from it.
 FOLDERS = {
@@ -21,7 +21,7 @@ FOLDERS = {
 def case(request):
     folder = FOLDERS[request.param]
     with np.load(folder / "golden.npz") as arrays:
-        yield checkpoints.load(folder, "codec"), dict(arrays)
+        yield load_checkpoint(folder, "codec"), dict(arrays)
 
 
 @pytest.mark.parametrize("suffix", ["", "_other_grid"])
@@ -51,4 +51,4 @@ def test_an_option_that_is_not_supported_is_named(option, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     shutil.copyfile(source / "flax_model.msgpack", tmp_path / "flax_model.msgpack")
     with pytest.raises(UserError, match=rf"config\.json: {option} is True, which is not supported$"):
-        checkpoints.load(tmp_path, "codec")
+        load_checkpoint(tmp_path, "codec")

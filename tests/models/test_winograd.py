@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from dm_generations.models import winograd
-from dm_generations.models.winograd import CONV, UPSAMPLED_CONV, convolve, strip_rows, transformed_kernel
+from dm_generations.models.vqgan import fast_decoder
+from dm_generations.models.vqgan.fast_decoder import CONV, UPSAMPLED_CONV, convolve, count_strip_rows, transform_kernel
 
 
 def arrays(*shapes):
@@ -14,7 +14,7 @@ def arrays(*shapes):
 
 
 def convolved(x, kernel, bias, scheme):
-    weights = transformed_kernel(kernel, scheme)
+    weights = transform_kernel(kernel, scheme)
     return jax.jit(lambda x: convolve(x, weights, bias, scheme))(x)
 
 
@@ -40,10 +40,10 @@ def test_equals_the_convolution(scheme, shape):
 @pytest.mark.parametrize("scheme", [CONV, UPSAMPLED_CONV], ids=["conv", "upsampled"])
 def test_strips_read_what_lies_around_them_and_add_their_own_rows(scheme, monkeypatch):
     """Activated points differ from zero everywhere, the zeros around the map excepted."""
-    monkeypatch.setattr(winograd, "_STRIP_TILES", 8)
+    monkeypatch.setattr(fast_decoder, "STRIP_TILES", 8)
     x, kernel, bias, add = arrays((2, 24, 8, 6), (3, 3, 6, 5), (5,), (2, 24 * scheme.scale, 8 * scheme.scale, 5))
-    assert strip_rows(2, 24, 8, scheme) < 24
-    weights = transformed_kernel(kernel, scheme)
+    assert count_strip_rows(2, 24, 8, scheme) < 24
+    weights = transform_kernel(kernel, scheme)
     found = jax.jit(lambda x: convolve(x, weights, bias, scheme, lambda x: x * x + 1, add))(x)
     expected = reference(x * x + 1, kernel, bias, scheme, add)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
@@ -52,9 +52,9 @@ def test_strips_read_what_lies_around_them_and_add_their_own_rows(scheme, monkey
 @pytest.mark.parametrize("scheme", [CONV, UPSAMPLED_CONV], ids=["conv", "upsampled"])
 @pytest.mark.parametrize("tiles", [1, 3, 8, 256])
 def test_strips_divide_every_height(scheme, tiles, monkeypatch):
-    monkeypatch.setattr(winograd, "_STRIP_TILES", tiles)
+    monkeypatch.setattr(fast_decoder, "STRIP_TILES", tiles)
     for height in range(1, 70):
-        rows = strip_rows(1, height, 8, scheme)
+        rows = count_strip_rows(1, height, 8, scheme)
         assert height % rows == 0
         assert rows == height or (rows % scheme.step == 0 and rows + 2 <= height)
 

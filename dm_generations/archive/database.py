@@ -1,0 +1,496 @@
+"""`Archive`: an SQLite file of images as tokens. Reads all versions and the layout of 2022, writes the newest."""
+
+import array
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from dm_generations.archive import legacy_2022, queries
+from dm_generations.archive.connection import (
+    ArchiveError,
+    Connection,
+    Mode,
+    Row,
+    connect,
+    connect_new,
+    is_damage,
+    new_file,
+)
+from dm_generations.archive.records import (
+    IMAGE_COLUMNS,
+    Group,
+    GroupKey,
+    ImageRow,
+    ModelInfo,
+    NewImage,
+    check_init,
+    check_tokens,
+    parse_group_key,
+    parse_image,
+    parse_model,
+    parse_text,
+    quantvec_md5,
+)
+from dm_generations.archive.schema import (
+    ADDED,
+    ALL_COLUMNS,
+    INDEXES,
+    SCHEMA_VERSION,
+    check_tables,
+    create_images_view,
+    guard_triggers,
+    is_newest,
+    needed_columns,
+    read_version,
+    upgrade,
+)
+
+LOCK_TIMEOUT: Final = 10.0  # seconds to wait for another program's lock
+CHUNK_ROWS: Final = 512  # read by one query, or fewer
+CHUNK_BYTES: Final = 32 * 2**20  # of their values
+
+
+class Archive:
+    """An open archive; a context manager. Use it from one thread at a time.
+
+    Attributes:
+        path: The file.
+        mode: "r" or "w".
+        version: Of the format, 0 for the layout of 2022.
+        connection: For the modules of this package; others use the methods.
+    """
+
+    def __init__(self, path: Path, connection: Connection, mode: Mode, version: int):
+        """Wrap an open connection; callers use `open` or `create`."""
+        self.path = path
+        self.mode = mode
+        self.version = version
+        self.connection = connection
+        self._group_table = None if version == 0 else "images"
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str]) -> "Archive":
+        """Make a new, empty archive and open it for writing.
+
+        Args:
+            path: A path that does not exist, in a folder that does.
+
+        Returns:
+            The archive, to be closed by the caller.
+
+        Raises:
+            ArchiveError: The path exists, or its folder cannot be written.
+        """
+        path = Path(path)
+        with (
+            new_file(path) as temporary,
+            contextlib.closing(connect_new(temporary, path, LOCK_TIMEOUT)) as connection,
+            connection.transaction(),
+        ):
+            upgrade(connection)
+        return cls.open(path, "w")
+
+    @classmethod
+    def open_or_create(cls, path: str | os.PathLike[str]) -> "Archive":
+        """Open an archive for writing, and make it if there is none. Several programs may do so at once."""
+        path = Path(path)
+        if not os.path.lexists(path):
+            try:
+                cls.create(path).close()
+            except ArchiveError:
+                if not os.path.exists(path):  # otherwise another program has made it in the meantime
+                    raise
+        return cls.open(path, "w")
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], mode: Mode = "r", timeout: float = LOCK_TIMEOUT) -> "Archive":
+        """Open an existing archive.
+
+        Do not open a file that this process is writing to: the header is read without SQLite, and closing a file that
+        way drops SQLite's locks on it (https://www.sqlite.org/howtocorrupt.html, 2.2).
+
+        Args:
+            path: The file.
+            mode: "r" leaves the file as it is. "w" updates an older version of the format in one transaction, so that
+                other programs find the old version or the new one; it refuses the layout of 2022.
+            timeout: Seconds to wait, here and later, while another program has the file locked.
+
+        Raises:
+            ArchiveError: There is no such file, or it is not an archive, damaged, locked, newer than this program, or
+                cannot be written.
+        """
+        assert mode in ("r", "w"), mode
+        path = Path(path)
+        connection = connect(path, mode, timeout)
+        try:
+            version = read_version(connection)
+            check_tables(connection, needed_columns(version) if version else legacy_2022.NEEDED_COLUMNS)
+            archive = cls(path, connection, mode, version)
+            if mode == "w":
+                archive._prepare_to_write()
+            elif version == 0:
+                legacy_2022.normalise(connection)
+            elif version < SCHEMA_VERSION:
+                known = set(ALL_COLUMNS) - ADDED.keys()
+                create_images_view(connection, {name: name for name in known})
+        except BaseException:
+            connection.close()
+            raise
+        return archive
+
+    def _prepare_to_write(self) -> None:
+        self.check_appendable()
+        guard_triggers(self.connection)
+        if not is_newest(self.connection):
+            with self.transaction():
+                upgrade(self.connection)
+            self.version = read_version(self.connection)
+            check_tables(self.connection, needed_columns(self.version))
+
+    def check_appendable(self) -> None:
+        """Check that images can be added to this file, once it is open for writing.
+
+        Raises:
+            ArchiveError: It has the layout of 2022.
+        """
+        if self.version == 0:
+            raise ArchiveError(f"{self.path}: the 2022 layout is only read; `merge` it into a new archive to add to it")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.connection.close()
+
+    def __enter__(self) -> "Archive":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Reading
+
+    def prompts(self) -> dict[int, str | None]:
+        """Return texts by id, in order of id.
+
+        Bytes that are not UTF-8 come back as U+FFFD; only an archive of 2022 has None.
+        """
+        return self._texts("prompts")
+
+    def sc_prompts(self) -> dict[int, str | None]:
+        """Return texts by id, in order of id; None is the model's own empty unconditional prompt."""
+        return self._texts("sc_prompts")
+
+    def models(self) -> dict[int, ModelInfo]:
+        """Return models by id; none for an archive of 2022, which does not record them."""
+        models = {}
+        for row_id, *values in self.connection.rows(queries.SELECT_MODELS):
+            try:
+                models[row_id] = parse_model(tuple(values))
+            except ArchiveError as error:
+                raise ArchiveError(f"{self.path}: model {row_id!r:.40}: {error}; run `verify`") from error
+        return models
+
+    def find_model(self, model: ModelInfo) -> int | None:
+        """Return the id of the first model that matches; see `ModelInfo.matches`."""
+        return next((row_id for row_id, stored in self.models().items() if stored.matches(model)), None)
+
+    def count(self) -> int:
+        """Return the number of images."""
+        return self.connection.value("SELECT count(*) FROM images")
+
+    def groups(
+        self, prompt_ids: Collection[int] | None = None, sc_prompt_ids: Collection[int] | None = None
+    ) -> list[Group]:
+        """Return the groups, ordered by prompt, unconditional prompt, top_k, top_p, temperature, cond_scale.
+
+        Args:
+            prompt_ids: Only groups of these prompts, None for all; unknown ids are ignored.
+            sc_prompt_ids: The same for unconditional prompts.
+        """
+        parameters = {"prompt_ids": _json_ids(prompt_ids), "sc_prompt_ids": _json_ids(sc_prompt_ids)}
+        rows = list(self.connection.rows(queries.COUNT_GROUPS.format(table=self._indexed_table()), parameters))
+        try:
+            return [Group(parse_group_key(row[:-1]), row[-1]) for row in rows]
+        except ArchiveError as error:
+            raise ArchiveError(f"{self.path}: {error}") from error
+
+    def image_ids(self, key: GroupKey, limit: int | None = None) -> Sequence[int]:
+        """Return ids of a group's images: highest clip_score_input first, unscored ones last, ties by id."""
+        parameters = [*key.values(), -1 if limit is None else limit]
+        query = queries.IDS_BEST_FIRST.format(table=self._indexed_table())
+        ids = array.array("q")
+        for (row_id,) in self.connection.rows(query, parameters):
+            if not isinstance(row_id, int):
+                raise ArchiveError(f"{self.path}: the id of an image is {row_id!r:.40}, not a whole number")
+            ids.append(row_id)
+        return ids
+
+    def rows(self, key: GroupKey, limit: int | None = None) -> Iterator[ImageRow]:
+        """Yield a group's images, in the order of `image_ids`."""
+        return self.read_rows(self.image_ids(key, limit))
+
+    def read_rows(self, ids: Iterable[int]) -> Iterator[ImageRow]:
+        """Yield these images, in the order of `ids`, without unknown ids.
+
+        A row on a damaged page is yielded with its id, no tokens, and None for all else, so that the rank of the next
+        ones stays the same.
+        """
+        chunk: list[int] = []
+        for row_id in ids:
+            chunk.append(row_id)
+            if len(chunk) == CHUNK_ROWS:
+                yield from self._read_chunk(chunk)
+                chunk = []
+        yield from self._read_chunk(chunk)
+
+    def rows_to_score(self, rescore: bool = False, clip_id: int | None = None) -> Iterator[ImageRow]:
+        """Yield images that lack a score, by id. Scores may be written while this runs.
+
+        Args:
+            rescore: Also images that have one, except those that the model `clip_id` scored.
+            clip_id: None for a model that the archive does not have.
+        """
+        parameters = {"rescore": rescore, "clip_id": clip_id}
+        return map(parse_image, self._scan(IMAGE_COLUMNS, queries.TO_SCORE, parameters))
+
+    def count_to_score(self, rescore: bool = False, clip_id: int | None = None) -> int:
+        """Return how many images `rows_to_score` yields."""
+        parameters = {"rescore": rescore, "clip_id": clip_id}
+        return self.connection.value(f"SELECT count(*) FROM images WHERE {queries.TO_SCORE}", parameters)
+
+    def existing_keys(
+        self, key: GroupKey, generator_id: int | None, sampler_version: int | None = None, init_md5: str = ""
+    ) -> set[tuple[int, int]]:
+        """Return (key0, key1) of the images of a group that this generator sampled.
+
+        Args:
+            key: The group.
+            generator_id: The model's id.
+            sampler_version: Version of the sampling rules, None for any.
+            init_md5: MD5 of the initial tokens; "" for images without.
+        """
+        parameters = [*key.values(), generator_id, sampler_version, sampler_version, init_md5]
+        return {(key0, key1) for key0, key1 in self.connection.rows(queries.KEYS_OF_GROUP, parameters)}
+
+    def scan(self, columns: Sequence[str], last_id: int | None = None) -> Iterator[Row]:
+        """Yield these columns of all images, by id, in constant memory.
+
+        Args:
+            columns: Names of columns; a column that an older file lacks has its default value.
+            last_id: The last image to read; None reads to the end.
+
+        Raises:
+            ArchiveError: The ids do not ascend, as they do in any archive that is not damaged.
+        """
+        assert set(columns) <= set(ALL_COLUMNS), columns
+        return self._scan(columns, ":last_id IS NULL OR id <= :last_id", {"last_id": last_id})
+
+    def missing_indexes(self) -> list[str]:
+        """Return names of the format's indexes that the file lacks; none for an archive of 2022."""
+        if self.version == 0:
+            return []
+        rows = self.connection.rows("SELECT name FROM main.sqlite_master WHERE type = 'index'")
+        return sorted(INDEXES - {name for (name,) in rows})
+
+    # Writing
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commit what the block writes when it ends, or undo all of it.
+
+        Raises:
+            ArchiveError: The archive is open for reading, or another program holds the lock.
+        """
+        if self.mode != "w":
+            raise ArchiveError(f"{self.path}: the archive is open for reading only")
+        with self.connection.transaction():
+            yield
+
+    def prompt_id(self, text: str) -> int:
+        """Return the id of a prompt, which is added if it is new.
+
+        Raises:
+            ArchiveError: The text has a NUL byte or a lone surrogate.
+        """
+        return self.text_id("prompts", self._without_nul(text))
+
+    def sc_prompt_id(self, text: str | None) -> int:
+        """Return the id of an unconditional prompt, which is added if it is new; 1 for None."""
+        return 1 if text is None else self.text_id("sc_prompts", self._without_nul(text))
+
+    def text_id(self, table: str, text: str) -> int:
+        """Return the id of a text in `prompts` or `sc_prompts`, which is added if it is new."""
+        find = f"SELECT id FROM {table} WHERE desc = ?"
+        return self._find_or_insert(find, (text,), f"INSERT INTO {table} (desc) VALUES (?)", (text,))
+
+    def add_model(self, model: ModelInfo) -> int:
+        """Return the id of a model that matches, which is added if there is none; see `ModelInfo.matches`."""
+        found = self.find_model(model)
+        return self.model_id(model) if found is None else found
+
+    def model_id(self, model: ModelInfo) -> int:
+        """Return the id of a model, which is added if it is new."""
+        config = json.dumps(model.config, sort_keys=True, separators=(",", ":"))
+        identity = (model.kind, model.sha256, config)
+        values = (*identity, model.name, model.grid, model.codebook_size, model.image_size)
+        return self._find_or_insert(queries.FIND_MODEL, identity, queries.INSERT_MODEL, values)
+
+    def add_images(
+        self,
+        images: Iterable[NewImage],
+        generator_id: int | None,
+        codec_id: int | None,
+        clip_id: int | None,
+        sampler_version: int | None,
+    ) -> int:
+        """Store images, inside a transaction.
+
+        Args:
+            images: The images; one that the archive has already is left as it is.
+            generator_id: Id of the model that sampled them, None if unknown.
+            codec_id: Id of the model that decodes them, None if unknown.
+            clip_id: Id of the model that scored those that have a score.
+            sampler_version: Version of the sampling rules.
+
+        Returns:
+            How many were new.
+
+        Raises:
+            ArchiveError: The codec cannot decode the tokens, a setting is out of range, or `init_md5` is wrong.
+        """
+        assert self.connection.in_transaction, "add_images outside a transaction"
+        codec = None if codec_id is None else self.models()[codec_id]
+        prompt_ids: dict[str, int] = {}
+        sc_prompt_ids: dict[str | None, int] = {}
+
+        def insert_values() -> Iterator[tuple[Any, ...]]:
+            for image in images:
+                if (prompt_id := prompt_ids.get(image.prompt)) is None:
+                    prompt_id = prompt_ids[image.prompt] = self.prompt_id(image.prompt)
+                if (sc_prompt_id := sc_prompt_ids.get(image.sc_prompt)) is None:
+                    sc_prompt_id = sc_prompt_ids[image.sc_prompt] = self.sc_prompt_id(image.sc_prompt)
+                quantvec = image.quantvec
+                if codec is not None:
+                    check_tokens(quantvec, codec)
+                check_init(quantvec, image.init_count, image.init_md5)
+                yield (
+                    *GroupKey(prompt_id, sc_prompt_id, image.params).values(),
+                    *(image.key0, image.key1, quantvec, quantvec_md5(quantvec)),
+                    *(image.clip_score_input, image.clip_score_tokenized),
+                    *(image.time_start, image.time_end, image.time_scored),
+                    *(generator_id, codec_id, None if image.clip_score_input is None else clip_id),
+                    *(sampler_version, image.log_prob, image.dtype, image.init_count, image.init_md5),
+                )
+
+        return self.connection.write_many(queries.INSERT_IMAGE, insert_values())
+
+    def set_scores(
+        self, rows: Iterable[tuple[int, float | None, float | None]], clip_id: int | None, time_scored: float
+    ) -> int:
+        """Store scores, inside a transaction.
+
+        Args:
+            rows: (id, clip_score_input, clip_score_tokenized) of each image.
+            clip_id: Id of the model that scored them.
+            time_scored: When, in UTC Unix seconds.
+
+        Returns:
+            How many of the images the archive has.
+        """
+        assert self.connection.in_transaction, "set_scores outside a transaction"
+        values = ((score, tokenized, clip_id, time_scored, row_id) for row_id, score, tokenized in rows)
+        return self.connection.write_many(queries.SET_SCORES, values)
+
+    # Private
+
+    def _without_nul(self, text: str) -> str:
+        if "\x00" in text:
+            raise ArchiveError(f"{self.path}: a prompt holds a NUL byte: {text!r:.100}")
+        return text
+
+    def _find_or_insert(self, find: str, identity: Row, insert: str, values: Row) -> int:
+        """Return the id that `find` selects, after `insert` where there is none."""
+        found = self.connection.value(find, identity)
+        if found is None:
+            assert self.connection.in_transaction, "written outside a transaction"
+            self.connection.execute(insert, values)
+            found = self.connection.value(find, identity)
+        if found is None:
+            raise ArchiveError(f"{self.path}: a trigger in this file refuses new rows; drop it")
+        return found
+
+    def _texts(self, table: str) -> dict[int, str | None]:
+        rows = self.connection.rows(f"SELECT id, desc FROM {table} ORDER BY id")
+        return {row_id: parse_text(text) for row_id, text in rows}
+
+    def _indexed_table(self) -> str:
+        """Return the table that has an index by group, best first."""
+        if self._group_table is None:
+            self._group_table = legacy_2022.create_group_index(self.connection)
+        return self._group_table
+
+    def _read_chunk(self, ids: list[int]) -> Iterator[ImageRow]:
+        """Yield rows in the order of `ids`, in halves where a page is damaged or the rows are too large together."""
+        try:
+            rows = self._find_rows(ids)
+        except ArchiveError as error:
+            if not is_damage(error):
+                raise
+            if len(ids) == 1:
+                yield parse_image((ids[0], *[None] * (len(IMAGE_COLUMNS) - 1)))
+                return
+            rows = None
+        if rows is None:
+            middle = len(ids) // 2
+            yield from self._read_chunk(ids[:middle])
+            yield from self._read_chunk(ids[middle:])
+            return
+        for row_id in ids:
+            if row_id in rows:
+                yield parse_image(rows[row_id])
+
+    def _find_rows(self, ids: list[int]) -> dict[int, Row] | None:
+        """Return rows by id; None if they are more than one and more than CHUNK_BYTES."""
+        found: dict[int, Row] = {}
+        byte_count = 0
+        for row in self.connection.rows(queries.SELECT_IMAGES, [json.dumps(ids)]):
+            found[row[0]] = row
+            byte_count += sum(map(sys.getsizeof, row))
+            if byte_count > CHUNK_BYTES and len(ids) > 1:
+                return None
+        return found
+
+    def _scan(self, columns: Sequence[str], condition: str, parameters: dict[str, Any]) -> Iterator[Row]:
+        query = (
+            f"SELECT {', '.join(('id', *columns))} FROM images WHERE id > :after AND ({condition})"
+            f" ORDER BY id LIMIT {CHUNK_ROWS}"
+        )
+        after: float = -math.inf  # below every id
+        while rows := self._limited(query, {**parameters, "after": after}):
+            for row in rows:
+                if not isinstance(row[0], int) or row[0] <= after:
+                    raise ArchiveError(f"{self.path}: the ids of the images do not ascend at {row[0]!r:.40}")
+                after = row[0]
+            yield from (row[1:] for row in rows)
+
+    def _limited(self, query: str, parameters: dict[str, Any]) -> list[Row]:
+        """Return the first rows of a query, up to CHUNK_BYTES and at least one."""
+        found: list[Row] = []
+        byte_count = 0
+        for row in self.connection.rows(query, parameters):
+            found.append(row)
+            byte_count += sum(map(sys.getsizeof, row))
+            if byte_count > CHUNK_BYTES:
+                break
+        return found
+
+
+def _json_ids(ids: Collection[int] | None) -> str | None:
+    return None if ids is None else json.dumps(sorted(ids))

@@ -1,0 +1,143 @@
+"""`merge`: adds the images of several archives to one."""
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dm_generations.archive.connection import ArchiveError, Row, new_file
+from dm_generations.archive.database import Archive
+from dm_generations.archive.queries import INSERT_OR_FILL_SCORES
+from dm_generations.archive.records import INSERT_COLUMNS, MODEL_KINDS, check_init, check_tokens, quantvec_md5
+from dm_generations.errors import one_line
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What `merge` did with one source.
+
+    Attributes:
+        path: The source.
+        image_count: Its images.
+        added_count: Those that the target did not have.
+        scored_count: Images that the target had, but without the scores that this source has.
+    """
+
+    path: str
+    image_count: int
+    added_count: int
+    scored_count: int
+
+
+def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str]) -> list[SourceReport]:
+    """Add the images of all sources to `target`, all of them or none.
+
+    Prompts and models get new ids; an image that the target has already is not added twice.
+
+    Args:
+        sources: Archives of any version, or of 2022.
+        target: An archive, made if it does not exist.
+
+    Returns:
+        A report for each source.
+
+    Raises:
+        ArchiveError: A source cannot be opened, or has a row that `verify` would report.
+    """
+    target = Path(target)
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(Archive.open(source)) for source in sources]
+        if not target.exists():
+            with new_file(target) as temporary, Archive.create(temporary) as archive:
+                return _add_all(opened, archive)
+        for source in opened:
+            if os.path.samefile(source.path, target):
+                raise ArchiveError(f"{target}: this archive is both a source and the target")
+        with Archive.open(target, "w") as archive:
+            return _add_all(opened, archive)
+
+
+def _add_all(sources: Sequence[Archive], target: Archive) -> list[SourceReport]:
+    with target.transaction():
+        return [_add(source, target) for source in sources]
+
+
+def _add(source: Archive, target: Archive) -> SourceReport:
+    rows = _Rows(source, target)  # adds prompts and models
+    count_before = target.count()
+    try:
+        changed_count = target.connection.write_many(INSERT_OR_FILL_SCORES, rows)
+    except ArchiveError as error:
+        if isinstance(error.__cause__, sqlite3.IntegrityError):
+            reason = one_line(error.__cause__)
+            raise ArchiveError(f"{source.path}: image {rows.current_id} is not valid: {reason}") from error
+        raise
+    added_count = target.count() - count_before
+    return SourceReport(str(source.path), rows.count, added_count, changed_count - added_count)
+
+
+class _Rows:
+    """The rows of a source with the ids of the target, to be inserted; `current_id` is the last row's own id."""
+
+    def __init__(self, source: Archive, target: Archive):
+        self.source = source
+        self.current_id: int | None = None
+        self.count = 0
+        # Unchanged, also with NUL bytes: an archive can have prompts that `generate` refuses.
+        self.prompt_ids = {i: target.text_id("prompts", text or "") for i, text in source.prompts().items()}
+        self.sc_prompt_ids = {
+            i: 1 if text is None else target.text_id("sc_prompts", text) for i, text in source.sc_prompts().items()
+        }
+        self.codecs = {i: model for i, model in source.models().items() if model.kind == "codec"}
+        self.model_ids: dict[int | None, int | None] = {
+            i: target.model_id(model) for i, model in source.models().items()
+        }
+        self.model_ids[None] = None
+
+    def __iter__(self) -> Iterator[Row]:
+        columns = ("id", *INSERT_COLUMNS)
+        for values in self.source.scan(columns):
+            row = dict(zip(columns, values, strict=True))
+            self.current_id = row.pop("id")
+            self.count += 1
+            row["prompt_id"] = self._new_id(self.prompt_ids, row, "prompt_id")
+            row["sc_prompt_id"] = self._new_id(self.sc_prompt_ids, row, "sc_prompt_id")
+            row["quantvec_md5"] = self._checked_md5(row)
+            self._check_init(row)
+            for name in MODEL_KINDS:
+                row[name] = self._new_id(self.model_ids, row, name)
+            yield tuple(row.values())
+
+    def _new_id(self, new_ids: Mapping[Any, int | None], row: dict[str, Any], name: str) -> int | None:
+        if row[name] not in new_ids:
+            raise self._error(f"{name} {row[name]!r:.40} has no row")
+        return new_ids[row[name]]
+
+    def _checked_md5(self, row: dict[str, Any]) -> str:
+        quantvec = row["quantvec"]
+        if not isinstance(quantvec, bytes):
+            raise self._error("quantvec is not a blob")
+        codec = self.codecs.get(row["codec_id"])
+        if codec is not None:
+            try:
+                check_tokens(quantvec, codec)
+            except ArchiveError as error:
+                raise self._error(str(error)) from error
+        md5 = quantvec_md5(quantvec)
+        if row["quantvec_md5"] not in (None, md5):
+            raise self._error("quantvec_md5 is not the MD5 of the tokens")
+        return md5
+
+    def _check_init(self, row: dict[str, Any]) -> None:
+        if not isinstance(row["init_count"], int):
+            raise self._error(f"init_count is {row['init_count']!r:.40}, not a whole number")
+        try:
+            check_init(row["quantvec"], row["init_count"], row["init_md5"])
+        except ArchiveError as error:
+            raise self._error(str(error)) from error
+
+    def _error(self, what: str) -> ArchiveError:
+        return ArchiveError(f"{self.source.path}: image {self.current_id}: {what}; run `verify` on it")

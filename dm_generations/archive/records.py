@@ -1,0 +1,329 @@
+"""The values that an archive stores and returns, and the checks of token vectors. Importing it imports no NumPy.
+
+Units: `key0` and `key1` are the uint32 words of the image's PRNG key; times are UTC Unix seconds; scores are CLIP
+logits. `quantvec` holds the tokens: little-endian uint16, row-major over the square token grid. `log_prob` is the
+natural logarithm of the probability of the sampled tokens, `dtype` what the model computed in, one of DTYPES. The first
+`init_count` tokens were copied from an initial image, not sampled, and `init_md5` is the hex MD5 of their bytes, ""
+where there are none.
+"""
+
+import array
+import hashlib
+import json
+import math
+import sys
+from dataclasses import astuple, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
+
+from dm_generations.archive.connection import ArchiveError, Row
+from dm_generations.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DType = Literal["float32", "bfloat16", "float16"]
+ModelKind = Literal["generator", "codec", "clip"]
+
+DTYPES: Final[tuple[DType, ...]] = ("float32", "bfloat16", "float16")
+# What a column of images refers to.
+MODEL_KINDS: Final[dict[str, ModelKind]] = {"generator_id": "generator", "codec_id": "codec", "clip_id": "clip"}
+BYTES_PER_TOKEN: Final = 2
+TOKEN_DTYPE = "<u2"  # of NumPy: little-endian uint16, also on big-endian machines
+_ALL_BYTES: Final = bytes(range(256))
+
+
+class BadTokensError(Exception):
+    """A stored token vector cannot be decoded; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupKey:
+    """What all images of a group share."""
+
+    prompt_id: int
+    sc_prompt_id: int
+    params: SamplingParams
+
+    def values(self) -> Row:
+        """Return the values of GROUP_COLUMNS."""
+        return self.prompt_id, self.sc_prompt_id, *astuple(self.params)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The images of one prompt and one setting."""
+
+    key: GroupKey
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRow:
+    """One image as stored. `quantvec` is always bytes; the other values of a damaged file can have any type."""
+
+    id: int
+    prompt_id: int
+    sc_prompt_id: int
+    params: SamplingParams
+    key0: int
+    key1: int
+    quantvec: bytes
+    quantvec_md5: str | None
+    clip_score_input: float | None
+    clip_score_tokenized: float | None
+    generator_id: int | None
+    codec_id: int | None
+    sampler_version: int | None = None
+    log_prob: float | None = None
+    dtype: str | None = None
+    init_count: int = 0
+    init_md5: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NewImage:
+    """One image to store. Its prompts are texts, whose ids the archive finds or makes."""
+
+    prompt: str
+    sc_prompt: str | None  # None: the model's own empty unconditional prompt
+    params: SamplingParams
+    key0: int
+    key1: int
+    quantvec: bytes
+    time_start: float | None
+    time_end: float | None
+    clip_score_input: float | None = None
+    clip_score_tokenized: float | None = None
+    time_scored: float | None = None
+    log_prob: float | None = None
+    dtype: str | None = None
+    init_count: int = 0
+    init_md5: str = ""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Which weights sample, decode or score an image. Two are the same model if kind, sha256 and config are equal.
+
+    Attributes:
+        kind: A ModelKind.
+        name: For people; models can share it.
+        sha256: Of the weight file, 64 lower-case hex digits.
+        config: The model's configuration.
+        grid: Side of the token grid; like the next two, only for codecs.
+        codebook_size: Number of tokens in the codebook.
+        image_size: Side of the image in pixels.
+    """
+
+    kind: str
+    name: str
+    sha256: str
+    config: dict[str, Any] = field(hash=False)
+    grid: int | None = None
+    codebook_size: int | None = None
+    image_size: int | None = None
+
+    def matches(self, other: "ModelInfo") -> bool:
+        """Returns whether both are the same model: the same weights, and no option that has another value.
+
+        Options that only one of them has do not count, so that an archive of an older version can be filled further.
+
+        Args:
+            other: the model to compare with; a codec without a grid matches one with any.
+        """
+        if (self.kind, self.sha256) != (other.kind, other.sha256):
+            return False
+        if other.grid not in (None, self.grid):
+            return False
+        if not isinstance(self.config, dict) or not isinstance(other.config, dict):  # of a damaged archive
+            return False
+        return all(self.config[name] == other.config[name] for name in self.config.keys() & other.config.keys())
+
+
+PARAM_COLUMNS: Final = tuple(SamplingParams.__dataclass_fields__)
+GROUP_COLUMNS: Final = ("prompt_id", "sc_prompt_id", *PARAM_COLUMNS)
+_ROW_FIELDS: Final = tuple(ImageRow.__dataclass_fields__)
+IMAGE_COLUMNS: Final = (*_ROW_FIELDS[:3], *PARAM_COLUMNS, *_ROW_FIELDS[4:])
+INSERT_COLUMNS: Final = (
+    *GROUP_COLUMNS,
+    *("key0", "key1", "quantvec", "quantvec_md5", "clip_score_input", "clip_score_tokenized"),
+    *("time_start", "time_end", "time_scored"),
+    *MODEL_KINDS,
+    *("sampler_version", "log_prob", "dtype", "init_count", "init_md5"),
+)
+_GROUP_TYPES: Final = (int, int, int, float, float, float)  # of GROUP_COLUMNS
+
+
+def parse_group_key(values: Row) -> GroupKey:
+    """Read the six columns of a group.
+
+    Args:
+        values: Of GROUP_COLUMNS. Whole numbers may be stored as reals, and reals as whole numbers.
+
+    Raises:
+        ArchiveError: A value is not a number.
+    """
+    if tuple(map(type, values)) != _GROUP_TYPES:
+        for name, to_type, value in zip(GROUP_COLUMNS, _GROUP_TYPES, values, strict=True):
+            is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+            if not is_whole and not (isinstance(value, float) and to_type is float):
+                raise ArchiveError(f"some images have {name} {value!r:.40}; `verify` lists them")
+        try:
+            values = tuple(to_type(value) for to_type, value in zip(_GROUP_TYPES, values, strict=True))
+        except OverflowError as error:
+            raise ArchiveError("some images have a setting that is too large; `verify` lists them") from error
+    prompt_id, sc_prompt_id, *params = values
+    return GroupKey(prompt_id, sc_prompt_id, SamplingParams(*params))
+
+
+def parse_image(values: Row) -> ImageRow:
+    """Read an image from the values of IMAGE_COLUMNS; tokens that are not a blob become b""."""
+    row_id, prompt_id, sc_prompt_id, top_k, top_p, temperature, cond_scale, *rest = values
+    row = ImageRow(row_id, prompt_id, sc_prompt_id, SamplingParams(top_k, top_p, temperature, cond_scale), *rest)
+    # Every length check of the callers fails for b"".
+    return row if isinstance(row.quantvec, bytes) else replace(row, quantvec=b"")
+
+
+def parse_model(values: Row) -> ModelInfo:
+    """Read a model from its columns, in the order of `ModelInfo`.
+
+    Raises:
+        ArchiveError: The config is not a JSON object, or another value has the wrong type.
+    """
+    kind, name, sha256, config, *sizes = values
+    if not (isinstance(kind, str) and isinstance(name, str) and isinstance(sha256, str)):
+        raise ArchiveError("its kind, name or sha256 is not a text")
+    if not all(size is None or isinstance(size, int) for size in sizes):
+        raise ArchiveError(f"its sizes {sizes!r:.100} are not whole numbers")
+    return ModelInfo(kind, name, sha256, parse_config(config), *sizes)
+
+
+def parse_config(text: object) -> dict[str, Any]:
+    """Read a model's configuration.
+
+    Raises:
+        ArchiveError: Not a JSON object.
+    """
+    try:
+        config = json.loads(cast(str, text))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArchiveError("config is not JSON") from error
+    if not isinstance(config, dict):
+        raise ArchiveError("config is not a JSON object")
+    return config
+
+
+def parse_text(value: object) -> str | None:
+    """Read a prompt: bytes that are not UTF-8 become U+FFFD; NULL is None."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return None if value is None else str(value)
+
+
+def quantvec_md5(quantvec: bytes) -> str:
+    """Return the hex MD5 of a token vector, a checksum."""
+    return hashlib.md5(quantvec, usedforsecurity=False).hexdigest()
+
+
+def init_md5(quantvec: bytes, init_count: int) -> str:
+    """Return the hex MD5 of the first `init_count` tokens, "" if there are none."""
+    return quantvec_md5(quantvec[: BYTES_PER_TOKEN * init_count]) if init_count else ""
+
+
+def grid_side(byte_count: int) -> int | None:
+    """Return the side of the square grid that a token vector of this many bytes fills, None if there is none."""
+    token_count, odd = divmod(byte_count, BYTES_PER_TOKEN)
+    side = math.isqrt(token_count)
+    return side if side and not odd and side * side == token_count else None
+
+
+def max_token(quantvec: bytes) -> int:
+    """Return the largest token of a non-empty vector."""
+    tokens = array.array("H", quantvec)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return max(tokens)
+
+
+def tokens_below(quantvec: bytes, codebook_size: int) -> bool:
+    """Return whether every token is below `codebook_size`.
+
+    Runs for each row that is written or verified. So it first looks at the high bytes alone, with `bytes.translate`,
+    which is fast; that decides nearly every case.
+    """
+    high_limit = codebook_size >> 8
+    if not quantvec[1::2].translate(None, delete=_ALL_BYTES[:high_limit]):
+        return True
+    return max_token(quantvec) < codebook_size
+
+
+def check_init(quantvec: bytes, init_count: int, md5: str) -> None:
+    """Check that a vector has `init_count` initial tokens with this MD5.
+
+    Raises:
+        ArchiveError: It does not have them.
+    """
+    token_count = len(quantvec) // BYTES_PER_TOKEN
+    if not 0 <= init_count <= token_count:
+        raise ArchiveError(f"init_count is {init_count}, not from 0 to the {token_count} tokens of the image")
+    if init_md5(quantvec, init_count) != md5:
+        raise ArchiveError(f"init_md5 is {md5!r:.40}, not that of the first {init_count} tokens")
+
+
+def check_tokens(quantvec: bytes, codec: ModelInfo) -> None:
+    """Check that a vector fills the codec's grid with tokens of its codebook.
+
+    Raises:
+        ArchiveError: It does not, or the codec has no sizes.
+    """
+    if codec.grid is None or codec.codebook_size is None:
+        raise ArchiveError(f"codec {codec.name!r:.100} has no grid and codebook size")
+    expected = codec.grid * codec.grid * BYTES_PER_TOKEN
+    if len(quantvec) != expected:
+        raise ArchiveError(
+            f"a token vector has {len(quantvec)} bytes; codec {codec.name!r:.100} needs {expected}"
+            f" ({codec.grid}x{codec.grid} uint16)"
+        )
+    if not tokens_below(quantvec, codec.codebook_size):
+        raise ArchiveError(
+            f"a token vector holds a token that codec {codec.name!r:.100} ({codec.codebook_size} tokens) does not have"
+        )
+
+
+def tokens_from_blob(
+    blob: object, md5: str | None, token_count: int | None, codebook_size: int
+) -> "np.ndarray[Any, np.dtype[np.uint16]]":
+    """Read the tokens of one image, checked.
+
+    An archive may come from anywhere, so `blob` may be whatever SQLite stores.
+
+    Args:
+        blob: The image's `quantvec`.
+        md5: Its `quantvec_md5`; None is not checked.
+        token_count: How many tokens there must be; None is any count but 0.
+        codebook_size: Every token must be below it.
+
+    Returns:
+        (token_count,) uint16.
+
+    Raises:
+        BadTokensError: The tokens cannot be decoded; the text says why.
+    """
+    import numpy as np
+
+    if not isinstance(blob, bytes):
+        raise BadTokensError(f"its tokens are stored as {type(blob).__name__}, not as a blob")
+    if token_count is None:
+        if not blob or len(blob) % BYTES_PER_TOKEN:
+            raise BadTokensError(f"its token blob of {len(blob):,} bytes is not a row of uint16")
+        token_count = len(blob) // BYTES_PER_TOKEN
+    expected = token_count * BYTES_PER_TOKEN
+    if len(blob) != expected:
+        raise BadTokensError(f"its token blob is {len(blob):,} bytes, not {expected:,} ({token_count:,} x uint16)")
+    if md5 is not None and quantvec_md5(blob) != str(md5).lower():
+        raise BadTokensError("its tokens do not match their MD5")
+    tokens = np.frombuffer(blob, TOKEN_DTYPE)
+    largest = int(tokens.max())
+    if largest >= codebook_size:
+        raise BadTokensError(f"it holds token {largest:,}, the codebook ends at {codebook_size - 1:,}")
+    return tokens

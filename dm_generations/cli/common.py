@@ -1,0 +1,182 @@
+"""What several commands share: types and options of flags, the device, progress, and values as text for a terminal."""
+
+import argparse
+import contextlib
+import datetime
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dm_generations.archive import DTYPES
+from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+MAX_TEXT = 100  # characters of a prompt
+PROGRESS_LINE_S = 10.0
+
+
+def at_least_one(text: str) -> int:
+    """Convert a flag's value.
+
+    Raises:
+        ArgumentTypeError: The number is below 1.
+        ValueError: It is not a whole number.
+    """
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+at_least_one.__name__ = "whole number"  # as argparse names it when int() fails
+
+
+def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
+    """Add options about models, batches and the device: of `generate`, or without `generates` of `score`."""
+    group = parser.add_argument_group(
+        "models", "a folder, a file or a name on the Hugging Face hub, owner/name@revision; by default the embedded one"
+    )
+    add = group.add_argument
+    if generates:
+        add("--model", metavar="PATH", help="text model that samples the tokens")
+        add(
+            "--tokenizer",
+            metavar="PATH",
+            type=Path,
+            help="tokenizer of the prompts, a file or folder, if it is not in the model's folder",
+        )
+        add_dalle_pytorch_options(add)
+    codec_default = " (default: the model's own if it has one, else the embedded one)" if generates else ""
+    add("--codec", metavar="PATH", help=f"codec that decodes tokens to pixels{codec_default}")
+    add("--clip", metavar="PATH", help="CLIP that scores the images")
+    if generates:
+        add("--no-score", action="store_true", help="do not score; `score` can do so later")
+    add(
+        "--batch-size",
+        type=at_least_one,
+        default=DEFAULT_BATCH_SIZE,
+        metavar="N",
+        help=f"images at a time; halved if memory does not hold them (default: {DEFAULT_BATCH_SIZE})",
+    )
+    if generates:
+        add(
+            "--dtype",
+            choices=DTYPES,
+            default="float32",
+            help="of activations and caches; stored with each row; images of another dtype are not generated again "
+            "(default: float32)",
+        )
+    add("--cpu-only", action="store_true", help="do not use accelerators")
+
+
+def add_dalle_pytorch_options(add: Callable[..., argparse.Action]) -> None:
+    """Add options for what a `dalle.pt` lacks or has wrong; `add` is the method of a parser or a group."""
+    add(
+        "--conv-like",
+        choices=["causal", "centred"],
+        help="of a dalle.pt, the window of its convolutional attention: above and left of a token, as since March "
+        "2022, or around it (default: as in the file)",
+    )
+    add(
+        "--cond-scale-of",
+        choices=["all", "first"],
+        help="of a dalle.pt, which tokens --cond-scale guides: all, or only the first, and the rest are sampled "
+        "without the prompt, as DALLE-pytorch's own program does by mistake (default: all)",
+    )
+
+
+def dalle_pytorch_overrides(args: argparse.Namespace) -> dict[str, str | bool]:
+    """Return those of these options that are set, as entries of the model's config."""
+    overrides: dict[str, str | bool] = {} if args.conv_like is None else {"conv_like": args.conv_like}
+    if args.cond_scale_of is not None:
+        overrides["guides_first_code_alone"] = args.cond_scale_of == "first"
+    return overrides
+
+
+def prepare_device(cpu_only: bool) -> None:
+    """Configure JAX, before its first use."""
+    # JAX takes most of a GPU's memory at its first use unless told otherwise; others may be using that GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if cpu_only:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+
+
+class Progress:
+    """Shows progress on stderr: a bar on a terminal, otherwise a plain line every 10 seconds. A context manager."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._done = 0
+        self._first: tuple[float, int] | None = None  # when the first images were done, and how many
+        self._last_line = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` images are done."""
+        if self._bar is None and total and sys.stderr and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit=" images", smoothing=0.05)
+        if done <= self._done:
+            return
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(done - self._done)
+        elif self._first is None:  # most of the time so far was loading and compiling
+            self._first, self._last_line = (now, done), now
+        elif done < total and now - self._last_line >= PROGRESS_LINE_S:
+            since, count = self._first
+            rate = (done - count) / (now - since)
+            line = f"{done:,} of {total:,} images, {rate:.1f} images/s, {(total - done) / rate:,.0f} s left"
+            with contextlib.suppress(OSError):  # a full disk, for instance, does not stop the work
+                print(line, file=sys.stderr, flush=True)
+            self._last_line = now
+        self._done = done
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def printable(text: str, limit: int = MAX_TEXT) -> str:
+    """Escape and shorten untrusted text for a terminal.
+
+    Args:
+        text: Any text, also with control characters.
+        limit: Characters at most.
+    """
+    escaped = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text[: limit + 1]
+    )
+    return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
+
+
+def file_size(byte_count: int) -> str:
+    """Return a size as text: 12,345,678 as "12.3 MB"."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if byte_count >= size:
+            return f"{byte_count / size:.1f} {unit}"
+    return f"{byte_count} bytes"
+
+
+def utc_time(seconds: float) -> str:
+    """Return UTC Unix seconds as "2022-07-12 10:06:41 UTC", or as the number where that is not a date."""
+    try:
+        return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (OverflowError, OSError, ValueError):
+        return str(seconds)
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun: "1 image", "2,000 images"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {plural or noun + 's'}"

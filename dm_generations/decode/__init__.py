@@ -1,1 +1,0 @@
-"""From rows of an archive to picture files: rows, batches, pixels, files."""

@@ -1,0 +1,1 @@
+"""Images of an archive as files: what to write, encoding, writing, and the page that shows them."""

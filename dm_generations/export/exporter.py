@@ -1,0 +1,485 @@
+"""Decode the images of an archive into files: read -> decode -> encode -> write.
+
+Rows are read, checked and packed into batches of one size; while the device computes a batch, threads encode and write
+the one before it. What is finished on disk is not decoded again, unless its rank went to another image.
+
+H, W: pixels of one image   L: tokens of one image
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from dm_generations.archive import Archive, ImageRow
+from dm_generations.archive.records import BadTokensError, tokens_from_blob
+from dm_generations.atomic_io import remove_stale_temporaries
+from dm_generations.errors import UserError
+from dm_generations.export.captions import Strips
+from dm_generations.export.journal import Journal, identify
+from dm_generations.export.manifest import Entry, build_manifest, make_entry, manifest_files, write_manifest
+from dm_generations.export.output_file import EncodeContext, Encoding, OutputFile, encode_npy, fill_cells
+from dm_generations.export.plan import GroupPlan, Layout, Selection, Target, check_codec, is_finished, select_groups
+from dm_generations.export.writers import (
+    FileWriter,
+    Member,
+    Shard,
+    ShardSet,
+    ShardWriter,
+    check_folders,
+    fingerprint,
+    make_folder,
+)
+from dm_generations.inference.decoder import Decoder
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.paths import utf8_path
+from dm_generations.runtime import compile_cache
+from dm_generations.runtime.device import core_count
+
+_logger = logging.getLogger(__name__)
+_MAX_FILE_PIXELS = 1 << 28  # 800 MB in memory, and each worker may hold several
+_LEAST_BATCH = 64  # a larger one is cut down to the power of two that holds all images
+
+# What is decoded as one: its file, its cell there and its tokens (L,) uint16; or no cell, and those of all (cells, L).
+Item = tuple[OutputFile, int | None, np.ndarray]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to decode an archive into files.
+
+    Attributes:
+        codec: A folder, a file or a name on the hub; None is the embedded one.
+        dtype: Of the decoder's activations.
+        batch_size: Images decoded at a time; None is as many as the device has memory for.
+        num_workers: Threads that encode; None is one for each core.
+        overwrite: Decode what is on disk already.
+        encoding: Of image files, whose names end in its extension.
+        has_metadata: Whether image files carry their rows.
+        strips: The text on galleries.
+    """
+
+    out_dir: Path
+    layout: Layout = field(default_factory=lambda: Layout("images", 8, 4))
+    selection: Selection = field(default_factory=Selection)
+    codec: str | None = None
+    dtype: str = "float32"
+    batch_size: int | None = 32
+    num_workers: int | None = None
+    overwrite: bool = False
+    encoding: Encoding = field(default_factory=Encoding)
+    has_metadata: bool = False
+    strips: Strips = field(default_factory=Strips)
+
+
+@dataclass
+class ExportReport:
+    """What an export did.
+
+    Attributes:
+        written: Files written.
+        already_there: Files that were finished before.
+        problems: A line for each bad row and each file that could not be written.
+        page: To open in a browser.
+    """
+
+    written: int = 0
+    already_there: int = 0
+    problems: list[str] = field(default_factory=list)
+    page: Path | None = None
+
+
+class Decoded(Protocol):
+    """Images that are being decoded."""
+
+    def images(self) -> np.ndarray:
+        """Wait for the images (n, H, W, 3) uint8."""
+
+
+class TokenDecoder(Protocol):
+    """What turns tokens into images: a codec, or PassthroughDecoder."""
+
+    @property
+    def batch_size(self) -> int:
+        """How many images `start` should get at a time."""
+
+    def start(self, tokens: np.ndarray) -> Decoded:
+        """Start decoding (n, L) uint16."""
+
+
+@dataclass
+class PassthroughDecoder:
+    """Stands for a codec where tokens are written as they are: its images are their tokens (n, L)."""
+
+    batch_size = 1  # rows of an archive may differ in length
+    tokens: np.ndarray | None = None
+
+    def start(self, tokens: np.ndarray) -> "PassthroughDecoder":
+        """Take tokens (n, L)."""
+        return PassthroughDecoder(tokens)
+
+    def images(self) -> np.ndarray:
+        """Return the tokens."""
+        assert self.tokens is not None, "started"
+        return self.tokens
+
+
+def export_archive(
+    archive: Archive, options: ExportOptions, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> ExportReport:
+    """Write the selected images under `options.out_dir`, with the page to look at them.
+
+    Bad rows and files that cannot be written are reported, and logged as errors, and the rest is done.
+
+    Args:
+        archive: The archive.
+        options: What to write, and how.
+        on_progress: Called with how many images are done, and of how many.
+
+    Returns:
+        What was written, and the problems.
+
+    Raises:
+        UserError: There is nothing to decode, the codec is not one for these rows, or another decode writes there
+            (before anything is written); or the folder or disk takes nothing more.
+    """
+    plans = select_groups(archive, options.selection)
+    folders = [] if options.layout.is_sharded else sorted({plan.folder for plan in plans})
+    check_folders(options.out_dir, folders)
+    with Journal(options.out_dir) as journal:
+        if options.layout.has_page:
+            journal.open()
+        exporter = Exporter(archive, plans, options, journal, on_progress)
+        decoder = _load_decoder(archive, plans, options, exporter.due_count) if exporter.due_count else None
+        for folder in ("", *folders):
+            remove_stale_temporaries(utf8_path(options.out_dir, folder))
+        on_progress(0, exporter.due_count)
+        exporter.run(decoder)
+        exporter.write_page()
+    return exporter.report
+
+
+class Exporter:
+    """One export: what is to be written, and what is known of it by now."""
+
+    def __init__(
+        self,
+        archive: Archive,
+        plans: list[GroupPlan],
+        options: ExportOptions,
+        journal: Journal,
+        on_progress: Callable[[int, int], None],
+    ):
+        self.archive, self.plans, self.options, self.journal = archive, plans, options, journal
+        self.layout = replace(options.layout, image_extension=options.encoding.extension)
+        self.out_dir = options.out_dir
+        self.report = ExportReport()
+        self._entries: dict[str, Entry] = {}  # by path, for files that are there or will be
+        self._models = archive.models()
+        self._context = EncodeContext(
+            self.layout.mode, options.encoding, options.strips, options.has_metadata, self._models
+        )
+        folders = {"", *(plan.folder for plan in plans)}
+        self._new_folders = {folder for folder in folders if not os.path.exists(utf8_path(self.out_dir, folder))}
+        self._stale_paths = set(self._find_stale_tokens() if self.layout.mode == "npy" else self._find_stale())
+        self._set_id = fingerprint(self._describe_set()) if self.layout.is_sharded else ""
+        due = (target for _, target, shard in self._files() if self._is_due(target, shard))
+        self.due_count = sum(len(target.ranks) for target in due)  # images that are to be decoded
+        self._done_count = 0  # of them, those that are written, or cannot be
+        self._on_progress = on_progress
+
+    def run(self, decoder: TokenDecoder | None) -> None:
+        """Decode and write what is due; `decoder` may be None when nothing is."""
+        if self.layout.has_page:
+            self.journal.open(create=True)
+        workers = self.options.num_workers or core_count()
+        files = _fill(_decode(decoder, self._read(decoder)))
+        if self.layout.is_sharded:
+            added, ended = partial(self._advance, 1), self._when_shard_ended
+            with ShardWriter(self.out_dir, self.layout.mode, workers, added, ended, self._last_members) as shards:
+                for file in files:
+                    assert file.shard is not None, "all files have one"
+                    shards.submit(file.shard, partial(file.encode_members, self._context))
+        else:
+            with FileWriter(workers) as writer:
+                for file in files:
+                    self.journal.flush()
+                    done = self._when_written(file)
+                    writer.submit(utf8_path(self.out_dir, file.path), partial(file.encode, self._context), done)
+
+    def write_page(self) -> None:
+        """Write `manifest.js`, the page and the compacted journal, for the files that are there.
+
+        Raises:
+            UserError: They cannot be written.
+        """
+        if not self.layout.has_page:
+            return
+        try:
+            if self._entries:
+                self.report.page = write_manifest(self.out_dir, self._manifest())
+            self.journal.compact()
+        except OSError as error:
+            raise UserError(f"cannot write the page into {self.out_dir}: {error.strerror}") from error
+
+    # Which files.
+
+    def _files(self) -> Iterator[tuple[GroupPlan, Target, Shard | None]]:
+        """Yield all files asked for; those that are parts of shards, with the shard."""
+        shards = ShardSet(self.layout.mode, self.layout.shard_size, self._set_id, self._is_path_due)
+        targets = ((plan, target) for plan in self.plans for target in plan.targets(self.layout))
+        for position, (plan, target) in enumerate(targets):
+            yield plan, target, shards.at(position) if self.layout.is_sharded else None
+
+    def _is_due(self, target: Target, shard: Shard | None) -> bool:
+        return self._is_path_due(target.path) if shard is None else shard.is_due
+
+    def _is_path_due(self, path: str) -> bool:
+        is_due = self.options.overwrite or path in self._stale_paths
+        return is_due or not self._is_finished(path)
+
+    def _is_finished(self, path: str) -> bool:
+        """Return whether a file was there before this export; asks the disk only where the file's folder was."""
+        return path.rpartition("/")[0] not in self._new_folders and is_finished(self.out_dir, path)
+
+    def _find_stale(self) -> Iterator[str]:
+        """Yield paths of files whose ranks belong to other images by now."""
+        for plan in self.plans if self.layout.has_page and not self.journal.is_empty else ():
+            rows = self.archive.rows(plan.key, plan.count)
+            for target in plan.targets(self.layout):
+                members = list(islice(rows, len(target.ranks)))
+                if members:
+                    identity = identify(self._entry(plan, target, target.path, members))
+                    if self._is_stale(target.path, identity, members):
+                        yield target.path
+
+    def _is_stale(self, path: str, identity: str, members: list[ImageRow]) -> bool:
+        """Return whether a file is known to show other images than `members`."""
+        # A row that cannot be read could not be decoded either.
+        return self.journal.is_stale(path, identity) and all(row.quantvec for row in members)
+
+    def _find_stale_tokens(self) -> Iterator[str]:
+        """Yield paths of files of tokens that differ from those of the image of their rank. They have no journal."""
+        for plan in self.plans:
+            rows = self.archive.rows(plan.key, plan.count)
+            for target, row in zip(plan.targets(self.layout), rows, strict=False):  # fewer if the archive changes
+                with contextlib.suppress(OSError, ValueError, BadTokensError):
+                    path, content = utf8_path(self.out_dir, target.path), encode_npy(self._tokens(row, None))
+                    is_there = self._is_finished(target.path)
+                    if is_there and (path.stat().st_size != len(content) or path.read_bytes() != content):
+                        yield target.path
+
+    def _describe_set(self) -> Iterator[object]:
+        """Yield what tells one set of shards from another."""
+        yield self.layout.mode, self.layout.extension, self.layout.shard_size if self.layout.mode == "tar" else None
+        for plan in self.plans:
+            yield plan.describe()
+            for row in self.archive.rows(plan.key, plan.count):
+                yield row.id, row.quantvec_md5, row.clip_score_input, row.clip_score_tokenized
+
+    # Read: rows to tokens.
+
+    def _read(self, decoder: TokenDecoder | None) -> Iterator[Item]:
+        """Yield the tokens to decode, with the place of each image."""
+        current_plan: GroupPlan | None = None
+        rows: Iterator[ImageRow] = iter(())
+        finished_shard: Shard | None = None
+        for plan, target, shard in self._files():
+            if plan is not current_plan:
+                current_plan, rows = plan, self.archive.rows(plan.key, plan.count)
+            members = list(islice(rows, len(target.ranks)))
+            is_due = self._is_due(target, shard)
+            if shard is None and members and not is_due:
+                entry = self._entry(plan, target, target.path, members)
+                identity = identify(entry)
+                # Since this export began: others may add to the archive.
+                is_due = self._is_stale(target.path, identity, members)
+            if decoder is not None and is_due:
+                yield from self._read_file(plan, target, members, shard, decoder)
+            elif is_due or not members:
+                self._report_change(target)
+            elif shard is None:
+                self.report.already_there += 1
+                self._entries[target.path] = entry
+                self.journal.assume(target.path, identity)
+            elif shard is not finished_shard:
+                finished_shard = shard
+                self.report.already_there += 1
+
+    def _read_file(
+        self, plan: GroupPlan, target: Target, members: list[ImageRow], shard: Shard | None, decoder: TokenDecoder
+    ) -> Iterator[Item]:
+        """Yield the tokens of one file."""
+        tokens_by_cell = {}
+        for cell, row in enumerate(members):
+            try:
+                tokens_by_cell[cell] = self._tokens(row, decoder)
+            except BadTokensError as error:
+                self._report_problem(f"image {row.id} was not decoded: {error}")
+        if len(members) < len(target.ranks):
+            self._report_change(target)
+        self._advance(len(target.ranks) - len(tokens_by_cell))
+        is_whole = len(tokens_by_cell) == len(target.ranks)
+        if shard is not None and not is_whole:
+            shard.is_whole = False
+        if not tokens_by_cell:
+            return
+        path = target.path if is_whole or not target.incomplete_path else target.incomplete_path
+        self._entries[path] = entry = self._entry(plan, target, path, members)
+        if self.layout.has_page:
+            self.journal.begin(path, identify(entry), self._is_finished(path))
+        grid = (self.layout.cols, self.layout.rows) if self.layout.is_gallery else (1, 1)
+        replaced_path = target.incomplete_path if is_whole else None
+        file_rows = [(cell, members[cell]) for cell in tokens_by_cell]
+        file = OutputFile(path, replaced_path, plan, target, file_rows, shard, grid)
+        if self.layout.is_seamless:
+            yield file, None, fill_cells(tokens_by_cell, self.layout.images_per_file)
+        else:
+            yield from ((file, cell, tokens) for cell, tokens in tokens_by_cell.items())
+
+    def _tokens(self, row: ImageRow, decoder: TokenDecoder | None) -> np.ndarray:
+        """Return (L,) uint16. Raises BadTokensError for what the codec, or the one that the row records, cannot decode.
+
+        Without a codec or a record, tokens may be of any number and any value.
+        """
+        if isinstance(decoder, Decoder):
+            return tokens_from_blob(row.quantvec, row.quantvec_md5, decoder.token_count, decoder.codebook_size)
+        recorded = None if row.codec_id is None else self._models.get(row.codec_id)
+        if recorded is not None and recorded.grid and recorded.codebook_size:
+            return tokens_from_blob(row.quantvec, row.quantvec_md5, recorded.grid**2, recorded.codebook_size)
+        return tokens_from_blob(row.quantvec, row.quantvec_md5, None, 1 << 16)
+
+    def _entry(self, plan: GroupPlan, target: Target, path: str, members: list[ImageRow]) -> Entry:
+        return make_entry(plan, target, path, members, self._models)
+
+    # Written, or not.
+
+    def _when_written(self, file: OutputFile) -> Callable[[Exception | None], None]:
+        # Not the file itself: it holds pixels.
+        path, replaced_path, image_count = file.path, file.replaced_path, len(file.rows)
+
+        def done(error: Exception | None) -> None:
+            self._advance(image_count)
+            if error is not None:
+                del self._entries[path]
+                self._report_unwritten(path, error)
+                return
+            self.report.written += 1
+            self.journal.confirm(path)
+            if replaced_path is not None:
+                with contextlib.suppress(OSError):
+                    utf8_path(self.out_dir, replaced_path).unlink()
+
+        return done
+
+    def _when_shard_ended(self, shard: Shard, error: Exception | None) -> None:
+        if error is not None:
+            self._report_unwritten(shard.final_path, error)
+        else:
+            self.report.written += 1
+
+    def _report_unwritten(self, path: str, error: Exception) -> None:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+        self._report_problem(f"{self.out_dir / path} was not written: {reason}")
+
+    def _report_change(self, target: Target) -> None:
+        self._report_problem(
+            f"{target.path}: {self.archive.path} changed while it was read; run the same command again"
+        )
+
+    def _report_problem(self, line: str) -> None:
+        self.report.problems.append(line)
+        _logger.error(line)
+
+    def _advance(self, image_count: int) -> None:
+        self._done_count += image_count
+        self._on_progress(self._done_count, self.due_count)
+
+    def _manifest(self) -> dict:
+        mode = "gallery" if self.layout.is_gallery else "images"
+        return build_manifest(mode, self.archive.path.name, self._entries.values())
+
+    def _last_members(self) -> list[Member]:
+        """Return the page for a zip, which is the tree that separate files would be."""
+        return list(manifest_files(self._manifest()).items()) if self.layout.mode == "zip" else []
+
+
+# Decode: tokens to pixels.
+
+
+def _decode(decoder: TokenDecoder | None, items: Iterator[Item]) -> Iterator[Item]:
+    """Yield each item with pixels (H, W, 3) uint8 for its tokens; one batch is computed while another is yielded."""
+    running: tuple[list[Item], Decoded] | None = None
+    while batch := list(islice(items, decoder.batch_size if decoder else 1)):
+        assert decoder is not None, "there are no items without one"
+        started = batch, decoder.start(np.stack([tokens for _, _, tokens in batch]))
+        if running is not None:
+            yield from _wait(*running)
+        running = started
+    if running is not None:
+        yield from _wait(*running)
+
+
+def _wait(batch: list[Item], decoded: Decoded) -> Iterator[Item]:
+    for (file, cell, _), image in zip(batch, decoded.images(), strict=True):
+        yield file, cell, image
+
+
+def _fill(items: Iterable[Item]) -> Iterator[OutputFile]:
+    """Yield each file when its last image is on it."""
+    for file, cell, pixels in items:
+        if cell is None:
+            file.place_all(pixels)
+        else:
+            file.place(cell, pixels)
+        if file.is_full:
+            yield file
+
+
+# Before anything is read.
+
+
+def _load_decoder(archive: Archive, plans: list[GroupPlan], options: ExportOptions, due_count: int) -> TokenDecoder:
+    """Return what decodes the rows of `plans`, once the output folder is there. Raises UserError."""
+    layout = options.layout
+    if layout.mode == "npy":
+        make_folder(options.out_dir)
+        return PassthroughDecoder()
+    checkpoint = load_checkpoint(options.codec, "codec")
+    grid, warnings = check_codec(archive, plans, checkpoint)
+    for warning in warnings:
+        _logger.warning(warning)
+    codec = Decoder.from_checkpoint(checkpoint, _limit_batch(options.batch_size, due_count), options.dtype, grid=grid)
+    _check_gallery_size(options, codec.image_size)
+    if layout.is_seamless:
+        codec = codec.tiled(layout.rows, layout.cols)
+    make_folder(options.out_dir)
+    compile_cache.enable()
+    return codec
+
+
+def _limit_batch(batch_size: int | None, due_count: int) -> int | Literal["auto"]:
+    """Return not many more than are due: all of a batch is decoded, filled or not. Each size is compiled anew."""
+    if batch_size is None:
+        return "auto"
+    return min(batch_size, max(_LEAST_BATCH, 1 << (due_count - 1).bit_length()))
+
+
+def _check_gallery_size(options: ExportOptions, image_size: int) -> None:
+    if not options.layout.is_gallery:
+        return
+    options.strips.check()
+    cols, rows = options.layout.cols, options.layout.rows
+    width, height = options.strips.size(cols, rows, image_size)
+    if width * height > _MAX_FILE_PIXELS or max(width, height) > options.encoding.max_side:
+        raise UserError(
+            f"a gallery of {cols} x {rows} would have {width:,} x {height:,} pixels, too many for memory or for "
+            f"{options.encoding.format}; use smaller --gallery-cols and --gallery-rows"
+        )

@@ -1,0 +1,246 @@
+"""`manifest.js`: which images a folder holds, for `samplebrowser.html` next to it.
+
+A page opened from disk may load scripts and images but not JSON, so the manifest is a script of one
+statement, `window.DM_MANIFEST = {...};`, in ASCII:
+
+    version      1
+    mode         "images" (a file holds one image) or "gallery" (a file holds many)
+    archive      name of the archive that the images come from, without its folder
+    prompts      [[prompt_id, prompt or null], ...]            each listed once
+    sc_prompts   [[sc_prompt_id, sc_prompt or null], ...]      null: the model's own empty prompt
+    groups       [[prompt, sc_prompt, top_k, top_p, temperature, cond_scale, prefix, suffix, files], ...]
+
+`prompt` and `sc_prompt` are positions in those lists. The path of a file, relative to the manifest and with
+"/" between its parts, is prefix + middle + suffix: they only save repeating what paths share. `files` are
+
+    images       [middle, rank, score or null, key0, key1]     best first; then what is not "", 1, 0, "float32" of
+                 [model, sampler_version, init_count, dtype], up to the last of them: the name of the model that sampled
+                 the image, "" for the one that ships and null for one that is not known; which noise it sampled with;
+                 the number of initial tokens; and the dtype of its activations
+    gallery      [middle, page, [score or null, ...], identity]    by page; images best first; identity: hex digits
+                 that differ from those of other images, or left out
+
+top_k 0 and top_p 1.0 mean "off"; scores are CLIP logits of image and prompt as typed; numbers that JSON
+has no form for (NaN, infinities) are null.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+from dm_generations.archive import ImageRow, ModelInfo
+from dm_generations.atomic_io import write_atomic
+from dm_generations.export.plan import GroupPlan, Target
+from dm_generations.export.writers import fingerprint
+from dm_generations.models.loading import is_other_embedded
+from dm_generations.paths import shipped
+
+MANIFEST_VERSION = 1
+MANIFEST = "manifest.js"
+MANIFEST_START = "window.DM_MANIFEST = "
+PAGE = "samplebrowser.html"
+
+_SHIPPED = "embedded/"  # so begin the names of models that ship
+_USUAL = ("", 1, 0, "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file of images of one group. `file` is relative to the output folder, with "/" between parts."""
+
+    file: str
+    prompt_id: int
+    prompt: str | None
+    sc_prompt_id: int
+    sc_prompt: str | None
+    top_k: int
+    top_p: float
+    temperature: float
+    cond_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEntry(_File):
+    """One image in a file of its own. `model` is the name of the one that sampled it; None: not known."""
+
+    rank: int
+    score: float | None
+    key0: int
+    key1: int
+    model: str | None
+    sampler_version: int | None = None
+    init_count: int = 0
+    dtype: str | None = None
+
+    @property
+    def position(self) -> int:
+        """Among the files of its group."""
+        return self.rank
+
+    def facts(self) -> list[Any]:
+        """Return what the manifest says of it, after its path and position."""
+        return [round_score(self.score), self.key0, self.key1, *self._provenance()]
+
+    def _provenance(self) -> list[int | str | None]:
+        """Return what sampling it again needs apart from settings and key; for the shipped model mostly nothing."""
+        if self.model is None or self.sampler_version is None:
+            return [None]
+        model = "" if self.model.startswith(_SHIPPED) else self.model
+        values: list[int | str | None] = [model, self.sampler_version, self.init_count, self.dtype or "float32"]
+        while values and values[-1] == _USUAL[len(values) - 1]:
+            values.pop()
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class GalleryEntry(_File):
+    """One file of several images; `scores` has one value for each, best first."""
+
+    scores: tuple[float | None, ...]
+    page: int = 0
+    identity: str | None = None  # tells these images from others, where there are no scores
+
+    @property
+    def position(self) -> int:
+        """Among the files of its group."""
+        return self.page
+
+    def facts(self) -> list[Any]:
+        """Return what the manifest says of it, after its path and position."""
+        return [list(map(round_score, self.scores)), *filter(None, [self.identity])]
+
+
+Entry = ImageEntry | GalleryEntry
+
+
+def make_entry(
+    plan: GroupPlan, target: Target, path: str, members: list[ImageRow], models: Mapping[int, ModelInfo]
+) -> Entry:
+    """Return what the page says of a file.
+
+    Args:
+        plan: The group of its images.
+        target: The file.
+        path: Where the file is: the target's path, or its incomplete one.
+        members: The rows of the target's ranks.
+        models: Those of the archive, by id.
+    """
+    key, params = plan.key, plan.key.params
+    settings = (params.top_k, params.top_p, params.temperature, params.cond_scale)
+    shared = (path, key.prompt_id, plan.prompt, key.sc_prompt_id, plan.sc_prompt, *settings)
+    if target.incomplete_path:
+        identity = fingerprint((row.key0, row.key1, row.quantvec_md5) for row in members)
+        return GalleryEntry(*shared, scores=tuple(map(finite_score, members)), page=target.page, identity=identity)
+    (row,) = members
+    names = ("key0", "key1", "sampler_version", "init_count", "dtype")
+    provenance: dict[str, Any] = {name: json_value(getattr(row, name)) for name in names}
+    generator = None if row.generator_id is None else models.get(row.generator_id)
+    model = _find_generator_name(generator)
+    return ImageEntry(*shared, rank=target.ranks.start, score=finite_score(row), model=model, **provenance)
+
+
+def finite_score(row: ImageRow) -> float | None:
+    """Return the score by the prompt as typed; None if there is none, or it is not a finite number."""
+    score = row.clip_score_input
+    return score if isinstance(score, float) and math.isfinite(score) else None
+
+
+def json_value(value: object) -> str | int | float | None:
+    """Return what JSON has for a value of a 2022 archive, which may be of any type that SQLite stores."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value  # type: ignore[return-value]
+
+
+def _find_generator_name(model: ModelInfo | None) -> str | None:
+    """Return the `--model` that generates an image again; None if it is not known, or its weights have changed."""
+    if model is None or is_other_embedded(model.name, model.sha256, "generator"):
+        return None
+    return model.name
+
+
+def build_manifest(mode: str, archive_name: str, entries: Iterable[Entry]) -> dict[str, Any]:
+    """Return the manifest described above.
+
+    Args:
+        mode: "images" or "gallery".
+        archive_name: Without its folder.
+        entries: Files that exist. Groups keep the order in which they first appear; files of one are sorted here.
+    """
+    if mode not in ("images", "gallery"):
+        raise ValueError(f"mode is {mode!r}, expected 'images' or 'gallery'")
+    prompts: dict[int, str | None] = {}
+    sc_prompts: dict[int, str | None] = {}
+    entries_by_group: dict[tuple, list[Entry]] = {}
+    for entry in entries:
+        prompts.setdefault(entry.prompt_id, entry.prompt)
+        sc_prompts.setdefault(entry.sc_prompt_id, entry.sc_prompt)
+        settings = (entry.top_k, entry.top_p, entry.temperature, entry.cond_scale)
+        key = (entry.prompt_id, entry.sc_prompt_id, *settings)
+        entries_by_group.setdefault(key, []).append(entry)
+
+    prompt_positions = {prompt_id: position for position, prompt_id in enumerate(prompts)}
+    sc_prompt_positions = {sc_prompt_id: position for position, sc_prompt_id in enumerate(sc_prompts)}
+    groups = []
+    for (prompt_id, sc_prompt_id, *numbers), members in entries_by_group.items():
+        positions = (prompt_positions[prompt_id], sc_prompt_positions[sc_prompt_id])
+        groups.append([*positions, *map(_finite, numbers), *_pack(members)])
+    return {
+        "version": MANIFEST_VERSION,
+        "mode": mode,
+        "archive": archive_name,
+        "prompts": [[prompt_id, text] for prompt_id, text in prompts.items()],
+        "sc_prompts": [[sc_prompt_id, text] for sc_prompt_id, text in sc_prompts.items()],
+        "groups": groups,
+    }
+
+
+def write_manifest(out_dir: Path, manifest: dict[str, Any]) -> Path:
+    """Write `manifest.js` and the page into an existing folder; return the path of the page to open.
+
+    Raises:
+        OSError: They cannot be written.
+        UserError: The page is missing from the installation.
+    """
+    for name, content in manifest_files(manifest).items():
+        write_atomic(out_dir / name, content)
+    return out_dir / PAGE
+
+
+def manifest_files(manifest: dict[str, Any]) -> dict[str, bytes]:
+    """Return `manifest.js` and the page, content by name. Raises UserError if the page is not installed."""
+    text = f"{MANIFEST_START}{_script_json(manifest)};\n"
+    return {MANIFEST: text.encode("ascii"), PAGE: shipped(PAGE).read_bytes()}
+
+
+def _pack(members: list[Entry]) -> tuple[str, str, list[list[Any]]]:
+    """Return prefix, suffix and files of one group."""
+    members = sorted(members, key=lambda entry: entry.position)
+    paths = [entry.file for entry in members]
+    prefix = commonprefix(paths)
+    rests = [path[len(prefix) :] for path in paths]
+    suffix = commonprefix([rest[::-1] for rest in rests])[::-1]
+    middles = [rest[: len(rest) - len(suffix)] for rest in rests]
+    files = [[middle, entry.position, *entry.facts()] for middle, entry in zip(middles, members, strict=True)]
+    return prefix, suffix, files
+
+
+def _finite(number: float | None) -> float | None:
+    return None if number is None or not math.isfinite(number) else number
+
+
+def round_score(score: float | None) -> float | None:
+    """Return a score rounded to one digit more than the page shows: the page reads the whole manifest."""
+    finite = _finite(score)
+    return None if finite is None else round(finite, 3)
+
+
+def _script_json(value: Any) -> str:
+    """Return JSON that is safe as a script: all but ASCII is escaped (U+2028 and lone surrogates too), and `<`."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

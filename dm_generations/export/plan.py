@@ -1,0 +1,326 @@
+"""What an export is to write: which groups, which files under which names, and whether the codec decodes their rows.
+
+File names are those of the 2022 script, made safe by the same library. A name starts with ids, settings and rank, which
+are never cut. So no two images share a name, not even where file names ignore case or normalise characters, and no name
+is empty, `..` or one that Windows reserves: `pathvalidate` alone does not prevent these.
+"""
+
+import functools
+import math
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dm_generations.archive import Archive, GroupKey, ImageRow, ModelInfo
+from dm_generations.archive.records import BYTES_PER_TOKEN, TOKEN_DTYPE
+from dm_generations.errors import UserError
+from dm_generations.models.loading import Checkpoint
+from dm_generations.paths import sanitize_file_name, sanitize_name, utf8_path
+
+_MAX_IDS_LISTED = 20
+_SAMPLE_GROUPS, _SAMPLE_ROWS = 64, 8  # enough to tell a wrong codec from a few bad rows
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which images to decode: by default all. Ids and texts of one kind add up; the two kinds both have to match.
+
+    Attributes:
+        n_best: At most so many of each group; None for all.
+    """
+
+    prompt_ids: Sequence[int] = ()
+    prompt_texts: Sequence[str] = ()
+    sc_prompt_ids: Sequence[int] = ()
+    sc_prompt_texts: Sequence[str] = ()
+    n_best: int | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How images become files.
+
+    Attributes:
+        mode: "images" is a file each, "gallery" a grid of cols x rows for each group, "npy" a file of tokens each,
+            "tar" a file for each `shard_size` images, and "zip" one file for all.
+        image_extension: Of image files, with its dot.
+        is_seamless: Whether the images of a gallery are decoded as one.
+    """
+
+    mode: str
+    cols: int
+    rows: int
+    image_extension: str = ".png"
+    shard_size: int = 1000
+    is_seamless: bool = False
+
+    @property
+    def is_gallery(self) -> bool:
+        """Whether a file holds several images as one."""
+        return self.mode == "gallery"
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether image files are put into larger files."""
+        return self.mode in ("tar", "zip")
+
+    @property
+    def has_page(self) -> bool:
+        """Whether the folder gets a page, and a journal of which images its files hold."""
+        return self.mode in ("images", "gallery")
+
+    @property
+    def extension(self) -> str:
+        """Of the files, with its dot."""
+        return ".npy" if self.mode == "npy" else self.image_extension
+
+    @property
+    def images_per_file(self) -> int:
+        """Images of one image file; of a full gallery."""
+        return self.cols * self.rows if self.is_gallery else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One file to write.
+
+    Attributes:
+        path: Relative to the output folder, with "/" between its two parts.
+        page: Of a gallery, from 0.
+        ranks: The images on it; 0 is the best of the group.
+        incomplete_path: Of a gallery with missing images; None for single images.
+    """
+
+    path: str
+    page: int
+    ranks: range
+    incomplete_path: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """The images of one prompt and one setting, best first, up to `count`."""
+
+    key: GroupKey
+    prompt: str | None
+    sc_prompt: str | None
+    count: int
+
+    @property
+    def folder(self) -> str:
+        """The group's folder in the output folder."""
+        return make_folder_name(self.key.prompt_id, self.prompt)
+
+    def describe(self) -> str:
+        """Return what stands for a group in the names of shards; it never changes, so finished shards are found."""
+        key, params = self.key, self.key.params
+        settings = (
+            f"Settings(prompt_id={key.prompt_id!r}, sc_prompt_id={key.sc_prompt_id!r}, top_k={params.top_k!r}, "
+            f"top_p={params.top_p!r}, temperature={params.temperature!r}, cond_scale={params.cond_scale!r})"
+        )
+        return (
+            f"GroupPlan(settings={settings}, prompt={self.prompt!r}, sc_prompt={self.sc_prompt!r}, "
+            f"count={self.count!r})"
+        )
+
+    def targets(self, layout: Layout) -> Iterator[Target]:
+        """Yield the files of this group, best images first."""
+        folder = self.folder
+        fields = (self.key.sc_prompt_id, *astuple(self.key.params), self.sc_prompt)
+        name = functools.partial(make_file_name, *fields, extension=layout.extension)
+        for page, first in enumerate(range(0, self.count, layout.images_per_file)):
+            ranks = range(first, min(first + layout.images_per_file, self.count))
+            if layout.is_gallery:
+                incomplete_path = f"{folder}/{name(page=page, is_incomplete=True)}"
+                yield Target(f"{folder}/{name(page=page)}", page, ranks, incomplete_path)
+            else:
+                yield Target(f"{folder}/{name(rank=first)}", 0, ranks, None)
+
+
+def select_groups(archive: Archive, selection: Selection) -> list[GroupPlan]:
+    """Return the selected groups, in the order of their ids and settings.
+
+    Raises:
+        UserError: An id or a text is not in the archive, or nothing is selected.
+    """
+    prompts, sc_prompts = archive.prompts(), archive.sc_prompts()
+    prompt_ids = _select_ids("prompt", archive.path, prompts, selection.prompt_ids, selection.prompt_texts)
+    sc_prompt_ids = _select_ids(
+        "sc prompt", archive.path, sc_prompts, selection.sc_prompt_ids, selection.sc_prompt_texts
+    )
+    groups = archive.groups(prompt_ids, sc_prompt_ids)
+    if not groups:
+        found = "no images" if prompt_ids is None and sc_prompt_ids is None else "no images of these prompts"
+        raise UserError(f"{archive.path} holds {found}; `python -m dm_generations info` lists what it holds")
+    return [
+        GroupPlan(
+            group.key,
+            prompts.get(group.key.prompt_id),
+            sc_prompts.get(group.key.sc_prompt_id),
+            group.count if selection.n_best is None else min(group.count, selection.n_best),
+        )
+        for group in groups
+    ]
+
+
+def is_finished(out_dir: Path, path: str) -> bool:
+    """Return whether a file stands at its final name: it is whole then, since files are put there by renaming.
+
+    An empty one is not, which a power cut may leave.
+    """
+    try:
+        status = utf8_path(out_dir, path).stat()
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size > 0
+
+
+def _select_ids(
+    kind: str, path: Path, texts: Mapping[int, str | None], ids: Sequence[int], wanted: Sequence[str]
+) -> list[int] | None:
+    """Return the ids that are listed or have a wanted text; None when there is no filter."""
+    if not ids and not wanted:
+        return None
+    if unknown := sorted(set(ids) - texts.keys()):
+        raise UserError(f"{path} has no {kind} with id {_list_ids(unknown)}; its {kind} ids are {_list_ids(texts)}")
+    known_texts, wanted_texts = set(texts.values()), set(wanted)  # a sweep may ask for thousands
+    if unknown_texts := [text for text in wanted if text not in known_texts]:
+        raise UserError(f"{path} has no {kind} {unknown_texts[0]!r:.200}; use the whole text, or its id")
+    return sorted(set(ids) | {text_id for text_id, text in texts.items() if text in wanted_texts})
+
+
+def _list_ids(ids: Sequence[int] | Mapping[int, object]) -> str:
+    listed = ", ".join(str(number) for number in list(ids)[:_MAX_IDS_LISTED])
+    return listed + (f" and {len(ids) - _MAX_IDS_LISTED:,} more" if len(ids) > _MAX_IDS_LISTED else "")
+
+
+# File names.
+
+
+def make_folder_name(prompt_id: int, prompt: str | None) -> str:
+    """Return the folder of a prompt's images, `0001_a prompt`, at most 255 bytes; no prompt reads `None`."""
+    return sanitize_name(f"{prompt_id:04d}_{prompt}")
+
+
+def make_file_name(
+    sc_prompt_id: int,
+    top_k: int,
+    top_p: float,
+    temperature: float,
+    cond_scale: float,
+    sc_prompt: str | None,
+    *,
+    rank: int | None = None,
+    page: int = 0,
+    is_incomplete: bool = False,
+    extension: str = ".png",
+) -> str:
+    """Return the name of an image's or gallery's file, `0001_k=50,p=1.0,t=1.0,c=10.0_00_None.png`.
+
+    Galleries that the 2022 script could not write add a field to the settings: `,page=2` for the second page of a group
+    and `,incomplete` where images are missing. Elsewhere `_` follows cond_scale, so a prompt's
+    text is never mistaken for these.
+
+    Args:
+        rank: The image's rank in its group, from 0; None for a gallery, whose name has none.
+        page: Of a gallery, from 0.
+        is_incomplete: Whether images are missing in the gallery because of bad rows.
+
+    Returns:
+        A name of at most 255 bytes.
+    """
+    settings = f"{sc_prompt_id:04d}_k={top_k},p={top_p},t={temperature},c={cond_scale}"
+    if page:
+        settings += f",page={page + 1}"
+    if is_incomplete:
+        settings += ",incomplete"
+    rank_field = "" if rank is None else f"_{rank:02d}"
+    return sanitize_file_name(f"{settings}{rank_field}_{sc_prompt}", extension)
+
+
+# Codec compatibility.
+
+
+def check_codec(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoint) -> tuple[int, list[str]]:
+    """Return the grid that a codec is to decode, in tokens a side, and warnings about it and the rows of `plans`.
+
+    Rows that record their codec are compared with that record; of others (2022 archives) the tokens are checked. A
+    codec decodes another grid than its own if the record says so.
+
+    Raises:
+        UserError: The codec's grid or codebook is not that of the rows.
+    """
+    warnings, grids = [], set()
+    models = archive.models()
+    for codec_id in _find_recorded_codecs(archive, plans, models):
+        if codec_id is None:
+            _check_tokens(archive, plans, codec)
+            continue
+        recorded = models[codec_id]
+        is_same = recorded.sha256 == codec.sha256
+        grid = recorded.grid if is_same and recorded.grid else codec.config.grid
+        grids.add(grid)
+        if (recorded.grid, recorded.codebook_size) != (grid, codec.config.codebook_size) or len(grids) > 1:
+            theirs = f"{_describe(recorded.grid, recorded.codebook_size)} of {recorded.name!r:.100}"
+            raise _mismatch(archive, codec, theirs)
+        if not is_same:
+            warnings.append(
+                f"codec {codec.name!r} has other weights than {recorded.name!r:.100}, "
+                "with which these images were made: they will look different"
+            )
+    return next(iter(grids), codec.config.grid), warnings
+
+
+def _find_recorded_codecs(
+    archive: Archive, plans: Sequence[GroupPlan], models: dict[int, ModelInfo]
+) -> Sequence[int | None]:
+    """Return the ids of the codecs that the selected rows name; None for rows that name none."""
+    codec_ids = [model_id for model_id, model in models.items() if model.kind == "codec"]
+    if not codec_ids:
+        return [None]
+    if len(codec_ids) == 1:
+        return codec_ids
+    named = {row.codec_id for plan in plans for row in archive.rows(plan.key, plan.count)}
+    return [codec_id for codec_id in codec_ids if codec_id in named] + ([None] if None in named else [])
+
+
+def _check_tokens(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoint) -> None:
+    """Raise UserError when most of a sample of rows has another length, or tokens beyond the codebook."""
+    sample = [
+        row.quantvec
+        for plan in plans[:: max(1, len(plans) // _SAMPLE_GROUPS)]
+        for row in _read_unrecorded(archive, plan)
+        if row.quantvec  # else it says nothing about a codec
+    ]
+    if not sample:
+        return
+    size, _ = Counter(map(len, sample)).most_common(1)[0]
+    token_count = size // BYTES_PER_TOKEN
+    if token_count != codec.config.grid**2:
+        side = math.isqrt(token_count)
+        theirs = f"{side}x{side} tokens" if side**2 == token_count else f"{token_count:,} tokens an image"
+        raise _mismatch(archive, codec, theirs)
+    largest = [int(np.frombuffer(blob, TOKEN_DTYPE).max()) for blob in sample if len(blob) == size]
+    if sum(token >= codec.config.codebook_size for token in largest) > len(largest) / 2:
+        raise _mismatch(archive, codec, f"tokens up to {max(largest):,}")
+
+
+def _read_unrecorded(archive: Archive, plan: GroupPlan) -> list[ImageRow]:
+    """Return those of the best rows of a group that name no codec."""
+    return [row for row in archive.rows(plan.key, min(plan.count, _SAMPLE_ROWS)) if row.codec_id is None]
+
+
+def _mismatch(archive: Archive, codec: Checkpoint, theirs: str) -> UserError:
+    ours = _describe(codec.config.grid, codec.config.codebook_size)
+    return UserError(
+        f"codec {codec.name!r} takes {ours}, but {archive.path} holds {theirs}; "
+        "choose the codec that they were made with: --codec FOLDER"
+    )
+
+
+def _describe(grid: int | None, codebook_size: int | None) -> str:
+    return f"{grid}x{grid} tokens below {codebook_size:,}"

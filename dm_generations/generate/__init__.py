@@ -1,1 +1,0 @@
-"""Prompts x settings x seeds to rows of an archive."""

@@ -1,0 +1,264 @@
+"""Tokens to images, on the devices.
+
+B: batch, fixed   n: images asked for   L: tokens of an image, row-major over its grid   H, W: pixels of an image
+R, C: rows and columns of images on a sheet
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dm_generations.errors import UserError
+from dm_generations.models.loading import Checkpoint
+from dm_generations.models.registry import get_kind
+from dm_generations.runtime.device import (
+    WEIGHTS_ADVICE,
+    BatchRunner,
+    Work,
+    batch_concurrency,
+    free_bytes,
+    free_bytes_of_each,
+    largest_array_bytes,
+    memory_errors,
+)
+
+_AXIS = "images"
+# Pixels of a batch beyond which more are no faster: a CPU is busy with one image, a GPU with some dozens.
+_ENOUGH_PIXELS = {"cpu": 1 << 20}
+_ENOUGH_PIXELS_ELSEWHERE = 1 << 24
+_COPIES = 6  # of the largest array: what a convolution reads, adds and writes, and the workspace of its library
+_MEMORY_SHARE = 0.5  # of the free memory; the next batch is under way while the last one is fetched
+
+
+class Decoder:
+    """The decoder of an image codec, compiled once, with its batch divided among the local devices.
+
+    Every call has the shape (B, L): short batches are padded. When a device runs out of memory, the batch is halved
+    and computed again.
+
+    Attributes:
+        grid: Tokens a side of an image.
+        token_count: L.
+        codebook_size: Tokens are below it.
+        image_size: Pixels a side of an image.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        config: Any,
+        params: dict,
+        batch_size: int | Literal["auto"],
+        dtype: str = "float32",
+        grid: int | None = None,
+    ):
+        """Put the decoder on the devices.
+
+        Args:
+            kind: Of the network, one of the codecs in `models.registry.KINDS`.
+            config: Of the network.
+            params: As in a checkpoint.
+            batch_size: Images at a time, of all devices together; rounded up to as many for each device. "auto" is
+                what their memory holds, or less where more would be no faster.
+            dtype: Of activations.
+            grid: Tokens a side; None is the size that the codec was trained at. The networks are convolutions, with
+                attention over all positions, so they decode other grids to images of another size.
+        """
+        self.grid = grid or config.grid
+        self.token_count = self.grid**2
+        self.codebook_size = config.codebook_size
+        self.image_size = config.image_size // config.grid * self.grid
+        # What is decoded as one: the shape of its tokens, its rows and columns of images, and a name.
+        self._item_shape: tuple[int, ...] = (self.token_count,)
+        self._sheet_shape, self._item_name = (1, 1), "image"
+        self._devices = jax.local_devices()
+        self._mesh = Mesh(self._devices, (_AXIS,))
+        self._shard_batch = NamedSharding(self._mesh, PartitionSpec(_AXIS))
+        decoder = get_kind(kind).make_decoder(config, np.dtype(dtype), self._devices[0].platform)
+        with memory_errors(WEIGHTS_ADVICE):
+            self._params = decoder.prepare_params(params, NamedSharding(self._mesh, PartitionSpec()))
+
+        def to_uint8(params, tokens):  # (b, L) or grids (b, h, w), uint16 -> (b, H, W, 3) uint8, of one device
+            pixels = decoder.decode(params, tokens.astype(jnp.int32))
+            # Truncated, not rounded: what the 2022 script wrote.
+            return (jnp.clip(pixels, 0.0, 1.0) * jnp.float32(255)).astype(jnp.uint8)
+
+        self._set_function(to_uint8)
+        self.set_batch_size(self._auto_batch_size() if batch_size == "auto" else batch_size)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        batch_size: int | Literal["auto"],
+        dtype: str = "float32",
+        grid: int | None = None,
+    ) -> "Decoder":
+        """Make the decoder of a loaded checkpoint; see `Decoder` for the arguments."""
+        return cls(checkpoint.kind, checkpoint.config, checkpoint.params, batch_size, dtype, grid)
+
+    def tiled(self, rows: int, cols: int) -> "Decoder":
+        """Make a decoder for sheets of R x C images, each decoded as one token grid so that there are no seams.
+
+        It takes tokens (n, R * C, L), along the rows of the sheet, and returns (n, R * H, C * W, 3). Weights are
+        shared. A batch has about as many images as this decoder's.
+
+        Raises:
+            UserError: Memory is too small for a sheet.
+        """
+        decode_grids, side = self._of_one_device, self.grid
+
+        def to_uint8(params, tokens):
+            grids = tokens.reshape(-1, rows, cols, side, side).transpose(0, 1, 3, 2, 4)
+            return decode_grids(params, grids.reshape(-1, rows * side, cols * side))
+
+        sheets = copy.copy(self)
+        sheets._item_shape, sheets._sheet_shape = (rows * cols, self.token_count), (rows, cols)
+        sheets._item_name = f"sheet of {cols} x {rows} images"
+        sheets._set_function(to_uint8)
+        sheets.set_batch_size(self.batch_size // (rows * cols))
+        sheets._check_memory()
+        return sheets
+
+    @property
+    def batch_size(self) -> int:
+        """Images (or sheets) of a batch, of all devices together."""
+        return self._runner.size
+
+    @property
+    def concurrency(self) -> int:
+        """Batches that are computed at the same time."""
+        return self._runner.concurrency
+
+    def set_batch_size(self, wanted: int) -> None:
+        """Decode `wanted` images at a time, rounded up to as many for each device."""
+        count = len(self._devices)
+        message = (
+            f"not enough memory to decode one {self._item_name} at a time; close other programs that use the device, "
+            "or use --dtype bfloat16"
+        )
+        size = max(1, -(-wanted // count)) * count
+        self._runner = BatchRunner(size, batch_concurrency(self._devices), message, step=count)
+
+    def compile(self) -> jax.ShapeDtypeStruct:
+        """Compile ahead of the first batch, and return the shape of a batch of images, (B, H, W, 3) uint8."""
+        return self._to_uint8.lower(self._params, self._batch_shape(self.batch_size)).compile().out_info
+
+    def start(self, tokens: np.ndarray) -> "Decoding":
+        """Start decoding; does not wait for the images.
+
+        Args:
+            tokens: (n, L) uint16, for any n; of a tiled decoder (n, R * C, L).
+
+        Raises:
+            UserError: A token is outside the codebook (the network would make an image of NaN), or memory is too
+                small for one image on each device.
+        """
+        if tokens.size and int(tokens.max()) >= self.codebook_size:
+            raise UserError(f"token {int(tokens.max()):,} is outside the codec's codebook of {self.codebook_size:,}")
+
+        def take(first: int, size: int) -> tuple[np.ndarray, int]:
+            part = tokens[first : first + size]
+            padded = np.zeros((size, *self._item_shape), np.uint16)  # new: the device may read it later
+            padded[: len(part)] = part
+            return padded, first + len(part)
+
+        rows, cols = self._sheet_shape
+        image_shape = rows * self.image_size, cols * self.image_size, 3
+        return Decoding(len(tokens), image_shape, self._runner.run(Work(len(tokens), take, self.decode_batch)))
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """Return images (n, H, W, 3) uint8 of `tokens` (n, L) uint16. Raises as `start`."""
+        return self.start(tokens).images()
+
+    def decode_batch(self, tokens: np.ndarray) -> jax.Array:
+        """Start decoding one whole batch, without a retry when memory runs out; `start` is made of these.
+
+        Args:
+            tokens: (B, L) uint16; of a tiled decoder (B, R * C, L).
+
+        Returns:
+            Images (B, H, W, 3) uint8 on the devices, which may not be computed yet.
+        """
+        return self._to_uint8(self._params, jax.device_put(tokens, self._shard_batch))
+
+    def _batch_shape(self, batch_size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *self._item_shape), np.uint16, sharding=self._shard_batch)
+
+    def _set_function(self, to_uint8: Callable) -> None:
+        """Take (params, tokens of a batch) -> images, of one device, as what this decoder computes."""
+        self._of_one_device = to_uint8
+        self._to_uint8 = jax.jit(_on_each_device(to_uint8, self._mesh) if len(self._devices) > 1 else to_uint8)
+
+    def _auto_batch_size(self) -> int:
+        """Return a power of two for each device: enough to keep it busy, or less if memory is too small for that."""
+        enough = _ENOUGH_PIXELS.get(self._devices[0].platform, _ENOUGH_PIXELS_ELSEWHERE) // self.image_size**2
+        size = 1 << max(enough, 1).bit_length() - 1
+        free = free_bytes_of_each(self._devices)
+        while size > 1 and self._largest_bytes(size * len(self._devices)) * _COPIES > free * _MEMORY_SHARE:
+            size //= 2
+        return size * len(self._devices)
+
+    def _check_memory(self) -> None:
+        """Raise UserError where decoding one item takes more memory than is free.
+
+        For what grows faster than its pixels: the attention of a sheet holds a number for each pair of its tokens. A
+        CPU that is asked for too much may grant it, and end the program later.
+        """
+        items = self.batch_size // len(self._devices)
+        needed = 2 * self._largest_bytes(self.batch_size) / items  # what the largest step reads and writes
+        free = free_bytes(self._devices[0])
+        if needed > free:
+            raise UserError(
+                f"a {self._item_name} takes {needed / 1e9:,.0f} GB to decode as one, and {free / 1e9:,.1f} GB are "
+                "free; put fewer images on it"
+            )
+
+    def _largest_bytes(self, batch_size: int) -> int:
+        """Return the bytes of the largest array on a device while a batch is decoded.
+
+        JAX traces the program for it, and reuses that for the first batch.
+        """
+        return largest_array_bytes(self._to_uint8.trace(self._params, self._batch_shape(batch_size)).jaxpr.jaxpr)
+
+
+class Decoding:
+    """Images that are being decoded."""
+
+    def __init__(self, count: int, image_shape: tuple[int, int, int], batches: Iterator[jax.Array]):
+        """Take batches that are being computed.
+
+        Args:
+            count: n.
+            image_shape: (H, W, 3).
+            batches: Images (B, H, W, 3), the last one padded.
+        """
+        self._count, self._image_shape, self._batches = count, image_shape, batches
+
+    def __len__(self) -> int:
+        """Return n."""
+        return self._count
+
+    def images(self) -> np.ndarray:
+        """Wait for the images, once: (n, H, W, 3) uint8."""
+        parts = [jax.device_get(images)[:count] for images, count in self.on_device()]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, *self._image_shape), np.uint8), *parts])
+
+    def on_device(self) -> Iterator[tuple[jax.Array, int]]:
+        """Wait for the images, once: batches (B, H, W, 3) uint8 where they are, and how many images each holds."""
+        left = self._count
+        for images in self._batches:
+            count = min(left, len(images))
+            left -= count
+            yield images, count
+
+
+def _on_each_device(function: Callable, mesh: Mesh) -> Callable:
+    """Run `function` of parameters and rows on all devices, the rows divided among them."""
+    specs: dict[str, Any] = {"in_specs": (PartitionSpec(), PartitionSpec(_AXIS)), "out_specs": PartitionSpec(_AXIS)}
+    return jax.shard_map(function, mesh=mesh, **specs)

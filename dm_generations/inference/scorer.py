@@ -1,0 +1,150 @@
+"""Images and prompts to CLIP scores.
+
+n: images   B: batch   H, W: pixels   P: CLIP's projection width
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dm_generations.inference.decoder import Decoding
+from dm_generations.models.clip.network import CLIP, unit
+from dm_generations.models.clip.preprocessing import Preprocessing
+from dm_generations.models.loading import Checkpoint
+from dm_generations.models.tokenization import PromptTokenizer
+from dm_generations.runtime.device import matmul_precision, put_params
+
+TEXT_BATCH = 8  # texts of one run of the text tower; a sweep has few distinct prompts
+MAX_CACHED_TEXTS = 4096  # prompts whose features stay in memory: 8 MB at P = 512
+
+
+class Scorer:
+    """CLIP scores in batches of one fixed shape, divided among the local devices: each tower is compiled once."""
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: PromptTokenizer, batch_size: int = 32):
+        """Put a CLIP on the devices.
+
+        Args:
+            checkpoint: Of kind "clip".
+            tokenizer: For prompts.
+            batch_size: Images at a time, rounded up to as many for each device; fewer are padded with black.
+        """
+        config = checkpoint.config
+        preprocessing = Preprocessing.from_folder(checkpoint.folder, config.vision_config.image_size)
+        model = CLIP(config)
+        self._preprocessing = preprocessing
+        self._tokenizer = tokenizer
+        devices = jax.local_devices()
+        mesh = Mesh(devices, ("images",))
+        self._shard_batch, self._replicate = (
+            NamedSharding(mesh, PartitionSpec("images")),
+            NamedSharding(mesh, PartitionSpec()),
+        )
+        self._batch_size = -(-batch_size // len(devices)) * len(devices)
+        self._width = config.projection_dim
+        self._text_length = config.text_config.max_position_embeddings
+        self._params = put_params(checkpoint.params, sharding=self._replicate)
+        self._scale = float(np.exp(np.float32(checkpoint.params["logit_scale"])))
+        self._text_features: dict[str, np.ndarray] = {}
+
+        @jax.jit
+        def image_tower(params, images):
+            with matmul_precision(np.float32):
+                pixels = preprocessing.apply(images)
+                features: Any = model.apply({"params": params}, pixels, method="get_image_features")
+                return unit(features)
+
+        @jax.jit
+        def text_tower(params, input_ids, attention_mask):
+            with matmul_precision(np.float32):
+                features: Any = model.apply({"params": params}, input_ids, attention_mask, method="get_text_features")
+                return unit(features)
+
+        self._image_tower, self._text_tower = image_tower, text_tower
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, batch_size: int = 32) -> "Scorer":
+        """Make the scorer of a loaded CLIP, with its own tokenizer; see `Scorer` for the arguments.
+
+        Raises:
+            UserError: The tokenizer is missing or broken, or memory does not hold the weights.
+        """
+        tokenizer = checkpoint.load_tokenizer()
+        assert isinstance(tokenizer, PromptTokenizer), "CLIP has no other"
+        return cls(checkpoint, tokenizer, batch_size)
+
+    def compile(self, images: jax.ShapeDtypeStruct, prompts: Sequence[str]) -> None:
+        """Compile ahead of the first batch.
+
+        Args:
+            images: The shape of a batch of images, as `Decoder.compile` returns it.
+            prompts: Of that batch; their features are computed now.
+        """
+        self._image_tower.lower(self._params, images).compile()
+        self.text_features(prompts)
+
+    def score(self, images: np.ndarray | Decoding, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Score image i against prompt i.
+
+        Args:
+            images: As `image_features` takes them.
+            prompts: n texts.
+
+        Returns:
+            score_input and score_tokenized, float32 (n,): cosine x exp(logit_scale). The first is for the prompt as
+            typed, the second for the prompt as CLIP's tokenizer reads it back.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images do not match {len(prompts)} prompts")
+        read_back = {prompt: self._tokenizer.round_trip(prompt, self._text_length) for prompt in set(prompts)}
+        features = self.image_features(images)
+        typed = self.text_features(prompts)
+        read = self.text_features([read_back[prompt] for prompt in prompts])
+        return tuple(np.float32(self._scale) * np.sum(features * text, axis=-1) for text in (typed, read))
+
+    def image_features(self, images: np.ndarray | Decoding) -> np.ndarray:
+        """Return features of images, float32 (n, P), rows of unit length.
+
+        Args:
+            images: uint8 (n, H, W, 3) of any size, or images that a decoder is computing, which stay on the device.
+                They are resized as transformers' CLIP processor does it.
+        """
+        if isinstance(images, Decoding):
+            parts = images.on_device()
+        elif images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3:
+            parts = self._on_device(images)
+        else:
+            raise ValueError(f"images must be uint8 (n, H, W, 3), not {images.dtype} {images.shape}")
+        pending = [(self._image_tower(self._params, batch), count) for batch, count in parts]
+        features = [jax.device_get(rows)[:count] for rows, count in pending]
+        return np.concatenate([np.empty((0, self._width), np.float32), *features])
+
+    def _on_device(self, images: np.ndarray) -> Iterator[tuple[jax.Array, int]]:
+        """Return batches (B, H, W, 3) on the device, and how many images each holds."""
+        for start in range(0, len(images), self._batch_size):
+            batch = images[start : start + self._batch_size]
+            yield jax.device_put(_padded(batch, self._batch_size), self._shard_batch), len(batch)
+
+    def text_features(self, texts: Sequence[str]) -> np.ndarray:
+        """Return features of n texts, float32 (n, P), rows of unit length. Those of recent texts are cached."""
+        distinct = list(dict.fromkeys(texts))
+        features = {text: self._text_features[text] for text in distinct if text in self._text_features}
+        new = [text for text in distinct if text not in features]
+        pending = []
+        for start in range(0, len(new), TEXT_BATCH):
+            ids, mask = self._tokenizer.encode(new[start : start + TEXT_BATCH], self._text_length)
+            ids, mask = (jax.device_put(_padded(x, TEXT_BATCH), self._replicate) for x in (ids, mask))
+            pending.append(self._text_tower(self._params, ids, mask))
+        features.update(zip(new, np.concatenate(jax.device_get(pending))[: len(new)] if new else [], strict=True))
+        self._text_features.update((text, features[text]) for text in new)
+        while len(self._text_features) > MAX_CACHED_TEXTS:
+            del self._text_features[next(iter(self._text_features))]  # the oldest
+        return np.array([features[text] for text in texts], np.float32).reshape(len(texts), self._width)
+
+
+def _padded(rows: np.ndarray, count: int) -> np.ndarray:
+    """Return `rows` followed by zeros up to `count` rows."""
+    return np.pad(rows, [(0, count - len(rows))] + [(0, 0)] * (rows.ndim - 1))

@@ -1,0 +1,1 @@
+"""CLIP, which scores images against prompts."""

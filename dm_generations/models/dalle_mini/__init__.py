@@ -1,0 +1,1 @@
+"""DALL-E mini and mega."""

@@ -1,0 +1,1 @@
+"""DALLE-pytorch, and the DALL-3 fork of it."""

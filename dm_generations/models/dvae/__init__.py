@@ -1,0 +1,1 @@
+"""Discrete VAEs: DALLE-pytorch's own and OpenAI's."""

@@ -1,0 +1,1 @@
+"""minDALL-E of Kakao Brain."""

@@ -1,0 +1,1 @@
+"""VQGAN, of vqgan-jax, taming-transformers and their descendants."""

@@ -1,0 +1,87 @@
+"""Where shipped files and caches are, and names of files that any file system takes."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from pathvalidate import sanitize_filename
+
+from dm_generations.errors import UserError
+
+NAME_BYTES = 255  # the longest name that common file systems take
+STEM_CHARACTERS = 250  # where the 2022 script cut, before it added ".png"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SAFE = re.compile(r"[0-9][A-Za-z0-9_=,. -]{,200}(?<![ .])")  # most names, which the library need not look at
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped(relative: str) -> Path:
+    """Return the path of a file that ships: inside the wheel (`_shipped/`), or at the root of a checkout.
+
+    Raises:
+        UserError: The installation lacks it.
+    """
+    for root in (PACKAGE / "_shipped", PACKAGE.parent):
+        path = root / relative
+        if path.exists():
+            return path
+    raise UserError(f"{relative} is missing from this installation of dm_generations; install it again")
+
+
+def cache_dir(name: str) -> Path:
+    """Return a private folder (mode 0700) of this user, created when it is missing.
+
+    It holds executable code (compiled programs), so a folder that another user owns or may write is refused.
+
+    Raises:
+        UserError: The folder belongs to another user or others can write to it; or this user has no home, as in a
+            container that runs under a user number without a name.
+    """
+    path = _cache_base() / "dm-generations" / name
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid"):
+        status = path.stat()
+        if status.st_uid != os.getuid():
+            raise UserError(f"{path} belongs to another user; remove it or set XDG_CACHE_HOME")
+        if status.st_mode & 0o022:  # whatever is in it may be theirs
+            raise UserError(f"{path} can be written by other users; remove it or set XDG_CACHE_HOME")
+        if status.st_mode & 0o077:
+            path.chmod(0o700)
+    return path
+
+
+def _cache_base() -> Path:
+    try:
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches"
+        if os.name == "nt":
+            return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise UserError("this user has no home folder; set HOME or XDG_CACHE_HOME") from error
+
+
+def sanitize_name(text: str) -> str:
+    """Return `text`, which starts with a digit or a letter, as a file name; lone surrogates become U+FFFD."""
+    if _SAFE.fullmatch(text):
+        return text
+    # The encoding in which names are cut to 255 bytes must not depend on this machine's locale.
+    return sanitize_filename(_SURROGATE.sub("\ufffd", text), fs_encoding="utf-8")
+
+
+def sanitize_file_name(text: str, extension: str) -> str:
+    """Return `text` with an extension as a file name of at most 255 bytes; see `sanitize_name`."""
+    stem = sanitize_name(text)[:STEM_CHARACTERS].encode()
+    return stem[: NAME_BYTES - len(extension)].decode(errors="ignore") + extension
+
+
+def utf8_path(folder: Path, name: str) -> Path:
+    """Return the path of a file whose name is UTF-8 on disk in every locale, also in one that lacks its characters.
+
+    Args:
+        folder: An existing or new folder.
+        name: Relative to it, with "/" between its parts.
+    """
+    return folder / os.fsdecode(name.encode())

@@ -1,0 +1,357 @@
+"""Generate the images of a sweep that an archive lacks: sample tokens, score them, store each batch in one transaction.
+
+L: tokens of an image, row-major over its grid
+"""
+
+import dataclasses
+import itertools
+import logging
+import math
+import os.path
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from dm_generations.archive import Archive, NewImage
+from dm_generations.archive.records import TOKEN_DTYPE
+from dm_generations.inference.decoder import Decoder
+from dm_generations.inference.generator import Generator
+from dm_generations.inference.scorer import Scorer
+from dm_generations.models.loading import Models, load_models
+from dm_generations.pipelines.sweep import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_PARAMS,
+    WHOLE_SWEEP,
+    Plan,
+    Sample,
+    Shard,
+    Sweep,
+    plan_sweep,
+)
+from dm_generations.runtime import compile_cache
+from dm_generations.runtime.device import memory_errors
+from dm_generations.sampling.batching import sequence_count
+from dm_generations.sampling.logits import SAMPLER_VERSION
+from dm_generations.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from dm_generations.pipelines.init_tokens import InitTokens
+
+SAMPLER_VERSIONS = {"rows": SAMPLER_VERSION, "dalle-mini": 1001}  # stored with each row
+SMALLER_BATCH = "use a smaller --batch-size"
+
+logger = logging.getLogger(__name__)
+OnProgress = Callable[[int, int], None]  # called with how many images are done, and of how many
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """The archive, models, batches and files of a run.
+
+    Models are folders, files or names on the Hugging Face hub; None is the embedded one, and for the codec the model's
+    own if it has one.
+
+    Attributes:
+        db: The archive to fill; it is created if there is none.
+        model: The text-to-image model.
+        tokenizer: File or folder of its tokenizer; None is the model's own.
+        config_overrides: Entries of a DALLE-pytorch model's config that its file lacks or has wrong.
+        codec: What decodes the tokens.
+        clip: What scores the images.
+        is_scored: Whether to score the images.
+        batch_size: Images at a time on each device.
+        dtype: Of the text model's activations and caches.
+        rng: A key of `SAMPLER_VERSIONS`.
+        shard: The part of the sweep to generate.
+        init_image: Image file whose first tokens start every image.
+        init_tokens: `.npy` file of these tokens, in place of `init_image`.
+        init_count: How many of these tokens are used; None is the default share.
+        progressive_every: Tokens after which unfinished images are written to `progressive_dir`; None for never.
+        progressive_dir: Folder for unfinished images.
+    """
+
+    db: Path
+    model: str | None = None
+    tokenizer: Path | None = None
+    config_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    codec: str | None = None
+    clip: str | None = None
+    is_scored: bool = True
+    batch_size: int = DEFAULT_BATCH_SIZE
+    dtype: str = "float32"
+    rng: str = "rows"
+    shard: Shard = WHOLE_SWEEP
+    init_image: Path | None = None
+    init_tokens: Path | None = None
+    init_count: int | None = None
+    progressive_every: int | None = None
+    progressive_dir: Path = Path("progressive")
+
+
+@dataclasses.dataclass
+class GenerateReport:
+    """What a run did, in images.
+
+    Attributes:
+        added_count: Added to the archive.
+        existing_count: Skipped, because the archive had them before.
+        others_count: Sampled here, but stored by another process in the meantime.
+        invalid_count: Left out, because dalle-mini's noise sampled a token outside the codebook.
+        seconds: Time of sampling, scoring and storing.
+        codec: Folder, file or hub name of the codec; None is the embedded one.
+    """
+
+    added_count: int = 0
+    existing_count: int = 0
+    others_count: int = 0
+    invalid_count: int = 0
+    seconds: float = 0.0
+    codec: str | None = None
+
+
+def generate(
+    sweep: Sweep, options: GenerateOptions, on_progress: OnProgress = lambda done, total: None
+) -> GenerateReport:
+    """Generate the images of a sweep that the archive lacks, and add them to it.
+
+    A run that is stopped at any moment loses the batch it works on and nothing else. Several processes can fill one
+    archive, best with a `shard` each: an image that two of them sample is stored once.
+
+    Args:
+        sweep: What to generate.
+        options: The archive and the models.
+        on_progress: Called with (done, total) images at the start and after every batch.
+
+    Raises:
+        UserError: An input is missing, broken or incompatible, or memory does not hold one image.
+    """
+    pipeline, sweep = prepare(sweep, options, "w")
+    with Archive.open_or_create(options.db) as archive:
+        plan = pipeline.plan(sweep, archive, options.shard)
+        counts = sweep.combination_count, sweep.count, plan.missing_count
+        logger.info("%s combinations x %s images, %s to generate", *(f"{count:,}" for count in counts))
+        report = pipeline.fill(archive, plan, on_progress)
+        report.codec = pipeline.models.codec_from
+    return report
+
+
+class Pipeline:
+    """The models of a run on the devices: samples to scored images. The first batch compiles their programs.
+
+    Attributes:
+        models: The checkpoints.
+        generator: Samples tokens.
+        decoder: Decodes them; None if neither scores nor unfinished images are wanted.
+        scorer: Scores images; None if they are not to be scored.
+    """
+
+    def __init__(self, models: Models, options: GenerateOptions, init: "InitTokens | None" = None):
+        """Put the models on the devices.
+
+        Args:
+            models: The checkpoints.
+            options: Batch size, dtype, noise and unfinished images.
+            init: Tokens that every image starts with.
+
+        Raises:
+            UserError: A model lacks its tokenizer, or memory does not hold the weights.
+        """
+        compile_cache.enable()
+        self.models = models
+        tokenizer = models.generator.load_tokenizer()
+        self.generator = Generator(
+            models.generator, tokenizer, options.batch_size, dtype=options.dtype, rng=options.rng
+        )
+        self.decoder: Decoder | None = None
+        self.scorer: Scorer | None = None
+        if models.clip is not None or options.progressive_every is not None:
+            self.decoder = Decoder.from_checkpoint(models.codec, options.batch_size, grid=models.grid)
+        if models.clip is not None:
+            self.scorer = Scorer.from_checkpoint(models.clip, options.batch_size)
+        self._sampler_version = SAMPLER_VERSIONS[options.rng]
+        self._init = init
+        self._init_md5 = "" if init is None else init.md5
+        self._options = options
+        self._is_compiled = False
+
+    def plan(self, sweep: Sweep, archive: Archive | None, shard: Shard = WHOLE_SWEEP) -> Plan:
+        """Find the images of `sweep` that the archive lacks from this model."""
+        generator_id = None if archive is None else archive.find_model(self.models.generator.model_info())
+        return plan_sweep(sweep, archive, generator_id, self._sampler_version, self._init_md5, shard)
+
+    def sample(self, samples: Sequence[Sample]) -> list[NewImage]:
+        """Sample images, with their scores if there is a CLIP.
+
+        Images of dalle-mini's noise with a token outside the codebook are left out.
+        """
+        count, init_count = len(samples), 0 if self._init is None else self._init.count
+        combinations = [sample.combination for sample in samples]
+        time_start = time.time()
+        rows = (
+            [combination.prompt for combination in combinations],
+            [combination.params for combination in combinations],
+            np.array([(sample.key0, sample.key1) for sample in samples], np.uint32),
+            [combination.sc_prompt for combination in combinations],
+            None if self._init is None else np.tile(self._init.tokens, (count, 1)),
+            init_count,
+        )
+        if self._options.progressive_every is None:
+            sampling = self.generator.start(*rows)
+            self._compile_scoring(rows[0])  # while the devices sample
+            tokens, log_probs = sampling.samples()
+        else:
+            tokens, log_probs = self.generator.sample(
+                *rows,
+                self._options.progressive_every,
+                lambda first, tokens: self._write_unfinished(samples[first : first + len(tokens)], tokens),
+            )
+        time_end = time.time()
+        images = [
+            NewImage(
+                sample.combination.prompt,
+                sample.combination.sc_prompt,
+                sample.combination.params,
+                key0=sample.key0,
+                key1=sample.key1,
+                quantvec=row.astype(TOKEN_DTYPE).tobytes(),
+                time_start=time_start,
+                time_end=time_end,
+                log_prob=finite_or_none(log_prob),
+                dtype=self.generator.dtype,
+                init_count=init_count,
+                init_md5=self._init_md5,
+            )
+            for sample, row, log_prob in zip(samples, tokens, log_probs, strict=True)
+        ]
+        is_valid = (tokens < self.generator.codebook_size).all(axis=1)
+        return self._add_scores(list(itertools.compress(images, is_valid)), tokens[is_valid])
+
+    def fill(self, archive: Archive, plan: Plan, on_progress: OnProgress) -> GenerateReport:
+        """Generate all that `plan` lists into `archive`, each batch in a transaction."""
+        report = GenerateReport(existing_count=plan.existing_count)
+        total, done = plan.missing_count, 0
+        started = time.monotonic()
+        on_progress(done, total)
+        for batch in self._batches(plan.samples()):
+            with memory_errors(SMALLER_BATCH):
+                images = self.sample(batch)
+            added = self._store(archive, images)
+            report.added_count += added
+            report.others_count += len(images) - added
+            report.invalid_count += len(batch) - len(images)
+            done += len(batch)
+            on_progress(done, total)
+        report.seconds = time.monotonic() - started
+        return report
+
+    def _batches(self, samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+        """Yield samples in order, as many as the generator takes at a time."""
+        batch: list[Sample] = []
+        room = list(self.generator.capacities)
+        for sample in samples:
+            needed = sequence_count(sample.combination.params.cond_scale)
+            while room and needed > room[0]:
+                del room[0]
+            if not room:
+                yield batch
+                batch, room = [], list(self.generator.capacities)
+            batch.append(sample)
+            room[0] -= needed
+        if batch:
+            yield batch
+
+    def _store(self, archive: Archive, images: Sequence[NewImage]) -> int:
+        """Add images in one transaction; returns how many were new."""
+        models = self.models
+        with archive.transaction():
+            generator_id = archive.add_model(models.generator.model_info())
+            codec_id = archive.add_model(models.codec.model_info(models.grid))
+            clip_id = None if models.clip is None else archive.add_model(models.clip.model_info())
+            return archive.add_images(images, generator_id, codec_id, clip_id, self._sampler_version)
+
+    def _add_scores(self, images: list[NewImage], tokens: np.ndarray) -> list[NewImage]:
+        """Return images with the CLIP scores of their tokens (n, L)."""
+        if self.scorer is None or self.decoder is None or not images:
+            return images
+        decoding = self.decoder.start(tokens.astype(np.uint16))
+        scores = self.scorer.score(decoding, [image.prompt for image in images])
+        time_scored = time.time()
+        return [
+            dataclasses.replace(
+                image,
+                clip_score_input=finite_or_none(score_input),
+                clip_score_tokenized=finite_or_none(score_tokenized),
+                time_scored=time_scored,
+            )
+            for image, score_input, score_tokenized in zip(images, *scores, strict=True)
+        ]
+
+    def _compile_scoring(self, prompts: Sequence[str]) -> None:
+        """Compile what scores the images, once."""
+        if self.scorer is not None and self.decoder is not None and not self._is_compiled:
+            self.scorer.compile(self.decoder.compile(), prompts)
+            self._is_compiled = True
+
+    def _write_unfinished(self, samples: Sequence[Sample], tokens: np.ndarray) -> None:
+        """Write images of the first tokens (n, count) of n samples."""
+        from dm_generations.pipelines.progressive import write_partial_images
+
+        assert self.decoder is not None, "made with `progressive_every`"
+        tokens = np.minimum(tokens, self.generator.codebook_size - 1)  # dalle-mini also samples other tokens
+        write_partial_images(self._options.progressive_dir, samples, tokens.astype(np.uint16), self.decoder)
+
+
+def finite_or_none(number: float) -> float | None:
+    """Convert a score or log-probability for the archive, which has None for NaN and infinity."""
+    return float(number) if math.isfinite(number) else None
+
+
+def prepare(sweep: Sweep, options: GenerateOptions, mode: Literal["r", "w"]) -> tuple[Pipeline, Sweep]:
+    """Check the archive, load the models and check the sweep's prompts.
+
+    Args:
+        sweep: What to generate.
+        options: The archive and the models.
+        mode: How the archive is to be opened: "r" to read, "w" to write.
+
+    Returns:
+        The pipeline, and the sweep with the model's own defaults where these count.
+
+    Raises:
+        UserError: An input is missing, broken or incompatible.
+    """
+    if os.path.exists(options.db):  # unlike Path.exists, False for a name that cannot exist
+        with Archive.open(options.db, mode) as archive:  # before the models are loaded, which takes a moment
+            archive.check_appendable()
+    models = load_models(
+        options.model, options.codec, options.clip, options.is_scored, options.tokenizer, options.config_overrides
+    )
+    config, codec = models.generator.config, models.codec
+    if codec.config.codebook_size > config.codebook_size:
+        logger.warning(
+            "codec %r has %s tokens, model %r samples %s: images are right only if it is the codec that the model was "
+            "trained with",
+            *(codec.name, f"{codec.config.codebook_size:,}", models.generator.name, f"{config.codebook_size:,}"),
+        )
+    pipeline = Pipeline(models, options, _load_init_tokens(models, options))
+    generator = pipeline.generator
+    generator.check_texts([*sweep.prompts, *sweep.sc_prompts])
+    if generator.batch_size < options.batch_size:
+        logger.warning("memory holds batches of %s images, not of %s", generator.batch_size, options.batch_size)
+    if options.rng == "dalle-mini":  # whose `generate` has its defaults from config.json
+        defaults = SamplingParams(config.top_k, config.top_p, config.temperature, DEFAULT_PARAMS.cond_scale)
+        sweep = sweep.with_defaults(defaults)
+    return pipeline, sweep
+
+
+def _load_init_tokens(models: Models, options: GenerateOptions) -> "InitTokens | None":
+    flags = options.init_image, options.init_tokens, options.init_count
+    if all(flag is None for flag in flags):
+        return None
+    from dm_generations.pipelines.init_tokens import load_init_tokens
+
+    config = models.generator.config
+    return load_init_tokens(*flags, models.codec, config.image_length, config.codebook_size)

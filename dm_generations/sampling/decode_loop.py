@@ -1,0 +1,220 @@
+"""The sampling loop of every text-to-image model, compiled whole: a batch of rows from its prompts to its tokens.
+
+Rows do not read each other, and a batch always has the same shape. So sampling is batch-invariant: with one batch size,
+on one kind of device, a row gives the same tokens alone, at any position and among any other rows.
+
+S, R, N, T, L: as in `batching`   V: columns of the logits
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from dm_generations.runtime.device import matmul_precision
+from dm_generations.sampling import logits as sampling
+from dm_generations.sampling.batching import OF_ROWS, TEXT_BATCH, RowInputs
+from dm_generations.sampling.methods import GumbelSampler, Sampler, row_settings
+
+AXIS = "rows"  # of a mesh of devices, each of which has a batch of its own
+
+
+class RowState(NamedTuple):
+    """What a step makes of each row."""
+
+    token: jax.Array  # (R,) int32, which the next step reads
+    log_prob: jax.Array  # (R,) float32, summed over the tokens sampled so far
+    can_sample: jax.Array  # (R,) bool, whether every step had a token to sample
+    noise: Any  # state of the sampler
+
+
+class DecodeState(NamedTuple):
+    """A batch between two tokens."""
+
+    cache: Any  # of the model, S sequences
+    tokens: jax.Array  # (R, L) int32, those sampled so far
+    last: RowState
+
+
+# The model is static, so generators of one configuration share their compiled programs.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def init_cache(model: nn.Module, sampler: Sampler, mesh: Mesh | None, params: dict, rows: RowInputs) -> DecodeState:
+    """Return the state before the first token.
+
+    Args:
+        model: A text-to-image model.
+        sampler: How tokens are sampled.
+        mesh: Of devices, each with rows of its own; None for one device.
+        params: Of the model.
+        rows: The batch.
+    """
+
+    def on_one_device(params, rows):
+        count = len(rows.top_k)
+        return DecodeState(
+            model.apply({"params": params}, _encode_prompts(model, params, rows), method="init_cache"),
+            jnp.zeros((count, model.config.image_length), jnp.int32),
+            RowState(
+                jnp.full(count, model.config.start_token, jnp.int32),
+                jnp.zeros(count, jnp.float32),
+                jnp.ones(count, bool),
+                sampler.init_noise(rows),
+            ),
+        )
+
+    return _on_each_device(model, on_one_device, mesh, (False, True))(params, rows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+def decode_steps(
+    model: nn.Module,
+    sampler: Sampler,
+    mesh: Mesh | None,
+    params: dict,
+    rows: RowInputs,
+    state: DecodeState,
+    first: jax.Array,
+    end: jax.Array,
+) -> DecodeState:
+    """Return the state after the steps from `first` to `end` - 1, each () int32.
+
+    `state` is donated: its memory is used again. Other arguments are those of `init_cache`.
+    """
+
+    def on_one_device(params, rows, state, first, end):
+        def one_step(step, state):
+            logits, cache = _logits(model, params, rows, state.cache, state.last.token, step)
+
+            def sample(rows, last):
+                guided = _guided(model, rows, logits, step)
+                token, can_sample, noise = sampler.sample(guided, step, rows, last.noise)
+                is_init = step < rows.init_count
+                token = jnp.where(is_init, rows.init_tokens[:, step], token)
+                log_prob = sampling.log_prob(guided, token, sampler.columns)
+                return RowState(
+                    token,
+                    last.log_prob + jnp.where(is_init, 0.0, log_prob),
+                    last.can_sample & (can_sample | is_init),
+                    noise,
+                )
+
+            last = _for_rows_in_use(sample, rows, state.last)
+            return DecodeState(cache, state.tokens.at[:, step].set(last.token), last)
+
+        return jax.lax.fori_loop(first, end, one_step, state)
+
+    divided = (False, True, True, False, False)
+    return _on_each_device(model, on_one_device, mesh, divided)(params, rows, state, first, end)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def teacher_forced_margins(
+    model: nn.Module, sampler: GumbelSampler, mesh: Mesh | None, params: dict, rows: RowInputs, state: DecodeState
+) -> jax.Array:
+    """Return by how much each of `rows.init_tokens` missed being sampled, (R, L) float32: `sampling.margin`.
+
+    Every step reads those tokens, whatever would have been sampled. NaN where the model gives no numbers.
+
+    Args:
+        model: A text-to-image model; this and the other arguments are those of `init_cache`.
+        sampler: How tokens are sampled.
+        mesh: Of devices, or None.
+        params: Of the model.
+        rows: The batch.
+        state: As `init_cache` returns it.
+    """
+
+    def on_one_device(params, rows, state):
+        def one_step(carry, step_and_tokens):
+            cache, token = carry
+            step, tokens = step_and_tokens
+            logits, cache = _logits(model, params, rows, cache, token, step)
+            guided = _guided(model, rows, logits, step)
+            margin = sampling.margin(guided, tokens, step, *row_settings(rows), sampler.columns, sampler.order)
+            return (cache, tokens), jnp.where(sampling.can_sample(guided, sampler.columns), margin, jnp.nan)
+
+        steps = jnp.arange(model.config.image_length, dtype=jnp.int32)
+        _, margins = jax.lax.scan(one_step, (state.cache, state.last.token), (steps, rows.init_tokens.T))
+        return margins.T
+
+    return _on_each_device(model, on_one_device, mesh, (False, True, True))(params, rows, state)
+
+
+def _encode_prompts(model: nn.Module, params: dict, rows: RowInputs) -> Any:
+    """Return what the model reads of each sequence's prompt; each distinct prompt is computed once."""
+
+    @jax.jit  # traced once for its shapes and the loop
+    def encode(params, input_ids, attention_mask):
+        return model.apply({"params": params}, input_ids, attention_mask, method="encode_prompt")
+
+    def store(index, texts):
+        start = index * TEXT_BATCH
+        batch = (jax.lax.dynamic_slice_in_dim(array, start, TEXT_BATCH) for array in rows[:2])
+        return jax.tree.map(
+            lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new, start, axis=0),
+            texts,
+            encode(params, *batch),
+        )
+
+    one = jax.eval_shape(encode, params, *(array[:TEXT_BATCH] for array in rows[:2]))
+    texts = jax.tree.map(lambda array: jnp.zeros((len(rows.input_ids), *array.shape[1:]), array.dtype), one)
+    texts = jax.lax.fori_loop(0, -(-rows.text_count[0] // TEXT_BATCH), store, texts)
+    return jax.tree.map(lambda array: array[rows.text_of_sequence], texts)
+
+
+def _logits(model: nn.Module, params: dict, rows: RowInputs, cache: Any, token: jax.Array, step: jax.Array):
+    """Return logits (S, V) float32 of a step, and the cache for the next.
+
+    Both sequences of a row read its token (R,).
+    """
+    return model.apply({"params": params}, cache, token[rows.row_of_sequence], step, method="decode_step")
+
+
+def _guided(model: nn.Module, rows: RowInputs, logits: jax.Array, step: jax.Array) -> jax.Array:
+    """Return guided logits (R, V) of the sequences' (S, V)."""
+    cond, uncond = logits[rows.cond], logits[rows.uncond]
+    guided = sampling.guide(cond, uncond, rows.cond_scale)
+    if getattr(model.config, "guides_first_code_alone", False):
+        guided = jnp.where(((step > 0) & (rows.cond_scale != 1))[:, None], uncond, guided)
+    return guided
+
+
+def _for_rows_in_use(sample: Callable[[RowInputs, RowState], RowState], rows: RowInputs, last: RowState) -> RowState:
+    """Sample one half of the rows after the other; the upper one only if it is in use, that is, if not all are guided.
+
+    A loop and not a condition, in which a CPU computes on one core; and `sample` is compiled once.
+    """
+    half, rest = divmod(len(rows.top_k), 2)
+    if rest or rows.keys.ndim == 1:
+        return sample(rows, last)
+
+    def sample_half(number, last):
+        start = number * half
+
+        def part(tree):
+            return jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, start, half), tree)
+
+        of_rows = {name: part(getattr(rows, name)) for name in OF_ROWS}
+        sampled = sample(rows._replace(**of_rows), part(last))
+        return jax.tree.map(
+            lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new, start, axis=0), last, sampled
+        )
+
+    return jax.lax.fori_loop(0, jnp.where(rows.row_count[0] > half, 2, 1), sample_half, last)
+
+
+def _on_each_device(model: nn.Module, function: Callable, mesh: Mesh | None, is_divided: tuple[bool, ...]) -> Callable:
+    """Run `function` of the model on every device of the mesh, each with its part of the arguments that are divided."""
+
+    def precise(*arguments):
+        with matmul_precision(model.dtype):
+            return function(*arguments)
+
+    if mesh is None:
+        return precise
+    specs = tuple(PartitionSpec(AXIS) if divided else PartitionSpec() for divided in is_divided)
+    return jax.shard_map(precise, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False)

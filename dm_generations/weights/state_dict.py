@@ -1,0 +1,104 @@
+"""PyTorch state dicts: tensors looked up, renamed and laid out as Flax has them."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dm_generations.errors import UserError
+
+Shape = tuple[int, ...]
+
+
+def get_tensor(state: Mapping[str, Any], name: str, ndim: int, path: Path, prefix: str = "") -> np.ndarray:
+    """Look up a tensor.
+
+    Args:
+        state: A state dict.
+        name: Of the tensor in `state`.
+        ndim: The number of axes that it must have, none of them empty.
+        path: The file, for messages.
+        prefix: What precedes `name` in the file, for messages.
+
+    Raises:
+        UserError: There is no such tensor.
+    """
+    found = state.get(name)
+    if found is None:
+        raise UserError(f"{path} lacks the tensor {prefix}{name}")
+    if not isinstance(found, np.ndarray) or found.ndim != ndim or 0 in found.shape:
+        what = f"has shape {found.shape}" if isinstance(found, np.ndarray) else "is not a tensor"
+        raise UserError(f"{path}: {prefix}{name} {what}, a tensor of {ndim} axes is needed")
+    return found
+
+
+def count_numbered(state: Mapping[str, Any], template: str, first: int = 0) -> int:
+    """Count how many of `template.format(first)`, `template.format(first + 1)`, ... there are until one is missing."""
+    number = first
+    while template.format(number) in state:
+        number += 1
+    return number - first
+
+
+def check_tensors(state: Any, path: Path, prefix: str = "") -> dict[str, np.ndarray]:
+    """Return `state` as a dict of tensors by name.
+
+    Args:
+        state: What the file holds.
+        path: The file, for messages.
+        prefix: What precedes the names in the file, for messages.
+
+    Raises:
+        UserError: It holds anything else.
+    """
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} holds no dict of tensors")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, np.ndarray):
+            raise UserError(f"{path}: {prefix + str(name)!r:.200} is not a tensor")
+    return dict(state)
+
+
+def strip_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the entries whose names begin with `prefix`, without it."""
+    return {str(name).removeprefix(prefix): value for name, value in state.items() if str(name).startswith(prefix)}
+
+
+def same_name(path: str, shape: Shape) -> tuple[str, Shape]:
+    """Return name and shape, in the file, of a parameter that the file calls by its path."""
+    return path, shape
+
+
+def torch_name(path: str, shape: Shape, prefix: str = "") -> tuple[str, Shape]:
+    """Return name and shape, in a PyTorch file, of the parameter of this path.
+
+    It is for names whose parts readers join with "/" and leave as they are; what else a reader changes, it must undo
+    before.
+
+    Args:
+        path: Of the parameter, "a/b/kernel".
+        shape: Of the parameter.
+        prefix: What precedes the name in the file.
+    """
+    *modules, leaf = path.split("/")
+    if leaf == "kernel":
+        shape = (*shape[:-3:-1], *shape[:-2])  # (H, W, in, out) as (out, in, H, W), (in, out) as (out, in)
+    leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
+    return prefix + ".".join([*modules, leaf]), shape
+
+
+def split_list_indices(path: str) -> str:
+    """Turn a path in which list indices are joined to names, "blocks_0/mlp_2", into "blocks/0/mlp/2"."""
+    return re.sub(r"_(\d+)(?=/)", r"/\1", path)
+
+
+def join_list_indices(name: str) -> str:
+    """Join list indices of a PyTorch name to names: "blocks.0.mlp.2.weight" becomes "blocks_0.mlp_2.weight"."""
+    return re.sub(r"\.(\d+)(?=\.)", r"_\1", name)
+
+
+def convolution_kernel(weight: np.ndarray) -> np.ndarray:
+    """Return a view of a convolution's weight (out, in, H, W) as (H, W, in, out); other tensors as they are."""
+    return weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight

@@ -1,0 +1,99 @@
+"""Extract a few known files of a tar archive to the disk, where they can be mapped.
+
+No name or link in the archive decides where anything is written.
+"""
+
+import functools
+import gzip
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from dm_generations.errors import EXIT_CALLBACKS, UserError, one_line
+
+SUFFIXES = (".tar.gz", ".tgz", ".tar")
+MAX_HEADER = 1 << 20  # bytes before the content of a file: names, extended headers and maps of sparse files
+_FREE_BYTES = 1 << 28  # left on the disk for others
+# What tarfile and the decompressors below it raise for bytes that are no archive, or half of one.
+_DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError, RecursionError)
+
+
+class _HeaderLimit:
+    """A stream that refuses to be read beyond `limit`: tarfile itself keeps headers of any length in memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._position = file, 0
+        self.limit = MAX_HEADER
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._position += len(data)
+        if self._position > self.limit:
+            raise tarfile.ReadError(f"a header is longer than {MAX_HEADER:,} bytes")
+        return data
+
+
+def is_archive(path: Path) -> bool:
+    """Whether `path` is a file with the name of a tar archive."""
+    return path.name.endswith(SUFFIXES) and path.is_file()
+
+
+def extract(path: Path, wanted: Mapping[str, str], max_bytes: int | None = None) -> Path:
+    """Extract files of an archive into a temporary folder, which is deleted when the process ends.
+
+    An archive is extracted once, as long as it is not changed.
+
+    Args:
+        path: A .tar, or one that gzip compressed.
+        wanted: Relative paths in the new folder, by the base name that a file has in the archive.
+        max_bytes: Of a file; larger ones are refused.
+
+    Returns:
+        The folder. Its name has that of the archive, for messages.
+
+    Raises:
+        UserError: The archive is damaged, or a file is too large for the disk or larger than `max_bytes`.
+    """
+    stat = path.stat()
+    return _extract(path.resolve(), stat.st_size, stat.st_mtime_ns, tuple(sorted(wanted.items())), max_bytes)
+
+
+@functools.cache
+def _extract(
+    path: Path, _size: int, _mtime_ns: int, wanted: tuple[tuple[str, str], ...], max_bytes: int | None
+) -> Path:
+    """Do the work of `extract`, once for each size and time of change."""
+    targets, folder = dict(wanted), Path(tempfile.mkdtemp(prefix=f"dm-generations-{path.name[:100]}-"))
+    # Mapped files stay readable after this where a file in use can be removed at all.
+    EXIT_CALLBACKS.callback(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        with open(path, "rb") as file:
+            is_compressed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            stream = _HeaderLimit(gzip.GzipFile(fileobj=file) if is_compressed else file)  # type: ignore[arg-type]
+            with tarfile.open(fileobj=stream, mode="r|") as archive:  # type: ignore[call-overload]
+                for member in archive:
+                    stream.limit = member.offset_data + member.size + MAX_HEADER
+                    target = targets.get(PurePosixPath(member.name).name)
+                    if target is not None and member.isreg() and not member.issparse():
+                        _check_size(member.size, max_bytes, folder, f"{path}: {member.name:.200}")
+                        archive.extract(member.replace(name=target, deep=False), folder, filter="data")
+    except _DAMAGED as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}): download it again") from error
+    except OSError as error:
+        raise UserError(f"cannot extract {path} into {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def _check_size(size: int, max_bytes: int | None, folder: Path, name: str) -> None:
+    if max_bytes is not None and size > max_bytes:
+        raise UserError(f"{name} takes {size:,} bytes, more than {max_bytes:,}: not a file of this kind")
+    free = shutil.disk_usage(folder).free
+    if size > free - _FREE_BYTES:
+        raise UserError(
+            f"{name} takes {size:,} bytes, {folder.parent} has {free:,} free: extract it elsewhere and give its folder"
+        )

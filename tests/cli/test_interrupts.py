@@ -1,0 +1,117 @@
+"""Ctrl-C: among threads it waits until no lock of theirs is half taken; a command ends with one line at any moment."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from helpers import ROOT
+
+from dm_generations.errors import INTERRUPTED, INTERRUPTED_LINE, defer_sigint, handle_sigint
+from dm_generations.export.writers import FileWriter, Shard, ShardWriter
+
+
+@pytest.fixture
+def _python_handler():
+    """Python's own handler before and after the test, whatever the test does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_python_handler")
+def test_it_comes_at_the_end_of_a_deferring_block():
+    passed = []
+
+    @defer_sigint()
+    def pass_on():
+        signal.raise_signal(signal.SIGINT)
+        passed.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        pass_on()
+    assert passed == [True]
+    with defer_sigint():
+        passed.append(True)
+    assert passed == [True, True]
+
+
+@pytest.mark.usefixtures("_python_handler")
+def test_deferring_changes_nothing_in_other_threads():
+    seen = []
+
+    @defer_sigint()
+    def look():
+        seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [signal.default_int_handler]
+
+
+@pytest.mark.usefixtures("_python_handler")
+def test_a_pool_is_never_left_in_the_middle(tmp_path):
+    """The callbacks of the writers run where the writers use their pool."""
+    done = []
+
+    def interrupt(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        done.append(arguments)
+
+    with pytest.raises(KeyboardInterrupt), FileWriter(1) as files:
+        files.submit(tmp_path / "a", lambda: b"a", interrupt)
+    assert done == [(None,)]
+    assert (tmp_path / "a").read_bytes() == b"a"
+
+    shard = Shard("a.zip", "a.incomplete.zip")
+    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, "zip", 1, interrupt, interrupt) as shards:
+        shards.submit(shard, lambda: [("a", b"a")])
+    assert len(done) == 3
+    assert (tmp_path / "a.zip").exists()
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        handle_sigint()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    """Start Python in a process that hears of Ctrl-C, also where these tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
+        pipe = subprocess.PIPE
+        return subprocess.Popen([sys.executable, *words], env=environment, stdout=pipe, stderr=pipe, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("module", ["dm_generations.cli", "dm_generations.archive", "sqlite3", "jax", "jaxlib"])
+def test_a_command_can_be_interrupted_while_it_imports(module):
+    program = ROOT / "tests" / "programs" / "interrupt_import.py"
+    with start(str(program), module, "verify", "--regenerate") as process:
+        _, errors = process.communicate(timeout=100)
+    assert (process.returncode, errors) == (INTERRUPTED, f"{INTERRUPTED_LINE}\n")
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGINT for one process")
+@pytest.mark.parametrize("seconds", [0.3, 6])
+def test_a_command_can_be_interrupted_while_batches_run(seconds):
+    with start("-m", "dm_generations", "verify", "--replay", "--cpu-only") as process:
+        assert process.stdout.readline()  # the archive is checked; now the model is loaded and compiled, and runs
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode == INTERRUPTED
+    assert errors.splitlines()[-1] == INTERRUPTED_LINE
+    assert "Traceback" not in errors
