@@ -132,7 +132,7 @@ def generate(
     with Archive.open_or_create(options.db) as archive:
         plan = pipeline.plan(sweep, archive, options.shard)
         counts = sweep.combination_count, sweep.count, plan.missing_count
-        logger.info("%s combinations x %s images, %s to generate", *(f"{count:,}" for count in counts))
+        logger.info("combinations: %s, images of each: %s, to generate: %s", *(f"{count:,}" for count in counts))
         report = pipeline.fill(archive, plan, on_progress)
         report.codec = pipeline.models.codec_from
     return report
