@@ -1,1 +1,1 @@
-"""."""
+"""Other packages' interfaces, for programs that were written for them."""
