@@ -78,11 +78,13 @@ def files_run(*command: str) -> list[str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.e2e
 def test_a_row_becomes_a_png_through_few_files(tmp_path):
     files = files_run("decode", "--prompt-ids", "1", "--n-best", "1", "--out-dir", str(tmp_path / "images"))
     assert len(files) <= 25, files
 
 
+@pytest.mark.e2e
 def test_a_prompt_becomes_a_row_through_few_files(tmp_path):
     files = files_run("generate", "--db", str(tmp_path / "new.db"), "--prompts", "a rocket", "--n", "1")
     assert len(files) <= 34, files

@@ -17,6 +17,8 @@ from recipes.emoji.captions import train_tokenizer
 from recipes.emoji.common import to_float32
 from recipes.emoji.dalle_bart import FIRST_CODE_WEIGHT, LABEL_SMOOTHING, Trainer, make_config
 
+pytestmark = pytest.mark.e2e
+
 CODES, LENGTH, STEPS, SMOOTHING = 64, 4, 150, 1.0
 EMOJI = [
     {
