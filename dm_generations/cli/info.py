@@ -83,7 +83,12 @@ def _lines(found: ArchiveInfo) -> Iterator[str]:
         tokens = f", {model.grid}x{model.grid} of {model.codebook_size:,} tokens" if model.grid else ""
         pixels = f", {model.image_size} px" if model.image_size else ""
         name, digest, kind = (printable(str(text)) for text in (model.name, model.sha256, model.kind))
-        yield f"  {model.id:>3}  {kind:<9}  {name}  sha256 {digest[:12]}{tokens}{pixels}  ({use})"
+        yield f"  {_id(model.id)}  {kind:<9}  {name}  sha256 {digest[:12]}{tokens}{pixels}  ({use})"
+
+
+def _id(value: object) -> str:
+    """Return an id, which in a damaged archive can be of any type."""
+    return f"{printable(str(value), 20):>3}"
 
 
 def _range(values: ValueRange) -> str:
@@ -94,4 +99,4 @@ def _prompt_lines(title: str, prompts: list[PromptInfo]) -> Iterator[str]:
     yield f"\n{title}"
     for prompt in prompts:
         text = "(empty: the model's own)" if prompt.text is None else printable(prompt.text)
-        yield f"  {prompt.id:>3}  {text}  ({counted(prompt.image_count, 'image')})"
+        yield f"  {_id(prompt.id)}  {text}  ({counted(prompt.image_count, 'image')})"
