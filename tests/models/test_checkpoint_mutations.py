@@ -1,0 +1,90 @@
+"""Damaged checkpoints, configs and tokenizers of every format: a model or one line, never a traceback or a hang."""
+
+import contextlib
+import random
+import shutil
+import signal
+import sys
+
+import pytest
+from helpers import golden
+
+from dm_generations.errors import UserError
+from dm_generations.models.loading import find_checkpoint
+
+SECONDS = 20
+VALUES = (b"-1", b"999999999999", b"1e9", b"null", b'"x"', b"[]", b"0")
+FOLDERS = [
+    (sorted(file.parent for file in golden(name).glob(f"**/{file_name}"))[0], role)
+    for name, file_name, role in (
+        ("dalle_bart", "flax_model.msgpack", "generator"),
+        ("dalle_pytorch", "dalle.pt", "generator"),
+        ("min_dalle", "encoder.pt", "generator"),
+        ("mindalle_kakao", "stage2_last.ckpt", "generator"),
+        ("taming", "*.ckpt", "codec"),
+        ("vqgan_jax", "flax_model.msgpack", "codec"),
+        ("clip", "model.safetensors", "clip"),
+    )
+]
+
+
+def mutate(content: bytes, numbers: random.Random) -> bytes:
+    """Flip bits, cut, overwrite the head or a stretch, or put another value at the place of a digit."""
+    damaged = bytearray(content)
+    kind = numbers.choice(["bit", "bits", "head", "cut", "zeros", "value"])
+    limit = len(damaged) if numbers.random() < 0.5 else min(len(damaged), 3000)  # half of them where the names are
+    if kind in ("bit", "bits"):
+        for _ in range(1 if kind == "bit" else numbers.randrange(2, 30)):
+            damaged[numbers.randrange(limit)] ^= 1 << numbers.randrange(8)
+    elif kind == "head":
+        for _ in range(4):
+            damaged[numbers.randrange(min(len(damaged), 200))] = numbers.randrange(256)
+    elif kind == "cut":
+        del damaged[numbers.randrange(len(damaged)) :]
+    elif kind == "zeros":
+        start = numbers.randrange(limit)
+        damaged[start : start + numbers.randrange(1, 50)] = bytes(numbers.randrange(1, 50))
+    elif digits := [index for index in range(limit) if chr(damaged[index]).isdigit()]:
+        index = numbers.choice(digits)
+        damaged[index : index + 1] = numbers.choice(VALUES)
+    return bytes(damaged)
+
+
+@contextlib.contextmanager
+def time_limit():
+    def stop(number, frame):
+        raise TimeoutError(f"no answer in {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGALRM")
+@pytest.mark.parametrize(
+    ("seed", "count"), [(0, 60), *(pytest.param(seed, 1000, marks=pytest.mark.slow) for seed in range(1, 5))]
+)
+def test_damage_is_a_model_or_one_line(seed, count, tmp_path):
+    numbers = random.Random(seed)
+    for index in range(count):
+        source, role = numbers.choice(FOLDERS)
+        folder = tmp_path / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(source, folder)
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".npz")
+        file = numbers.choice([file for file in files if file.stat().st_size])
+        file.chmod(0o644)
+        file.write_bytes(mutate(file.read_bytes(), numbers))
+        message = ""
+        try:
+            with time_limit():
+                found = find_checkpoint(folder, role)
+                if found is not None and (found.tokenizer or role == "clip"):
+                    found.load_tokenizer().encode(["a cat"], 8)
+        except UserError as error:
+            message = str(error)
+        assert "\n" not in message, (seed, index, file.name)
