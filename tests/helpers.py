@@ -3,6 +3,9 @@
 The full set lies beside a checkout (`../shared/golden`); `tests/golden` holds what the tests need of it.
 """
 
+import contextlib
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,3 +23,19 @@ def golden(name: str) -> Path:
     if not found:
         raise FileNotFoundError(f"no golden files {name!r} in {' or '.join(map(str, GOLDEN_FOLDERS))}")
     return found[0]
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in a block that takes longer. Needs SIGALRM."""
+
+    def stop(number, frame):
+        raise TimeoutError(f"no answer in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

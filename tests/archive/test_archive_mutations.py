@@ -2,12 +2,11 @@
 
 import contextlib
 import random
-import signal
 import sqlite3
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, time_limit
 
 from dm_generations.cli import main
 
@@ -47,20 +46,6 @@ def mutate(content: bytes, numbers: random.Random) -> bytes:
     return bytes(damaged)
 
 
-@contextlib.contextmanager
-def time_limit():
-    def stop(number, frame):
-        raise TimeoutError(f"no answer in {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGALRM")
 @pytest.mark.parametrize(
     ("seed", "count"), [(0, 40), *(pytest.param(seed, 400, marks=pytest.mark.slow) for seed in range(1, 11))]
@@ -72,7 +57,7 @@ def test_damage_is_an_answer_or_one_line(sound, seed, count, tmp_path, capsys):
         content = mutate(sound, numbers)
         path.write_bytes(content)
         for words in (["info", "--db", path], ["verify", "--db", path], ["merge", "--into", target, path]):
-            with time_limit():
+            with time_limit(SECONDS):
                 status = main([str(word) for word in words])
             printed = capsys.readouterr()
             assert status in (0, 1), (seed, index, words[0])

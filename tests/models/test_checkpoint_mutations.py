@@ -1,13 +1,11 @@
 """Damaged checkpoints, configs and tokenizers of every format: a model or one line, never a traceback or a hang."""
 
-import contextlib
 import random
 import shutil
-import signal
 import sys
 
 import pytest
-from helpers import golden
+from helpers import golden, time_limit
 
 from dm_generations.errors import UserError
 from dm_generations.models.loading import find_checkpoint
@@ -50,20 +48,6 @@ def mutate(content: bytes, numbers: random.Random) -> bytes:
     return bytes(damaged)
 
 
-@contextlib.contextmanager
-def time_limit():
-    def stop(number, frame):
-        raise TimeoutError(f"no answer in {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGALRM")
 @pytest.mark.parametrize(
     ("seed", "count"), [(0, 60), *(pytest.param(seed, 1000, marks=pytest.mark.slow) for seed in range(1, 5))]
@@ -81,7 +65,7 @@ def test_damage_is_a_model_or_one_line(seed, count, tmp_path):
         file.write_bytes(mutate(file.read_bytes(), numbers))
         message = ""
         try:
-            with time_limit():
+            with time_limit(SECONDS):
                 found = find_checkpoint(folder, role)
                 if found is not None and (found.tokenizer or role == "clip"):
                     found.load_tokenizer().encode(["a cat"], 8)
