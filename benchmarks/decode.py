@@ -58,7 +58,7 @@ def network(args: argparse.Namespace) -> None:
     decoder_params = {name: part for name, part in params.items() if name not in VQGAN.ENCODER_PARTS}
     written = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, method="decode_code"))
     gflop = written.lower(decoder_params, tokens).cost_analysis()["flops"] / args.batch_size / 1e9
-    print(f"{gflop:.0f} GFLOP a image")
+    print(f"{gflop:.0f} GFLOP an image")
 
     def line(what: str, dtype: str, seconds: float) -> None:
         rate = args.batch_size / seconds
