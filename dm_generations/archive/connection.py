@@ -97,6 +97,10 @@ class Connection:
         with sqlite_errors(self.path):
             return self._sqlite.execute(sql, parameters)
 
+    def insert(self, sql: str, parameters: Any) -> int:
+        """Run an INSERT of one row; return the row's number."""
+        return self.execute(sql, parameters).lastrowid or 0
+
     def script(self, sql: str) -> None:
         """Run several statements."""
         with sqlite_errors(self.path):

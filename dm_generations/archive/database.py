@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from dm_generations.archive import legacy_2022, queries
+from dm_generations.archive import legacy_2022, queries, vocabulary
 from dm_generations.archive.connection import (
     ArchiveError,
     Connection,
@@ -24,6 +24,7 @@ from dm_generations.archive.connection import (
 )
 from dm_generations.archive.records import (
     IMAGE_COLUMNS,
+    ClassLabel,
     Group,
     GroupKey,
     ImageRow,
@@ -31,6 +32,8 @@ from dm_generations.archive.records import (
     NewImage,
     check_init,
     check_tokens,
+    is_canonical,
+    model_values,
     parse_group_key,
     parse_image,
     parse_model,
@@ -38,12 +41,11 @@ from dm_generations.archive.records import (
     quantvec_md5,
 )
 from dm_generations.archive.schema import (
-    ADDED,
+    ADDED_TABLES,
     ALL_COLUMNS,
-    INDEXES,
     SCHEMA_VERSION,
     check_tables,
-    create_images_view,
+    create_views,
     guard_triggers,
     is_newest,
     needed_columns,
@@ -91,7 +93,6 @@ class Archive:
         with (
             new_file(path) as temporary,
             contextlib.closing(connect_new(temporary, path, LOCK_TIMEOUT)) as connection,
-            connection.transaction(),
         ):
             upgrade(connection)
         return cls.open(path, "w")
@@ -137,8 +138,7 @@ class Archive:
             elif version == 0:
                 legacy_2022.normalise(connection)
             elif version < SCHEMA_VERSION:
-                known = set(ALL_COLUMNS) - ADDED.keys()
-                create_images_view(connection, {name: name for name in known})
+                create_views(connection, version)
         except BaseException:
             connection.close()
             raise
@@ -148,8 +148,7 @@ class Archive:
         self.check_appendable()
         guard_triggers(self.connection)
         if not is_newest(self.connection):
-            with self.transaction():
-                upgrade(self.connection)
+            upgrade(self.connection)
             self.version = read_version(self.connection)
             check_tables(self.connection, needed_columns(self.version))
 
@@ -279,25 +278,19 @@ class Archive:
         parameters = [*key.values(), generator_id, sampler_version, sampler_version, init_md5]
         return {(key0, key1) for key0, key1 in self.connection.rows(queries.KEYS_OF_GROUP, parameters)}
 
-    def scan(self, columns: Sequence[str], last_id: int | None = None) -> Iterator[Row]:
-        """Yield these columns of all images, by id, in constant memory.
+    def scan(self, columns: Sequence[str], last_id: int | None = None, table: str = "images") -> Iterator[Row]:
+        """Yield these columns of all rows of a table, by id, in constant memory.
 
         Args:
             columns: Names of columns; a column that an older file lacks has its default value.
-            last_id: The last image to read; None reads to the end.
+            last_id: The last row to read; None reads to the end.
+            table: `images`, or one that version 3 added.
 
         Raises:
             ArchiveError: The ids do not ascend, as they do in any archive that is not damaged.
         """
-        assert set(columns) <= set(ALL_COLUMNS), columns
-        return self._scan(columns, ":last_id IS NULL OR id <= :last_id", {"last_id": last_id})
-
-    def missing_indexes(self) -> list[str]:
-        """Return names of the format's indexes that the file lacks; none for an archive of 2022."""
-        if self.version == 0:
-            return []
-        rows = self.connection.rows("SELECT name FROM main.sqlite_master WHERE type = 'index'")
-        return sorted(INDEXES - {name for (name,) in rows})
+        assert set(columns) <= set(ADDED_TABLES.get(table, ALL_COLUMNS)), columns
+        return self._scan(columns, ":last_id IS NULL OR id <= :last_id", {"last_id": last_id}, table)
 
     # Writing
 
@@ -313,13 +306,15 @@ class Archive:
         with self.connection.transaction():
             yield
 
-    def prompt_id(self, text: str) -> int:
+    def prompt_id(self, prompt: str | ClassLabel) -> int:
         """Return the id of a prompt, which is added if it is new.
 
         Raises:
-            ArchiveError: The text has a NUL byte or a lone surrogate.
+            ArchiveError: The text has a NUL byte or a lone surrogate, or the vocabulary does not have the class.
         """
-        return self.text_id("prompts", self._without_nul(text))
+        if isinstance(prompt, ClassLabel):
+            return vocabulary.class_prompt_id(self.connection, prompt)
+        return self.text_id("prompts", self._without_nul(prompt))
 
     def sc_prompt_id(self, text: str | None) -> int:
         """Return the id of an unconditional prompt, which is added if it is new; 1 for None."""
@@ -337,10 +332,8 @@ class Archive:
 
     def model_id(self, model: ModelInfo) -> int:
         """Return the id of a model, which is added if it is new."""
-        config = json.dumps(model.config, sort_keys=True, separators=(",", ":"))
-        identity = (model.kind, model.sha256, config)
-        values = (*identity, model.name, model.grid, model.codebook_size, model.image_size)
-        return self._find_or_insert(queries.FIND_MODEL, identity, queries.INSERT_MODEL, values)
+        values = model_values(model)
+        return self._find_or_insert(queries.FIND_MODEL, values[:3], queries.INSERT_MODEL, values)
 
     def add_images(
         self,
@@ -367,7 +360,7 @@ class Archive:
         """
         assert self.connection.in_transaction, "add_images outside a transaction"
         codec = None if codec_id is None else self.models()[codec_id]
-        prompt_ids: dict[str, int] = {}
+        prompt_ids: dict[str | ClassLabel, int] = {}
         sc_prompt_ids: dict[str | None, int] = {}
 
         def insert_values() -> Iterator[tuple[Any, ...]]:
@@ -380,13 +373,16 @@ class Archive:
                 if codec is not None:
                     check_tokens(quantvec, codec)
                 check_init(quantvec, image.init_count, image.init_md5)
+                if not is_canonical(image.extra_settings):
+                    raise ArchiveError(f"extra settings {image.extra_settings!r:.100} are not canonical JSON")
                 yield (
-                    *GroupKey(prompt_id, sc_prompt_id, image.params).values(),
+                    *GroupKey(prompt_id, sc_prompt_id, image.params).values()[:-1],
                     *(image.key0, image.key1, quantvec, quantvec_md5(quantvec)),
                     *(image.clip_score_input, image.clip_score_tokenized),
                     *(image.time_start, image.time_end, image.time_scored),
                     *(generator_id, codec_id, None if image.clip_score_input is None else clip_id),
                     *(sampler_version, image.log_prob, image.dtype, image.init_count, image.init_md5),
+                    image.extra_settings,
                 )
 
         return self.connection.write_many(queries.INSERT_IMAGE, insert_values())
@@ -467,16 +463,18 @@ class Archive:
                 return None
         return found
 
-    def _scan(self, columns: Sequence[str], condition: str, parameters: dict[str, Any]) -> Iterator[Row]:
+    def _scan(
+        self, columns: Sequence[str], condition: str, parameters: dict[str, Any], table: str = "images"
+    ) -> Iterator[Row]:
         query = (
-            f"SELECT {', '.join(('id', *columns))} FROM images WHERE id > :after AND ({condition})"
+            f"SELECT {', '.join(('id', *columns))} FROM {table} WHERE id > :after AND ({condition})"
             f" ORDER BY id LIMIT {CHUNK_ROWS}"
         )
         after: float = -math.inf  # below every id
         while rows := self._limited(query, {**parameters, "after": after}):
             for row in rows:
                 if not isinstance(row[0], int) or row[0] <= after:
-                    raise ArchiveError(f"{self.path}: the ids of the images do not ascend at {row[0]!r:.40}")
+                    raise ArchiveError(f"{self.path}: the ids of {table} do not ascend at {row[0]!r:.40}")
                 after = row[0]
             yield from (row[1:] for row in rows)
 

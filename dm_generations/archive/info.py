@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dm_generations.archive import queries
 from dm_generations.archive.database import Archive
-from dm_generations.archive.records import MODEL_KINDS, PARAM_COLUMNS, grid_side
+from dm_generations.archive.records import MODEL_KINDS, PARAM_COLUMNS, TokenShape, grid_side
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class ModelUse:
     kind: str
     name: str
     sha256: str
-    grid: int | None
+    token_shape: TokenShape | None
     codebook_size: int | None
-    image_size: int | None
+    image_shape: tuple[int, int] | None
     image_count: int
 
 
@@ -143,7 +143,7 @@ def _model_uses(archive: Archive) -> list[ModelUse]:
         ModelUse(
             model_id,
             *(model.kind, model.name, model.sha256),
-            *(model.grid, model.codebook_size, model.image_size),
+            *(model.token_shape, model.codebook_size, model.image_shape),
             image_count=image_count_by_model[model_id],
         )
         for model_id, model in models.items()

@@ -10,8 +10,17 @@ from typing import Any
 
 from dm_generations.archive.connection import ArchiveError, Row, new_file
 from dm_generations.archive.database import Archive
+from dm_generations.archive.judgements import NewIds, copy_judgements
 from dm_generations.archive.queries import INSERT_OR_FILL_SCORES
-from dm_generations.archive.records import INSERT_COLUMNS, MODEL_KINDS, check_init, check_tokens, quantvec_md5
+from dm_generations.archive.records import (
+    INSERT_COLUMNS,
+    MODEL_KINDS,
+    check_init,
+    check_tokens,
+    is_canonical,
+    quantvec_md5,
+)
+from dm_generations.archive.vocabulary import add_vocabulary, read_classes, read_vocabularies
 from dm_generations.errors import one_line
 
 
@@ -24,12 +33,14 @@ class SourceReport:
         image_count: Its images.
         added_count: Those that the target did not have.
         scored_count: Images that the target had, but without the scores that this source has.
+        judgement_count: Scores of other judges, vectors and ratings that the target did not have.
     """
 
     path: str
     image_count: int
     added_count: int
     scored_count: int
+    judgement_count: int
 
 
 def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str]) -> list[SourceReport]:
@@ -76,7 +87,9 @@ def _add(source: Archive, target: Archive) -> SourceReport:
             raise ArchiveError(f"{source.path}: image {rows.current_id} is not valid: {reason}") from error
         raise
     added_count = target.count() - count_before
-    return SourceReport(str(source.path), rows.count, added_count, changed_count - added_count)
+    new_ids: NewIds = {"prompt_id": rows.prompt_ids, "sc_prompt_id": rows.sc_prompt_ids, "model_id": rows.model_ids}
+    judgement_count = copy_judgements(source, target, new_ids)
+    return SourceReport(str(source.path), rows.count, added_count, changed_count - added_count, judgement_count)
 
 
 class _Rows:
@@ -87,7 +100,13 @@ class _Rows:
         self.current_id: int | None = None
         self.count = 0
         # Unchanged, also with NUL bytes: an archive can have prompts that `generate` refuses.
-        self.prompt_ids = {i: target.text_id("prompts", text or "") for i, text in source.prompts().items()}
+        for name, labels in read_vocabularies(source.connection).items():
+            add_vocabulary(target.connection, name, labels)
+        classes = read_classes(source.connection) if source.version >= 3 else {}
+        self.prompt_ids = {
+            i: target.prompt_id(classes[i]) if i in classes else target.text_id("prompts", text or "")
+            for i, text in source.prompts().items()
+        }
         self.sc_prompt_ids = {
             i: 1 if text is None else target.text_id("sc_prompts", text) for i, text in source.sc_prompts().items()
         }
@@ -107,6 +126,8 @@ class _Rows:
             row["sc_prompt_id"] = self._new_id(self.sc_prompt_ids, row, "sc_prompt_id")
             row["quantvec_md5"] = self._checked_md5(row)
             self._check_init(row)
+            if not is_canonical(row["extra_settings"]):
+                raise self._error("extra_settings are not canonical JSON")
             for name in MODEL_KINDS:
                 row[name] = self._new_id(self.model_ids, row, name)
             yield tuple(row.values())

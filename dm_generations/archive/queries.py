@@ -10,9 +10,12 @@ _VALUES: Final = ", ".join("?" * len(INSERT_COLUMNS))
 _INSERT_IMAGE: Final = f"INSERT INTO images ({', '.join(INSERT_COLUMNS)}) VALUES ({_VALUES})"
 
 SELECT_MODELS: Final = f"SELECT id, {', '.join(ModelInfo.__dataclass_fields__)} FROM models ORDER BY id"
+SELECT_CLASSES: Final = """
+SELECT id, vocabulary_id, class_label FROM prompts WHERE vocabulary_id IS NOT NULL OR class_label IS NOT NULL
+"""
 FIND_MODEL: Final = "SELECT id FROM models WHERE kind = ? AND sha256 = ? AND config = ?"
 INSERT_MODEL: Final = """
-INSERT INTO models (kind, sha256, config, name, grid, codebook_size, image_size) VALUES (?, ?, ?, ?, ?, ?, ?)
+INSERT INTO models (kind, sha256, config, name, codebook_size, token_shape, image_shape) VALUES (?, ?, ?, ?, ?, ?, ?)
 """
 
 # By group. `{table}` is images, or a temporary table with the same index where a file has none.

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 
 from dm_generations.archive import Archive, ArchiveInfo, PromptInfo, ValueRange, info
+from dm_generations.archive.records import format_shape
 from dm_generations.cli.common import counted, file_size, printable, utc_time
 from dm_generations.paths import shipped
 
@@ -80,8 +81,9 @@ def _lines(found: ArchiveInfo) -> Iterator[str]:
     yield "\nmodels" if found.models else "\nmodels: not recorded"
     for model in found.models:
         use = counted(model.image_count, "image")
-        tokens = f", {model.grid}x{model.grid} of {model.codebook_size:,} tokens" if model.grid else ""
-        pixels = f", {model.image_size} px" if model.image_size else ""
+        shape = model.token_shape
+        tokens = f", {format_shape(shape)} of {model.codebook_size:,} tokens" if shape else ""
+        pixels = f", {format_shape(model.image_shape)} px" if model.image_shape else ""
         name, digest, kind = (printable(str(text)) for text in (model.name, model.sha256, model.kind))
         yield f"  {_id(model.id)}  {kind:<9}  {name}  sha256 {digest[:12]}{tokens}{pixels}  ({use})"
 

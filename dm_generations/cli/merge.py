@@ -32,5 +32,7 @@ def run(args: argparse.Namespace) -> int:
         line += f" ({skipped_count:,} skipped, already present)"
         if report.scored_count:
             line += f"; {report.scored_count:,} of those now have its scores"
+        if report.judgement_count:
+            line += f"; {report.judgement_count:,} of its scores of other judges, vectors and ratings added"
         print(line)
     return 0

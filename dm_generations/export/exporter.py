@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from dm_generations.archive import Archive, ImageRow
-from dm_generations.archive.records import BadTokensError, tokens_from_blob
+from dm_generations.archive.records import BadTokensError, count_tokens, tokens_from_blob
 from dm_generations.atomic_io import remove_stale_temporaries
 from dm_generations.errors import UserError
 from dm_generations.export.captions import Strips
@@ -352,8 +352,9 @@ class Exporter:
         if isinstance(decoder, Decoder):
             return tokens_from_blob(row.quantvec, row.quantvec_md5, decoder.token_count, decoder.codebook_size)
         recorded = None if row.codec_id is None else self._models.get(row.codec_id)
-        if recorded is not None and recorded.grid and recorded.codebook_size:
-            return tokens_from_blob(row.quantvec, row.quantvec_md5, recorded.grid**2, recorded.codebook_size)
+        if recorded is not None and recorded.token_shape and recorded.codebook_size:
+            token_count = count_tokens(recorded.token_shape)
+            return tokens_from_blob(row.quantvec, row.quantvec_md5, token_count, recorded.codebook_size)
         return tokens_from_blob(row.quantvec, row.quantvec_md5, None, 1 << 16)
 
     def _entry(self, plan: GroupPlan, target: Target, path: str, members: list[ImageRow]) -> Entry:

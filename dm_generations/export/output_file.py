@@ -41,7 +41,7 @@ _MAX_SIDES = {"png": (1 << 31) - 1, "webp": (1 << 14) - 1, "jpeg": 65_500}
 # zlib finds no repeats in decoded images, only runs: a quarter of the time of Pillow's default, for the same size.
 _RUNS_ONLY = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 
-_SHARED = ("prompt_id", "prompt", "sc_prompt_id", "sc_prompt", *PARAM_COLUMNS)
+_SHARED = ("prompt_id", "prompt", "sc_prompt_id", "sc_prompt", *PARAM_COLUMNS, "extra_settings")
 _OWN = (
     *("key0", "key1", "sampler_version", "dtype", "init_count", "init_md5"),
     *("log_prob", "clip_score_input", "clip_score_tokenized", "quantvec_md5"),
@@ -125,6 +125,8 @@ def image_record(
     """
     texts = {"prompt_id": row.prompt_id, "prompt": prompt, "sc_prompt_id": row.sc_prompt_id, "sc_prompt": sc_prompt}
     settings = {name: getattr(row.params, name) for name in PARAM_COLUMNS}
+    if row.extra_settings:
+        settings["extra_settings"] = row.extra_settings
     record: Record = {"id": row.id} | {name: json_value(value) for name, value in (texts | settings).items()}
     record |= {"rank": rank} | {name: json_value(getattr(row, name)) for name in _OWN}
     return record | {"generator": _model(row.generator_id, models), "codec": _model(row.codec_id, models)}
@@ -132,7 +134,7 @@ def image_record(
 
 def gallery_record(images: list[Record]) -> Record:
     """Return the record of a gallery of these images, which are of one group, best first."""
-    shared = {name: images[0][name] for name in _SHARED}
+    shared = {name: images[0][name] for name in _SHARED if name in images[0]}
     rest = [{name: value for name, value in record.items() if name not in shared} for record in images]
     return shared | {"images": rest}
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dm_generations.archive import Archive, GroupKey, ImageRow, ModelInfo
-from dm_generations.archive.records import BYTES_PER_TOKEN, TOKEN_DTYPE
+from dm_generations.archive import Archive, GroupKey, ImageRow, ModelInfo, quantvec_md5
+from dm_generations.archive.records import BYTES_PER_TOKEN, TOKEN_DTYPE, TokenShape, format_shape, square_side
 from dm_generations.errors import UserError
 from dm_generations.models.loading import Checkpoint
 from dm_generations.paths import sanitize_file_name, sanitize_name, utf8_path
@@ -122,6 +122,8 @@ class GroupPlan:
             f"Settings(prompt_id={key.prompt_id!r}, sc_prompt_id={key.sc_prompt_id!r}, top_k={params.top_k!r}, "
             f"top_p={params.top_p!r}, temperature={params.temperature!r}, cond_scale={params.cond_scale!r})"
         )
+        if key.extra_settings:
+            settings = f"{settings[:-1]}, extra_settings={key.extra_settings!r})"
         return (
             f"GroupPlan(settings={settings}, prompt={self.prompt!r}, sc_prompt={self.sc_prompt!r}, "
             f"count={self.count!r})"
@@ -131,7 +133,8 @@ class GroupPlan:
         """Yield the files of this group, best images first."""
         folder = self.folder
         fields = (self.key.sc_prompt_id, *astuple(self.key.params), self.sc_prompt)
-        name = functools.partial(make_file_name, *fields, extension=layout.extension)
+        extra = self.key.extra_settings
+        name = functools.partial(make_file_name, *fields, extra_settings=extra, extension=layout.extension)
         for page, first in enumerate(range(0, self.count, layout.images_per_file)):
             ranks = range(first, min(first + layout.images_per_file, self.count))
             if layout.is_gallery:
@@ -217,6 +220,7 @@ def make_file_name(
     rank: int | None = None,
     page: int = 0,
     is_incomplete: bool = False,
+    extra_settings: str = "",
     extension: str = ".png",
 ) -> str:
     """Return the name of an image's or gallery's file, `0001_k=50,p=1.0,t=1.0,c=10.0_00_None.png`.
@@ -229,11 +233,14 @@ def make_file_name(
         rank: The image's rank in its group, from 0; None for a gallery, whose name has none.
         page: Of a gallery, from 0.
         is_incomplete: Whether images are missing in the gallery because of bad rows.
+        extra_settings: Of the group; what stands for them is a part of the MD5 of their JSON.
 
     Returns:
         A name of at most 255 bytes.
     """
     settings = f"{sc_prompt_id:04d}_k={top_k},p={top_p},t={temperature},c={cond_scale}"
+    if extra_settings:  # any text; a hash keeps the name short, and apart from others
+        settings += f",x={quantvec_md5(extra_settings.encode())[:8]}"
     if page:
         settings += f",page={page + 1}"
     if is_incomplete:
@@ -262,10 +269,11 @@ def check_codec(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoint)
             continue
         recorded = models[codec_id]
         is_same = recorded.sha256 == codec.sha256
-        grid = recorded.grid if is_same and recorded.grid else codec.config.grid
+        side = square_side(recorded.token_shape)
+        grid = side if is_same and side else codec.config.grid
         grids.add(grid)
-        if (recorded.grid, recorded.codebook_size) != (grid, codec.config.codebook_size) or len(grids) > 1:
-            theirs = f"{_describe(recorded.grid, recorded.codebook_size)} of {recorded.name!r:.100}"
+        if (side, recorded.codebook_size) != (grid, codec.config.codebook_size) or len(grids) > 1:
+            theirs = f"{_describe(recorded.token_shape, recorded.codebook_size)} of {recorded.name!r:.100}"
             raise _mismatch(archive, codec, theirs)
         if not is_same:
             warnings.append(
@@ -315,12 +323,14 @@ def _read_unrecorded(archive: Archive, plan: GroupPlan) -> list[ImageRow]:
 
 
 def _mismatch(archive: Archive, codec: Checkpoint, theirs: str) -> UserError:
-    ours = _describe(codec.config.grid, codec.config.codebook_size)
+    ours = _describe((codec.config.grid, codec.config.grid), codec.config.codebook_size)
     return UserError(
         f"codec {codec.name!r} takes {ours}, but {archive.path} holds {theirs}; "
         "choose the codec that they were made with: --codec FOLDER"
     )
 
 
-def _describe(grid: int | None, codebook_size: int | None) -> str:
-    return f"{grid}x{grid} tokens below {codebook_size:,}"
+def _describe(token_shape: TokenShape | None, codebook_size: int | None) -> str:
+    if token_shape is None or codebook_size is None:
+        return "tokens of an unknown shape"
+    return f"{format_shape(token_shape)} tokens below {codebook_size:,}"

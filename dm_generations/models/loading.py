@@ -75,7 +75,8 @@ class Checkpoint:
             config["grid"] = grid
         side = grid or self.config.grid
         image_size = self.config.image_size // self.config.grid * side
-        return ModelInfo(self.role, self.name, self.sha256, config, side, self.config.codebook_size, image_size)
+        shapes = (side, side), self.config.codebook_size, (image_size, image_size)
+        return ModelInfo(self.role, self.name, self.sha256, config, *shapes)
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the tokenizer of its prompts.

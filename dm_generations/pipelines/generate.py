@@ -277,7 +277,7 @@ class Pipeline:
         if self.scorer is None or self.decoder is None or not images:
             return images
         decoding = self.decoder.start(tokens.astype(np.uint16))
-        scores = self.scorer.score(decoding, [image.prompt for image in images])
+        scores = self.scorer.score(decoding, [str(image.prompt) for image in images])
         time_scored = time.time()
         return [
             dataclasses.replace(

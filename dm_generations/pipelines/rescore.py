@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dm_generations.archive import Archive, ImageRow
-from dm_generations.archive.records import BadTokensError, tokens_from_blob
+from dm_generations.archive.records import BadTokensError, square_side, tokens_from_blob
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.scorer import Scorer
 from dm_generations.models.loading import Checkpoint
@@ -65,8 +65,8 @@ def score_archive(
     if not report.due_count:
         return report
     compile_cache.enable()
-    codec_id = archive.find_model(dataclasses.replace(codec.model_info(), grid=None))
-    grid = None if codec_id is None else archive.models()[codec_id].grid
+    codec_id = archive.find_model(dataclasses.replace(codec.model_info(), token_shape=None))
+    grid = None if codec_id is None else square_side(archive.models()[codec_id].token_shape)
     decoder = Decoder.from_checkpoint(codec, batch_size, grid=grid)
     scorer = Scorer.from_checkpoint(clip, batch_size)
     model_names = {row_id: model.name for row_id, model in archive.models().items()}

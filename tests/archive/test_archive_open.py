@@ -59,9 +59,23 @@ def test_other_databases(tmp_path):
 
 
 def test_a_newer_format(ours):
-    execute(ours, "PRAGMA user_version = 3")
+    copy = ours.with_name("copy.db")
+    shutil.copy(ours, copy)
+    execute(ours, "PRAGMA user_version = 4")
+    execute(copy, "UPDATE meta SET version = 4")
+    for path in (ours, copy):
+        for mode in ("r", "w"):
+            assert re.search(r"\b4\b.*\b3\b.*newer", refused(path, mode))
+
+
+@pytest.mark.parametrize("change", ["format = 'another'", "version = 'x'", "version = 0", "version = NULL"])
+def test_a_meta_table_of_something_else(ours, change):
+    execute(ours, "DROP TABLE meta")
+    execute(ours, "CREATE TABLE meta (id, format, version)")
+    execute(ours, "INSERT INTO meta VALUES (1, 'dm-generations', 3)")
+    execute(ours, f"UPDATE meta SET {change}")
     for mode in ("r", "w"):
-        assert re.search(r"\b3\b.*\b2\b.*newer", refused(ours, mode))
+        assert "meta" in refused(ours, mode)
 
 
 def test_a_truncated_file(ours):

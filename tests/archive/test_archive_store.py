@@ -34,6 +34,7 @@ def test_a_row_comes_back_as_it_was_stored(archive):
         "quantvec_md5": hashlib.md5(b"\x07\x00\x02\x00\x03\x00\x04\x00").hexdigest(),
         **{"clip_score_input": 20.5, "clip_score_tokenized": 19.5, "generator_id": 1, "codec_id": 2},
         **{"sampler_version": 1, "log_prob": None, "dtype": None, "init_count": 0, "init_md5": ""},
+        "extra_settings": "",
     }
     assert archive.models() == {1: GENERATOR, 2: CODEC, 3: CLIP}
     assert (archive.prompts(), archive.sc_prompts()) == ({1: "a red cube"}, {1: None})
@@ -211,7 +212,7 @@ def test_the_2022_script_can_read_it(archive):
 def test_groups_are_read_from_the_index_alone(archive):
     """What makes listing quick; a sort or the table itself would cost seconds at a million rows."""
     nothing = {"prompt_ids": None, "sc_prompt_ids": None}
-    for query, parameters in ((COUNT_GROUPS, nothing), (IDS_BEST_FIRST, [1] * 7)):
+    for query, parameters in ((COUNT_GROUPS, nothing), (IDS_BEST_FIRST, [1] * 8)):
         plan = archive.connection.rows(f"EXPLAIN QUERY PLAN {query.format(table='images')}", parameters)
         steps = [row[3] for row in plan if "images" in row[3]]
         assert len(steps) == 1 and "COVERING INDEX images_by_group" in steps[0], steps
