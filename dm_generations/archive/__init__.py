@@ -21,6 +21,7 @@ from dm_generations.archive.records import (
     init_md5,
     quantvec_md5,
 )
+from dm_generations.archive.selection import Filters, Selection
 from dm_generations.archive.verify import Problem, verify
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ArchiveError",
     "ArchiveInfo",
     "DType",
+    "Filters",
     "Group",
     "GroupKey",
     "ImageRow",
@@ -38,6 +40,7 @@ __all__ = [
     "NewImage",
     "Problem",
     "PromptInfo",
+    "Selection",
     "SourceReport",
     "TokenInfo",
     "ValueRange",

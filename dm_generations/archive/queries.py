@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from dm_generations.archive.records import GROUP_COLUMNS, IMAGE_COLUMNS, INSERT_COLUMNS, ModelInfo
+from dm_generations.archive.records import GROUP_COLUMNS, INSERT_COLUMNS, ModelInfo
 
 _GROUP: Final = ", ".join(GROUP_COLUMNS)
 _IN_GROUP: Final = " AND ".join(f"{name} = ?" for name in GROUP_COLUMNS)
@@ -15,17 +15,17 @@ INSERT_MODEL: Final = """
 INSERT INTO models (kind, sha256, config, name, grid, codebook_size, image_size) VALUES (?, ?, ?, ?, ?, ?, ?)
 """
 
-# By group. `{table}` is images, or a temporary table with the same index where a file has none.
+# By group. `{table}` is images, or a temporary table with the same index where a file has none; `{where}` a selection.
 COUNT_GROUPS: Final = f"""
-SELECT {_GROUP}, count(*) FROM {{table}}
-WHERE (:prompt_ids IS NULL OR prompt_id IN (SELECT value FROM json_each(:prompt_ids)))
-  AND (:sc_prompt_ids IS NULL OR sc_prompt_id IN (SELECT value FROM json_each(:sc_prompt_ids)))
-GROUP BY {_GROUP} ORDER BY {_GROUP}
+SELECT {_GROUP}, count(*) FROM {{table}} WHERE {{where}} GROUP BY {_GROUP} ORDER BY {_GROUP}
 """
 IDS_BEST_FIRST: Final = f"""
-SELECT id FROM {{table}} WHERE {_IN_GROUP}
+SELECT id FROM {{table}} WHERE {" AND ".join(f"{name} = :{name}" for name in GROUP_COLUMNS)} AND {{where}}
 ORDER BY clip_score_input DESC, id  -- NULL comes last; id breaks ties, so a rerun picks the same images
-LIMIT ?
+LIMIT :limit
+"""
+ALL_IDS_BEST_FIRST: Final = f"""
+SELECT id FROM {{table}} WHERE {{where}} ORDER BY {_GROUP}, clip_score_input DESC, id LIMIT :limit
 """
 KEYS_OF_GROUP: Final = f"""
 SELECT key0, key1 FROM images
@@ -33,7 +33,6 @@ WHERE {_IN_GROUP} AND generator_id IS ? AND (? IS NULL OR sampler_version = ?) A
 """
 
 # By id.
-SELECT_IMAGES: Final = f"SELECT {', '.join(IMAGE_COLUMNS)} FROM images WHERE id IN (SELECT value FROM json_each(?))"
 TO_SCORE: Final = """
 clip_score_input IS NULL OR clip_score_tokenized IS NULL
     OR (:rescore AND (:clip_id IS NULL OR clip_id IS NOT :clip_id))
@@ -54,19 +53,19 @@ SET_SCORES: Final = """
 UPDATE images SET clip_score_input = ?, clip_score_tokenized = ?, clip_id = ?, time_scored = ? WHERE id = ?
 """
 
-# About all images.
+# About all images, or those of a selection.
 COUNT_LENGTHS: Final = """
-SELECT length(quantvec), count(*) FROM images WHERE typeof(quantvec) = 'blob' GROUP BY 1 ORDER BY 1
+SELECT length(quantvec), count(*) FROM {images} WHERE typeof(quantvec) = 'blob' GROUP BY 1 ORDER BY 1
 """
 RANGE: Final = """
-SELECT count({column}), min({column}), avg({column}), max({column}) FROM images
+SELECT count({column}), min({column}), avg({column}), max({column}) FROM {images}
 WHERE typeof({column}) IN ('real', 'integer')
 """
-COUNT_DTYPES: Final = "SELECT dtype, count(*) FROM images WHERE typeof(dtype) = 'text' GROUP BY 1 ORDER BY 1"
-COUNT_CONTINUED: Final = "SELECT count(*) FROM images WHERE init_count > 0"
-COUNT_BY_MODEL: Final = "SELECT {column}, count(*) FROM images GROUP BY 1"
-FIRST_TIME: Final = "SELECT min(time_start) FROM images WHERE typeof(time_start) = 'real'"
-LAST_TIME: Final = "SELECT max(time_end) FROM images WHERE typeof(time_end) = 'real'"
+COUNT_DTYPES: Final = "SELECT dtype, count(*) FROM {images} WHERE typeof(dtype) = 'text' GROUP BY 1 ORDER BY 1"
+COUNT_CONTINUED: Final = "SELECT count(*) FROM {images} WHERE init_count > 0"
+COUNT_BY: Final = "SELECT {column}, count(*) FROM {images} GROUP BY 1"
+FIRST_TIME: Final = "SELECT min(time_start) FROM {images} WHERE typeof(time_start) = 'real'"
+LAST_TIME: Final = "SELECT max(time_end) FROM {images} WHERE typeof(time_end) = 'real'"
 USUAL_LENGTH: Final = """
 SELECT length(quantvec) FROM images WHERE typeof(quantvec) = 'blob' AND codec_id IS NULL
 GROUP BY 1 ORDER BY count(*) DESC, 1 LIMIT 1

@@ -1,4 +1,4 @@
-"""The values that an archive stores and returns, and the checks of token vectors. Importing it imports no NumPy.
+"""The values that an archive stores and returns, checks of token vectors, and how rows are read. Needs no NumPy.
 
 Units: `key0` and `key1` are the uint32 words of the image's PRNG key; times are UTC Unix seconds; scores are CLIP
 logits. `quantvec` holds the tokens: little-endian uint16, row-major over the square token grid. `log_prob` is the
@@ -12,10 +12,11 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
-from dm_generations.archive.connection import ArchiveError, Row
+from dm_generations.archive.connection import ArchiveError, Connection, Row, is_damage
 from dm_generations.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ DTYPES: Final[tuple[DType, ...]] = ("float32", "bfloat16", "float16")
 # What a column of images refers to.
 MODEL_KINDS: Final[dict[str, ModelKind]] = {"generator_id": "generator", "codec_id": "codec", "clip_id": "clip"}
 BYTES_PER_TOKEN: Final = 2
+CHUNK_ROWS: Final = 512  # read by one query, or fewer
+CHUNK_BYTES: Final = 32 * 2**20  # of their values
 TOKEN_DTYPE = "<u2"  # of NumPy: little-endian uint16, also on big-endian machines
 _ALL_BYTES: Final = bytes(range(256))
 
@@ -151,6 +154,7 @@ INSERT_COLUMNS: Final = (
     *MODEL_KINDS,
     *("sampler_version", "log_prob", "dtype", "init_count", "init_md5"),
 )
+_SELECT_IMAGES: Final = f"SELECT {', '.join(IMAGE_COLUMNS)} FROM images WHERE id IN (SELECT value FROM json_each(?))"
 _GROUP_TYPES: Final = (int, int, int, float, float, float)  # of GROUP_COLUMNS
 
 
@@ -327,3 +331,77 @@ def tokens_from_blob(
     if largest >= codebook_size:
         raise BadTokensError(f"it holds token {largest:,}, the codebook ends at {codebook_size - 1:,}")
     return tokens
+
+
+# Many rows, in small pieces, so that no query stays open between two rows.
+
+
+def read_rows(connection: Connection, ids: Iterable[int]) -> Iterator[ImageRow]:
+    """Yield images in the order of `ids`; see `Archive.read_rows`."""
+    chunk: list[int] = []
+    for row_id in ids:
+        chunk.append(row_id)
+        if len(chunk) == CHUNK_ROWS:
+            yield from _read_chunk(connection, chunk)
+            chunk = []
+    yield from _read_chunk(connection, chunk)
+
+
+def scan(connection: Connection, columns: Sequence[str], condition: str, parameters: dict[str, Any]) -> Iterator[Row]:
+    """Yield these columns of the images that meet a condition, by id; see `Archive.scan`."""
+    query = (
+        f"SELECT {', '.join(('id', *columns))} FROM images WHERE id > :after AND ({condition})"
+        f" ORDER BY id LIMIT {CHUNK_ROWS}"
+    )
+    after: float = -math.inf  # below every id
+    while rows := _limited(connection, query, {**parameters, "after": after}):
+        for row in rows:
+            if not isinstance(row[0], int) or row[0] <= after:
+                raise ArchiveError(f"{connection.path}: the ids of the images do not ascend at {row[0]!r:.40}")
+            after = row[0]
+        yield from (row[1:] for row in rows)
+
+
+def _read_chunk(connection: Connection, ids: list[int]) -> Iterator[ImageRow]:
+    """Yield rows in the order of `ids`, in halves where a page is damaged or the rows are too large together."""
+    try:
+        rows = _find_rows(connection, ids)
+    except ArchiveError as error:
+        if not is_damage(error):
+            raise
+        if len(ids) == 1:
+            yield parse_image((ids[0], *[None] * (len(IMAGE_COLUMNS) - 1)))
+            return
+        rows = None
+    if rows is None:
+        middle = len(ids) // 2
+        yield from _read_chunk(connection, ids[:middle])
+        yield from _read_chunk(connection, ids[middle:])
+        return
+    for row_id in ids:
+        if row_id in rows:
+            yield parse_image(rows[row_id])
+
+
+def _find_rows(connection: Connection, ids: list[int]) -> dict[int, Row] | None:
+    """Return rows by id; None if they are more than one and more than CHUNK_BYTES."""
+    found: dict[int, Row] = {}
+    byte_count = 0
+    for row in connection.rows(_SELECT_IMAGES, [json.dumps(ids)]):
+        found[row[0]] = row
+        byte_count += sum(map(sys.getsizeof, row))
+        if byte_count > CHUNK_BYTES and len(ids) > 1:
+            return None
+    return found
+
+
+def _limited(connection: Connection, query: str, parameters: dict[str, Any]) -> list[Row]:
+    """Return the first rows of a query, up to CHUNK_BYTES and at least one."""
+    found: list[Row] = []
+    byte_count = 0
+    for row in connection.rows(query, parameters):
+        found.append(row)
+        byte_count += sum(map(sys.getsizeof, row))
+        if byte_count > CHUNK_BYTES:
+            break
+    return found
