@@ -205,10 +205,10 @@ class Archive:
     def groups(self, selection: Selection | None = None, **filters: Unpack[Filters]) -> list[Group]:
         """Return the groups with the number of their selected images.
 
-        >>> with Archive.open(shipped("archive/emoji.db")) as archive:
-        ...     groups = archive.groups(prompt="a rocket", cond_scale="3..")
+        >>> with Archive.open("archive/emoji.db") as archive:
+        ...     groups = archive.groups(prompt="a rocket", top_k=256, top_p=1, temperature=1, cond_scale="3..")
         >>> [(group.key.params.cond_scale, group.count) for group in groups]
-        [(3.0, 32), (10.0, 32)]
+        [(3.0, 8), (10.0, 8)]
 
         Args:
             selection: Which images to count; None is what the keyword arguments say.
