@@ -1,5 +1,6 @@
 """`Generator` for programs and notebooks: prompts to images, with the keys and settings of `generate`."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,11 +11,11 @@ import numpy as np
 from dm_generations import archive as store
 from dm_generations.api.images import SCORES, ImageList, ImageRecord
 from dm_generations.archive import ModelInfo, NewImage, quantvec_md5
-from dm_generations.errors import printable
+from dm_generations.errors import UserError, printable
 from dm_generations.inference import generator as inference_generator
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.scorer import Scorer
-from dm_generations.models.loading import Models, load_models
+from dm_generations.models.loading import Checkpoint, Models, load_codec, load_generator
 from dm_generations.pipelines.generate import SMALLER_BATCH, GenerateOptions, Pipeline
 from dm_generations.pipelines.sweep import DEFAULT_PARAMS, DEFAULT_SEED, Sweep
 from dm_generations.runtime import compile_cache
@@ -36,12 +37,7 @@ class Generator(inference_generator.Generator):
     (64, 64)
     """
 
-    def __init__(self, models: Models, batch_size: int = 32, dtype: str = "float32"):
-        """Put the model on the devices; see `load` for the arguments."""
-        tokenizer = models.generator.load_tokenizer()
-        super().__init__(models.generator, tokenizer, batch_size, dtype=dtype)
-        self._models = models
-        self._decoder: Decoder | None = None
+    _source: tuple[Checkpoint, str | None, str | None] | None = None  # the checkpoint; names of it and of its codec
 
     @classmethod
     def load(
@@ -58,26 +54,35 @@ class Generator(inference_generator.Generator):
             model: The text-to-image model.
             batch_size: Images at a time on each device; fewer if memory does not hold as many.
             dtype: Of activations and caches: "float32", "bfloat16" or "float16".
-            codec: What decodes its tokens; None is the model's own, else the one that ships.
+            codec: What decodes its tokens; None is the model's own, else the one that ships. It is loaded when the
+                generator is first called.
             tokenizer: File or folder of its tokenizer; None is the model's own.
 
         Raises:
-            UserError: A model is missing or broken, or they are not compatible.
+            UserError: The model is missing or broken.
         """
         compile_cache.enable()
         model, codec = (None if path is None else os.fspath(path) for path in (model, codec))
-        tokenizer = None if tokenizer is None else Path(tokenizer)
-        return cls(load_models(model, codec, None, is_scored=False, tokenizer=tokenizer), batch_size, dtype)
+        checkpoint = load_generator(model, None if tokenizer is None else Path(tokenizer))
+        generator = cls(checkpoint, checkpoint.load_tokenizer(), batch_size, dtype=dtype)
+        generator._source = checkpoint, model, codec
+        return generator
 
-    @property
+    @functools.cached_property
+    def models(self) -> Models:
+        """The model and its codec. Raises UserError if the codec is missing, broken or not compatible."""
+        if self._source is None:
+            raise UserError("this generator has no codec; make it with Generator.load")
+        codec, codec_from = load_codec(*self._source)
+        return Models(self._source[0], codec, None, codec_from)
+
+    @functools.cached_property
     def decoder(self) -> Decoder:
         """What decodes its tokens."""
-        if self._decoder is None:
-            self._decoder = Decoder.from_checkpoint(self._models.codec, self.batch_size, grid=self._models.grid)
-        return self._decoder
+        return Decoder.from_checkpoint(self.models.codec, self.batch_size, grid=self.models.grid)
 
     def __repr__(self) -> str:
-        return f"<Generator {self._models.generator.name}: {self.token_count} tokens below {self.codebook_size:,}>"
+        return f"<Generator {self._name}: {self.token_count} tokens below {self.codebook_size:,}>"
 
     def __call__(
         self,
@@ -131,7 +136,7 @@ class Generator(inference_generator.Generator):
         )
         self.check_texts([*sweep.prompts, *sweep.sc_prompts])
         options = GenerateOptions(batch_size=self.batch_size, dtype=self.dtype)
-        pipeline = Pipeline(self._models, options, loaded=(self, None if scorer is None else self.decoder, scorer))
+        pipeline = Pipeline(self.models, options, loaded=(self, None if scorer is None else self.decoder, scorer))
         plan = pipeline.plan(sweep, None)
         images: list[NewImage] = []
         on_progress(0, plan.missing_count)
