@@ -1,5 +1,6 @@
 """`Archive` for programs and notebooks: its images as records, and as tables of pandas and Arrow."""
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -174,7 +175,11 @@ class SelectedImages(ImageList):
             yield *values(row), np.frombuffer(whole, TOKEN_DTYPE)
 
     def _read(self, ids: Iterable[int]) -> Iterator[ImageRecord]:
-        return map(_record_maker(self._archive), self._archive.read_rows(ids))
+        return map(self._make_record, self._archive.read_rows(ids))
+
+    @functools.cached_property
+    def _make_record(self) -> Callable[[ImageRow], ImageRecord]:
+        return _record_maker(self._archive)
 
 
 _COLUMN_KINDS = dict.fromkeys(("id", "top_k", "key0", "key1", "init_count"), "int") | dict.fromkeys(

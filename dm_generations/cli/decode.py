@@ -19,10 +19,12 @@ from dm_generations.errors import UserError
 HELP = "decode the images of an archive into files"
 DESCRIPTION = "Decode the images of an archive into files, with a page to look at them."
 EPILOG = """\
-Images that are on disk already are skipped, so a run that was stopped continues when it is repeated.
+Images that are on disk already are skipped, so a run that was stopped continues when it is repeated. File names count
+the ranks of the images that are selected, so use another --out-dir for another selection.
 
 example:
   python -m dm_generations decode --prompt-ids 1 2 --n-best 4 --out-dir images
+  python -m dm_generations decode mine.db --where cond_scale=3.. score=20.. --distinct --out-dir best
 """
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 
+import numpy as np
 import pytest
 from archive_kit import archive_2022, archive_v1, execute, fill, new_image
 
@@ -275,6 +276,18 @@ def test_merge_takes_what_is_selected_with_its_prompts_and_models(path, tmp_path
         with pytest.raises(UserError):
             merge([path, other], tmp_path / "new.db", wrong)
         assert not (tmp_path / "new.db").exists()
+
+
+def test_decode_writes_what_is_selected(path, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--mode", "npy", "--out-dir", str(out), "--where", "top_k=256", "--distinct"]
+    assert main(["decode", str(path), *words]) == 0
+    (file,) = out.rglob("*.npy")
+    with Archive.open(path) as archive:
+        (row,) = archive.read_rows([3])
+    assert np.load(file).astype("<u2").tobytes() == row.quantvec and "k=256" in file.name
+    assert main(["decode", "--db", str(path), *words[:4], "--prompt-texts", "a blue bal"]) == 1
+    assert "a blue ball" in capsys.readouterr().err
 
 
 def test_nothing_is_written_to_an_archive_that_is_read(path):
