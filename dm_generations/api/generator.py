@@ -134,6 +134,9 @@ class Generator(inference_generator.Generator):
             same_seeds=same_seeds,
             row_keys=keys,
         )
+        return self._draw(sweep, scorer, on_progress)
+
+    def _draw(self, sweep: Sweep, scorer: Scorer | None, on_progress: Callable[[int, int], None]) -> "GeneratedImages":
         self.check_texts([*sweep.prompts, *sweep.sc_prompts])
         options = GenerateOptions(batch_size=self.batch_size, dtype=self.dtype)
         pipeline = Pipeline(self.models, options, loaded=(self, None if scorer is None else self.decoder, scorer))

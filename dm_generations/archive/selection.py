@@ -341,22 +341,28 @@ def _range_sql(column: str, intervals: Sequence[Interval], bind: Any) -> str:
 
 
 def _store_ids(archive: "Archive", selection: Selection, where: Where) -> Where:
-    """Put the ids of a selection into a temporary table, which is not in the archive's file; return where they are."""
-    columns = f"id, {', '.join(GROUP_COLUMNS)}, clip_score_input"
-    rows = f"SELECT {columns} FROM images WHERE {where.sql}"
+    """Put the ids of a selection into temporary tables, which are not in the archive's file; return where they are."""
+    name = hashlib.sha256(repr(selection).encode("utf-8", "replace")).hexdigest()[:32]
+
+    def store(step: str, ids: str) -> Where:
+        table, connection = f"temp.{step}_{name}", archive.connection
+        connection.execute(f"CREATE TABLE IF NOT EXISTS {table} (id INTEGER PRIMARY KEY)")
+        connection.execute(f"DELETE FROM {table}")
+        connection.execute(f"INSERT INTO {table} {ids}", where.parameters)
+        # The plus keeps SQLite from reading the whole table for each group.
+        return Where(f"+id IN (SELECT id FROM {table})")
+
+    def first_of(columns: str, count: int) -> str:
+        place = f"row_number() OVER (PARTITION BY {columns} {_BEST_FIRST})"
+        return f"SELECT id FROM (SELECT id, {place} AS place FROM images WHERE {where.sql}) WHERE place <= {count}"
+
     if selection.distinct:
-        copies = f"row_number() OVER (PARTITION BY coalesce(quantvec_md5, quantvec) {_BEST_FIRST})"
-        rows = f"SELECT * FROM (SELECT {columns}, {copies} AS copy FROM images WHERE {where.sql}) WHERE copy = 1"
+        where = store("distinct", first_of("coalesce(quantvec_md5, quantvec)", 1))
     if selection.n_best is not None:
-        places = f"row_number() OVER (PARTITION BY {', '.join(GROUP_COLUMNS)} {_BEST_FIRST})"
-        rows = f"SELECT * FROM (SELECT id, {places} AS place FROM ({rows})) WHERE place <= {int(selection.n_best)}"
-    table = f"temp.selection_{hashlib.sha256(repr(selection).encode('utf-8', 'replace')).hexdigest()[:32]}"
-    connection = archive.connection
-    connection.execute(f"CREATE TABLE IF NOT EXISTS {table} (id INTEGER PRIMARY KEY)")
-    connection.execute(f"DELETE FROM {table}")
-    connection.execute(f"INSERT INTO {table} SELECT id FROM ({rows})", where.parameters)
-    # The plus keeps SQLite from reading the whole table for each group.
-    return Where(f"+id IN (SELECT id FROM {table})")
+        where = store("best", first_of(", ".join(GROUP_COLUMNS), int(selection.n_best)))
+    elif not selection.distinct:
+        where = store("selected", f"SELECT id FROM images WHERE {where.sql}")
+    return where
 
 
 # Implementation: values.

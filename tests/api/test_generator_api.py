@@ -40,6 +40,7 @@ def command(models, db, *words):
     assert main(list(map(str, ["generate", "--db", db, *paths, *words]))) == 0
 
 
+@pytest.mark.e2e
 def test_it_draws_and_saves_what_the_command_does(models, generator, scorer, tmp_path):
     words = ["--prompts", "a boat", "a cat", "--n", 3, "--seed", 7, "--top-k", 5, "--cond-scale", 1, 3]
     command(models, tmp_path / "command.db", *words)
@@ -65,6 +66,7 @@ def test_it_draws_and_saves_what_the_command_does(models, generator, scorer, tmp
     assert results.save(tmp_path / "command.db") == 0  # they are there already
 
 
+@pytest.mark.e2e
 def test_defaults_are_those_of_the_command(models, generator, tmp_path):
     command(models, tmp_path / "command.db", "--prompts", "a boat", "--n", 1)
     generator("a boat").save(tmp_path / "python.db")
