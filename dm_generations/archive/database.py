@@ -2,14 +2,11 @@
 
 import array
 import contextlib
-import json
-import math
 import os
-import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 from dm_generations.archive import legacy_2022, queries, vocabulary
 from dm_generations.archive.connection import (
@@ -19,10 +16,10 @@ from dm_generations.archive.connection import (
     Row,
     connect,
     connect_new,
-    is_damage,
     new_file,
 )
 from dm_generations.archive.records import (
+    GROUP_COLUMNS,
     IMAGE_COLUMNS,
     ClassLabel,
     Group,
@@ -52,10 +49,9 @@ from dm_generations.archive.schema import (
     read_version,
     upgrade,
 )
+from dm_generations.archive.selection import EVERY, Filters, Selection, Where, compile_selection
 
 LOCK_TIMEOUT: Final = 10.0  # seconds to wait for another program's lock
-CHUNK_ROWS: Final = 512  # read by one query, or fewer
-CHUNK_BYTES: Final = 32 * 2**20  # of their values
 
 
 class Archive:
@@ -200,40 +196,61 @@ class Archive:
         """Return the id of the first model that matches; see `ModelInfo.matches`."""
         return next((row_id for row_id, stored in self.models().items() if stored.matches(model)), None)
 
-    def count(self) -> int:
+    def count(self, where: Where = EVERY) -> int:
         """Return the number of images."""
-        return self.connection.value("SELECT count(*) FROM images")
+        return self.connection.value(f"SELECT count(*) FROM images WHERE {where.sql}", where.parameters)
 
-    def groups(
-        self, prompt_ids: Collection[int] | None = None, sc_prompt_ids: Collection[int] | None = None
-    ) -> list[Group]:
-        """Return the groups, ordered by prompt, unconditional prompt, top_k, top_p, temperature, cond_scale.
+    def groups(self, selection: Selection | None = None, **filters: Unpack[Filters]) -> list[Group]:
+        """Return the groups with the number of their selected images.
+
+        >>> with Archive.open("archive/emoji.db") as archive:
+        ...     groups = archive.groups(prompt="a rocket", top_k=256, top_p=1, temperature=1, cond_scale="3..")
+        >>> [(group.key.params.cond_scale, group.count) for group in groups]
+        [(3.0, 8), (10.0, 8)]
 
         Args:
-            prompt_ids: Only groups of these prompts, None for all; unknown ids are ignored.
-            sc_prompt_ids: The same for unconditional prompts.
+            selection: Which images to count; None is what the keyword arguments say.
+            filters: See `Filters`.
+
+        Returns:
+            In the order of prompt, unconditional prompt, top_k, top_p, temperature and cond_scale.
+
+        Raises:
+            UserError: A prompt or a model is not in the archive.
         """
-        parameters = {"prompt_ids": _json_ids(prompt_ids), "sc_prompt_ids": _json_ids(sc_prompt_ids)}
-        rows = list(self.connection.rows(queries.COUNT_GROUPS.format(table=self._indexed_table()), parameters))
+        return self.count_groups(compile_selection(self, selection or Selection.of(**filters)))
+
+    def count_groups(self, where: Where) -> list[Group]:
+        """Return the groups of a compiled selection, as `groups` does."""
+        query = queries.COUNT_GROUPS.format(table=self._indexed_table(), where=where.sql)
+        rows = list(self.connection.rows(query, where.parameters))
         try:
             return [Group(parse_group_key(row[:-1]), row[-1]) for row in rows]
         except ArchiveError as error:
             raise ArchiveError(f"{self.path}: {error}") from error
 
-    def image_ids(self, key: GroupKey, limit: int | None = None) -> Sequence[int]:
-        """Return ids of a group's images: highest clip_score_input first, unscored ones last, ties by id."""
-        parameters = [*key.values(), -1 if limit is None else limit]
-        query = queries.IDS_BEST_FIRST.format(table=self._indexed_table())
+    def image_ids(self, key: GroupKey | None = None, limit: int | None = None, where: Where = EVERY) -> Sequence[int]:
+        """Return ids of a group's images: highest clip_score_input first, unscored ones last, ties by id.
+
+        Args:
+            key: The group; None is all groups, in the order of `groups`.
+            limit: At most so many.
+            where: Which images.
+        """
+        parameters = {**where.parameters, "limit": -1 if limit is None else limit}
+        if key is not None:
+            parameters.update(zip(GROUP_COLUMNS, key.values(), strict=True))
+        query = queries.ALL_IDS_BEST_FIRST if key is None else queries.IDS_BEST_FIRST
         ids = array.array("q")
-        for (row_id,) in self.connection.rows(query, parameters):
+        for (row_id,) in self.connection.rows(query.format(table=self._indexed_table(), where=where.sql), parameters):
             if not isinstance(row_id, int):
                 raise ArchiveError(f"{self.path}: the id of an image is {row_id!r:.40}, not a whole number")
             ids.append(row_id)
         return ids
 
-    def rows(self, key: GroupKey, limit: int | None = None) -> Iterator[ImageRow]:
+    def rows(self, key: GroupKey, limit: int | None = None, where: Where = EVERY) -> Iterator[ImageRow]:
         """Yield a group's images, in the order of `image_ids`."""
-        return self.read_rows(self.image_ids(key, limit))
+        return self.read_rows(self.image_ids(key, limit, where))
 
     def read_rows(self, ids: Iterable[int]) -> Iterator[ImageRow]:
         """Yield these images, in the order of `ids`, without unknown ids.
@@ -241,28 +258,27 @@ class Archive:
         A row on a damaged page is yielded with its id, no tokens, and None for all else, so that the rank of the next
         ones stays the same.
         """
-        chunk: list[int] = []
-        for row_id in ids:
-            chunk.append(row_id)
-            if len(chunk) == CHUNK_ROWS:
-                yield from self._read_chunk(chunk)
-                chunk = []
-        yield from self._read_chunk(chunk)
+        return queries.read_rows(self.connection, ids)
 
-    def rows_to_score(self, rescore: bool = False, clip_id: int | None = None) -> Iterator[ImageRow]:
+    def rows_to_score(
+        self, rescore: bool = False, clip_id: int | None = None, where: Where = EVERY
+    ) -> Iterator[ImageRow]:
         """Yield images that lack a score, by id. Scores may be written while this runs.
 
         Args:
             rescore: Also images that have one, except those that the model `clip_id` scored.
             clip_id: None for a model that the archive does not have.
+            where: Which images.
         """
-        parameters = {"rescore": rescore, "clip_id": clip_id}
-        return map(parse_image, self._scan(IMAGE_COLUMNS, queries.TO_SCORE, parameters))
+        parameters = {**where.parameters, "rescore": rescore, "clip_id": clip_id}
+        condition = f"({queries.TO_SCORE}) AND {where.sql}"
+        return map(parse_image, queries.scan(self.connection, IMAGE_COLUMNS, condition, parameters))
 
-    def count_to_score(self, rescore: bool = False, clip_id: int | None = None) -> int:
+    def count_to_score(self, rescore: bool = False, clip_id: int | None = None, where: Where = EVERY) -> int:
         """Return how many images `rows_to_score` yields."""
-        parameters = {"rescore": rescore, "clip_id": clip_id}
-        return self.connection.value(f"SELECT count(*) FROM images WHERE {queries.TO_SCORE}", parameters)
+        parameters = {**where.parameters, "rescore": rescore, "clip_id": clip_id}
+        sql = f"SELECT count(*) FROM images WHERE ({queries.TO_SCORE}) AND {where.sql}"
+        return self.connection.value(sql, parameters)
 
     def existing_keys(
         self, key: GroupKey, generator_id: int | None, sampler_version: int | None = None, init_md5: str = ""
@@ -278,19 +294,23 @@ class Archive:
         parameters = [*key.values(), generator_id, sampler_version, sampler_version, init_md5]
         return {(key0, key1) for key0, key1 in self.connection.rows(queries.KEYS_OF_GROUP, parameters)}
 
-    def scan(self, columns: Sequence[str], last_id: int | None = None, table: str = "images") -> Iterator[Row]:
-        """Yield these columns of all rows of a table, by id, in constant memory.
+    def scan(
+        self, columns: Sequence[str], last_id: int | None = None, where: Where = EVERY, table: str = "images"
+    ) -> Iterator[Row]:
+        """Yield these columns of the rows of a table, by id, in constant memory.
 
         Args:
             columns: Names of columns; a column that an older file lacks has its default value.
             last_id: The last row to read; None reads to the end.
+            where: Which images; EVERY for other tables.
             table: `images`, or one that version 3 added.
 
         Raises:
             ArchiveError: The ids do not ascend, as they do in any archive that is not damaged.
         """
         assert set(columns) <= set(ADDED_TABLES.get(table, ALL_COLUMNS)), columns
-        return self._scan(columns, ":last_id IS NULL OR id <= :last_id", {"last_id": last_id}, table)
+        condition = f"(:last_id IS NULL OR id <= :last_id) AND {where.sql}"
+        return queries.scan(self.connection, columns, condition, {**where.parameters, "last_id": last_id}, table)
 
     # Writing
 
@@ -431,64 +451,3 @@ class Archive:
         if self._group_table is None:
             self._group_table = legacy_2022.create_group_index(self.connection)
         return self._group_table
-
-    def _read_chunk(self, ids: list[int]) -> Iterator[ImageRow]:
-        """Yield rows in the order of `ids`, in halves where a page is damaged or the rows are too large together."""
-        try:
-            rows = self._find_rows(ids)
-        except ArchiveError as error:
-            if not is_damage(error):
-                raise
-            if len(ids) == 1:
-                yield parse_image((ids[0], *[None] * (len(IMAGE_COLUMNS) - 1)))
-                return
-            rows = None
-        if rows is None:
-            middle = len(ids) // 2
-            yield from self._read_chunk(ids[:middle])
-            yield from self._read_chunk(ids[middle:])
-            return
-        for row_id in ids:
-            if row_id in rows:
-                yield parse_image(rows[row_id])
-
-    def _find_rows(self, ids: list[int]) -> dict[int, Row] | None:
-        """Return rows by id; None if they are more than one and more than CHUNK_BYTES."""
-        found: dict[int, Row] = {}
-        byte_count = 0
-        for row in self.connection.rows(queries.SELECT_IMAGES, [json.dumps(ids)]):
-            found[row[0]] = row
-            byte_count += sum(map(sys.getsizeof, row))
-            if byte_count > CHUNK_BYTES and len(ids) > 1:
-                return None
-        return found
-
-    def _scan(
-        self, columns: Sequence[str], condition: str, parameters: dict[str, Any], table: str = "images"
-    ) -> Iterator[Row]:
-        query = (
-            f"SELECT {', '.join(('id', *columns))} FROM {table} WHERE id > :after AND ({condition})"
-            f" ORDER BY id LIMIT {CHUNK_ROWS}"
-        )
-        after: float = -math.inf  # below every id
-        while rows := self._limited(query, {**parameters, "after": after}):
-            for row in rows:
-                if not isinstance(row[0], int) or row[0] <= after:
-                    raise ArchiveError(f"{self.path}: the ids of {table} do not ascend at {row[0]!r:.40}")
-                after = row[0]
-            yield from (row[1:] for row in rows)
-
-    def _limited(self, query: str, parameters: dict[str, Any]) -> list[Row]:
-        """Return the first rows of a query, up to CHUNK_BYTES and at least one."""
-        found: list[Row] = []
-        byte_count = 0
-        for row in self.connection.rows(query, parameters):
-            found.append(row)
-            byte_count += sum(map(sys.getsizeof, row))
-            if byte_count > CHUNK_BYTES:
-                break
-        return found
-
-
-def _json_ids(ids: Collection[int] | None) -> str | None:
-    return None if ids is None else json.dumps(sorted(ids))

@@ -10,6 +10,7 @@ from dm_generations.archive.connection import ArchiveError, Row
 from dm_generations.archive.database import Archive
 from dm_generations.archive.records import GROUP_COLUMNS
 from dm_generations.archive.schema import ADDED_TABLES
+from dm_generations.archive.selection import Where
 
 READS: Final = ("input", "tokenized", "image")  # a prompt as typed, one as CLIP reads it back, or no prompt
 PAIR_VALUES: Final = ("first", "second", "tie", "both bad")
@@ -18,7 +19,9 @@ SCORER_KINDS: Final = ("clip", "scorer")  # of models
 TABLES: Final = ("scores", "vectors", "ratings")
 CHUNK_ROWS: Final = 512
 _SAMPLE: Final = (*GROUP_COLUMNS, "key0", "key1", "generator_id", "sampler_version", "init_md5", "quantvec_md5")
-_READ_SAMPLES: Final = f"SELECT id, {', '.join(_SAMPLE)} FROM images WHERE id IN (SELECT value FROM json_each(?))"
+_READ_SAMPLES: Final = f"""
+SELECT id, {{where}}, {", ".join(_SAMPLE)} FROM images WHERE id IN (SELECT value FROM json_each(:ids))
+"""
 # By the unique index of samples. The tokens have to be the same: on other hardware one key can give others.
 _FIND_SAMPLE: Final = f"""
 SELECT id FROM images
@@ -47,11 +50,12 @@ def scorer_id(archive: Archive, model_id: int, reads: str) -> int:
     return archive.connection.insert(insert, (model_id, reads)) if found is None else found
 
 
-def copy_judgements(source: Archive, target: Archive, new_ids: NewIds) -> int:
+def copy_judgements(source: Archive, where: Where, target: Archive, new_ids: NewIds) -> int:
     """Copy what the source says about images that the target has; return how many rows were new.
 
     Args:
         source: Open for reading; its images have been merged already.
+        where: Of which of its images.
         target: Inside a transaction.
         new_ids: The target's ids of prompts, unconditional prompts and models.
 
@@ -70,20 +74,26 @@ def copy_judgements(source: Archive, target: Archive, new_ids: NewIds) -> int:
         )
         rows = source.scan(columns, table=table)
         while chunk := [dict(zip(columns, row, strict=True)) for row in itertools.islice(rows, CHUNK_ROWS)]:
-            images = _find_images(source, target, chunk, new_ids)
+            images = _find_images(source, where, target, chunk, new_ids)
             maps = {"image_id": images, "other_id": images, "scorer_id": scorers, "model_id": new_ids["model_id"]}
             values = list(_translate(source, table, chunk, maps))
             added_count += target.connection.write_many(insert, values)
     return added_count
 
 
-def _find_images(source: Archive, target: Archive, chunk: list[dict[str, Any]], new_ids: NewIds) -> dict[Any, Any]:
-    """Return the target's id of each image that a chunk refers to; None where the target has other tokens."""
+def _find_images(
+    source: Archive, where: Where, target: Archive, chunk: list[dict[str, Any]], new_ids: NewIds
+) -> dict[Any, Any]:
+    """Return the target's id of each image of a chunk; None if it is not selected, or the target has other tokens."""
     ids = {row[name] for row in chunk for name in ("image_id", "other_id") if row.get(name) is not None}
     if not all(isinstance(row_id, int) for row_id in ids):
         raise ArchiveError(f"{source.path}: an image_id is not a whole number; run `verify` on it")
     found: dict[Any, Any] = {None: None}
-    for row_id, *values in source.connection.rows(_READ_SAMPLES, [json.dumps(sorted(ids))]):
+    query, parameters = _READ_SAMPLES.format(where=where.sql), {**where.parameters, "ids": json.dumps(sorted(ids))}
+    for row_id, is_selected, *values in source.connection.rows(query, parameters):
+        found[row_id] = None
+        if not is_selected:
+            continue
         sample = dict(zip(_SAMPLE, values, strict=True))
         for name in ("prompt_id", "sc_prompt_id", "generator_id"):
             sample[name] = new_ids["model_id" if name == "generator_id" else name][sample[name]]

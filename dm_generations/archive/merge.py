@@ -3,15 +3,15 @@
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dm_generations.archive.connection import ArchiveError, Row, new_file
 from dm_generations.archive.database import Archive
 from dm_generations.archive.judgements import NewIds, copy_judgements
-from dm_generations.archive.queries import INSERT_OR_FILL_SCORES
+from dm_generations.archive.queries import INSERT_OR_FILL_SCORES, JUDGES
 from dm_generations.archive.records import (
     INSERT_COLUMNS,
     MODEL_KINDS,
@@ -20,8 +20,11 @@ from dm_generations.archive.records import (
     is_canonical,
     quantvec_md5,
 )
+from dm_generations.archive.selection import ALL, EVERY, Selection, Where, check_known, compile_known
 from dm_generations.archive.vocabulary import add_vocabulary, read_classes, read_vocabularies
 from dm_generations.errors import one_line
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class SourceReport:
     judgement_count: int
 
 
-def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str]) -> list[SourceReport]:
+def merge(
+    sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str], selection: Selection = ALL
+) -> list[SourceReport]:
     """Add the images of all sources to `target`, all of them or none.
 
     Prompts and models get new ids; an image that the target has already is not added twice.
@@ -51,33 +56,41 @@ def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[s
     Args:
         sources: Archives of any version, or of 2022.
         target: An archive, made if it does not exist.
+        selection: Which images of the sources. A prompt or a model need not be in each source, but in one of them.
 
     Returns:
         A report for each source.
 
     Raises:
+        UserError: A prompt or a model is in no source, or nothing is selected.
         ArchiveError: A source cannot be opened, or has a row that `verify` would report.
     """
     target = Path(target)
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(Archive.open(source)) for source in sources]
+        check_known(selection, opened)
+        selected = [(source, compile_known(source, selection)) for source in opened]
+        if not selection.is_all and not any(source.count(where) for source, where in selected):
+            raise ArchiveError(
+                f"{', '.join(map(str, sources))}: no images of this selection; `info` lists what they hold"
+            )
         if not target.exists():
             with new_file(target) as temporary, Archive.create(temporary) as archive:
-                return _add_all(opened, archive)
+                return _add_all(selected, archive)
         for source in opened:
             if os.path.samefile(source.path, target):
                 raise ArchiveError(f"{target}: this archive is both a source and the target")
         with Archive.open(target, "w") as archive:
-            return _add_all(opened, archive)
+            return _add_all(selected, archive)
 
 
-def _add_all(sources: Sequence[Archive], target: Archive) -> list[SourceReport]:
+def _add_all(sources: Sequence[tuple[Archive, Where]], target: Archive) -> list[SourceReport]:
     with target.transaction():
-        return [_add(source, target) for source in sources]
+        return [_add(source, where, target) for source, where in sources]
 
 
-def _add(source: Archive, target: Archive) -> SourceReport:
-    rows = _Rows(source, target)  # adds prompts and models
+def _add(source: Archive, where: Where, target: Archive) -> SourceReport:
+    rows = _Rows(source, where, target)  # adds prompts and models
     count_before = target.count()
     try:
         changed_count = target.connection.write_many(INSERT_OR_FILL_SCORES, rows)
@@ -88,15 +101,16 @@ def _add(source: Archive, target: Archive) -> SourceReport:
         raise
     added_count = target.count() - count_before
     new_ids: NewIds = {"prompt_id": rows.prompt_ids, "sc_prompt_id": rows.sc_prompt_ids, "model_id": rows.model_ids}
-    judgement_count = copy_judgements(source, target, new_ids)
+    judgement_count = copy_judgements(source, where, target, new_ids)
     return SourceReport(str(source.path), rows.count, added_count, changed_count - added_count, judgement_count)
 
 
 class _Rows:
     """The rows of a source with the ids of the target, to be inserted; `current_id` is the last row's own id."""
 
-    def __init__(self, source: Archive, target: Archive):
+    def __init__(self, source: Archive, where: Where, target: Archive):
         self.source = source
+        self.where = where
         self.current_id: int | None = None
         self.count = 0
         # Unchanged, also with NUL bytes: an archive can have prompts that `generate` refuses.
@@ -105,20 +119,29 @@ class _Rows:
         classes = read_classes(source.connection) if source.version >= 3 else {}
         self.prompt_ids = {
             i: target.prompt_id(classes[i]) if i in classes else target.text_id("prompts", text or "")
-            for i, text in source.prompts().items()
+            for i, text in self._used("prompt_id", source.prompts())
         }
         self.sc_prompt_ids = {
-            i: 1 if text is None else target.text_id("sc_prompts", text) for i, text in source.sc_prompts().items()
+            i: 1 if text is None else target.text_id("sc_prompts", text)
+            for i, text in self._used("sc_prompt_id", source.sc_prompts())
         }
-        self.codecs = {i: model for i, model in source.models().items() if model.kind == "codec"}
-        self.model_ids: dict[int | None, int | None] = {
-            i: target.model_id(model) for i, model in source.models().items()
-        }
+        judges = {row_id for (row_id,) in source.connection.rows(JUDGES)}
+        models = dict(self._used("generator_id, codec_id, clip_id", source.models(), judges))
+        self.codecs = {i: model for i, model in models.items() if model.kind == "codec"}
+        self.model_ids: dict[int | None, int | None] = {i: target.model_id(model) for i, model in models.items()}
         self.model_ids[None] = None
+
+    def _used(self, columns: str, things: dict[int, _T], others: Set[int] = frozenset()) -> Iterator[tuple[int, _T]]:
+        """Yield those that the selected images refer to in these columns, or all for all images; and `others`."""
+        if self.where == EVERY:
+            return iter(things.items())
+        query = f"SELECT DISTINCT {columns} FROM images WHERE {self.where.sql}"
+        used = {row_id for row in self.source.connection.rows(query, self.where.parameters) for row_id in row} | others
+        return ((row_id, thing) for row_id, thing in things.items() if row_id in used)
 
     def __iter__(self) -> Iterator[Row]:
         columns = ("id", *INSERT_COLUMNS)
-        for values in self.source.scan(columns):
+        for values in self.source.scan(columns, where=self.where):
             row = dict(zip(columns, values, strict=True))
             self.current_id = row.pop("id")
             self.count += 1

@@ -1,4 +1,4 @@
-"""The values that an archive stores and returns, and the checks of token vectors. Importing it imports no NumPy.
+"""The values that an archive stores and returns, and checks of token vectors. Needs no NumPy.
 
 Units: `key0` and `key1` are the uint32 words of the image's PRNG key; times are UTC Unix seconds; scores are CLIP
 logits. `quantvec` holds the tokens: little-endian uint16, in the order of the codec's token shape. `extra_settings` are
@@ -96,6 +96,9 @@ class ClassLabel:
 
     vocabulary: str
     label: int
+
+    def __str__(self) -> str:
+        return f"{self.vocabulary} {self.label}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from dm_generations.archive.records import (
     tokens_below,
 )
 from dm_generations.archive.schema import ADDED_TABLES, INDEXES
+from dm_generations.archive.selection import EVERY, Where
 from dm_generations.archive.vocabulary import parse_labels
 
 PROBLEM_LIMIT: Final = 100  # of one kind in one table; one slip of a tool can spoil every row
@@ -58,8 +59,10 @@ class Problem:
         return f"{where}: {self.what}"
 
 
-def verify(archive: Archive) -> Iterator[Problem]:
+def verify(archive: Archive, where: Where = EVERY) -> Iterator[Problem]:
     """Yield what is wrong with an archive, as it is found; nothing if it is sound.
+
+    Of the images only those of `where` are checked, a compiled selection.
 
     Checks SQLite's own integrity, ids without a row, types and ranges of every value, the length of each token vector
     (its codec's grid, or a square like the others if no codec is known), its tokens (below the codec's codebook size),
@@ -67,7 +70,7 @@ def verify(archive: Archive) -> Iterator[Problem]:
     of a kind in a table the others are counted, and yielded as one at the end.
     """
     counts: Counter[tuple[str | None, str]] = Counter()
-    for problem in _find_problems(archive):
+    for problem in _find_problems(archive, where):
         counts[problem.table, problem.kind] += 1
         if counts[problem.table, problem.kind] <= PROBLEM_LIMIT:
             yield problem
@@ -76,7 +79,7 @@ def verify(archive: Archive) -> Iterator[Problem]:
             yield Problem(table, None, f"and {more:,} more with a wrong {kind}", kind, more)
 
 
-def _find_problems(archive: Archive) -> Iterator[Problem]:
+def _find_problems(archive: Archive, where: Where) -> Iterator[Problem]:
     try:
         yield from _check_file(archive)
         # Images that are added from now on may refer to prompts and models that are added after these are read.
@@ -88,7 +91,7 @@ def _find_problems(archive: Archive) -> Iterator[Problem]:
         models = yield from _check_models(archive)
         yield from _check_classes(archive)
         if last_id is not None:
-            yield from _check_images(archive, last_id, prompt_ids, sc_prompt_ids, models)
+            yield from _check_images(archive, where, last_id, prompt_ids, sc_prompt_ids, models)
         model_kinds = {row_id: model.kind for row_id, model in models.items()}
         for table, row_id, what, kind in find_wrong_judgements(archive, model_kinds):
             yield Problem(table, row_id, what, kind)
@@ -187,10 +190,15 @@ def _check_classes(archive: Archive) -> Iterator[Problem]:
 
 
 def _check_images(
-    archive: Archive, last_id: int, prompt_ids: set[int], sc_prompt_ids: set[int], models: dict[int, ModelInfo]
+    archive: Archive,
+    where: Where,
+    last_id: int,
+    prompt_ids: set[int],
+    sc_prompt_ids: set[int],
+    models: dict[int, ModelInfo],
 ) -> Iterator[Problem]:
     usual_bytes = archive.connection.value(USUAL_LENGTH)  # where the codec is unknown
-    for values in archive.scan(CHECKED_COLUMNS, last_id):
+    for values in archive.scan(CHECKED_COLUMNS, last_id, where):
         row = dict(zip(CHECKED_COLUMNS, values, strict=True))
         for kind, what in _wrong_ids(row, prompt_ids, sc_prompt_ids, models):
             yield Problem("images", row["id"], what, kind)

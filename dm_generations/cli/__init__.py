@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from dm_generations import __version__
-from dm_generations.cli import convert, decode, generate, info, merge, score, verify
+from dm_generations.cli import convert, decode, generate, info, list_images, merge, score, verify
 from dm_generations.errors import (
     EXIT_CALLBACKS,
     INTERRUPTED,
@@ -27,6 +27,7 @@ COMMANDS = {
     "score": score,
     "decode": decode,
     "info": info,
+    "list": list_images,
     "verify": verify,
     "merge": merge,
     "convert": convert,

@@ -10,13 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dm_generations.archive import DTYPES
+from dm_generations.archive import DTYPES, Selection
+from dm_generations.archive.selection import WHERE_NAMES, parse_where
+from dm_generations.errors import printable as printable
+from dm_generations.paths import shipped
 from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-MAX_TEXT = 100  # characters of a prompt
 PROGRESS_LINE_S = 10.0
 
 
@@ -34,6 +36,83 @@ def at_least_one(text: str) -> int:
 
 
 at_least_one.__name__ = "whole number"  # as argparse names it when int() fails
+
+
+def add_archive(parser: argparse.ArgumentParser, what: str, has_default: bool = True) -> None:
+    """Add the archive of a command, which `archive_path` returns: an argument, or the flag --db.
+
+    Args:
+        parser: Of the command.
+        what: Explains it.
+        has_default: Whether the emoji archive that ships stands for one that is left out.
+    """
+    default = " (default: the emoji archive that ships)" if has_default else ""
+    group = parser.add_mutually_exclusive_group(required=not has_default)
+    group.add_argument(
+        "archive", nargs="?", metavar="ARCHIVE", help=f"{what}{default}; it stands before lists of values"
+    )
+    group.add_argument("--db", metavar="FILE", help="the same as ARCHIVE")
+
+
+def archive_path(args: argparse.Namespace) -> Path:
+    """Return the archive of a command."""
+    path = args.archive if args.db is None else args.db
+    return shipped("archive/emoji.db") if path is None else Path(path)
+
+
+def add_selection_options(parser: argparse.ArgumentParser) -> None:
+    """Add options that select images, which `selection_from` reads. Every command that selects has the same ones."""
+    group = parser.add_argument_group(
+        "which images", "all that is listed in one flag or name adds up, and all flags and names have to match"
+    )
+    add = group.add_argument
+    add("--prompt-ids", type=int, nargs="+", default=[], metavar="ID", help="these prompts, by id")
+    add("--prompt-texts", nargs="+", default=[], metavar="TEXT", help="these prompts, by their whole text")
+    add(
+        "--sc-prompt-ids",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="ID",
+        help="these unconditional prompts (super conditioning), by id; 1 is the empty one",
+    )
+    add(
+        "--sc-prompt-texts",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="these unconditional prompts, by their whole text",
+    )
+    add(
+        "--where",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUES",
+        help="a value, several as top_k=50,256, or a range as score=20.. or cond_scale=1..3; names are "
+        f"{', '.join(WHERE_NAMES)}. time is a day as 2026-01-31 or a time (UTC), model and codec are a name or the "
+        "first digits of a SHA-256, key is KEY0:KEY1",
+    )
+    add("--distinct", action="store_true", help="of images with equal tokens only the one with the highest score")
+    add(
+        "--n-best",
+        type=at_least_one,
+        metavar="N",
+        help="only the N best of each prompt and setting, by CLIP score",
+    )
+
+
+def selection_from(args: argparse.Namespace) -> Selection:
+    """Return what the options of `add_selection_options` select."""
+    filters = parse_where(args.where)
+    filters.update(
+        prompt=[*args.prompt_ids, *args.prompt_texts],
+        sc_prompt=[*args.sc_prompt_ids, *args.sc_prompt_texts],
+        distinct=args.distinct,
+    )
+    if args.n_best is not None:
+        filters["best"] = args.n_best
+    return Selection.of(**filters)
 
 
 def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
@@ -145,20 +224,6 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def printable(text: str, limit: int = MAX_TEXT) -> str:
-    """Escape and shorten untrusted text for a terminal.
-
-    Args:
-        text: Any text, also with control characters.
-        limit: Characters at most.
-    """
-    escaped = "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in text[: limit + 1]
-    )
-    return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
 
 
 def file_size(byte_count: int) -> str:

@@ -4,24 +4,34 @@ import argparse
 from pathlib import Path
 
 from dm_generations.archive import DTYPES, Archive
-from dm_generations.cli.common import Progress, at_least_one, counted, prepare_device
+from dm_generations.cli.common import (
+    Progress,
+    add_archive,
+    add_selection_options,
+    archive_path,
+    at_least_one,
+    counted,
+    prepare_device,
+    selection_from,
+)
 from dm_generations.errors import UserError
-from dm_generations.paths import shipped
 
 HELP = "decode the images of an archive into files"
 DESCRIPTION = "Decode the images of an archive into files, with a page to look at them."
 EPILOG = """\
-Images that are on disk already are skipped, so a run that was stopped continues when it is repeated.
+Images that are on disk already are skipped, so a run that was stopped continues when it is repeated. File names count
+the ranks of the images that are selected, so use another --out-dir for another selection.
 
 example:
   python -m dm_generations decode --prompt-ids 1 2 --n-best 4 --out-dir images
+  python -m dm_generations decode mine.db --where cond_scale=3.. score=20.. --distinct --out-dir best
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     add = parser.add_argument
-    add("--db", metavar="FILE", help="archive to decode (default: the emoji archive that ships)")
+    add_archive(parser, "archive to decode")
     add(
         "--codec",
         metavar="PATH",
@@ -69,11 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_gallery(
         parser.add_argument_group("gallery", "a group with more images continues in files with page=2, page=3, ...")
     )
-    _add_selection(
-        parser.add_argument_group(
-            "which images", "ids and texts add up; prompts and sc prompts both have to match (default: all)"
-        )
-    )
+    add_selection_options(parser)
 
 
 def _add_files(group: argparse._ArgumentGroup) -> None:
@@ -117,37 +123,10 @@ def _add_gallery(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_selection(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--prompt-ids", type=int, nargs="+", default=[], metavar="ID", help="these prompts, by id")
-    add("--prompt-texts", nargs="+", default=[], metavar="TEXT", help="these prompts, by their whole text")
-    add(
-        "--sc-prompt-ids",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="ID",
-        help="these unconditional prompts (super conditioning), by id; 1 is the empty one",
-    )
-    add(
-        "--sc-prompt-texts",
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help="these unconditional prompts, by their whole text",
-    )
-    add(
-        "--n-best",
-        type=at_least_one,
-        metavar="N",
-        help="only the N best of each prompt and setting, by CLIP score",
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     _check_flags(args)
-    with Archive.open(shipped("archive/emoji.db") if args.db is None else args.db) as archive:
+    with Archive.open(archive_path(args)) as archive:
         return _decode(archive, args)
 
 
@@ -156,7 +135,7 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
     from dm_generations.export.captions import Strips
     from dm_generations.export.exporter import ExportOptions, export_archive
     from dm_generations.export.output_file import Encoding
-    from dm_generations.export.plan import Layout, Selection
+    from dm_generations.export.plan import Layout
 
     mode = _mode(args)
     options = ExportOptions(
@@ -168,7 +147,7 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
             shard_size=args.shard_size or 1000,
             is_seamless=args.seamless,
         ),
-        selection=Selection(args.prompt_ids, args.prompt_texts, args.sc_prompt_ids, args.sc_prompt_texts, args.n_best),
+        selection=selection_from(args),
         codec=args.codec,
         dtype=args.dtype,
         batch_size=args.batch_size,

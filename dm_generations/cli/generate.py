@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dm_generations.archive import Archive
+from dm_generations.archive import Archive, Selection
 from dm_generations.cli.common import (
     Progress,
     add_model_options,
@@ -215,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
 def _write_token_files(db: Path, prompts: Sequence[str], out_dir: Path) -> int:
     """Write the tokens of these prompts' images as `.npy` files; 1 if something could not be written."""
     from dm_generations.export.exporter import ExportOptions, export_archive
-    from dm_generations.export.plan import Layout, Selection
+    from dm_generations.export.plan import Layout
 
     options = ExportOptions(out_dir, Layout("npy", 1, 1), Selection(prompt_texts=prompts))
     with Archive.open(db) as archive:

@@ -7,8 +7,16 @@ from collections.abc import Iterator
 
 from dm_generations.archive import Archive, ArchiveInfo, PromptInfo, ValueRange, info
 from dm_generations.archive.records import format_shape
-from dm_generations.cli.common import counted, file_size, printable, utc_time
-from dm_generations.paths import shipped
+from dm_generations.cli.common import (
+    add_archive,
+    add_selection_options,
+    archive_path,
+    counted,
+    file_size,
+    printable,
+    selection_from,
+    utc_time,
+)
 
 HELP = "show what an archive holds"
 DESCRIPTION = """\
@@ -17,20 +25,23 @@ made them, CLIP scores, log-probabilities, sizes. Archives in the 2022 layout ar
 """
 EPILOG = """\
 example:
-  python -m dm_generations info --db archive/emoji.db
+  python -m dm_generations info archive/emoji.db
+  python -m dm_generations info archive/emoji.db --where cond_scale=3.. score=25..
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("--db", metavar="FILE", help="archive (default: the emoji archive that ships)")
+    add_archive(parser, "archive to describe")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    add_selection_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
-    with Archive.open(shipped("archive/emoji.db") if args.db is None else args.db) as archive:
-        found = info(archive)
+    selection = selection_from(args)
+    with Archive.open(archive_path(args)) as archive:
+        found = info(archive, selection)
     if args.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
     else:

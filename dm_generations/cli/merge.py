@@ -3,7 +3,7 @@
 import argparse
 
 from dm_generations.archive import merge
-from dm_generations.cli.common import counted, printable
+from dm_generations.cli.common import add_selection_options, counted, printable, selection_from
 
 HELP = "join archives"
 DESCRIPTION = """\
@@ -11,6 +11,8 @@ Add the images of archives to another, which is made if it does not exist. Promp
 An image that is already there is not added twice, but gets the source's CLIP scores if it has none. Sources
 can have older formats and the 2022 layout; the archive that they are added to gets the newest format. If
 something is wrong with a source, nothing is added.
+
+With a selection only those images of the sources are added, with their prompts and models.
 """
 EPILOG = """\
 example:
@@ -22,11 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("sources", nargs="+", metavar="FILE", help="archives to take images from; they are not changed")
     parser.add_argument("--into", required=True, metavar="FILE", help="archive to add them to")
+    add_selection_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
-    for report in merge(args.sources, args.into):
+    for report in merge(args.sources, args.into, selection_from(args)):
         skipped_count = report.image_count - report.added_count
         line = f"Added {counted(report.added_count, 'image')} from {printable(report.path, 1000)}"
         line += f" ({skipped_count:,} skipped, already present)"

@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dm_generations.archive import Archive
-from dm_generations.cli.common import Progress, add_model_options, counted, prepare_device
+from dm_generations.archive.selection import compile_nonempty
+from dm_generations.cli.common import (
+    Progress,
+    add_archive,
+    add_model_options,
+    add_selection_options,
+    archive_path,
+    counted,
+    prepare_device,
+    selection_from,
+)
 
 if TYPE_CHECKING:
     from dm_generations.pipelines.rescore import ScoreReport
@@ -18,7 +28,7 @@ another CLIP scored. Each image is decoded by its own codec. After a stop, the s
 """
 EPILOG = """\
 example:
-  python -m dm_generations score --db rockets.db --all --clip openai-clip-vit-base-patch32
+  python -m dm_generations score rockets.db --all --clip openai-clip-vit-base-patch32
 """
 _MAX_BAD_ROWS = 10
 
@@ -26,30 +36,33 @@ _MAX_BAD_ROWS = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
-    add("--db", metavar="FILE", type=Path, required=True, help="archive to score; it is changed")
+    add_archive(parser, "archive to score; it is changed", has_default=False)
     add("--all", action="store_true", help="also score images that another CLIP scored")
     add_model_options(parser, generates=False)
+    add_selection_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
-    with Archive.open(args.db, "w") as archive:
+    selection, path = selection_from(args), archive_path(args)
+    with Archive.open(path, "w") as archive:
+        where = compile_nonempty(archive, selection)
         prepare_device(args.cpu_only)
         from dm_generations.models.loading import load_checkpoint
         from dm_generations.pipelines.rescore import score_archive
 
         codec, clip = load_checkpoint(args.codec, "codec"), load_checkpoint(args.clip, "clip")
         with Progress() as on_progress:
-            report = score_archive(archive, codec, clip, args.batch_size, args.all, on_progress)
-    return _print_report(report, args, codec.name)
+            report = score_archive(archive, codec, clip, args.batch_size, args.all, on_progress, where)
+    return _print_report(report, path, args.all, codec.name)
 
 
-def _print_report(report: "ScoreReport", args: argparse.Namespace, codec_name: str) -> int:
+def _print_report(report: "ScoreReport", path: Path, is_all: bool, codec_name: str) -> int:
     """Print what was done; 1 if something was left undone."""
     if not report.due_count:
-        print(f"All images in {args.db} have scores{' of this CLIP' if args.all else ''}; nothing to do")
+        print(f"All images in {path} have scores{' of this CLIP' if is_all else ''}; nothing to do")
         return 0
-    print(f"Scored {counted(report.scored_count, 'image')} in {args.db}")
+    print(f"Scored {counted(report.scored_count, 'image')} in {path}")
     for line in report.bad_rows[:_MAX_BAD_ROWS]:
         print(f"error: {line}", file=sys.stderr)
     if hidden := len(report.bad_rows[_MAX_BAD_ROWS:]):

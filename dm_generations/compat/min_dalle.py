@@ -1,9 +1,8 @@
 """Images in Python, for notebooks: `MinDalle` with the methods of the package min-dalle, version 0.4.
 
-    from dm_generations import MinDalle
-
-    model = MinDalle()
-    image = model.generate_image("a rocket", seed=1, grid_size=2, supercondition_factor=3)
+>>> model = MinDalle(is_verbose=False)
+>>> model.generate_image("a rocket", seed=1, grid_size=2, supercondition_factor=3).size
+(128, 128)
 
 Programs written for min-dalle (https://github.com/kuprel/min-dalle) run when they import this class instead, with two
 differences. Arrays are NumPy's and not torch's; dtypes and devices may still be torch's, and torch is never imported

@@ -20,13 +20,14 @@ import numpy as np
 
 from dm_generations.archive import Archive, ImageRow
 from dm_generations.archive.records import BadTokensError, count_tokens, tokens_from_blob
+from dm_generations.archive.selection import Selection
 from dm_generations.atomic_io import remove_stale_temporaries
 from dm_generations.errors import UserError
 from dm_generations.export.captions import Strips
 from dm_generations.export.journal import Journal, identify
 from dm_generations.export.manifest import Entry, build_manifest, make_entry, manifest_files, write_manifest
 from dm_generations.export.output_file import EncodeContext, Encoding, OutputFile, encode_npy, fill_cells
-from dm_generations.export.plan import GroupPlan, Layout, Selection, Target, check_codec, is_finished, select_groups
+from dm_generations.export.plan import GroupPlan, Layout, Target, check_codec, is_finished, select_groups
 from dm_generations.export.writers import (
     FileWriter,
     Member,
@@ -252,7 +253,7 @@ class Exporter:
     def _find_stale(self) -> Iterator[str]:
         """Yield paths of files whose ranks belong to other images by now."""
         for plan in self.plans if self.layout.has_page and not self.journal.is_empty else ():
-            rows = self.archive.rows(plan.key, plan.count)
+            rows = plan.rows(self.archive)
             for target in plan.targets(self.layout):
                 members = list(islice(rows, len(target.ranks)))
                 if members:
@@ -268,7 +269,7 @@ class Exporter:
     def _find_stale_tokens(self) -> Iterator[str]:
         """Yield paths of files of tokens that differ from those of the image of their rank. They have no journal."""
         for plan in self.plans:
-            rows = self.archive.rows(plan.key, plan.count)
+            rows = plan.rows(self.archive)
             for target, row in zip(plan.targets(self.layout), rows, strict=False):  # fewer if the archive changes
                 with contextlib.suppress(OSError, ValueError, BadTokensError):
                     path, content = utf8_path(self.out_dir, target.path), encode_npy(self._tokens(row, None))
@@ -281,7 +282,7 @@ class Exporter:
         yield self.layout.mode, self.layout.extension, self.layout.shard_size if self.layout.mode == "tar" else None
         for plan in self.plans:
             yield plan.describe()
-            for row in self.archive.rows(plan.key, plan.count):
+            for row in plan.rows(self.archive):
                 yield row.id, row.quantvec_md5, row.clip_score_input, row.clip_score_tokenized
 
     # Read: rows to tokens.
@@ -293,7 +294,7 @@ class Exporter:
         finished_shard: Shard | None = None
         for plan, target, shard in self._files():
             if plan is not current_plan:
-                current_plan, rows = plan, self.archive.rows(plan.key, plan.count)
+                current_plan, rows = plan, plan.rows(self.archive)
             members = list(islice(rows, len(target.ranks)))
             is_due = self._is_due(target, shard)
             if shard is None and members and not is_due:

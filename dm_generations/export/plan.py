@@ -9,7 +9,7 @@ import functools
 import math
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -17,27 +17,12 @@ import numpy as np
 
 from dm_generations.archive import Archive, GroupKey, ImageRow, ModelInfo, quantvec_md5
 from dm_generations.archive.records import BYTES_PER_TOKEN, TOKEN_DTYPE, TokenShape, format_shape, square_side
+from dm_generations.archive.selection import EVERY, Selection, Where, compile_nonempty
 from dm_generations.errors import UserError
 from dm_generations.models.loading import Checkpoint
 from dm_generations.paths import sanitize_file_name, sanitize_name, utf8_path
 
-_MAX_IDS_LISTED = 20
 _SAMPLE_GROUPS, _SAMPLE_ROWS = 64, 8  # enough to tell a wrong codec from a few bad rows
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which images to decode: by default all. Ids and texts of one kind add up; the two kinds both have to match.
-
-    Attributes:
-        n_best: At most so many of each group; None for all.
-    """
-
-    prompt_ids: Sequence[int] = ()
-    prompt_texts: Sequence[str] = ()
-    sc_prompt_ids: Sequence[int] = ()
-    sc_prompt_texts: Sequence[str] = ()
-    n_best: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,12 +88,17 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
-    """The images of one prompt and one setting, best first, up to `count`."""
+    """The selected images of one prompt and one setting, best first."""
 
     key: GroupKey
     prompt: str | None
     sc_prompt: str | None
     count: int
+    where: Where = EVERY
+
+    def rows(self, archive: Archive, limit: int | None = None) -> Iterator[ImageRow]:
+        """Yield the images, or at most `limit`."""
+        return archive.rows(self.key, self.count if limit is None else min(limit, self.count), self.where)
 
     @property
     def folder(self) -> str:
@@ -150,23 +140,13 @@ def select_groups(archive: Archive, selection: Selection) -> list[GroupPlan]:
     Raises:
         UserError: An id or a text is not in the archive, or nothing is selected.
     """
+    where = compile_nonempty(archive, selection)
     prompts, sc_prompts = archive.prompts(), archive.sc_prompts()
-    prompt_ids = _select_ids("prompt", archive.path, prompts, selection.prompt_ids, selection.prompt_texts)
-    sc_prompt_ids = _select_ids(
-        "sc prompt", archive.path, sc_prompts, selection.sc_prompt_ids, selection.sc_prompt_texts
-    )
-    groups = archive.groups(prompt_ids, sc_prompt_ids)
-    if not groups:
-        found = "no images" if prompt_ids is None and sc_prompt_ids is None else "no images of these prompts"
-        raise UserError(f"{archive.path} holds {found}; `python -m dm_generations info` lists what it holds")
     return [
         GroupPlan(
-            group.key,
-            prompts.get(group.key.prompt_id),
-            sc_prompts.get(group.key.sc_prompt_id),
-            group.count if selection.n_best is None else min(group.count, selection.n_best),
+            group.key, prompts.get(group.key.prompt_id), sc_prompts.get(group.key.sc_prompt_id), group.count, where
         )
-        for group in groups
+        for group in archive.count_groups(where)
     ]
 
 
@@ -180,25 +160,6 @@ def is_finished(out_dir: Path, path: str) -> bool:
     except (OSError, ValueError):
         return False
     return stat.S_ISREG(status.st_mode) and status.st_size > 0
-
-
-def _select_ids(
-    kind: str, path: Path, texts: Mapping[int, str | None], ids: Sequence[int], wanted: Sequence[str]
-) -> list[int] | None:
-    """Return the ids that are listed or have a wanted text; None when there is no filter."""
-    if not ids and not wanted:
-        return None
-    if unknown := sorted(set(ids) - texts.keys()):
-        raise UserError(f"{path} has no {kind} with id {_list_ids(unknown)}; its {kind} ids are {_list_ids(texts)}")
-    known_texts, wanted_texts = set(texts.values()), set(wanted)  # a sweep may ask for thousands
-    if unknown_texts := [text for text in wanted if text not in known_texts]:
-        raise UserError(f"{path} has no {kind} {unknown_texts[0]!r:.200}; use the whole text, or its id")
-    return sorted(set(ids) | {text_id for text_id, text in texts.items() if text in wanted_texts})
-
-
-def _list_ids(ids: Sequence[int] | Mapping[int, object]) -> str:
-    listed = ", ".join(str(number) for number in list(ids)[:_MAX_IDS_LISTED])
-    return listed + (f" and {len(ids) - _MAX_IDS_LISTED:,} more" if len(ids) > _MAX_IDS_LISTED else "")
 
 
 # File names.
@@ -292,7 +253,7 @@ def _find_recorded_codecs(
         return [None]
     if len(codec_ids) == 1:
         return codec_ids
-    named = {row.codec_id for plan in plans for row in archive.rows(plan.key, plan.count)}
+    named = {row.codec_id for plan in plans for row in plan.rows(archive)}
     return [codec_id for codec_id in codec_ids if codec_id in named] + ([None] if None in named else [])
 
 
@@ -319,7 +280,7 @@ def _check_tokens(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoin
 
 def _read_unrecorded(archive: Archive, plan: GroupPlan) -> list[ImageRow]:
     """Return those of the best rows of a group that name no codec."""
-    return [row for row in archive.rows(plan.key, min(plan.count, _SAMPLE_ROWS)) if row.codec_id is None]
+    return [row for row in plan.rows(archive, _SAMPLE_ROWS) if row.codec_id is None]
 
 
 def _mismatch(archive: Archive, codec: Checkpoint, theirs: str) -> UserError:

@@ -3,18 +3,23 @@
 n: images   B: batch   H, W: pixels   P: CLIP's projection width
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from PIL import Image
 
+from dm_generations.archive import ModelInfo
+from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoding
 from dm_generations.models.clip.network import CLIP, unit
 from dm_generations.models.clip.preprocessing import Preprocessing
-from dm_generations.models.loading import Checkpoint
+from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.tokenization import PromptTokenizer
+from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import matmul_precision, put_params
 
 TEXT_BATCH = 8  # texts of one run of the text tower; a sweep has few distinct prompts
@@ -22,7 +27,13 @@ MAX_CACHED_TEXTS = 4096  # prompts whose features stay in memory: 8 MB at P = 51
 
 
 class Scorer:
-    """CLIP scores in batches of one fixed shape, divided among the local devices: each tower is compiled once."""
+    """CLIP scores in batches of one fixed shape, divided among the local devices: each tower is compiled once.
+
+    Attributes:
+        info: What an archive stores about the CLIP; None if it was not made of a checkpoint.
+    """
+
+    info: ModelInfo | None = None
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: PromptTokenizer, batch_size: int = 32):
         """Put a CLIP on the devices.
@@ -74,7 +85,50 @@ class Scorer:
         """
         tokenizer = checkpoint.load_tokenizer()
         assert isinstance(tokenizer, PromptTokenizer), "CLIP has no other"
-        return cls(checkpoint, tokenizer, batch_size)
+        scorer = cls(checkpoint, tokenizer, batch_size)
+        scorer.info = checkpoint.model_info()
+        return scorer
+
+    @classmethod
+    def load(cls, clip: str | os.PathLike[str] | None = None, batch_size: int = 32) -> "Scorer":
+        """Load a CLIP from a folder, a file or the Hugging Face hub; None is the one that ships.
+
+        Raises:
+            UserError: The CLIP is missing or broken, or memory does not hold it.
+        """
+        compile_cache.enable()
+        return cls.from_checkpoint(load_checkpoint(clip, "clip"), batch_size)
+
+    def __repr__(self) -> str:
+        return f"<Scorer {'CLIP' if self.info is None else self.info.name}>"
+
+    def __call__(self, images: np.ndarray | Sequence[Image.Image], prompts: str | Sequence[str]) -> np.ndarray:
+        """Score images against prompts.
+
+        >>> import numpy as np
+        >>> Scorer.load()(np.zeros((2, 64, 64, 3), np.uint8), "a black square").shape
+        (2,)
+
+        Args:
+            images: uint8 (n, H, W, 3), or images of Pillow of one size.
+            prompts: A prompt for each image, or one for all.
+
+        Returns:
+            float32 (n,), as `clip_score_input` of an archive; `score` also gives `clip_score_tokenized`.
+
+        Raises:
+            UserError: The images have several sizes, or the numbers of images and prompts differ.
+        """
+        if not isinstance(images, np.ndarray):
+            if len({image.size for image in images}) > 1:
+                raise UserError("the images have several sizes; score those of one size at a time")
+            images = np.array([np.asarray(image.convert("RGB")) for image in images], np.uint8)
+        prompts = [prompts] * len(images) if isinstance(prompts, str) else prompts
+        if len(prompts) != len(images):
+            raise UserError(f"{len(images)} images do not match {len(prompts)} prompts")
+        if not len(images):
+            return np.empty(0, np.float32)
+        return self.score(images, prompts)[0]
 
     def compile(self, images: jax.ShapeDtypeStruct, prompts: Sequence[str]) -> None:
         """Compile ahead of the first batch.

@@ -197,12 +197,29 @@ def load_models(
         UserError: One is missing or broken, or they are not compatible.
     """
     generator = load_generator(model, tokenizer, overrides)
-    own_codec = find_checkpoint(model, "codec") if codec is None and model is not None else None
-    codec_from = codec if own_codec is None else model
-    codec_checkpoint = own_codec or load_checkpoint(codec, "codec")
-    _check_compatible(generator, codec_checkpoint)
+    codec_checkpoint, codec_from = load_codec(generator, model, codec)
     clip_checkpoint = load_checkpoint(clip, "clip") if is_scored else None
     return Models(generator, codec_checkpoint, clip_checkpoint, codec_from)
+
+
+def load_codec(generator: Checkpoint, model: str | None, codec: str | None) -> tuple[Checkpoint, str | None]:
+    """Load the codec of a text-to-image model.
+
+    Args:
+        generator: The model.
+        model: Where it came from: a folder, a file or a hub name; None for the embedded one.
+        codec: The codec; None is the model's own if it lies with the model, else the embedded one.
+
+    Returns:
+        The codec, and where it came from.
+
+    Raises:
+        UserError: It is missing or broken, or not compatible with the model.
+    """
+    own_codec = find_checkpoint(model, "codec") if codec is None and model is not None else None
+    checkpoint = own_codec or load_checkpoint(codec, "codec")
+    _check_compatible(generator, checkpoint)
+    return checkpoint, codec if own_codec is None else model
 
 
 def is_other_embedded(name: str, sha256: str, role: str) -> bool:

@@ -73,7 +73,7 @@ class GenerateOptions:
         progressive_dir: Folder for unfinished images.
     """
 
-    db: Path
+    db: Path = Path()
     model: str | None = None
     tokenizer: Path | None = None
     config_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -148,29 +148,31 @@ class Pipeline:
         scorer: Scores images; None if they are not to be scored.
     """
 
-    def __init__(self, models: Models, options: GenerateOptions, init: "InitTokens | None" = None):
+    generator: Generator
+    decoder: Decoder | None
+    scorer: Scorer | None
+
+    def __init__(
+        self,
+        models: Models,
+        options: GenerateOptions,
+        init: "InitTokens | None" = None,
+        loaded: tuple[Generator, Decoder | None, Scorer | None] | None = None,
+    ):
         """Put the models on the devices.
 
         Args:
             models: The checkpoints.
             options: Batch size, dtype, noise and unfinished images.
             init: Tokens that every image starts with.
+            loaded: What is on the devices already, in place of `models`.
 
         Raises:
             UserError: A model lacks its tokenizer, or memory does not hold the weights.
         """
         compile_cache.enable()
         self.models = models
-        tokenizer = models.generator.load_tokenizer()
-        self.generator = Generator(
-            models.generator, tokenizer, options.batch_size, dtype=options.dtype, rng=options.rng
-        )
-        self.decoder: Decoder | None = None
-        self.scorer: Scorer | None = None
-        if models.clip is not None or options.progressive_every is not None:
-            self.decoder = Decoder.from_checkpoint(models.codec, options.batch_size, grid=models.grid)
-        if models.clip is not None:
-            self.scorer = Scorer.from_checkpoint(models.clip, options.batch_size)
+        self.generator, self.decoder, self.scorer = loaded or _load(models, options)
         self._sampler_version = SAMPLER_VERSIONS[options.rng]
         self._init = init
         self._init_md5 = "" if init is None else init.md5
@@ -235,10 +237,10 @@ class Pipeline:
         total, done = plan.missing_count, 0
         started = time.monotonic()
         on_progress(done, total)
-        for batch in self._batches(plan.samples()):
+        for batch in self.batches(plan.samples()):
             with memory_errors(SMALLER_BATCH):
                 images = self.sample(batch)
-            added = self._store(archive, images)
+            added = self.store(archive, images)
             report.added_count += added
             report.others_count += len(images) - added
             report.invalid_count += len(batch) - len(images)
@@ -247,7 +249,7 @@ class Pipeline:
         report.seconds = time.monotonic() - started
         return report
 
-    def _batches(self, samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    def batches(self, samples: Iterable[Sample]) -> Iterator[list[Sample]]:
         """Yield samples in order, as many as the generator takes at a time."""
         batch: list[Sample] = []
         room = list(self.generator.capacities)
@@ -263,13 +265,14 @@ class Pipeline:
         if batch:
             yield batch
 
-    def _store(self, archive: Archive, images: Sequence[NewImage]) -> int:
+    def store(self, archive: Archive, images: Sequence[NewImage]) -> int:
         """Add images in one transaction; returns how many were new."""
         models = self.models
         with archive.transaction():
             generator_id = archive.add_model(models.generator.model_info())
             codec_id = archive.add_model(models.codec.model_info(models.grid))
-            clip_id = None if models.clip is None else archive.add_model(models.clip.model_info())
+            clip = None if self.scorer is None else self.scorer.info
+            clip_id = None if clip is None else archive.add_model(clip)
             return archive.add_images(images, generator_id, codec_id, clip_id, self._sampler_version)
 
     def _add_scores(self, images: list[NewImage], tokens: np.ndarray) -> list[NewImage]:
@@ -302,6 +305,18 @@ class Pipeline:
         assert self.decoder is not None, "made with `progressive_every`"
         tokens = np.minimum(tokens, self.generator.codebook_size - 1)  # dalle-mini also samples other tokens
         write_partial_images(self._options.progressive_dir, samples, tokens.astype(np.uint16), self.decoder)
+
+
+def _load(models: Models, options: GenerateOptions) -> tuple[Generator, Decoder | None, Scorer | None]:
+    """Put the models on the devices; without a decoder if neither scores nor unfinished images are wanted."""
+    tokenizer = models.generator.load_tokenizer()
+    generator = Generator(models.generator, tokenizer, options.batch_size, dtype=options.dtype, rng=options.rng)
+    decoder = scorer = None
+    if models.clip is not None or options.progressive_every is not None:
+        decoder = Decoder.from_checkpoint(models.codec, options.batch_size, grid=models.grid)
+    if models.clip is not None:
+        scorer = Scorer.from_checkpoint(models.clip, options.batch_size)
+    return generator, decoder, scorer
 
 
 def finite_or_none(number: float) -> float | None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from dm_generations.archive import Archive, ImageRow
 from dm_generations.archive.records import BadTokensError, square_side, tokens_from_blob
+from dm_generations.archive.selection import EVERY, Where
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.scorer import Scorer
 from dm_generations.models.loading import Checkpoint
@@ -42,6 +43,7 @@ def score_archive(
     batch_size: int,
     rescore: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    where: Where = EVERY,
 ) -> ScoreReport:
     """Score the images that lack a score, each batch in a transaction.
 
@@ -55,13 +57,14 @@ def score_archive(
         batch_size: Images at a time.
         rescore: Whether images are included that another CLIP scored.
         on_progress: Called with (done, total) images at the start and after every batch.
+        where: Which images, a compiled selection.
 
     Raises:
         UserError: Memory does not hold a batch, or CLIP's tokenizer is missing.
     """
     clip_info = clip.model_info()
     clip_id = archive.find_model(clip_info)
-    report = ScoreReport(archive.count_to_score(rescore, clip_id))
+    report = ScoreReport(archive.count_to_score(rescore, clip_id, where))
     if not report.due_count:
         return report
     compile_cache.enable()
@@ -71,9 +74,8 @@ def score_archive(
     scorer = Scorer.from_checkpoint(clip, batch_size)
     model_names = {row_id: model.name for row_id, model in archive.models().items()}
     prompts = archive.prompts()
-
     on_progress(done := 0, report.due_count)
-    rows = archive.rows_to_score(rescore, clip_id)
+    rows = archive.rows_to_score(rescore, clip_id, where)
     while batch := list(itertools.islice(rows, batch_size * decoder.concurrency)):
         own_rows = []
         for row in batch:
@@ -81,8 +83,7 @@ def score_archive(
                 own_rows.append(row)
             else:
                 report.count_by_other_codec[model_names.get(row.codec_id, f"id {row.codec_id}")] += 1
-        usable = _read_tokens(own_rows, decoder, report)
-        if usable:
+        if usable := _read_tokens(own_rows, decoder, report):
             with memory_errors(SMALLER_BATCH):
                 decoding = decoder.start(np.stack([tokens for _, tokens in usable]))
                 scores = scorer.score(decoding, [prompts.get(row.prompt_id) or "" for row, _ in usable])
