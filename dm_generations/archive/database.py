@@ -44,12 +44,12 @@ from dm_generations.archive.schema import (
     SCHEMA_VERSION,
     check_tables,
     create_images_view,
-    guard_triggers,
     is_newest,
     needed_columns,
     read_version,
     upgrade,
 )
+from dm_generations.archive.schema_check import check_to_read, check_to_write
 
 LOCK_TIMEOUT: Final = 10.0  # seconds to wait for another program's lock
 CHUNK_ROWS: Final = 512  # read by one query, or fewer
@@ -73,6 +73,7 @@ class Archive:
         self.version = version
         self.connection = connection
         self._group_table = None if version == 0 else "images"
+        self._checked_schema: int | None = None  # see `check_to_write`
 
     @classmethod
     def create(cls, path: str | os.PathLike[str]) -> "Archive":
@@ -129,6 +130,7 @@ class Archive:
         path = Path(path)
         connection = connect(path, mode, timeout)
         try:
+            check_to_read(connection)
             version = read_version(connection)
             check_tables(connection, needed_columns(version) if version else legacy_2022.NEEDED_COLUMNS)
             archive = cls(path, connection, mode, version)
@@ -146,7 +148,7 @@ class Archive:
 
     def _prepare_to_write(self) -> None:
         self.check_appendable()
-        guard_triggers(self.connection)
+        self._checked_schema = check_to_write(self.connection)
         if not is_newest(self.connection):
             with self.transaction():
                 upgrade(self.connection)
@@ -190,7 +192,7 @@ class Archive:
     def models(self) -> dict[int, ModelInfo]:
         """Return models by id; none for an archive of 2022, which does not record them."""
         models = {}
-        for row_id, *values in self.connection.rows(queries.SELECT_MODELS):
+        for row_id, *values in self.connection.bounded_rows(queries.SELECT_MODELS):
             try:
                 models[row_id] = parse_model(tuple(values))
             except ArchiveError as error:
@@ -203,7 +205,8 @@ class Archive:
 
     def count(self) -> int:
         """Return the number of images."""
-        return self.connection.value("SELECT count(*) FROM images")
+        # Not count(*), which would not hear Ctrl-C.
+        return self.connection.value("SELECT count(id) FROM images")
 
     def groups(
         self, prompt_ids: Collection[int] | None = None, sc_prompt_ids: Collection[int] | None = None
@@ -215,7 +218,7 @@ class Archive:
             sc_prompt_ids: The same for unconditional prompts.
         """
         parameters = {"prompt_ids": _json_ids(prompt_ids), "sc_prompt_ids": _json_ids(sc_prompt_ids)}
-        rows = list(self.connection.rows(queries.COUNT_GROUPS.format(table=self._indexed_table()), parameters))
+        rows = self.connection.bounded_rows(queries.COUNT_GROUPS.format(table=self._indexed_table()), parameters)
         try:
             return [Group(parse_group_key(row[:-1]), row[-1]) for row in rows]
         except ArchiveError as error:
@@ -311,6 +314,7 @@ class Archive:
         if self.mode != "w":
             raise ArchiveError(f"{self.path}: the archive is open for reading only")
         with self.connection.transaction():
+            self._checked_schema = check_to_write(self.connection, self._checked_schema)
             yield
 
     def prompt_id(self, text: str) -> int:
@@ -423,12 +427,12 @@ class Archive:
             self.connection.execute(insert, values)
             found = self.connection.value(find, identity)
         if found is None:
-            raise ArchiveError(f"{self.path}: a trigger in this file refuses new rows; drop it")
+            raise ArchiveError(f"{self.path}: a new row of this file cannot be found; `verify` it")
         return found
 
     def _texts(self, table: str) -> dict[int, str | None]:
-        rows = self.connection.rows(f"SELECT id, desc FROM {table} ORDER BY id")
-        return {row_id: parse_text(text) for row_id, text in rows}
+        rows = self.connection.bounded_rows(f"SELECT id, desc FROM {table} ORDER BY id")
+        return {row_id: parse_text(text) for row_id, text in rows if isinstance(row_id, int)}
 
     def _indexed_table(self) -> str:
         """Return the table that has an index by group, best first."""

@@ -1,13 +1,11 @@
 """The versions of the format, whose SQL is in `schema/`: 0001.sql makes version 1, each later file the next one."""
 
-import re
 import sqlite3
 from collections.abc import Iterator, Mapping
 from typing import Final
 
 from dm_generations.archive.connection import APPLICATION_ID, ArchiveError, Connection
 from dm_generations.archive.records import IMAGE_COLUMNS, INSERT_COLUMNS, MODEL_KINDS, ModelInfo
-from dm_generations.errors import one_line
 from dm_generations.paths import shipped
 
 SCHEMA_VERSION: Final = 2
@@ -16,28 +14,6 @@ TABLES: Final = ("prompts", "sc_prompts", "models", "images")
 ALL_COLUMNS: Final = tuple(dict.fromkeys((*IMAGE_COLUMNS, *INSERT_COLUMNS)))  # of images
 # Columns of version 2 with their values for an older archive, in which such a name would mean something else.
 ADDED: Final[Mapping[str, str]] = {"log_prob": "NULL", "dtype": "NULL", "init_count": "0", "init_md5": "''"}
-
-_READS: Final = frozenset({sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_FUNCTION})
-_WRITES: Final = frozenset({sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE})
-# Virtual tables and triggers as sqlite-utils makes them (`enable-counts`; `enable-fts --create-triggers`), normalised.
-_TEXT_INDEX: Final = re.compile(
-    r"create virtual table \w+_fts using fts[45]\(\w+(,\w+)*(,tokenize='[\w ]+')?,content=\w+\)"
-)
-_INDEX_TEXT: Final = r"insert into \w+_fts\(rowid(,\w+)+\)values\(new\.rowid(,new\.\w+)+\);"
-_FORGET_TEXT: Final = r"insert into \w+_fts\(\w+_fts,rowid(,\w+)+\)values\('delete',old\.rowid(,old\.\w+)+\);"
-_COUNT_ROW: Final = (
-    r"insert or replace into _counts values\('\w+',"
-    r"coalesce\(\(select count from _counts where table='\w+'\),0\)[+-]1\);"
-)
-_TOOL_TRIGGER: Final = re.compile(
-    r"create trigger \w+ after (insert|update|delete) on \w+ begin"
-    rf"( ?({_INDEX_TEXT}|{_FORGET_TEXT}|{_COUNT_ROW}))+ ?end"
-)
-# Together they run every trigger that the statements of `Archive` can run.
-_TRIGGERING: Final = (
-    *(f"INSERT INTO {table} DEFAULT VALUES" for table in TABLES),
-    "UPDATE images SET clip_score_input = 0, clip_score_tokenized = 0, clip_id = 0, time_scored = 0",
-)
 
 
 def read_version(connection: Connection) -> int:
@@ -134,50 +110,3 @@ def _statements(script: str) -> Iterator[str]:
         if sqlite3.complete_statement(statement):
             yield statement
             statement = ""
-
-
-def guard_triggers(connection: Connection) -> None:
-    """Make sure that triggers in the file do not change the archive's tables. Reading runs no trigger.
-
-    A trigger may read, and write to other tables: some count rows, or index the prompts for full-text search. The
-    guard stays on while the connection is open; the triggers that are in the file now are checked at once.
-
-    Raises:
-        ArchiveError: A trigger does more, or something that SQLite does not allow in an untrusted file. No trigger has
-            run.
-    """
-    denied: list[str] = []
-
-    def authorize(action: int, first: str | None, second: str | None, database: str | None, trigger: str | None) -> int:
-        is_own = (first or "").lower() in (*TABLES, "claims")
-        if trigger is None or action in _READS or (action in _WRITES and not is_own):
-            return sqlite3.SQLITE_OK
-        denied.append(trigger)
-        return sqlite3.SQLITE_DENY
-
-    connection.set_authorizer(authorize)
-    if _is_made_by_tools(connection):
-        # Otherwise an older SQLite does not let a trigger write to the tables of a full-text search.
-        connection.execute("PRAGMA trusted_schema = ON")
-    for statement in _TRIGGERING:
-        try:
-            connection.execute(f"EXPLAIN {statement}").close()
-        except ArchiveError as error:
-            which = f"trigger {denied[0]!r:.100}" if denied else "a trigger"
-            raise ArchiveError(
-                f"{connection.path}: {which} in this file would change the archive, or cannot run here"
-                f" (SQLite: {one_line(error.__cause__ or error)}); drop it, or `merge` the archive into a new one"
-            ) from error
-
-
-def _is_made_by_tools(connection: Connection) -> bool:
-    """Return whether all virtual tables and triggers of a file are those that sqlite-utils makes."""
-    sql = "SELECT type, sql FROM main.sqlite_master WHERE type = 'trigger' OR (type = 'table' AND rootpage = 0)"
-    patterns = {"table": _TEXT_INDEX, "trigger": _TOOL_TRIGGER}
-    return all(patterns[kind].fullmatch(_normalise_sql(text)) for kind, text in connection.rows(sql))
-
-
-def _normalise_sql(text: str) -> str:
-    """Return a statement in lower case, without quotes around plain names and without needless spaces."""
-    text = re.sub(r'\[(\w+)\]|"(\w+)"|`(\w+)`', r"\1\2\3", text)
-    return re.sub(r"\s*([(),=+;-])\s*", r"\1", re.sub(r"\s+", " ", text)).strip().lower()

@@ -45,6 +45,8 @@ def test_views_and_triggers_of_a_file_do_not_run_while_it_is_read(ours):
         "AFTER INSERT ON images BEGIN"
         " INSERT INTO other WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i FROM n) SELECT i FROM n; END",
         "AFTER INSERT ON images BEGIN INSERT INTO nowhere VALUES (1); END",
+        "AFTER INSERT ON images BEGIN INSERT INTO other SELECT a.id FROM images a, images b, images c; END",
+        "BEFORE INSERT ON prompts BEGIN SELECT RAISE(IGNORE); END",
     ],
 )
 def test_triggers_that_could_change_an_archive_are_refused_before_it_is_written(ours, trigger):
@@ -56,20 +58,6 @@ def test_triggers_that_could_change_an_archive_are_refused_before_it_is_written(
     with pytest.raises(ArchiveError, match="trigger"):
         Archive.open(ours, "w")
     assert ours.read_bytes() == before
-
-
-def test_triggers_that_only_count_run(ours):
-    execute(ours, "CREATE TABLE counts (n INTEGER)")
-    execute(ours, "INSERT INTO counts VALUES (0)")
-    execute(ours, "CREATE TRIGGER count_ AFTER INSERT ON images BEGIN UPDATE counts SET n = n + 1; END")
-    with Archive.open(ours, "w") as archive:
-        assert fill(archive, new_image(1000)) == 1
-    source = ours.with_name("source.db")
-    with Archive.create(source) as archive:
-        fill(archive, new_image(1, clip_score_input=1.0), new_image(2000))
-    (report,) = merge([source], ours)
-    assert (report.added_count, report.scored_count) == (1, 1)  # without what triggers changed
-    assert execute(ours, "SELECT n FROM counts") == [(2,)]
 
 
 def test_a_trigger_that_appears_while_a_file_is_open_is_refused(ours):
@@ -132,12 +120,6 @@ def test_a_text_index_with_a_trigger_of_another_kind_changes_nothing(ours):
         fill(archive, new_image(1000, prompt="a green pyramid"))
     assert execute(ours, "SELECT * FROM images") == before
     assert execute(ours, "SELECT desc FROM prompts") == [("a red cube",)]
-
-
-def test_a_trigger_that_refuses_rows_is_an_error(ours):
-    execute(ours, "CREATE TRIGGER evil BEFORE INSERT ON prompts BEGIN SELECT RAISE(IGNORE); END")
-    with Archive.open(ours, "w") as archive, pytest.raises(ArchiveError, match="trigger"):
-        fill(archive, new_image(1000, prompt="a green pyramid"))
 
 
 def test_wal_mode_files_are_read_without_leaving_a_log(tmp_path):
