@@ -10,11 +10,11 @@ import math
 import os
 import sqlite3
 import struct
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from dm_generations.atomic_io import temporary_path
 from dm_generations.errors import UserError, one_line
 
 Mode = Literal["r", "w"]
@@ -145,7 +145,8 @@ class Connection:
     def rows(self, sql: str, parameters: Any = ()) -> Iterator[Row]:
         """Yield the rows of a query one by one. While it runs, other programs cannot commit."""
         with self._errors():
-            yield from self._sqlite.execute(sql, parameters)
+            for row in self._sqlite.execute(sql, parameters):  # `yield from` would close the cursor, also when it is too late
+                yield row
 
     def bounded_rows(self, sql: str, parameters: Any = ()) -> Iterator[Row]:
         """Yield the rows of a query whose values, in a sound file, are together not larger than the file.
@@ -383,7 +384,7 @@ def check_writable(path: Path) -> None:
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a path for SQLite to write, which becomes `path` if the block succeeds and is removed if not.
 
-    It is in a temporary folder next to `path`, together with its journal. Nothing is ever overwritten.
+    It has a temporary name next to `path`, as its journal has. Nothing is ever overwritten.
 
     Raises:
         ArchiveError: `path` exists, or was made in the meantime; or its folder cannot be written.
@@ -392,13 +393,16 @@ def new_file(path: Path) -> Iterator[Path]:
         if path.exists() or path.is_symlink():
             raise ArchiveError(f"{path}: this file exists already")
         check_writable(path)
-        folder = tempfile.TemporaryDirectory(prefix=".dmg-", dir=path.parent, ignore_cleanup_errors=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise ArchiveError(f"{str(path)!r}: cannot be created: {error}") from error
-    with folder:
-        temporary = Path(folder.name) / "new.db"  # short: the name of `path` may be as long as names can be
+    temporary = temporary_path(path.parent)
+    try:
         yield temporary
         _publish(temporary, path)
+    finally:
+        for suffix in ("", JOURNAL):
+            with contextlib.suppress(OSError):
+                os.unlink(f"{temporary}{suffix}")
 
 
 def _publish(temporary: Path, path: Path) -> None:

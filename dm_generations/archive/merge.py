@@ -1,6 +1,5 @@
 """`merge`: adds the images of several archives to one."""
 
-import contextlib
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from dm_generations.archive.connection import ArchiveError, Row, new_file
 from dm_generations.archive.database import Archive
 from dm_generations.archive.queries import INSERT_OR_FILL_SCORES
 from dm_generations.archive.records import INSERT_COLUMNS, MODEL_KINDS, check_init, check_tokens, quantvec_md5
+from dm_generations.atomic_io import remove_stale_temporaries
 from dm_generations.errors import one_line
 
 
@@ -48,21 +48,26 @@ def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[s
         ArchiveError: A source cannot be opened, or has a row that `verify` would report.
     """
     target = Path(target)
-    with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(Archive.open(source)) for source in sources]
-        if not target.exists():
-            with new_file(target) as temporary, Archive.create(temporary) as archive:
-                return _add_all(opened, archive)
-        for source in opened:
-            if os.path.samefile(source.path, target):
-                raise ArchiveError(f"{target}: this archive is both a source and the target")
-        with Archive.open(target, "w") as archive:
-            return _add_all(opened, archive)
+    for source in sources:
+        Archive.open(source).close()  # what cannot be opened is found before the work
+    if not target.exists():
+        remove_stale_temporaries(target.parent)
+        with new_file(target) as temporary, Archive.create(temporary) as archive:
+            return _add_all(sources, archive)
+    for source in sources:
+        if os.path.samefile(source, target):
+            raise ArchiveError(f"{target}: this archive is both a source and the target")
+    with Archive.open(target, "w") as archive:
+        return _add_all(sources, archive)
 
 
-def _add_all(sources: Sequence[Archive], target: Archive) -> list[SourceReport]:
+def _add_all(sources: Sequence[str | os.PathLike[str]], target: Archive) -> list[SourceReport]:
+    reports = []
     with target.transaction():
-        return [_add(source, target) for source in sources]
+        for path in sources:  # one at a time: there can be more than a process may have open
+            with Archive.open(path) as source:
+                reports.append(_add(source, target))
+    return reports
 
 
 def _add(source: Archive, target: Archive) -> SourceReport:

@@ -36,6 +36,17 @@ def at_least_one(text: str) -> int:
 at_least_one.__name__ = "whole number"  # as argparse names it when int() fails
 
 
+def file_path(text: str) -> Path:
+    """Convert a flag's value, such as that of an unset variable of a shell.
+
+    Raises:
+        ArgumentTypeError: It is empty, which would mean this folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the file is empty")
+    return Path(text)
+
+
 def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
     """Add options about models, batches and the device: of `generate`, or without `generates` of `score`."""
     group = parser.add_argument_group(

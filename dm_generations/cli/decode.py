@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from dm_generations.archive import DTYPES, Archive
-from dm_generations.cli.common import Progress, at_least_one, counted, prepare_device
+from dm_generations.cli.common import Progress, at_least_one, counted, file_path, prepare_device
 from dm_generations.errors import UserError
 from dm_generations.paths import shipped
 
@@ -21,7 +21,7 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     add = parser.add_argument
-    add("--db", metavar="FILE", help="archive to decode (default: the emoji archive that ships)")
+    add("--db", metavar="FILE", type=file_path, help="archive to decode (default: the emoji archive that ships)")
     add(
         "--codec",
         metavar="PATH",

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from dm_generations.archive import Archive, ArchiveInfo, PromptInfo, ValueRange, info
-from dm_generations.cli.common import counted, file_size, printable, utc_time
+from dm_generations.cli.common import counted, file_path, file_size, printable, utc_time
 from dm_generations.paths import shipped
 
 HELP = "show what an archive holds"
@@ -22,7 +22,7 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("--db", metavar="FILE", help="archive (default: the emoji archive that ships)")
+    parser.add_argument("--db", metavar="FILE", type=file_path, help="archive (default: the emoji archive that ships)")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
@@ -80,7 +80,7 @@ def _lines(found: ArchiveInfo) -> Iterator[str]:
     yield "\nmodels" if found.models else "\nmodels: not recorded"
     for model in found.models:
         use = counted(model.image_count, "image")
-        tokens = f", {model.grid}x{model.grid} of {model.codebook_size:,} tokens" if model.grid else ""
+        tokens = f", {model.grid}x{model.grid} of {model.codebook_size:,} tokens" if model.grid and model.codebook_size else ""
         pixels = f", {model.image_size} px" if model.image_size else ""
         name, digest, kind = (printable(str(text)) for text in (model.name, model.sha256, model.kind))
         yield f"  {_id(model.id)}  {kind:<9}  {name}  sha256 {digest[:12]}{tokens}{pixels}  ({use})"

@@ -3,7 +3,7 @@
 import argparse
 
 from dm_generations.archive import merge
-from dm_generations.cli.common import counted, printable
+from dm_generations.cli.common import counted, file_path, printable
 
 HELP = "join archives"
 DESCRIPTION = """\
@@ -20,8 +20,9 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("sources", nargs="+", metavar="FILE", help="archives to take images from; they are not changed")
-    parser.add_argument("--into", required=True, metavar="FILE", help="archive to add them to")
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="FILE", type=file_path, help="archives to take images from; they are not changed")
+    add("--into", required=True, metavar="FILE", type=file_path, help="archive to add them to")
 
 
 def run(args: argparse.Namespace) -> int:

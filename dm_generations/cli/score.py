@@ -2,11 +2,10 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dm_generations.archive import Archive
-from dm_generations.cli.common import Progress, add_model_options, counted, prepare_device
+from dm_generations.cli.common import Progress, add_model_options, counted, file_path, prepare_device
 
 if TYPE_CHECKING:
     from dm_generations.pipelines.rescore import ScoreReport
@@ -26,7 +25,7 @@ _MAX_BAD_ROWS = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
-    add("--db", metavar="FILE", type=Path, required=True, help="archive to score; it is changed")
+    add("--db", metavar="FILE", type=file_path, required=True, help="archive to score; it is changed")
     add("--all", action="store_true", help="also score images that another CLIP scored")
     add_model_options(parser, generates=False)
 

@@ -12,6 +12,7 @@ from dm_generations.cli.common import (
     at_least_one,
     counted,
     dalle_pytorch_overrides,
+    file_path,
     prepare_device,
     printable,
 )
@@ -38,7 +39,7 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("--db", metavar="FILE", help="archive (default: the emoji archive that ships)")
+    parser.add_argument("--db", metavar="FILE", type=file_path, help="archive (default: the emoji archive that ships)")
     parser.add_argument("--json", action="store_true", help="print each problem as one line of JSON")
     group = parser.add_argument_group("does the model reproduce the rows?")
     which = group.add_mutually_exclusive_group()
