@@ -35,7 +35,7 @@ LIMITS: Final = {
 }
 STEPS: Final = 20_000  # of SQLite's machine, a few milliseconds, after which it looks for Ctrl-C
 # A query for reading that takes more steps never ends: in a damaged file, pages can be reached in many ways.
-MAX_STEPS: Final = 100_000_000
+MAX_STEPS: Final = 30_000_000
 MAX_STEPS_PER_BYTE: Final = 10
 MIN_ROW_BYTES: Final = 4  # in a file
 COMMIT_TIMEOUT: Final = 60.0  # seconds to wait for another program's lock when finished work would be lost
@@ -117,11 +117,20 @@ def is_damage(error: ArchiveError) -> bool:
 class Connection:
     """An open database in autocommit mode, whose errors are ArchiveErrors. Only the modules of this folder use it."""
 
-    def __init__(self, path: Path, sqlite: sqlite3.Connection, timeout: float, watch: Watch):
+    def __init__(
+        self,
+        path: Path,
+        sqlite: sqlite3.Connection,
+        timeout: float,
+        watch: Watch,
+        state: tuple[int, int, bool] | None = None,
+    ):
+        """Wrap a connection. `state` is that of a file which SQLite takes for immutable; see `_read_state`."""
         self.path = path
         self._sqlite = sqlite
         self._timeout = timeout
         self._watch = watch
+        self._state = state
 
     @property
     def in_transaction(self) -> bool:
@@ -145,8 +154,8 @@ class Connection:
     def rows(self, sql: str, parameters: Any = ()) -> Iterator[Row]:
         """Yield the rows of a query one by one. While it runs, other programs cannot commit."""
         with self._errors():
-            for row in self._sqlite.execute(sql, parameters):  # `yield from` would close the cursor, also when it is too late
-                yield row
+            cursor = self._sqlite.execute(sql, parameters)
+            yield from (row for row in cursor)  # the cursor itself would be closed, also when the database is already
 
     def bounded_rows(self, sql: str, parameters: Any = ()) -> Iterator[Row]:
         """Yield the rows of a query whose values, in a sound file, are together not larger than the file.
@@ -170,9 +179,17 @@ class Connection:
         with self._errors():
             return self._sqlite.executemany(sql, rows).rowcount
 
-    def _errors(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
         self._watch.restart()
-        return sqlite_errors(self.path, self._watch)
+        self._check_unchanged()
+        with sqlite_errors(self.path, self._watch):
+            yield
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        if self._state is not None and _read_state(self.path) != self._state:
+            raise ArchiveError(f"{self.path}: another program has written to it meanwhile; run the command again")
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -207,15 +224,18 @@ def connect(path: Path, mode: Mode, timeout: float) -> Connection:
     _check_journal(path)
     if mode == "w":
         check_writable(path)
-    watch = Watch(MAX_STEPS + MAX_STEPS_PER_BYTE * path.stat().st_size if mode == "r" else math.inf)
+    size, _, has_log = state = _read_state(path)
+    # Reading a file in WAL mode would create -wal and -shm next to it. Without a log nobody is writing.
+    is_immutable = mode == "r" and _is_wal(header) and not has_log
+    watch = Watch(MAX_STEPS + MAX_STEPS_PER_BYTE * size if mode == "r" else math.inf)
     with sqlite_errors(path, watch), contextlib.ExitStack() as on_error:
-        sqlite = _open(path, header, mode, timeout)
+        sqlite = _open(path, mode, timeout, is_immutable)
         on_error.callback(sqlite.close)
         sqlite.set_progress_handler(watch, STEPS)
         try:
             sqlite.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
         except sqlite3.OperationalError as error:
-            if _has_log(path, header) and error.sqlite_errorname.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
+            if has_log and error.sqlite_errorname.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
                 raise ArchiveError(
                     f"{path}: its last commits are in {path.resolve().name}{LOG}, which SQLite reads only where it can"
                     f" write; copy the archive and its {LOG} to a folder of yours"
@@ -230,7 +250,7 @@ def connect(path: Path, mode: Mode, timeout: float) -> Connection:
             sqlite.execute("PRAGMA foreign_keys = ON")
             sqlite.execute("PRAGMA cache_size = -32768")  # KiB; holds the indexes' pages while rows are added
         on_error.pop_all()
-    return Connection(path, sqlite, timeout, watch)
+    return Connection(path, sqlite, timeout, watch, state if is_immutable else None)
 
 
 def connect_new(file: Path, path: Path, timeout: float) -> Connection:
@@ -290,10 +310,14 @@ def _is_wal(header: bytes) -> bool:
     return 2 in header[18:20]
 
 
-def _has_log(path: Path, header: bytes) -> bool:
-    """Return whether a file in WAL mode has commits in a log next to it."""
-    log = _companion(path, LOG)
-    return _is_wal(header) and log.exists() and log.stat().st_size > 0
+def _read_state(path: Path) -> tuple[int, int, bool]:
+    """Return the size of a file, when it was changed, and whether there are commits in a log next to it."""
+    try:
+        status = path.stat()
+        log = _companion(path, LOG)
+        return status.st_size, status.st_mtime_ns, log.exists() and log.stat().st_size > 0
+    except OSError as error:
+        raise ArchiveError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def _check_journal(path: Path) -> None:
@@ -325,10 +349,9 @@ def _check_journal(path: Path) -> None:
         )
 
 
-def _open(path: Path, header: bytes, mode: Mode, timeout: float) -> sqlite3.Connection:
+def _open(path: Path, mode: Mode, timeout: float, is_immutable: bool) -> sqlite3.Connection:
     uri = f"{path.resolve().as_uri()}?mode={'ro' if mode == 'r' else 'rw'}"
-    if mode == "r" and _is_wal(header) and not _has_log(path, header):
-        # Reading a file in WAL mode would create -wal and -shm next to it. Without a log nobody is writing.
+    if is_immutable:
         uri += "&immutable=1"
     sqlite = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
     # Stored prompts are untrusted: bytes that are not UTF-8 must not stop a read.

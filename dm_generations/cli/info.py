@@ -80,7 +80,8 @@ def _lines(found: ArchiveInfo) -> Iterator[str]:
     yield "\nmodels" if found.models else "\nmodels: not recorded"
     for model in found.models:
         use = counted(model.image_count, "image")
-        tokens = f", {model.grid}x{model.grid} of {model.codebook_size:,} tokens" if model.grid and model.codebook_size else ""
+        is_codec = model.grid and model.codebook_size
+        tokens = f", {model.grid}x{model.grid} of {model.codebook_size:,} tokens" if is_codec else ""
         pixels = f", {model.image_size} px" if model.image_size else ""
         name, digest, kind = (printable(str(text)) for text in (model.name, model.sha256, model.kind))
         yield f"  {_id(model.id)}  {kind:<9}  {name}  sha256 {digest[:12]}{tokens}{pixels}  ({use})"

@@ -152,6 +152,39 @@ def test_commits_in_a_log_are_read_under_every_name_of_the_archive(ours, name):
         assert list(verify(archive)) == []
 
 
+@pytest.mark.parametrize("name", ["ours.db", "link/ours.db"])
+def test_a_writer_that_begins_while_an_archive_without_a_log_is_read_ends_the_reading(ours, tmp_path, name):
+    """SQLite takes such a file for one that nobody changes; what it reads then can be of two states."""
+    (tmp_path / "link").symlink_to(".")
+    execute(ours, "PRAGMA journal_mode = WAL")
+    with Archive.open(tmp_path / name) as archive:
+        (group,) = archive.groups()
+        rows = archive.rows(group.key)
+        next(rows)
+        with contextlib.closing(sqlite3.connect(ours)) as writer:
+            writer.execute("UPDATE images SET clip_score_input = id")
+            writer.commit()
+            with pytest.raises(ArchiveError, match="again"):
+                archive.count()
+        with pytest.raises(ArchiveError, match="again"):  # also when the log has become part of the file
+            archive.count()
+    with Archive.open(tmp_path / name) as archive:
+        assert next(archive.rows(group.key)).id == 100
+
+
+def test_rows_that_a_writer_with_a_log_adds_are_read(ours):
+    execute(ours, "PRAGMA journal_mode = WAL")
+    with contextlib.closing(sqlite3.connect(ours)) as writer:
+        with writer:
+            writer.execute("DELETE FROM images WHERE id = 1")
+        with Archive.open(ours) as archive:
+            assert archive.count() == 99
+            with writer:
+                writer.execute("DELETE FROM images WHERE id = 2")
+            assert archive.count() == 98
+            assert list(verify(archive)) == []
+
+
 def dump(path: Path) -> Path:
     """A copy through SQL text, which has neither application_id nor user_version."""
     copy = path.with_name("dumped.db")
