@@ -43,13 +43,14 @@ from dm_generations.archive.schema import (
     INDEXES,
     SCHEMA_VERSION,
     check_tables,
+    check_to_read,
+    check_to_write,
     create_images_view,
     is_newest,
     needed_columns,
     read_version,
     upgrade,
 )
-from dm_generations.archive.schema_check import check_to_read, check_to_write
 
 LOCK_TIMEOUT: Final = 10.0  # seconds to wait for another program's lock
 CHUNK_ROWS: Final = 512  # read by one query, or fewer
