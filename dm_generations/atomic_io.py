@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-_TEMPORARY = re.compile(r"\.dmg-(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}\.tmp")
+_TEMPORARY = re.compile(r"\.dmg-(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}\.tmp(-journal)?")
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # hosts that share a disk have other process numbers
 _FOREIGN_STALE_S = 3600  # writing a file takes far less, so an older one of another host is abandoned
 

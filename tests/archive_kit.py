@@ -110,7 +110,7 @@ def leave_log(path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA journal_mode = WAL")
     with connection:
-        connection.execute("DELETE FROM images WHERE id = 1")
+        connection.execute("DELETE FROM images WHERE id = (SELECT min(id) FROM images)")
     copies = {name: path.with_name(path.name + name).read_bytes() for name in ("", "-wal", "-shm")}
     connection.close()  # writes the log into the file, and removes it
     for name, content in copies.items():

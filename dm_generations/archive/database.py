@@ -42,8 +42,9 @@ from dm_generations.archive.schema import (
     ALL_COLUMNS,
     SCHEMA_VERSION,
     check_tables,
+    check_to_read,
+    check_to_write,
     create_views,
-    guard_triggers,
     is_newest,
     needed_columns,
     read_version,
@@ -71,6 +72,7 @@ class Archive:
         self.version = version
         self.connection = connection
         self._group_table = None if version == 0 else "images"
+        self._checked_schema: int | None = None  # see `check_to_write`
 
     @classmethod
     def create(cls, path: str | os.PathLike[str]) -> "Archive":
@@ -126,6 +128,7 @@ class Archive:
         path = Path(path)
         connection = connect(path, mode, timeout)
         try:
+            check_to_read(connection)
             version = read_version(connection)
             check_tables(connection, needed_columns(version) if version else legacy_2022.NEEDED_COLUMNS)
             archive = cls(path, connection, mode, version)
@@ -142,7 +145,7 @@ class Archive:
 
     def _prepare_to_write(self) -> None:
         self.check_appendable()
-        guard_triggers(self.connection)
+        self._checked_schema = check_to_write(self.connection)
         if not is_newest(self.connection):
             upgrade(self.connection)
             self.version = read_version(self.connection)
@@ -185,7 +188,7 @@ class Archive:
     def models(self) -> dict[int, ModelInfo]:
         """Return models by id; none for an archive of 2022, which does not record them."""
         models = {}
-        for row_id, *values in self.connection.rows(queries.SELECT_MODELS):
+        for row_id, *values in self.connection.bounded_rows(queries.SELECT_MODELS):
             try:
                 models[row_id] = parse_model(tuple(values))
             except ArchiveError as error:
@@ -198,7 +201,8 @@ class Archive:
 
     def count(self, where: Where = EVERY) -> int:
         """Return the number of images."""
-        return self.connection.value(f"SELECT count(*) FROM images WHERE {where.sql}", where.parameters)
+        # Not count(*), which would not hear Ctrl-C.
+        return self.connection.value(f"SELECT count(id) FROM images WHERE {where.sql}", where.parameters)
 
     def groups(self, selection: Selection | None = None, **filters: Unpack[Filters]) -> list[Group]:
         """Return the groups with the number of their selected images.
@@ -223,7 +227,7 @@ class Archive:
     def count_groups(self, where: Where) -> list[Group]:
         """Return the groups of a compiled selection, as `groups` does."""
         query = queries.COUNT_GROUPS.format(table=self._indexed_table(), where=where.sql)
-        rows = list(self.connection.rows(query, where.parameters))
+        rows = self.connection.bounded_rows(query, where.parameters)
         try:
             return [Group(parse_group_key(row[:-1]), row[-1]) for row in rows]
         except ArchiveError as error:
@@ -324,6 +328,7 @@ class Archive:
         if self.mode != "w":
             raise ArchiveError(f"{self.path}: the archive is open for reading only")
         with self.connection.transaction():
+            self._checked_schema = check_to_write(self.connection, self._checked_schema)
             yield
 
     def prompt_id(self, prompt: str | ClassLabel) -> int:
@@ -439,12 +444,12 @@ class Archive:
             self.connection.execute(insert, values)
             found = self.connection.value(find, identity)
         if found is None:
-            raise ArchiveError(f"{self.path}: a trigger in this file refuses new rows; drop it")
+            raise ArchiveError(f"{self.path}: a new row of this file cannot be found; `verify` it")
         return found
 
     def _texts(self, table: str) -> dict[int, str | None]:
-        rows = self.connection.rows(f"SELECT id, desc FROM {table} ORDER BY id")
-        return {row_id: parse_text(text) for row_id, text in rows}
+        rows = self.connection.bounded_rows(f"SELECT id, desc FROM {table} ORDER BY id")
+        return {row_id: parse_text(text) for row_id, text in rows if isinstance(row_id, int)}
 
     def _indexed_table(self) -> str:
         """Return the table that has an index by group, best first."""

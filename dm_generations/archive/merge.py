@@ -1,9 +1,8 @@
 """`merge`: adds the images of several archives to one."""
 
-import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from dm_generations.archive.records import (
 )
 from dm_generations.archive.selection import ALL, EVERY, Selection, Where, check_known, compile_known
 from dm_generations.archive.vocabulary import add_vocabulary, read_classes, read_vocabularies
+from dm_generations.atomic_io import remove_stale_temporaries
 from dm_generations.errors import one_line
 
 _T = TypeVar("_T")
@@ -66,27 +66,32 @@ def merge(
         ArchiveError: A source cannot be opened, or has a row that `verify` would report.
     """
     target = Path(target)
-    with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(Archive.open(source)) for source in sources]
-        check_known(selection, opened)
-        selected = [(source, compile_known(source, selection)) for source in opened]
-        if not selection.is_all and not any(source.count(where) for source, where in selected):
-            raise ArchiveError(
-                f"{', '.join(map(str, sources))}: no images of this selection; `info` lists what they hold"
-            )
-        if not target.exists():
-            with new_file(target) as temporary, Archive.create(temporary) as archive:
-                return _add_all(selected, archive)
-        for source in opened:
-            if os.path.samefile(source.path, target):
-                raise ArchiveError(f"{target}: this archive is both a source and the target")
-        with Archive.open(target, "w") as archive:
-            return _add_all(selected, archive)
+    check_known(selection, _open_each(sources))  # also finds what cannot be opened, before the work
+    if not target.exists():
+        remove_stale_temporaries(target.parent)
+        with new_file(target) as temporary, Archive.create(temporary) as archive:
+            return _add_all(sources, selection, archive)
+    for source in sources:
+        if os.path.samefile(source, target):
+            raise ArchiveError(f"{target}: this archive is both a source and the target")
+    with Archive.open(target, "w") as archive:
+        return _add_all(sources, selection, archive)
 
 
-def _add_all(sources: Sequence[tuple[Archive, Where]], target: Archive) -> list[SourceReport]:
+def _open_each(sources: Iterable[str | os.PathLike[str]]) -> Iterator[Archive]:
+    """Open one at a time: there can be more than a process may have open."""
+    for path in sources:
+        with Archive.open(path) as source:
+            yield source
+
+
+def _add_all(sources: Sequence[str | os.PathLike[str]], selection: Selection, target: Archive) -> list[SourceReport]:
     with target.transaction():
-        return [_add(source, where, target) for source, where in sources]
+        reports = [_add(source, compile_known(source, selection), target) for source in _open_each(sources)]
+        if not selection.is_all and not any(report.image_count for report in reports):
+            names = ", ".join(map(str, sources))
+            raise ArchiveError(f"{names}: no images of this selection; `info` lists what they hold")
+    return reports
 
 
 def _add(source: Archive, where: Where, target: Archive) -> SourceReport:

@@ -49,6 +49,7 @@ SELECT id FROM {{table}} WHERE {{where}} ORDER BY {_GROUP}, clip_score_input DES
 KEYS_OF_GROUP: Final = f"""
 SELECT key0, key1 FROM images
 WHERE {_IN_GROUP} AND generator_id IS ? AND (? IS NULL OR sampler_version = ?) AND init_md5 = ?
+    AND typeof(key0) = 'integer' AND typeof(key1) = 'integer'
 """
 
 # By id.
@@ -81,9 +82,11 @@ RANGE: Final = """
 SELECT count({column}), min({column}), avg({column}), max({column}) FROM {images}
 WHERE typeof({column}) IN ('real', 'integer')
 """
-COUNT_DTYPES: Final = "SELECT dtype, count(*) FROM {images} WHERE typeof(dtype) = 'text' GROUP BY 1 ORDER BY 1"
+COUNT_DTYPES: Final = """
+SELECT substr(dtype, 1, 40), count(*) FROM {images} WHERE typeof(dtype) = 'text' GROUP BY 1 ORDER BY 1
+"""
 COUNT_CONTINUED: Final = "SELECT count(*) FROM {images} WHERE init_count > 0"
-COUNT_BY: Final = "SELECT {column}, count(*) FROM {images} GROUP BY 1"
+COUNT_BY: Final = "SELECT {column}, count(*) FROM {images} WHERE typeof({column}) = 'integer' GROUP BY 1"
 FIRST_TIME: Final = "SELECT min(time_start) FROM {images} WHERE typeof(time_start) = 'real'"
 LAST_TIME: Final = "SELECT max(time_end) FROM {images} WHERE typeof(time_end) = 'real'"
 USUAL_LENGTH: Final = """

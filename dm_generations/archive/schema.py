@@ -1,5 +1,12 @@
-"""The versions of the format, whose SQL is in `schema/`: 0001.sql makes version 1, each later file the next one."""
+"""The versions of the format, whose SQL is in `schema/`: 0001.sql makes version 1, each later file the next one.
 
+And which other definitions a file may have. SQLite evaluates generated columns, constraints, indexes of expressions and
+triggers whenever it reads or writes a row, and a short one can take hours or gigabytes. So their texts are checked
+before any other statement. Constraints and triggers do not run on reading; views never run.
+"""
+
+import contextlib
+import functools
 import re
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -7,7 +14,6 @@ from typing import Final
 
 from dm_generations.archive.connection import APPLICATION_ID, ArchiveError, Connection
 from dm_generations.archive.records import IMAGE_COLUMNS, INSERT_COLUMNS, MODEL_KINDS, ModelInfo
-from dm_generations.errors import one_line
 from dm_generations.paths import shipped
 
 SCHEMA_VERSION: Final = 3
@@ -40,11 +46,34 @@ _TRIGGERS_OF_MODELS: Final = (
     "SELECT sql FROM main.sqlite_master WHERE type = 'trigger' AND lower(tbl_name) = 'models' ORDER BY rowid"
 )
 
-_READS: Final = frozenset({sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_FUNCTION})
-_WRITES: Final = frozenset({sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE})
-# Virtual tables and triggers as sqlite-utils makes them (`enable-counts`; `enable-fts --create-triggers`), normalised.
+# The texts of definitions, normalised.
+_SKIPPED: Final = re.compile(
+    r"""(?P<string>'(?:[^']|'')*')|"(?P<a>(?:[^"]|"")*)"|`(?P<b>(?:[^`]|``)*)`|\[(?P<c>[^\]]*)\]|--[^\n]*|/\*.*?(?:\*/|$)""",
+    re.DOTALL,
+)
+_CREATE: Final = re.compile(r"create (unique index|index|table|virtual table|view|trigger) '?(\w+)\b(?!\.)")
+_COLUMN: Final = r"\w+(?: collate (?:binary|nocase|rtrim))?(?: asc| desc)?"
+_INDEX: Final = re.compile(rf"create (?:unique )?index \w+ on (\w+)\({_COLUMN}(?:,{_COLUMN})*\)")
+_OTHER_COLUMN: Final = re.compile(r"\w+(?: (?:integer|int|real|float|numeric|text|blob))?")
+
+# What sqlite-utils makes (`enable-counts`; `enable-fts --create-triggers`), and what SQLite makes for it.
 _TEXT_INDEX: Final = re.compile(
-    r"create virtual table \w+_fts using fts[45]\(\w+(,\w+)*(,tokenize='[\w ]+')?,content=\w+\)"
+    r"create virtual table \w+_fts using fts[45]\(\w+(,\w+)*(,tokenize='[\w ]+')?,content=(prompts|sc_prompts|models)\)"
+)
+_TEXT_TABLES: Final = {
+    "data": r"id integer primary key,block blob",
+    "idx": r"segid,term,pgno,primary key\(segid,term\)",
+    "docsize": r"(id|docid) integer primary key,(sz|size) blob",
+    "config": r"k primary key,v",
+    "segments": r"blockid integer primary key,block blob",
+    "segdir": r"level integer,idx integer,start_block integer,leaves_end_block integer,end_block integer,"
+    r"root blob,primary key\(level,idx\)",
+    "stat": r"id integer primary key,value blob",
+}
+_TOOL_TABLES: Final = re.compile(
+    r"create table (_counts\(table text primary key,count integer default 0\)|'\w+_fts_("
+    + "|".join(rf"{name}'\({columns}\)" for name, columns in _TEXT_TABLES.items())
+    + r")( ?without rowid)?)"
 )
 _INDEX_TEXT: Final = r"insert into \w+_fts\(rowid(,\w+)+\)values\(new\.rowid(,new\.\w+)+\);"
 _FORGET_TEXT: Final = r"insert into \w+_fts\(\w+_fts,rowid(,\w+)+\)values\('delete',old\.rowid(,old\.\w+)+\);"
@@ -52,21 +81,10 @@ _COUNT_ROW: Final = (
     r"insert or replace into _counts values\('\w+',"
     r"coalesce\(\(select count from _counts where table='\w+'\),0\)[+-]1\);"
 )
-_TOOL_TRIGGER: Final = re.compile(
+_TRIGGER: Final = re.compile(
     r"create trigger \w+ after (insert|update|delete) on \w+ begin"
     rf"( ?({_INDEX_TEXT}|{_FORGET_TEXT}|{_COUNT_ROW}))+ ?end"
 )
-# Of each table; together they run every trigger that the statements of this package can run.
-_TRIGGERING: Final[Mapping[str, tuple[str, ...]]] = {
-    **{table: (f"INSERT INTO {table} DEFAULT VALUES",) for table in TABLES},
-    "images": (
-        "INSERT INTO images DEFAULT VALUES",
-        "UPDATE images SET clip_score_input = 0, clip_score_tokenized = 0, clip_id = 0, time_scored = 0",
-    ),
-    "ratings": ("INSERT INTO ratings DEFAULT VALUES", "DELETE FROM ratings"),
-    "scores": ("INSERT INTO scores DEFAULT VALUES", "UPDATE scores SET value = 0, time = 0"),
-    "vectors": ("INSERT INTO vectors DEFAULT VALUES", "UPDATE vectors SET vector = 0"),
-}
 
 
 def read_version(connection: Connection) -> int:
@@ -213,49 +231,123 @@ def _statements(script: str) -> Iterator[str]:
             statement = ""
 
 
-def guard_triggers(connection: Connection) -> None:
-    """Make sure that triggers in the file do not change the archive's tables. Reading runs no trigger.
-
-    A trigger may read, and write to other tables: some count rows, or index the prompts for full-text search. The
-    guard stays on while the connection is open; the triggers that are in the file now are checked at once.
+def check_to_read(connection: Connection) -> None:
+    """Check that no definition in a file computes while its tables are read.
 
     Raises:
-        ArchiveError: A trigger does more, or something that SQLite does not allow in an untrusted file. No trigger has
-            run.
+        ArchiveError: One does, or is of a kind that this program does not know.
     """
-    denied: list[str] = []
+    known = frozenset().union(*map(_format_definitions, range(1, SCHEMA_VERSION + 1)))
+    for text in _definitions(connection):
+        kind, name = _kind_and_name(connection, text)
+        if kind == "table" and re.search(r"\bas\(", re.sub(r"'[^']*'", "''", text)):
+            raise _refusal(connection, f"table {name} has a generated column")
+        if kind.endswith("index") and not _INDEX.fullmatch(text) and text not in known:
+            raise _refusal(connection, f"index {name} is partial or of an expression")
+        if kind == "virtual table" and not _TEXT_INDEX.fullmatch(text):
+            raise _refusal(connection, f"{name} is a virtual table, not a text index as sqlite-utils makes it")
+        if kind == "view" and "_fts" in name:
+            raise _refusal(connection, f"view {name} takes the name of a table of a text index")
 
-    def authorize(action: int, first: str | None, second: str | None, database: str | None, trigger: str | None) -> int:
-        is_own = (first or "").lower() in (*TABLES, "claims", "meta")
-        if trigger is None or action in _READS or (action in _WRITES and not is_own):
-            return sqlite3.SQLITE_OK
-        denied.append(trigger)
-        return sqlite3.SQLITE_DENY
 
-    connection.set_authorizer(authorize)
-    if _is_made_by_tools(connection):
-        # Otherwise an older SQLite does not let a trigger write to the tables of a full-text search.
+def check_to_write(connection: Connection, checked: int | None = None) -> int:
+    """Check that nothing in a file but the format's own constraints runs when its tables are written.
+
+    Tables can have more columns without a constraint and more indexes; and what sqlite-utils makes.
+
+    Args:
+        connection: Open for writing.
+        checked: What the last check returned.
+
+    Returns:
+        SQLite's number of the definitions, which changes with them.
+
+    Raises:
+        ArchiveError: A table, index or trigger is another.
+    """
+    number = connection.value("PRAGMA schema_version")
+    if number == checked:
+        return number
+    known = _format_definitions(read_version(connection))
+    own = {_CREATE.match(text)[2]: text for text in known}  # type: ignore[index]
+    has_text_index = False
+    for text in _definitions(connection):
+        kind, name = _kind_and_name(connection, text)
+        has_text_index |= kind == "virtual table"
+        if text in known:
+            continue
+        if kind == "table" and name in own:
+            is_known = _is_same_table(text, own[name])
+        elif kind == "table" and (name == "_counts" or "_fts" in name):
+            is_known = _TOOL_TABLES.fullmatch(text) is not None
+        elif kind == "trigger":
+            is_known = _TRIGGER.fullmatch(text) is not None
+        else:
+            is_known = kind != "unique index"
+        if not is_known:
+            raise _refusal(connection, f"{kind} {name} is not as this program or sqlite-utils makes it")
+    if has_text_index and not connection.in_transaction:
+        # Otherwise an older SQLite does not let a trigger write to the tables of a text index.
         connection.execute("PRAGMA trusted_schema = ON")
-    present = [table for table in TABLES if read_columns(connection, table)]  # an older file has not all of them yet
-    for statement in (statement for table in present for statement in _TRIGGERING[table]):
-        try:
-            connection.execute(f"EXPLAIN {statement}").close()
-        except ArchiveError as error:
-            which = f"trigger {denied[0]!r:.100}" if denied else "a trigger"
-            raise ArchiveError(
-                f"{connection.path}: {which} in this file would change the archive, or cannot run here"
-                f" (SQLite: {one_line(error.__cause__ or error)}); drop it, or `merge` the archive into a new one"
-            ) from error
+    return number
 
 
-def _is_made_by_tools(connection: Connection) -> bool:
-    """Return whether all virtual tables and triggers of a file are those that sqlite-utils makes."""
-    sql = "SELECT type, sql FROM main.sqlite_master WHERE type = 'trigger' OR (type = 'table' AND rootpage = 0)"
-    patterns = {"table": _TEXT_INDEX, "trigger": _TOOL_TRIGGER}
-    return all(patterns[kind].fullmatch(_normalise_sql(text)) for kind, text in connection.rows(sql))
+def _refusal(connection: Connection, what: str) -> ArchiveError:
+    return ArchiveError(f"{connection.path}: {what:.200}; drop it, or `merge` the archive into a new one")
 
 
-def _normalise_sql(text: str) -> str:
-    """Return a statement in lower case, without quotes around plain names and without needless spaces."""
-    text = re.sub(r'\[(\w+)\]|"(\w+)"|`(\w+)`', r"\1\2\3", text)
+def _definitions(connection: Connection) -> Iterator[str]:
+    for (text,) in connection.rows("SELECT sql FROM main.sqlite_master WHERE sql IS NOT NULL"):
+        yield _normalise(str(text))
+
+
+def _kind_and_name(connection: Connection, text: str) -> tuple[str, str]:
+    match = _CREATE.match(text)
+    if match is None:
+        raise ArchiveError(f"{connection.path}: it has a definition of an unknown kind: {text!r:.100}")
+    return match[1], match[2]
+
+
+def _normalise(text: str) -> str:
+    """Return a definition in lower case, without quotes around names, comments and needless spaces."""
+
+    def replace(match: re.Match[str]) -> str:
+        if match["string"] is not None:
+            return match["string"]
+        name = next((match[group] for group in "abc" if match[group] is not None), None)
+        return " " if name is None else name if re.fullmatch(r"\w+", name) else "odd_name"
+
+    text = _SKIPPED.sub(replace, text)
     return re.sub(r"\s*([(),=+;-])\s*", r"\1", re.sub(r"\s+", " ", text)).strip().lower()
+
+
+def _is_same_table(text: str, own: str) -> bool:
+    """Return whether a table has the columns and constraints of the format's, in any order, and plain columns."""
+    if not text.endswith(")"):
+        return False
+    parts, own_parts = _split(text), _split(own)
+    return set(own_parts) <= set(parts) and all(
+        part in own_parts or _OTHER_COLUMN.fullmatch(part) is not None for part in parts
+    )
+
+
+def _split(text: str) -> list[str]:
+    """Return the columns and constraints in the outer parentheses of a definition."""
+    parts, depth = [""], 0
+    for character in text[text.index("(") + 1 : text.rindex(")")]:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+@functools.cache
+def _format_definitions(version: int) -> frozenset[str]:
+    """Return the definitions of a version of the format, normalised."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as sqlite:
+        for number in range(1, version + 1):
+            sqlite.executescript(shipped(f"schema/{number:04d}.sql").read_text(encoding="utf-8"))
+        texts = sqlite.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+    return frozenset(_normalise(text) for (text,) in texts)

@@ -254,7 +254,7 @@ def compile_known(archive: "Archive", selection: Selection) -> Where:
     return where
 
 
-def check_known(selection: Selection, archives: Sequence["Archive"]) -> None:
+def check_known(selection: Selection, archives: Iterable["Archive"]) -> None:
     """Check that each prompt and each model of a selection is in one of the archives.
 
     Raises:

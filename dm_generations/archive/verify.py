@@ -114,12 +114,14 @@ def _check_texts(archive: Archive, table: str) -> Generator[Problem, None, set[i
     connection = archive.connection
     encoding = TEXT_ENCODINGS[connection.value("PRAGMA encoding")]
     ids: set[int] = set()
-    for row_id, kind, raw in connection.rows(f"SELECT id, typeof(desc), CAST(desc AS BLOB) FROM {table} ORDER BY id"):
+    query = f"SELECT id, typeof(desc), CAST(desc AS BLOB) FROM {table} ORDER BY id"
+    for row_id, kind, raw in connection.bounded_rows(query):
         if not isinstance(row_id, int):
             yield Problem(table, None, f"an id is {row_id!r:.40}, not a whole number", "id")
         elif row_id in ids:
             yield Problem(table, row_id, "this id occurs twice", "id")
-        ids.add(row_id)
+        else:
+            ids.add(row_id)
         if (what := _wrong_text(table, row_id, kind, raw, encoding)) is not None:
             yield Problem(table, row_id, what, "desc")
     if table == "sc_prompts" and 1 not in ids:
@@ -143,7 +145,7 @@ def _wrong_text(table: str, row_id: int, kind: str, raw: bytes, encoding: str) -
 def _check_models(archive: Archive) -> Generator[Problem, None, dict[int, ModelInfo]]:
     """Yield problems of the models; return them by id, with sizes where these can be used to check images."""
     models = {}
-    for row_id, kind, name, sha256, config, *shapes in archive.connection.rows(SELECT_MODELS):
+    for row_id, kind, name, sha256, config, *shapes in archive.connection.bounded_rows(SELECT_MODELS):
         if kind not in ALL_MODEL_KINDS:
             yield Problem("models", row_id, f"unknown kind {kind!r:.40}", "kind")
         if not isinstance(name, str):

@@ -49,15 +49,19 @@ def add_archive(parser: argparse.ArgumentParser, what: str, has_default: bool = 
     default = " (default: the emoji archive that ships)" if has_default else ""
     group = parser.add_mutually_exclusive_group(required=not has_default)
     group.add_argument(
-        "archive", nargs="?", metavar="ARCHIVE", help=f"{what}{default}; it stands before lists of values"
+        "archive",
+        nargs="?",
+        metavar="ARCHIVE",
+        type=file_path,
+        help=f"{what}{default}; it stands before lists of values",
     )
-    group.add_argument("--db", metavar="FILE", help="the same as ARCHIVE")
+    group.add_argument("--db", metavar="FILE", type=file_path, help="the same as ARCHIVE")
 
 
 def archive_path(args: argparse.Namespace) -> Path:
     """Return the archive of a command."""
     path = args.archive if args.db is None else args.db
-    return shipped("archive/emoji.db") if path is None else Path(path)
+    return shipped("archive/emoji.db") if path is None else path
 
 
 def add_selection_options(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +117,17 @@ def selection_from(args: argparse.Namespace) -> Selection:
     if args.n_best is not None:
         filters["best"] = args.n_best
     return Selection.of(**filters)
+
+
+def file_path(text: str) -> Path:
+    """Convert a flag's value, such as that of an unset variable of a shell.
+
+    Raises:
+        ArgumentTypeError: It is empty, which would mean this folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the file is empty")
+    return Path(text)
 
 
 def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:

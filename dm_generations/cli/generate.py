@@ -14,6 +14,7 @@ from dm_generations.cli.common import (
     at_least_one,
     counted,
     dalle_pytorch_overrides,
+    file_path,
     file_size,
     prepare_device,
 )
@@ -54,7 +55,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
-    add("--db", metavar="FILE", type=Path, required=True, help="archive to fill; created if there is none")
+    add("--db", metavar="FILE", type=file_path, required=True, help="archive to fill; created if there is none")
     add("--prompts", nargs="+", metavar="TEXT", help="what to generate")
     add("--prompts-file", metavar="FILE", type=Path, help="more prompts: UTF-8 text, one a line")
     add(

@@ -3,7 +3,7 @@
 import argparse
 
 from dm_generations.archive import merge
-from dm_generations.cli.common import add_selection_options, counted, printable, selection_from
+from dm_generations.cli.common import add_selection_options, counted, file_path, printable, selection_from
 
 HELP = "join archives"
 DESCRIPTION = """\
@@ -22,8 +22,9 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("sources", nargs="+", metavar="FILE", help="archives to take images from; they are not changed")
-    parser.add_argument("--into", required=True, metavar="FILE", help="archive to add them to")
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="FILE", type=file_path, help="archives to take images from; they are not changed")
+    add("--into", required=True, metavar="FILE", type=file_path, help="archive to add them to")
     add_selection_options(parser)
 
 

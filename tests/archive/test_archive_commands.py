@@ -11,7 +11,7 @@ import pytest
 from archive_kit import archive_v1, execute, fill, new_image, run_program
 from helpers import ROOT, golden
 
-from dm_generations.archive import Archive, ArchiveError, init_md5
+from dm_generations.archive import Archive, init_md5
 from dm_generations.cli import build_parser
 from dm_generations.cli.common import file_size, printable
 
@@ -116,12 +116,6 @@ def test_verify_exits_1_when_something_is_wrong(ours, capsys):
     assert command("verify", "--json", "--db", ours) == 1
     (line,) = capsys.readouterr().out.splitlines()
     assert (json.loads(line)["table"], json.loads(line)["id"]) == ("images", 3)
-
-
-@pytest.mark.parametrize("name", ["info", "verify", "decode"])
-def test_an_empty_name_is_not_the_archive_that_ships(name):
-    with pytest.raises(ArchiveError, match="folder"):
-        command(name, "--db", "")
 
 
 def test_merge_reports(ours, tmp_path, capsys):

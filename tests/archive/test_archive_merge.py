@@ -1,9 +1,21 @@
 """Archives that are added to one."""
 
 import os
+import signal
 
 import pytest
-from archive_kit import CLIP, CODEC, COLUMNS_2022, GENERATOR, archive_2022, archive_v1, execute, fill, new_image
+from archive_kit import (
+    CLIP,
+    CODEC,
+    COLUMNS_2022,
+    GENERATOR,
+    archive_2022,
+    archive_v1,
+    execute,
+    fill,
+    new_image,
+    run_program,
+)
 from helpers import golden
 
 from dm_generations.archive import Archive, ArchiveError, ModelInfo, SourceReport, init_md5, merge, verify
@@ -193,3 +205,26 @@ def test_prompts_that_generate_refuses_are_added(tmp_path):
     merge([source], tmp_path / "b.db")
     with Archive.open(tmp_path / "b.db") as archive:
         assert list(archive.prompts().values()) == ["a blue ball", "a red cube", "a\0b"]
+
+
+def test_more_sources_than_files_that_may_be_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    sources = [make(tmp_path / f"{i}.db", new_image(i)) for i in range(80)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        reports = merge(sources, tmp_path / "all.db")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [report.added_count for report in reports] == [1] * 80
+
+
+def test_a_killed_merge_leaves_nothing_that_the_next_one_does_not_remove(tmp_path):
+    source = make(tmp_path / "s.db", *map(new_image, range(50)))
+    status, _, errors = run_program("merge_until_killed.py", 20, "--into", tmp_path / "all.db", source)
+    assert status == -signal.SIGKILL, errors
+    assert len(os.listdir(tmp_path)) > 1
+    assert not (tmp_path / "all.db").exists()
+    merge([source], tmp_path / "all.db")
+    assert sorted(os.listdir(tmp_path)) == ["all.db", "s.db"]
+    assert images(tmp_path / "all.db") == images(source)

@@ -11,6 +11,13 @@ import pytest
 
 from dm_generations.cli import COMMANDS, main
 
+# Followed by an unset variable of a shell: not the archive that ships, and not this folder.
+UNSET = [
+    *([command, "--db"] for command in ("info", "verify", "decode", "score")),
+    ["generate", "--prompts", "a", "--db"],
+    ["merge", "x.db", "--into"],
+]
+
 
 @pytest.mark.parametrize(
     ("words", "names"),
@@ -20,6 +27,8 @@ from dm_generations.cli import COMMANDS, main
         (["verify", "--batch-size", "0"], ["--batch-size", "0"]),
         (["generate", "--progressive", "0"], ["--progressive", "0"]),
         (["info", "--nonsense"], ["--nonsense"]),
+        *(([*words, ""], [words[-1], "empty"]) for words in UNSET),
+        (["merge", "--into", "x.db", ""], ["FILE", "empty"]),
         ([], ["COMMAND"]),
     ],
 )
