@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from dm_generations.errors import UserError, one_line
+from dm_generations.paths import sqlite_uri
 
 Mode = Literal["r", "w"]
 Row = tuple[Any, ...]
@@ -270,10 +271,11 @@ def _check_journal(path: Path) -> None:
 
 
 def _open(path: Path, header: bytes, mode: Mode, timeout: float) -> sqlite3.Connection:
-    uri = f"{path.resolve().as_uri()}?mode={'ro' if mode == 'r' else 'rw'}"
+    query = "mode=ro" if mode == "r" else "mode=rw"
     if mode == "r" and _is_wal(header) and not _has_log(path, header):
         # Reading a file in WAL mode would create -wal and -shm next to it. Without a log nobody is writing.
-        uri += "&immutable=1"
+        query += "&immutable=1"
+    uri = sqlite_uri(path.resolve(), query)
     sqlite = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
     # Stored prompts are untrusted: bytes that are not UTF-8 must not stop a read.
     sqlite.text_factory = lambda raw: raw.decode("utf-8", "replace")
@@ -298,7 +300,7 @@ def _check_undoable(path: Path, header: bytes) -> None:
 
 def _undo_interrupted_write(path: Path, timeout: float) -> None:
     """Let SQLite roll back a stopped program's batch, which a read-only connection may not do."""
-    sqlite = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=timeout)
+    sqlite = sqlite3.connect(sqlite_uri(path.resolve(), "mode=rw"), uri=True, timeout=timeout)
     with contextlib.closing(sqlite):
         sqlite.execute("SELECT count(*) FROM sqlite_master").fetchone()
 

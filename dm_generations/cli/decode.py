@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from dm_generations.archive import DTYPES, Archive
-from dm_generations.cli.common import Progress, at_least_one, counted, prepare_device
+from dm_generations.cli.common import Progress, at_least_one, counted, prepare_device, print_line
 from dm_generations.errors import UserError
 from dm_generations.paths import shipped
 
@@ -184,7 +184,7 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
     notes = [f"{report.already_there:,} skipped, already present"] if report.already_there else []
     notes += [counted(len(report.problems), "problem")] if report.problems else []
     summary += f" ({'; '.join(notes)})" if notes else ""
-    print(f"{summary}. Open {report.page} in a browser." if report.page else f"{summary}.")
+    print_line(f"{summary}. Open {report.page} in a browser." if report.page else f"{summary}.")
     return 1 if report.problems else 0
 
 

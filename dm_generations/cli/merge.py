@@ -3,7 +3,7 @@
 import argparse
 
 from dm_generations.archive import merge
-from dm_generations.cli.common import counted, printable
+from dm_generations.cli.common import counted, print_line
 
 HELP = "join archives"
 DESCRIPTION = """\
@@ -28,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
     for report in merge(args.sources, args.into):
         skipped_count = report.image_count - report.added_count
-        line = f"Added {counted(report.added_count, 'image')} from {printable(report.path, 1000)}"
+        line = f"Added {counted(report.added_count, 'image')} from {report.path}"
         line += f" ({skipped_count:,} skipped, already present)"
         if report.scored_count:
             line += f"; {report.scored_count:,} of those now have its scores"
-        print(line)
+        print_line(line)
     return 0
