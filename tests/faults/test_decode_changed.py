@@ -2,9 +2,14 @@
 
 import hashlib
 import shutil
+import subprocess
+import time
 
+import faults_kit
 import pytest
 from decode_kit import all_files, change, random_tokens, write_archive_2022
+from faults_kit import bytes_under
+from helpers import ROOT
 from tiny import CODEBOOK_SIZE, GRID
 
 from dm_generations.archive import merge
@@ -251,3 +256,22 @@ def test_a_manifest_of_someone_else_is_no_news(decode, tmp_path, content):
     (tmp_path / "out" / "manifest.js").write_bytes(content)
     assert decode() == (0, "")
     assert all_files(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("mode", faults_kit.MODES)
+def test_two_decodes_of_a_folder_at_a_time_and_then_a_third(command, many, tmp_path, mode):
+    """The archive changes between the first two, which are processes of their own."""
+    flags, out = faults_kit.MODES[mode], tmp_path / "out"
+    with subprocess.Popen(command.line(out, *flags), cwd=ROOT, stderr=subprocess.PIPE, text=True) as first:
+        while first.poll() is None and bytes_under(out) < 20_000:
+            time.sleep(0.001)
+        rescore(many)
+        second = subprocess.run(command.line(out, *flags), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        _, errors = first.communicate(timeout=200)
+    assert "Traceback" not in errors + second.stderr
+    assert {first.returncode, second.returncode} <= {0, 1}
+    assert command.run(out, *flags) == 0 and command.run(tmp_path / "fresh", *flags) == 0
+    fresh, found = all_files(tmp_path / "fresh"), all_files(out)
+    assert fresh.items() <= found.items()
+    # Shards of what the archive was before are another set, and stay.
+    assert all(path.endswith((".tar", ".zip")) for path in found.keys() - fresh.keys())
