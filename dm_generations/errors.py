@@ -6,6 +6,7 @@ import difflib
 import os
 import reprlib
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from types import FrameType
@@ -81,8 +82,14 @@ def short_repr(value: Any) -> str:
 
 def handle_sigint() -> None:
     """Let Ctrl-C raise KeyboardInterrupt once, and end the process at once after that or within an import."""
+    sys.unraisablehook = _exit_if_interrupted
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the caller has it ignored
         signal.signal(signal.SIGINT, _interrupt)
+
+
+def was_interrupted() -> bool:
+    """Return whether Ctrl-C has raised KeyboardInterrupt."""
+    return signal.getsignal(signal.SIGINT) is exit_interrupted
 
 
 def exit_interrupted(signal_number: int = signal.SIGINT, frame: FrameType | None = None) -> NoReturn:
@@ -99,6 +106,13 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
         exit_interrupted()
     signal.signal(signal.SIGINT, exit_interrupted)
     raise KeyboardInterrupt
+
+
+def _exit_if_interrupted(unraisable: Any) -> None:
+    """Hear of Ctrl-C also where Python would only print it: in a finalizer, or a callback that C calls."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        exit_interrupted()
+    sys.__unraisablehook__(unraisable)
 
 
 def _is_importing(frame: FrameType | None) -> bool:

@@ -3,7 +3,8 @@
 import os
 import re
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
+from urllib.parse import quote
 
 from pathvalidate import sanitize_filename
 
@@ -75,6 +76,17 @@ def sanitize_file_name(text: str, extension: str) -> str:
     """Return `text` with an extension as a file name of at most 255 bytes; see `sanitize_name`."""
     stem = sanitize_name(text)[:STEM_CHARACTERS].encode()
     return stem[: NAME_BYTES - len(extension)].decode(errors="ignore") + extension
+
+
+def sqlite_uri(path: PurePath, query: str) -> str:
+    """Return the URI of a database for SQLite, which takes no host: a Windows share is a path like others.
+
+    Args:
+        path: Absolute. In the URI it is bytes, those of the name on disk, whatever the locale is.
+        query: What comes after "?".
+    """
+    name = path.as_posix()
+    return f"file://{'' if name.startswith('/') else '/'}{quote(os.fsencode(name), safe='/:')}?{query}"
 
 
 def utf8_path(folder: Path, name: str) -> Path:

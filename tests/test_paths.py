@@ -1,12 +1,13 @@
-"""Where caches go."""
+"""Where caches go, and paths as text, bytes and URIs."""
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pytest
 
+from dm_generations.archive import Archive
 from dm_generations.errors import UserError
-from dm_generations.paths import cache_dir
+from dm_generations.paths import cache_dir, sanitize_file_name, sqlite_uri
 from dm_generations.runtime import compile_cache
 
 
@@ -60,3 +61,39 @@ def test_without_a_home_programs_are_not_cached_and_work_goes_on(monkeypatch, ca
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     assert "XDG_CACHE_HOME" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "uri"),
+    [
+        (PurePosixPath("/a b/ä?#%.db"), "file:///a%20b/%C3%A4%3F%23%25.db?mode=ro"),
+        (PurePosixPath("//a.db"), "file:////a.db?mode=ro"),
+        (PureWindowsPath(r"C:\a b\c.db"), "file:///C:/a%20b/c.db?mode=ro"),
+        (PureWindowsPath(r"Z:\c.db"), "file:///Z:/c.db?mode=ro"),  # a mapped drive
+        (PureWindowsPath(r"\\server\share\c.db"), "file:////server/share/c.db?mode=ro"),
+    ],
+)
+def test_the_uri_of_an_archive_has_no_host(path, uri):
+    assert sqlite_uri(path, "mode=ro") == uri
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX")
+@pytest.mark.parametrize(
+    "name", [b"\xff\xe9.db", b"?mode=rw#.db", b"%2e%00.db", b"a\nb.db", "\u00e9\U0001f951.db".encode()]
+)
+def test_archives_of_any_name_are_opened(tmp_path, name):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    with Archive.create(path):
+        pass
+    for mode in ("r", "w"):
+        with Archive.open(path, mode) as archive:
+            assert archive.count() == 0
+    assert os.listdir(os.fsencode(tmp_path)) == [name]
+
+
+@pytest.mark.parametrize("text", ["0 con", "0/../\\..", '0:a|b?*<>"', "0 a. ", "0\ud800\x00\x1b[2J"])
+def test_file_names_are_safe_on_windows_too(text):
+    name = sanitize_file_name(text, ".png")
+    assert not set(name) & set('/\\:*?"<>|\0\x1b')
+    assert PureWindowsPath(name).name == name
+    name.encode()

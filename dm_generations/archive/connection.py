@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from dm_generations.atomic_io import temporary_path
+from dm_generations.atomic_io import DATABASE, DATABASE_FILES, TemporaryFile
 from dm_generations.errors import UserError, one_line
+from dm_generations.paths import sqlite_uri
 
 Mode = Literal["r", "w"]
 Row = tuple[Any, ...]
@@ -354,9 +355,10 @@ def _check_journal(path: Path) -> None:
 
 
 def _open(path: Path, mode: Mode, timeout: float, is_immutable: bool) -> sqlite3.Connection:
-    uri = f"{path.resolve().as_uri()}?mode={'ro' if mode == 'r' else 'rw'}"
+    query = "mode=ro" if mode == "r" else "mode=rw"
     if is_immutable:
-        uri += "&immutable=1"
+        query += "&immutable=1"
+    uri = sqlite_uri(path.resolve(), query)
     sqlite = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
     # Stored prompts are untrusted: bytes that are not UTF-8 must not stop a read.
     sqlite.text_factory = lambda raw: raw.decode("utf-8", "replace")
@@ -385,7 +387,7 @@ def _check_undoable(path: Path, header: bytes) -> None:
 
 def _undo_interrupted_write(path: Path, timeout: float) -> None:
     """Let SQLite roll back a stopped program's batch, which a read-only connection may not do."""
-    sqlite = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=timeout)
+    sqlite = sqlite3.connect(sqlite_uri(path.resolve(), "mode=rw"), uri=True, timeout=timeout)
     with contextlib.closing(sqlite):
         sqlite.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
@@ -420,16 +422,17 @@ def new_file(path: Path) -> Iterator[Path]:
         if path.exists() or path.is_symlink():
             raise ArchiveError(f"{path}: this file exists already")
         check_writable(path)
+        holder = TemporaryFile(path.parent)  # SQLite does not share the locks of its own files
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise ArchiveError(f"{str(path)!r}: cannot be created: {error}") from error
-    temporary = temporary_path(path.parent)
     try:
+        temporary = holder.path.with_name(holder.path.name + DATABASE)
         yield temporary
         _publish(temporary, path)
     finally:
-        for suffix in ("", JOURNAL):
-            with contextlib.suppress(OSError):
-                os.unlink(f"{temporary}{suffix}")
+        for suffix in DATABASE_FILES:
+            holder.path.with_name(holder.path.name + suffix).unlink(missing_ok=True)
+        holder.discard()
 
 
 def _publish(temporary: Path, path: Path) -> None:

@@ -5,13 +5,14 @@ import contextlib
 import gc
 import logging
 import os
-import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from dm_generations import __version__
 from dm_generations.cli import convert, decode, generate, info, list_images, merge, score, verify
+from dm_generations.cli.common import print_line
 from dm_generations.errors import (
     EXIT_CALLBACKS,
     INTERRUPTED,
@@ -19,6 +20,7 @@ from dm_generations.errors import (
     UserError,
     exit_interrupted,
     handle_sigint,
+    was_interrupted,
 )
 
 # Each has HELP, DESCRIPTION and EPILOG, `add_arguments(parser)`, and `run(args)`, which gives the exit status.
@@ -48,34 +50,29 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line. The usage, which argparse puts first, is two dozen lines of flags here."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
+        print_line(f"error: {message}; see --help", to_stderr=True)
+        self.exit(2)
 
 
 class _LogHandler(logging.Handler):
-    """Prints messages on stderr, above a bar of progress; warnings and errors with their level in front."""
+    """Prints messages on stderr; warnings and errors with their level in front."""
 
     def emit(self, record: logging.LogRecord) -> None:
         message = self.format(record)
-        if record.levelno > logging.INFO:
-            message = f"{record.levelname.lower()}: {message}"
-        with contextlib.suppress(OSError):  # a full disk, for instance, does not stop the work
-            if "tqdm" in sys.modules:
-                sys.modules["tqdm"].tqdm.write(message, file=sys.stderr)
-            else:
-                print(message, file=sys.stderr, flush=True)
+        level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+        print_line(level + message, to_stderr=True)
 
 
 @contextlib.contextmanager
 def _log_to_stderr() -> Iterator[None]:
-    """Print the package's log messages on stderr."""
-    logger = logging.getLogger("dm_generations")
+    """Print the package's log messages, and warnings of libraries, on stderr."""
     handler = _LogHandler()
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("dm_generations").setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        logging.getLogger().removeHandler(handler)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,18 +94,28 @@ def build_parser() -> argparse.ArgumentParser:
 def program(argv: list[str] | None = None) -> NoReturn:
     """Run a command as this process, which ends with its exit status."""
     gc.set_threshold(50_000, 20, 20)  # JAX makes many objects at the start, little of it garbage: a tenth of its time
+    _open_closed_streams()
     handle_sigint()
+    logging.captureWarnings(True)
     try:
-        status = main(argv)
+        try:
+            status = main(argv)
+        except SystemExit as stop:  # from the parser
+            status = int(stop.code or 0)
+        except Exception:  # for --debug, or a mistake in this program
+            if was_interrupted():  # the error is what a library made of it
+                exit_interrupted()
+            for line in traceback.format_exc().splitlines():
+                print_line(line, to_stderr=True)
+            status = 1
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        EXIT_CALLBACKS.close()
+        # At once: other threads may still compute, and a signal at Python's own end, or that end itself, crash them.
+        os._exit(status)
     except KeyboardInterrupt:  # before or after the command itself
         exit_interrupted()
-    if status in (INTERRUPTED, CLOSED_OUTPUT):
-        # Other threads may still compute, and Python's own end could crash them; and closed output cannot be flushed.
-        EXIT_CALLBACKS.close()
-        os._exit(status)
-    if callable(signal.getsignal(signal.SIGINT)):
-        signal.signal(signal.SIGINT, exit_interrupted)
-    sys.exit(status)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,9 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         SystemExit: A flag is wrong, with exit status 2 and a line on stderr; or the flag was --help or --version.
     """
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    elif hasattr(sys.stdout, "reconfigure"):
+    if hasattr(sys.stdout, "reconfigure"):
         # A prompt holds any character, and a name any byte, whatever the terminal or file can: as stderr does it.
         sys.stdout.reconfigure(errors="backslashreplace")
     is_debugging = False
@@ -139,18 +144,25 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         return CLOSED_OUTPUT
     except (UserError, OSError) as error:  # OSError: of our output, say, to a disk that is full
-        if is_debugging:
+        if is_debugging or was_interrupted():
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print_line(f"error: {error}", to_stderr=True)
         return 1
     except MemoryError:
         if is_debugging:
             raise
-        print(
+        print_line(
             "error: not enough memory on this machine; use a smaller --batch-size or end other programs",
-            file=sys.stderr,
+            to_stderr=True,
         )
         return 1
     except KeyboardInterrupt:
-        print(INTERRUPTED_LINE, file=sys.stderr)
+        print_line(INTERRUPTED_LINE, to_stderr=True)
         return INTERRUPTED
+
+
+def _open_closed_streams() -> None:
+    """Open the null device for standard streams that are closed, and so the numbers that other files would get."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115

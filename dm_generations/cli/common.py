@@ -19,6 +19,7 @@ from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+MAX_LINE = 10_000  # characters of what is printed at once
 PROGRESS_LINE_S = 10.0
 
 
@@ -213,7 +214,7 @@ class Progress:
 
     def __call__(self, done: int, total: int) -> None:
         """Show that `done` of `total` images are done."""
-        if self._bar is None and total and sys.stderr and sys.stderr.isatty():
+        if self._bar is None and total and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, unit=" images", smoothing=0.05)
@@ -228,8 +229,7 @@ class Progress:
             since, count = self._first
             rate = (done - count) / (now - since)
             line = f"{done:,} of {total:,} images, {rate:.1f} images/s, {(total - done) / rate:,.0f} s left"
-            with contextlib.suppress(OSError):  # a full disk, for instance, does not stop the work
-                print(line, file=sys.stderr, flush=True)
+            print_line(line, to_stderr=True)
             self._last_line = now
         self._done = done
 
@@ -239,6 +239,27 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def print_line(text: object, to_stderr: bool = False) -> None:
+    """Print text, which may be of others, as one line. All that a command prints goes through here, or is JSON.
+
+    Args:
+        text: See `printable`.
+        to_stderr: Print above a bar of progress, and go on where that is impossible: on a full disk, for instance.
+
+    Raises:
+        OSError: Stdout cannot be written.
+    """
+    line = printable(str(text), MAX_LINE)
+    if not to_stderr:
+        print(line)
+        return
+    with contextlib.suppress(OSError):
+        if "tqdm" in sys.modules:
+            sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 def file_size(byte_count: int) -> str:

@@ -12,6 +12,7 @@ from dm_generations.cli.common import (
     at_least_one,
     counted,
     prepare_device,
+    print_line,
     selection_from,
 )
 from dm_generations.errors import UserError
@@ -163,7 +164,7 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
     notes = [f"{report.already_there:,} skipped, already present"] if report.already_there else []
     notes += [counted(len(report.problems), "problem")] if report.problems else []
     summary += f" ({'; '.join(notes)})" if notes else ""
-    print(f"{summary}. Open {report.page} in a browser." if report.page else f"{summary}.")
+    print_line(f"{summary}. Open {report.page} in a browser." if report.page else f"{summary}.")
     return 1 if report.problems else 0
 
 

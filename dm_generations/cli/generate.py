@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from dm_generations.cli.common import (
     file_path,
     file_size,
     prepare_device,
+    print_line,
 )
 from dm_generations.errors import UserError
 from dm_generations.pipelines.sweep import (
@@ -222,7 +222,7 @@ def _write_token_files(db: Path, prompts: Sequence[str], out_dir: Path) -> int:
     with Archive.open(db) as archive:
         report = export_archive(archive, options)
     files = counted(report.written, "token file")
-    print(f"Wrote {files} to {out_dir} ({report.already_there:,} skipped, already present)")
+    print_line(f"Wrote {files} to {out_dir} ({report.already_there:,} skipped, already present)")
     return 1 if report.problems else 0
 
 
@@ -232,17 +232,19 @@ def _print_estimate(found: "Estimate") -> None:
     plan = found.plan
     combinations = counted(plan.sweep.combination_count, "combination")
     images = counted(plan.sweep.image_count, "image")
-    print(
+    print_line(
         f"{combinations} x {plan.sweep.count:,} = {images}: {plan.missing_count:,} to generate "
         f"({plan.existing_count:,} already present)"
     )
-    print(f"archive size: about {file_size(found.archive_bytes)} more, of which {found.token_bytes:,} bytes are tokens")
+    print_line(
+        f"archive size: about {file_size(found.archive_bytes)} more, of which {found.token_bytes:,} bytes are tokens"
+    )
     batches = f"{found.batch_count} concurrent batches" if found.batch_count > 1 else "a batch"
     memory = f"{found.memory_bytes / 1e6:,.0f} MB"
-    print(f"peak memory of {batches} of {found.batch_size}: {memory}, besides the weights")
+    print_line(f"peak memory of {batches} of {found.batch_size}: {memory}, besides the weights")
     if plan.missing:
         what = "generating and scoring" if found.is_scored else "generating"
-        print(
+        print_line(
             f"{what}: about {tqdm.format_interval(found.seconds)}, from the speed of a few steps; nothing was written"
         )
 
@@ -255,10 +257,11 @@ def _print_report(report: "GenerateReport", args: argparse.Namespace) -> int:
     summary = f"Added {counted(report.added_count, 'image')} to {args.db} ({skipped})"
     if report.added_count:
         summary += f", {report.added_count / report.seconds:.1f} images/s"
-    print(summary)
+    print_line(summary)
     words = ["python", "-m", "dm_generations", "decode", "--db", str(args.db)]
-    print(f"To view them:\n  {shlex.join(words + ([] if report.codec is None else ['--codec', report.codec]))}")
+    print_line("To view them:")
+    print_line(f"  {shlex.join(words + ([] if report.codec is None else ['--codec', report.codec]))}")
     if report.invalid_count:
         what = f"{counted(report.invalid_count, 'image')} left out, with a token outside the codebook"
-        print(f"error: {what}: dalle-mini's noise also samples its end token", file=sys.stderr)
+        print_line(f"error: {what}: dalle-mini's noise also samples its end token", to_stderr=True)
     return 1 if report.invalid_count else 0

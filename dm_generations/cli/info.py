@@ -13,6 +13,7 @@ from dm_generations.cli.common import (
     archive_path,
     counted,
     file_size,
+    print_line,
     printable,
     selection_from,
     utc_time,
@@ -45,13 +46,14 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
     else:
-        print("\n".join(_lines(found)))
+        for line in _lines(found):
+            print_line(line)
     return 0
 
 
 def _lines(found: ArchiveInfo) -> Iterator[str]:
     layout = "2022 layout" if found.layout == "2022" else f"format {found.layout}"
-    yield f"{printable(found.path, 1000)}: {layout}, {file_size(found.file_bytes)}"
+    yield f"{found.path}: {layout}, {file_size(found.file_bytes)}"
     sizes = f"{found.smallest_group:,}"
     if found.largest_group != found.smallest_group:
         sizes += f" to {found.largest_group:,}"
@@ -63,16 +65,19 @@ def _lines(found: ArchiveInfo) -> Iterator[str]:
     yield from _prompt_lines("prompts", found.prompts)
     yield from _prompt_lines("unconditional prompts", found.sc_prompts)
 
-    yield "\nsettings"
+    yield ""
+    yield "settings"
     for name, values in found.axes.items():
         yield f"  {name:<12} {' '.join(str(value) for value in values)}"
 
-    yield "\ntokens"
+    yield ""
+    yield "tokens"
     for token in found.tokens:
         grid = f"{token.grid}x{token.grid} tokens" if token.grid else "no square grid"
         yield f"  {grid} ({token.byte_count:,} bytes)  {counted(token.image_count, 'image')}"
 
-    yield "\nCLIP scores: smallest, mean, largest"
+    yield ""
+    yield "CLIP scores: smallest, mean, largest"
     for name, score in found.scores.items():
         if score.image_count:
             yield f"  {name:<21} {_range(score)}  ({counted(score.image_count, 'image')})"
@@ -80,16 +85,20 @@ def _lines(found: ArchiveInfo) -> Iterator[str]:
             yield f"  {name:<21} none"
 
     if found.log_prob.image_count:
-        yield "\nlog-probability of the tokens: smallest, mean, largest"
+        yield ""
+        yield "log-probability of the tokens: smallest, mean, largest"
         yield f"  {'log_prob':<21} {_range(found.log_prob)}  ({counted(found.log_prob.image_count, 'image')})"
     if found.image_count_by_dtype:
-        yield "\ncomputed in"
+        yield ""
+        yield "computed in"
         for dtype, count in found.image_count_by_dtype.items():
             yield f"  {printable(dtype):<21} ({counted(count, 'image')})"
     if found.continued_count:
-        yield f"\nwith initial tokens: {counted(found.continued_count, 'image')}"
+        yield ""
+        yield f"with initial tokens: {counted(found.continued_count, 'image')}"
 
-    yield "\nmodels" if found.models else "\nmodels: not recorded"
+    yield ""
+    yield "models" if found.models else "models: not recorded"
     for model in found.models:
         use = counted(model.image_count, "image")
         shape = model.token_shape
@@ -109,7 +118,8 @@ def _range(values: ValueRange) -> str:
 
 
 def _prompt_lines(title: str, prompts: list[PromptInfo]) -> Iterator[str]:
-    yield f"\n{title}"
+    yield ""
+    yield title
     for prompt in prompts:
         text = "(empty: the model's own)" if prompt.text is None else printable(prompt.text)
         yield f"  {_id(prompt.id)}  {text}  ({counted(prompt.image_count, 'image')})"

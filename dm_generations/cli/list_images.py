@@ -10,13 +10,15 @@ from typing import Any
 from dm_generations.archive import Archive
 from dm_generations.archive.listing import LIST_COLUMNS, list_rows
 from dm_generations.cli.common import (
+    MAX_LINE,
     add_archive,
     add_selection_options,
     archive_path,
     at_least_one,
-    printable,
+    print_line,
     selection_from,
 )
+from dm_generations.errors import printable
 
 HELP = "list the images of an archive as rows"
 DESCRIPTION = """\
@@ -64,11 +66,14 @@ def run(args: argparse.Namespace) -> int:
         if args.format == "csv":
             writer = csv.writer(sys.stdout, lineterminator="\n")
             writer.writerow(LIST_COLUMNS)
-            writer.writerows([_plain(value) for value in row] for row in rows)
-        else:
-            lines = _json_lines(rows) if args.format == "jsonl" else _table_lines(rows)
-            for line in lines:
+            clean = _shown if sys.stdout.isatty() else _plain
+            writer.writerows([clean(value) for value in row] for row in rows)
+        elif args.format == "jsonl":
+            for line in _json_lines(rows):
                 print(line)
+        else:
+            for line in _table_lines(rows):
+                print_line(line)
     return 0
 
 
@@ -80,6 +85,11 @@ def _json_lines(rows: Iterable[tuple[Any, ...]]) -> Iterator[str]:
 def _plain(value: Any) -> Any:
     """Return a value for a program; a damaged archive can hold bytes anywhere."""
     return value.hex() if isinstance(value, bytes) else value
+
+
+def _shown(value: Any) -> Any:
+    """Return a value for a terminal, in which a text could be a command."""
+    return printable(value, MAX_LINE) if isinstance(value, str) else _plain(value)
 
 
 def _table_lines(rows: Iterable[tuple[Any, ...]]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import argparse
 
 from dm_generations.archive import merge
-from dm_generations.cli.common import add_selection_options, counted, file_path, printable, selection_from
+from dm_generations.cli.common import add_selection_options, counted, file_path, print_line, selection_from
 
 HELP = "join archives"
 DESCRIPTION = """\
@@ -32,11 +32,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
     for report in merge(args.sources, args.into, selection_from(args)):
         skipped_count = report.image_count - report.added_count
-        line = f"Added {counted(report.added_count, 'image')} from {printable(report.path, 1000)}"
+        line = f"Added {counted(report.added_count, 'image')} from {report.path}"
         line += f" ({skipped_count:,} skipped, already present)"
         if report.scored_count:
             line += f"; {report.scored_count:,} of those now have its scores"
         if report.judgement_count:
             line += f"; {report.judgement_count:,} of its scores of other judges, vectors and ratings added"
-        print(line)
+        print_line(line)
     return 0

@@ -1,7 +1,6 @@
 """`score`: CLIP scores for the images of an archive."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from dm_generations.cli.common import (
     archive_path,
     counted,
     prepare_device,
+    print_line,
     selection_from,
 )
 
@@ -60,17 +60,17 @@ def run(args: argparse.Namespace) -> int:
 def _print_report(report: "ScoreReport", path: Path, is_all: bool, codec_name: str) -> int:
     """Print what was done; 1 if something was left undone."""
     if not report.due_count:
-        print(f"All images in {path} have scores{' of this CLIP' if is_all else ''}; nothing to do")
+        print_line(f"All images in {path} have scores{' of this CLIP' if is_all else ''}; nothing to do")
         return 0
-    print(f"Scored {counted(report.scored_count, 'image')} in {path}")
+    print_line(f"Scored {counted(report.scored_count, 'image')} in {path}")
     for line in report.bad_rows[:_MAX_BAD_ROWS]:
-        print(f"error: {line}", file=sys.stderr)
+        print_line(f"error: {line}", to_stderr=True)
     if hidden := len(report.bad_rows[_MAX_BAD_ROWS:]):
-        print(f"error: {counted(hidden, 'more image')} not scored; `verify` lists them", file=sys.stderr)
+        print_line(f"error: {counted(hidden, 'more image')} not scored; `verify` lists them", to_stderr=True)
     for name, count in report.count_by_other_codec.items():
-        print(
+        print_line(
             f"error: {counted(count, 'image')} not scored: made with codec {name!r:.100}, not {codec_name!r:.100}; "
             "repeat this with its folder as --codec",
-            file=sys.stderr,
+            to_stderr=True,
         )
     return 1 if report.bad_rows or report.count_by_other_codec else 0

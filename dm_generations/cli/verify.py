@@ -17,7 +17,7 @@ from dm_generations.cli.common import (
     counted,
     dalle_pytorch_overrides,
     prepare_device,
-    printable,
+    print_line,
     selection_from,
 )
 from dm_generations.errors import UserError
@@ -77,14 +77,14 @@ def run(args: argparse.Namespace) -> int:
             if args.json:
                 print(json.dumps(dataclasses.asdict(problem)))
             else:
-                print(printable(str(problem), 1000))
+                print_line(problem)
         if not args.json:
             verdict = (
                 counted(problem_count, "problem")
                 if problem_count
                 else f"sound, {counted(archive.count(where), 'image')} checked"
             )
-            print(f"{printable(str(archive.path), 1000)}: {verdict}")
+            print_line(f"{archive.path}: {verdict}")
         if args.regenerate or args.replay:
             problem_count += _reproduce(archive, where, args)
     return 1 if problem_count else 0
@@ -99,7 +99,10 @@ def _reproduce(archive: Archive, where: Where, args: argparse.Namespace) -> int:
     from dm_generations.pipelines.reproduce import Mismatch, reproduce_archive
 
     def print_mismatch(mismatch: Mismatch) -> None:
-        print(json.dumps(dataclasses.asdict(mismatch)) if args.json else mismatch)
+        if args.json:
+            print(json.dumps(dataclasses.asdict(mismatch)))
+        else:
+            print_line(mismatch)
 
     checkpoint = load_generator(args.model, args.tokenizer, dalle_pytorch_overrides(args))
     max_margin = None if args.regenerate else args.margin
@@ -110,5 +113,5 @@ def _reproduce(archive: Archive, where: Where, args: argparse.Namespace) -> int:
     if not args.json:
         what = "Regenerated" if args.regenerate else "Replayed"
         verdict = counted(len(report.mismatches), "mismatch", "mismatches") if report.mismatches else "all as stored"
-        print(f"{what} {counted(report.checked_count, 'image')}: {verdict}")
+        print_line(f"{what} {counted(report.checked_count, 'image')}: {verdict}")
     return len(report.mismatches)

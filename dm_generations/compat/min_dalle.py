@@ -210,7 +210,7 @@ class MinDalle:
             return self._loaded
         models = load_models(self._model, self._codec, None, is_scored=False)
         if self.is_verbose:
-            print(f"loading {models.generator.name} and {models.codec.name}")
+            print(f"loading {models.generator.name!r} and {models.codec.name!r}")
         generator = Generator(models.generator, models.generator.load_tokenizer(), batch_size=1, dtype=self.dtype)
         loaded = generator, Decoder.from_checkpoint(models.codec, batch_size=1, grid=models.grid)
         if self.is_reusable:

@@ -279,10 +279,9 @@ class FullDisk(io.StringIO):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("errors", [FullDisk(), None], ids=["full", "closed"])
-def test_errors_that_nobody_can_read_cost_no_image(command, archive, tmp_path, monkeypatch, errors):
+def test_errors_that_nobody_can_read_cost_no_image(command, archive, tmp_path, monkeypatch):
     change(archive, "UPDATE images SET quantvec = x'00' WHERE id = 1")
-    monkeypatch.setattr(sys, "stderr", errors)
+    monkeypatch.setattr(sys, "stderr", FullDisk())
     assert command.run(tmp_path / "out", "--db", str(archive)) == 1
     assert len(read_images(tmp_path / "out")) == 5
 

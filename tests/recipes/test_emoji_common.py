@@ -98,10 +98,10 @@ def test_scanned_layers_are_rounded_too():
     """As in DALL-E mega's checkpoint."""
     small = {"d_model": 32, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "use_scan": True}
     model = DalleBart(dataclasses.replace(make_config(64, 4, 400), **small))
-    text, codes = np.ones((2, 8), np.int32), np.ones((2, 4), np.int32)
-    params = model.init(jax.random.key(0), text, text, codes)
-    exact = model.apply(params, text, text, codes)
+    text, tokens = np.ones((2, 8), np.int32), np.ones((2, 4), np.int32)
+    params = model.init(jax.random.key(0), text, text, tokens)
+    exact = model.apply(params, text, text, tokens)
     with nn.intercept_methods(use_bfloat16_dense):
-        found = model.apply(params, text, text, codes)
+        found = model.apply(params, text, text, tokens)
     assert (found != exact).any()
     np.testing.assert_allclose(found, exact, atol=0.01)
