@@ -108,7 +108,7 @@ class ModelInfo:
     Attributes:
         kind: A ModelKind.
         name: For people; models can share it.
-        sha256: Of the weight file, 64 lower-case hex digits.
+        sha256: Of the weights, 64 lower-case hex digits.
         config: The model's configuration.
         grid: Side of the token grid; like the next two, only for codecs.
         codebook_size: Number of tokens in the codebook.

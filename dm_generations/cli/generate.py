@@ -259,5 +259,5 @@ def _print_report(report: "GenerateReport", args: argparse.Namespace) -> int:
     print(f"To view them:\n  {shlex.join(words + ([] if report.codec is None else ['--codec', report.codec]))}")
     if report.invalid_count:
         what = f"{counted(report.invalid_count, 'image')} left out, with a token outside the codebook"
-        print(f"error: {what}: dalle-mini's noise also samples its end token", file=sys.stderr)
+        print(f"error: {what}: dalle-mini's noise also samples the start token", file=sys.stderr)
     return 1 if report.invalid_count else 0

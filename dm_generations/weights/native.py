@@ -7,9 +7,11 @@ that computes in the system's memory uses them where the file is mapped, without
 in place: a new one replaces it.
 """
 
+import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +162,18 @@ def save(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_safetensors(folder / WEIGHTS_FILE, flatten(params), dtype)
+    with replacing(folder / WEIGHTS_FILE) as file:
+        for part in serialize(flatten(params), dtype):
+            file.write(part)
     values: dict[str, Any] = {"format": FORMAT, "kind": kind} | ({"text_style": text_style} if text_style else {})
     write_atomic(folder / CONFIG_FILE, (json.dumps(values | config, indent=2) + "\n").encode())
 
 
-def _write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: np.dtype | type | None) -> None:
-    """Write tensors, the largest first, one at a time; the library sorts by name, aligns to 8 bytes and takes all."""
+def serialize(tensors: dict[str, np.ndarray], dtype: np.dtype | type | None = None) -> Iterator[bytes | memoryview]:
+    """Yield what a safetensors file of these tensors consists of, the largest first, one at a time.
+
+    The library sorts by name, aligns to 8 bytes and takes all at once.
+    """
     order = sorted(tensors, key=lambda name: (-np.asarray(tensors[name]).nbytes, name))
     header, offset = {}, 0
     for name in order:
@@ -181,9 +188,23 @@ def _write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: np.dty
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    with replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            array = np.asarray(tensors[name])
-            file.write(np.ascontiguousarray(array, dtype or array.dtype).reshape(-1).view(np.uint8).data)
-            release([array])
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        array = np.asarray(tensors[name])
+        yield np.ascontiguousarray(array, dtype or array.dtype).reshape(-1).view(np.uint8).data
+        release([array])
+
+
+def digest(params: dict) -> str:
+    """Return what the weights of a model are known by, whatever file they lie in.
+
+    Args:
+        params: Nested dict of arrays.
+
+    Returns:
+        Hex SHA-256 of the file that `save` writes of them.
+    """
+    found = hashlib.sha256()
+    for part in serialize(flatten(params)):
+        found.update(part)
+    return found.hexdigest()

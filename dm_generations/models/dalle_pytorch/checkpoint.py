@@ -276,8 +276,10 @@ def _parameters(name: str, array: np.ndarray, config: DallePytorchConfig, file: 
         text, image = array.T[..., : config.text_rows], array.T[..., config.text_rows :]
         return {f"to_logits/text/{leaf}": text, f"to_logits/image/{leaf}": image}
     if name == "transformer.pos_emb":
-        angles = array.reshape(array.shape[-2:])[: config.sequence_length].astype(np.float32)
-        return {"transformer/rotary_cos": np.cos(angles), "transformer/rotary_sin": np.sin(angles)}
+        # in float64, so that every machine computes the same float32
+        angles = array.reshape(array.shape[-2:])[: config.sequence_length].astype(np.float64)
+        tables = {"cos": np.cos(angles), "sin": np.sin(angles)}
+        return {f"transformer/rotary_{name}": table.astype(np.float32) for name, table in tables.items()}
     if name in ("text_emb.weight", "image_emb.weight", "text_pos_emb.weight"):
         return {name.replace(".weight", "/embedding"): array}
     return {_HEAD_NORM.get(name, name): array}
