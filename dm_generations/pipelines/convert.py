@@ -15,6 +15,7 @@ from dm_generations.models.loading import Checkpoint, find_checkpoint
 from dm_generations.models.registry import ROLES
 from dm_generations.models.tokenization import VOCAB_OR_MERGES_NAME
 from dm_generations.weights import native
+from dm_generations.weights.mmap import is_apple_double
 from dm_generations.weights.tar import is_archive
 
 # Files of tokenizers, in any of the public models, and those that only go with one.
@@ -98,7 +99,9 @@ def _copy_tokenizer(source: Path, folder: Path) -> bool:
     """
     if source.is_dir():
         copies = {source / name: name for name in (*TOKENIZER_FILES, *_EXTRA_FILES)}
-        copies |= {extra: extra.name for extra in source.glob("*.model")}  # YouTokenToMe's
+        copies |= {
+            extra: extra.name for extra in source.glob("*.model") if not is_apple_double(extra)
+        }  # YouTokenToMe's
     elif match := VOCAB_OR_MERGES_NAME.fullmatch(source.name):
         ending = match[1] or match[2] or ""  # min-dalle's two sizes in one folder
         copies = {source.with_name(f"vocab{ending}.json"): "vocab.json"}

@@ -21,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 
 from dm_generations.atomic_io import replacing, write_atomic
 from dm_generations.errors import UserError, one_line
-from dm_generations.weights.mmap import MappedFile, release
+from dm_generations.weights.mmap import MappedFile, refuse_lfs_pointer, release
 
 FORMAT = "dm-generations"
 CONFIG_FILE, WEIGHTS_FILE, CODEC_FOLDER = "config.json", "model.safetensors", "codec"
 _ALIGNMENT = 64
+_MAX_JSON = 16 << 20  # bytes: the index of a model in many files can have some
 DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # those of weights
 _DTYPES = {
     **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_},
@@ -102,7 +103,12 @@ def read_json_object(path: Path) -> dict:
         UserError: The file cannot be read, or is not a JSON object.
     """
     try:
-        values = json.loads(path.read_text("utf-8"))
+        with open(path, "rb") as file:
+            content = file.read(_MAX_JSON + 1)
+        refuse_lfs_pointer(path, content)
+        if len(content) > _MAX_JSON:
+            raise UserError(f"{path} is longer than {_MAX_JSON >> 20} MiB, not a configuration")
+        values = json.loads(content)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

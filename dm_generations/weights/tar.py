@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from dm_generations.errors import EXIT_CALLBACKS, UserError, one_line
+from dm_generations.weights.mmap import refuse_lfs_pointer
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar")
 MAX_HEADER = 1 << 20  # bytes before the content of a file: names, extended headers and maps of sparse files
@@ -77,7 +78,9 @@ def _extract(
     folder = _make_temporary_folder(path)
     try:
         with open(path, "rb") as file:
-            is_compressed = file.read(2) == b"\x1f\x8b"
+            head = file.read(100)
+            refuse_lfs_pointer(path, head)
+            is_compressed = head.startswith(b"\x1f\x8b")
             file.seek(0)
             stream = _HeaderLimit(gzip.GzipFile(fileobj=file) if is_compressed else file)  # type: ignore[arg-type]
             with tarfile.open(fileobj=stream, mode="r|") as archive:  # type: ignore[call-overload]

@@ -34,6 +34,7 @@ from dm_generations.weights.state_dict import (
     Shape,
     check_tensors,
     count_numbered,
+    find_state,
     get_tensor,
     split_list_indices,
     strip_prefix,
@@ -71,7 +72,7 @@ def read_generator(path: Path) -> RawCheckpoint | None:
     angles = state["transformer.pos_emb"].shape if config.rotary_emb else ()
     named = functools.partial(_name_in_file, names=names, config=config, wrappers=_wrappers(state), angles=angles)
     tokenizers = (found for pattern in _TOKENIZERS for found in sorted(file.parent.glob(pattern)))
-    tokenizer = next(tokenizers, None)
+    tokenizer = next((found for found in tokenizers if not is_apple_double(found)), None)
     return RawCheckpoint("dalle_pytorch", config, params, (file,), tokenizer, "dalle_pytorch", name_in_file=named)
 
 
@@ -143,7 +144,7 @@ def _read_content(path: Path) -> tuple[Path, dict[str, Any]] | None:
     for name in ("hparams", "weights"):
         if not isinstance(content[name], Mapping) or not all(isinstance(key, str) for key in content[name]):
             raise UserError(f"{file}: {name} is not a dict with names")
-    return file, dict(content)
+    return file, dict(content) | {"weights": find_state(content["weights"])}
 
 
 def _network_state(content: Mapping[str, Any], file: Path) -> dict[str, np.ndarray]:
