@@ -27,6 +27,7 @@ from dm_generations.models.registry import (
     load_tokenizer,
     parameter_shapes,
 )
+from dm_generations.runtime.device import WEIGHTS_ADVICE, memory_errors
 from dm_generations.weights import hub, native
 from dm_generations.weights.mmap import release
 from dm_generations.weights.native import flatten
@@ -135,6 +136,7 @@ def load_checkpoint(path_or_name: str | os.PathLike | None, role: str) -> Checkp
     return found
 
 
+@memory_errors(WEIGHTS_ADVICE)
 def find_checkpoint(path_or_name: str | os.PathLike | None, role: str) -> Checkpoint | None:
     """Load as `load_checkpoint` does, but return None for a path that holds nothing for this role."""
     path: Path | None

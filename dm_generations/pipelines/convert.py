@@ -14,6 +14,7 @@ from dm_generations.models.kakao_mindalle import checkpoint as kakao_mindalle
 from dm_generations.models.loading import Checkpoint, find_checkpoint
 from dm_generations.models.registry import ROLES
 from dm_generations.models.tokenization import VOCAB_OR_MERGES_NAME
+from dm_generations.runtime.device import memory_errors
 from dm_generations.weights import native
 from dm_generations.weights.mmap import is_apple_double
 from dm_generations.weights.tar import is_archive
@@ -33,6 +34,7 @@ _EXTRA_FILES = (WORDS_FILE, "preprocessor_config.json", "processor_config.json")
 _DTYPES: dict[str, type] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
+@memory_errors("convert the model on a machine with more")
 def convert(spec: str, out: Path, tokenizer: Path | None = None, dtype: str | None = None) -> list[str]:
     """Write every model of a checkpoint as folders of our own. `out` appears as a whole or not at all.
 

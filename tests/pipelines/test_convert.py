@@ -7,11 +7,13 @@ from helpers import golden
 from tiny import tiny_dalle_bart
 
 from dm_generations.archive import Archive
+from dm_generations.errors import UserError
 from dm_generations.models.loading import find_checkpoint, load_checkpoint
 from dm_generations.models.registry import ROLES
 from dm_generations.models.vqgan.network import VQGANConfig
 from dm_generations.paths import shipped
 from dm_generations.pipelines.convert import convert
+from dm_generations.weights import native
 
 WIDE = VQGANConfig(ch=64, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), resolution=16, n_embed=50)
 SOURCES = [
@@ -72,3 +74,16 @@ def test_a_model_without_a_tokenizer_says_so(tmp_path):
     (model / "enwiki-words-frequency.txt").write_text("the 5")
     assert "--tokenizer" in convert(str(model), tmp_path / "bare")[0]
     assert "--tokenizer" not in convert(str(model), tmp_path / "given", tmp_path / "tokenizer.json")[0]
+
+
+@pytest.mark.parametrize("step", ["digest", "serialize"])
+def test_weights_that_do_not_fit_are_one_line(step, tmp_path, monkeypatch):
+    model = tiny_dalle_bart(tmp_path / "model")
+
+    def fail(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(native, step, fail)
+    with pytest.raises(UserError, match="not enough memory"):
+        convert(str(model), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
