@@ -20,7 +20,7 @@ def test_the_cache_is_private(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = cache_dir("xla")
-    assert folder == tmp_path / "dm-generations" / "xla"
+    assert folder == tmp_path.resolve() / "dm-generations" / "xla"
     folder.chmod(0o755)
     assert cache_dir("xla").stat().st_mode & 0o777 == 0o700
 
@@ -37,6 +37,27 @@ def test_a_cache_of_another_user_or_one_that_others_can_write_to_is_refused(tmp_
     monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
     with pytest.raises(UserError, match="XDG_CACHE_HOME"):
         cache_dir("xla")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs owners and modes of files")
+@pytest.mark.parametrize(("mode", "is_refused"), [(0o777, True), (0o770, True), (0o1777, False), (0o755, False)])
+def test_no_folder_on_the_way_can_be_replaced_by_others(tmp_path, monkeypatch, mode, is_refused):
+    """Whoever writes to one could put another folder in the place of ours, except where the sticky bit is set."""
+    monkeypatch.setattr("sys.platform", "linux")
+    shared = tmp_path / "shared"
+    (shared / "mine" / "deeper").mkdir(parents=True)
+    shared.chmod(mode)
+    link = tmp_path / "link"
+    link.symlink_to(shared / "mine")
+    for base in (shared / "mine" / "deeper", link / "deeper", link):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(base))
+        if is_refused:
+            with pytest.raises(UserError, match=f"{shared} .*XDG_CACHE_HOME"):
+                cache_dir("xla/machine")
+        else:
+            found = cache_dir("xla/machine")
+            assert found.is_relative_to(shared) and not found.is_symlink()
+            assert {folder.stat().st_mode & 0o777 for folder in (found, *found.parents[:2])} == {0o700}
 
 
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):

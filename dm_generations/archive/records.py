@@ -130,7 +130,7 @@ class ModelInfo:
     Attributes:
         kind: A ModelKind.
         name: For people; models can share it.
-        sha256: Of the weight file, 64 lower-case hex digits.
+        sha256: Of the weights, 64 lower-case hex digits.
         config: The model's configuration.
         token_shape: Of an image's tokens; like the next two, only for codecs.
         codebook_size: Number of tokens in the codebook.

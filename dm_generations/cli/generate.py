@@ -263,5 +263,5 @@ def _print_report(report: "GenerateReport", args: argparse.Namespace) -> int:
     print_line(f"  {shlex.join(words + ([] if report.codec is None else ['--codec', report.codec]))}")
     if report.invalid_count:
         what = f"{counted(report.invalid_count, 'image')} left out, with a token outside the codebook"
-        print_line(f"error: {what}: dalle-mini's noise also samples its end token", to_stderr=True)
+        print_line(f"error: {what}: dalle-mini's noise also samples the start token", to_stderr=True)
     return 1 if report.invalid_count else 0

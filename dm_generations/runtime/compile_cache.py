@@ -39,8 +39,7 @@ def enable() -> None:
     if config.jax_compilation_cache_dir is not None:
         return
     try:
-        folder = cache_dir("xla") / _machine()
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder = cache_dir(f"xla/{_machine()}")
         _prune(folder.parent, MAX_BYTES)
         _remove_truncated(folder)
     except (OSError, UserError) as error:
