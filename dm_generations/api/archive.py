@@ -142,7 +142,7 @@ class SelectedImages(ImageList):
         try:
             import pandas
         except ImportError as error:
-            raise UserError("this needs pandas: pip install pandas") from error
+            raise UserError("this needs pandas; install dm-generations[tables]") from error
         return pandas.DataFrame(self._values(), columns=[*LIST_COLUMNS, "tokens"])
 
     def to_arrow(self) -> "pyarrow.Table":
@@ -154,7 +154,7 @@ class SelectedImages(ImageList):
         try:
             import pyarrow
         except ImportError as error:
-            raise UserError("this needs pyarrow: pip install pyarrow") from error
+            raise UserError("this needs pyarrow; install dm-generations[tables]") from error
         kinds = {"int": pyarrow.int64(), "float": pyarrow.float64(), "str": pyarrow.string()}
         fields = [(name, kinds[_COLUMN_KINDS.get(name, "str")]) for name in LIST_COLUMNS]
         schema = pyarrow.schema([*fields, ("tokens", pyarrow.list_(pyarrow.uint16()))])

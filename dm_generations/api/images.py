@@ -104,9 +104,10 @@ class ImageRecord:
     def __repr__(self) -> str:
         number = "" if self.id is None else f" {self.id}"
         prompt = "no prompt" if self.prompt is None else repr(printable(self.prompt, 60))
-        values = [f"{name}={value}" for name, value in asdict(self.settings).items()]
+        # A damaged archive can hold any text in place of a number.
+        values = [f"{name}={printable(str(value), 20)}" for name, value in asdict(self.settings).items()]
         values += [f"{name}={score:.2f}" for name, score in self.scores.items() if name == "clip_score_input"]
-        return f"<image{number} of {prompt}: {', '.join(values)}, key={self.key[0]}:{self.key[1]}>"
+        return f"<image{number} of {prompt}: {', '.join(values)}, key={printable(f'{self.key[0]}:{self.key[1]}', 30)}>"
 
     def _repr_png_(self) -> bytes | None:
         try:
@@ -182,7 +183,10 @@ class ImageList(ABC, Sequence[ImageRecord]):
         return decode_images(self, decoder)
 
     def _repr_html_(self) -> str:
-        shown = list(self[:_MAX_SHOWN])
+        try:
+            shown = list(self[:_MAX_SHOWN])
+        except UserError as error:  # the archive is closed, for instance
+            return _grid_html(f"{self!r}: {error}", (), 0)
         side = max((max((image.codec and image.codec.image_shape) or (1,)) for image in shown), default=1)
         shown = shown[: max(4, _MAX_SHOWN_PIXELS // side**2)]
         try:
@@ -209,7 +213,7 @@ def _labels(images: Sequence[ImageRecord]) -> list[str]:
 
 def settings_label(values: Mapping[str, Any], names: Iterable[str]) -> str:
     """Return settings in short, as file names have them: `k=256 c=3.0`."""
-    return " ".join(f"{_SHORT_NAMES[name]}={values[name]}" for name in names)
+    return " ".join(f"{_SHORT_NAMES[name]}={printable(str(values[name]), 20)}" for name in names)
 
 
 def _grid_html(title: str, cells: Iterable[tuple[str, str]], more: int) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -83,7 +84,9 @@ def _json_lines(rows: Iterable[tuple[Any, ...]]) -> Iterator[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value for a program; a damaged archive can hold bytes anywhere."""
+    """Return a value for a program; a damaged archive can hold bytes anywhere, and JSON has no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value.hex() if isinstance(value, bytes) else value
 
 

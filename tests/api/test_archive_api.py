@@ -93,7 +93,19 @@ def test_reprs_say_what_they_hold_on_one_line(tiny_archive):
         assert len(repr(thing)) < 300
     assert "a.db" in repr(tiny_archive) and "6" in repr(tiny_archive) and "6" in repr(images)
     tiny_archive.close()
-    assert "closed" in repr(tiny_archive) and tiny_archive._repr_html_()
+    assert "closed" in repr(tiny_archive) and tiny_archive._repr_html_() and images._repr_html_()
+
+
+def test_any_text_in_place_of_numbers_is_escaped(tmp_path):
+    path = archive_2022(tmp_path / "2022.db")
+    evil = "\x1b[31m<b>"
+    execute(path, "INSERT INTO images VALUES (1, 3, 1, ?, 1.0, 1.0, 3.0, ?, 0, ?, NULL, NULL, NULL)", evil, evil, evil)
+    with Archive.open(path) as archive:
+        (image,) = archive.images()
+        assert "\x1b" not in repr(image) and "<b>" not in archive.images()._repr_html_()
+        with pytest.raises(UserError, match="1"):
+            _ = image.tokens
+        assert "top_k" in Tags(archive._repr_html_()).text
 
 
 def test_notebooks_show_hostile_prompts_as_text(tiny_archive):

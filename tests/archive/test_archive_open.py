@@ -14,7 +14,7 @@ import pytest
 from archive_kit import COLUMNS_2022, archive_2022, execute, fill, leave_log, new_image, run_program
 from helpers import golden
 
-from dm_generations.archive import Archive, ArchiveError, GroupKey, records, verify
+from dm_generations.archive import Archive, ArchiveError, GroupKey, queries, verify
 from dm_generations.sampling.params import SamplingParams
 
 
@@ -313,7 +313,7 @@ def test_ids_that_do_not_ascend_end_a_scan(ours):
 
 
 def test_large_tokens_are_read_a_few_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "CHUNK_BYTES", 2_000_000)
+    monkeypatch.setattr(queries, "CHUNK_BYTES", 2_000_000)
     path = archive_2022(tmp_path / "a.db")
     insert = "INSERT INTO images VALUES (?, 3, 1, 50, 1.0, 1.0, 10.0, 1, 2, zeroblob(1000000), NULL, ?, NULL)"
     for row_id in range(1, 21):

@@ -5,6 +5,7 @@ import datetime
 import io
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,7 +206,7 @@ def test_an_archive_is_given_once(command, capsys):
     with pytest.raises(SystemExit) as ended:
         build_parser().parse_args([command, "a.db", "--db", "b.db"])
     assert ended.value.code == 2
-    assert build_parser().parse_args([command, "--db", "b.db"]).db == "b.db"
+    assert build_parser().parse_args([command, "--db", "b.db"]).db == Path("b.db")
 
 
 def test_score_needs_an_archive():

@@ -38,6 +38,7 @@ def run(capsys, *words):
 
 MISSING = {
     "info": ["--db", NAME],
+    "list": [NAME],
     "verify": ["--db", NAME],
     "decode": ["--db", NAME],
     "score": ["--db", NAME],
@@ -55,7 +56,9 @@ def test_a_name_of_no_file(command, tmp_path, monkeypatch, capsys):
     assert_harmless(printed.err, line_count=1)
 
 
-@pytest.mark.parametrize("words", [["info", NAME], [NAME], ["decode", "--n-best", NAME], ["decode", "--format", NAME]])
+@pytest.mark.parametrize(
+    "words", [["info", "--json", NAME, NAME], [NAME], ["decode", "--n-best", NAME], ["decode", "--format", NAME]]
+)
 def test_flags(words, capsys):
     status, printed = run(capsys, *words)
     assert status == 2

@@ -10,8 +10,8 @@ from dm_generations.cli import main
 scan = Archive.scan
 
 
-def scan_or_die(archive, *arguments):
-    for count, row in enumerate(scan(archive, *arguments)):
+def scan_or_die(archive, *arguments, **options):
+    for count, row in enumerate(scan(archive, *arguments, **options)):
         if count == int(sys.argv[1]):
             os.kill(os.getpid(), signal.SIGKILL)
         yield row

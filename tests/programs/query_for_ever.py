@@ -16,5 +16,5 @@ def count_for_ever(archive, *arguments):
 
 
 if __name__ == "__main__":
-    Archive.groups = count_for_ever
+    Archive.count_groups = count_for_ever
     program(["info", "--db", sys.argv[1]])
