@@ -2,6 +2,7 @@
 
 import array
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -52,6 +53,7 @@ from dm_generations.archive.schema import (
     read_version,
     upgrade,
 )
+from dm_generations.archive.scores import BASIC, Due, Scorer, find_scorer
 
 LOCK_TIMEOUT: Final = 10.0  # seconds to wait for another program's lock
 CHUNK_ROWS: Final = 512  # read by one query, or fewer
@@ -213,17 +215,28 @@ class Archive:
             prompt_ids: Only groups of these prompts, None for all; unknown ids are ignored.
             sc_prompt_ids: The same for unconditional prompts.
         """
-        parameters = {"prompt_ids": _json_ids(prompt_ids), "sc_prompt_ids": _json_ids(sc_prompt_ids)}
+        wanted = {"prompt_ids": prompt_ids, "sc_prompt_ids": sc_prompt_ids}
+        parameters = {name: None if ids is None else json.dumps(sorted(ids)) for name, ids in wanted.items()}
         rows = list(self.connection.rows(queries.COUNT_GROUPS.format(table=self._indexed_table()), parameters))
         try:
             return [Group(parse_group_key(row[:-1]), row[-1]) for row in rows]
         except ArchiveError as error:
             raise ArchiveError(f"{self.path}: {error}") from error
 
-    def image_ids(self, key: GroupKey, limit: int | None = None) -> Sequence[int]:
-        """Return ids of a group's images: highest clip_score_input first, unscored ones last, ties by id."""
-        parameters = [*key.values(), -1 if limit is None else limit]
-        query = queries.IDS_BEST_FIRST.format(table=self._indexed_table())
+    def image_ids(self, key: GroupKey, limit: int | None = None, rank_by: str | Scorer | None = None) -> Sequence[int]:
+        """Return ids of a group's images: the highest score first, unscored ones last, ties by id.
+
+        Args:
+            key: The group.
+            limit: At most so many.
+            rank_by: Whose score, as `scores.find_scorer` takes it; None is clip_score_input.
+        """
+        limit = -1 if limit is None else limit
+        scorer = find_scorer(self, rank_by) if isinstance(rank_by, str) else rank_by
+        if scorer is None:
+            query, parameters = queries.IDS_BEST_FIRST.format(table=self._indexed_table()), [*key.values(), limit]
+        else:
+            query, parameters = scorer.ranking(key, limit)
         ids = array.array("q")
         for (row_id,) in self.connection.rows(query, parameters):
             if not isinstance(row_id, int):
@@ -231,9 +244,9 @@ class Archive:
             ids.append(row_id)
         return ids
 
-    def rows(self, key: GroupKey, limit: int | None = None) -> Iterator[ImageRow]:
+    def rows(self, key: GroupKey, limit: int | None = None, rank_by: str | Scorer | None = None) -> Iterator[ImageRow]:
         """Yield a group's images, in the order of `image_ids`."""
-        return self.read_rows(self.image_ids(key, limit))
+        return self.read_rows(self.image_ids(key, limit, rank_by))
 
     def read_rows(self, ids: Iterable[int]) -> Iterator[ImageRow]:
         """Yield these images, in the order of `ids`, without unknown ids.
@@ -241,28 +254,23 @@ class Archive:
         A row on a damaged page is yielded with its id, no tokens, and None for all else, so that the rank of the next
         ones stays the same.
         """
-        chunk: list[int] = []
-        for row_id in ids:
-            chunk.append(row_id)
-            if len(chunk) == CHUNK_ROWS:
-                yield from self._read_chunk(chunk)
-                chunk = []
-        yield from self._read_chunk(chunk)
+        ids = iter(ids)
+        while chunk := list(itertools.islice(ids, CHUNK_ROWS)):
+            yield from self._read_chunk(chunk)
 
-    def rows_to_score(self, rescore: bool = False, clip_id: int | None = None) -> Iterator[ImageRow]:
+    def rows_to_score(self, rescore: bool = False, clip_id: int | None = None, due: Due = BASIC) -> Iterator[ImageRow]:
         """Yield images that lack a score, by id. Scores may be written while this runs.
 
         Args:
             rescore: Also images that have one, except those that the model `clip_id` scored.
             clip_id: None for a model that the archive does not have.
+            due: What else they may lack.
         """
-        parameters = {"rescore": rescore, "clip_id": clip_id}
-        return map(parse_image, self._scan(IMAGE_COLUMNS, queries.TO_SCORE, parameters))
+        return map(parse_image, self._scan(IMAGE_COLUMNS, queries.TO_SCORE, due.parameters(rescore, clip_id)))
 
-    def count_to_score(self, rescore: bool = False, clip_id: int | None = None) -> int:
+    def count_to_score(self, rescore: bool = False, clip_id: int | None = None, due: Due = BASIC) -> int:
         """Return how many images `rows_to_score` yields."""
-        parameters = {"rescore": rescore, "clip_id": clip_id}
-        return self.connection.value(f"SELECT count(*) FROM images WHERE {queries.TO_SCORE}", parameters)
+        return self.connection.value(queries.COUNT_TO_SCORE, due.parameters(rescore, clip_id))
 
     def existing_keys(
         self, key: GroupKey, generator_id: int | None, sampler_version: int | None = None, init_md5: str = ""
@@ -488,7 +496,3 @@ class Archive:
             if byte_count > CHUNK_BYTES:
                 break
         return found
-
-
-def _json_ids(ids: Collection[int] | None) -> str | None:
-    return None if ids is None else json.dumps(sorted(ids))

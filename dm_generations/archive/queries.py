@@ -30,6 +30,14 @@ SELECT id FROM {{table}} WHERE {_IN_GROUP}
 ORDER BY clip_score_input DESC, id  -- NULL comes last; id breaks ties, so a rerun picks the same images
 LIMIT ?
 """
+# The same by any scorer. Scores of a CLIP can be in its table or in the columns of images.
+IDS_BEST_FIRST_BY: Final = f"""
+SELECT id FROM images WHERE {_IN_GROUP}
+ORDER BY coalesce(
+    (SELECT value FROM scores WHERE scorer_id = ? AND image_id = images.id), CASE clip_id WHEN ? THEN {{column}} END
+) DESC, id
+LIMIT ?
+"""
 KEYS_OF_GROUP: Final = f"""
 SELECT key0, key1 FROM images
 WHERE {_IN_GROUP} AND generator_id IS ? AND (? IS NULL OR sampler_version = ?) AND init_md5 = ?
@@ -37,10 +45,27 @@ WHERE {_IN_GROUP} AND generator_id IS ? AND (? IS NULL OR sampler_version = ?) A
 
 # By id.
 SELECT_IMAGES: Final = f"SELECT {', '.join(IMAGE_COLUMNS)} FROM images WHERE id IN (SELECT value FROM json_each(?))"
-TO_SCORE: Final = """
-clip_score_input IS NULL OR clip_score_tokenized IS NULL
-    OR (:rescore AND (:clip_id IS NULL OR clip_id IS NOT :clip_id))
-"""
+_HAS_SCORE: Final = """EXISTS (
+    SELECT 1 FROM scores JOIN scorers ON scorers.id = scorer_id
+    WHERE image_id = images.id AND model_id = {model_id} AND reads = '{reads}'
+)"""
+_LACKS_SCORE: Final = "(clip_score_input IS NULL OR clip_score_tokenized IS NULL)"
+# Whether the columns of an image take scores of the CLIP :clip_id: they are empty, or they are its own and not whole.
+COLUMNS_DUE: Final = f"""(
+    (clip_score_input IS NULL AND clip_score_tokenized IS NULL) OR ({_LACKS_SCORE} AND clip_id = :clip_id)
+    OR (:rescore AND clip_id IS NOT :clip_id)
+)"""
+# Whether the table of scores takes them: the columns are another CLIP's.
+SCORES_DUE: Final = f"""(
+    ({_LACKS_SCORE} OR :adds) AND clip_id IS NOT :clip_id
+    AND NOT {_HAS_SCORE.format(model_id=":clip_id", reads="input")}
+)"""
+TO_SCORE: Final = f"""(
+    {COLUMNS_DUE} OR {SCORES_DUE}
+    OR (:head_id IS NOT NULL AND NOT {_HAS_SCORE.format(model_id=":head_id", reads="image")})
+    OR (:vectors AND NOT EXISTS (SELECT 1 FROM vectors WHERE model_id = :clip_id AND image_id = images.id))
+)"""
+COUNT_TO_SCORE: Final = f"SELECT count(*) FROM images WHERE {TO_SCORE}"
 
 # Writing. The same sample is stored once; unlike OR IGNORE, this still refuses bad values.
 INSERT_IMAGE: Final = f"{_INSERT_IMAGE} ON CONFLICT DO NOTHING"

@@ -142,6 +142,12 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="only the N best of each prompt and setting, by CLIP score",
     )
+    add(
+        "--rank-by",
+        metavar="SCORER",
+        help="order the images of each prompt and setting by the scores of another judge: its name, its id or the "
+        "first digits of its hash (default: clip_score_input)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -168,7 +174,10 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
             shard_size=args.shard_size or 1000,
             is_seamless=args.seamless,
         ),
-        selection=Selection(args.prompt_ids, args.prompt_texts, args.sc_prompt_ids, args.sc_prompt_texts, args.n_best),
+        selection=Selection(
+            *(args.prompt_ids, args.prompt_texts, args.sc_prompt_ids, args.sc_prompt_texts),
+            *(args.n_best, args.rank_by),
+        ),
         codec=args.codec,
         dtype=args.dtype,
         batch_size=args.batch_size,

@@ -252,7 +252,7 @@ class Exporter:
     def _find_stale(self) -> Iterator[str]:
         """Yield paths of files whose ranks belong to other images by now."""
         for plan in self.plans if self.layout.has_page and not self.journal.is_empty else ():
-            rows = self.archive.rows(plan.key, plan.count)
+            rows = plan.rows(self.archive)
             for target in plan.targets(self.layout):
                 members = list(islice(rows, len(target.ranks)))
                 if members:
@@ -268,7 +268,7 @@ class Exporter:
     def _find_stale_tokens(self) -> Iterator[str]:
         """Yield paths of files of tokens that differ from those of the image of their rank. They have no journal."""
         for plan in self.plans:
-            rows = self.archive.rows(plan.key, plan.count)
+            rows = plan.rows(self.archive)
             for target, row in zip(plan.targets(self.layout), rows, strict=False):  # fewer if the archive changes
                 with contextlib.suppress(OSError, ValueError, BadTokensError):
                     path, content = utf8_path(self.out_dir, target.path), encode_npy(self._tokens(row, None))
@@ -281,7 +281,7 @@ class Exporter:
         yield self.layout.mode, self.layout.extension, self.layout.shard_size if self.layout.mode == "tar" else None
         for plan in self.plans:
             yield plan.describe()
-            for row in self.archive.rows(plan.key, plan.count):
+            for row in plan.rows(self.archive):
                 yield row.id, row.quantvec_md5, row.clip_score_input, row.clip_score_tokenized
 
     # Read: rows to tokens.
@@ -293,7 +293,7 @@ class Exporter:
         finished_shard: Shard | None = None
         for plan, target, shard in self._files():
             if plan is not current_plan:
-                current_plan, rows = plan, self.archive.rows(plan.key, plan.count)
+                current_plan, rows = plan, plan.rows(self.archive)
             members = list(islice(rows, len(target.ranks)))
             is_due = self._is_due(target, shard)
             if shard is None and members and not is_due:

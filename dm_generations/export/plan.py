@@ -17,6 +17,7 @@ import numpy as np
 
 from dm_generations.archive import Archive, GroupKey, ImageRow, ModelInfo, quantvec_md5
 from dm_generations.archive.records import BYTES_PER_TOKEN, TOKEN_DTYPE, TokenShape, format_shape, square_side
+from dm_generations.archive.scores import Scorer, find_scorer
 from dm_generations.errors import UserError
 from dm_generations.models.loading import Checkpoint
 from dm_generations.paths import sanitize_file_name, sanitize_name, utf8_path
@@ -31,6 +32,7 @@ class Selection:
 
     Attributes:
         n_best: At most so many of each group; None for all.
+        rank_by: Whose scores order the images of a group, as `scores.find_scorer` takes it; None is clip_score_input.
     """
 
     prompt_ids: Sequence[int] = ()
@@ -38,6 +40,7 @@ class Selection:
     sc_prompt_ids: Sequence[int] = ()
     sc_prompt_texts: Sequence[str] = ()
     n_best: int | None = None
+    rank_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,11 @@ class GroupPlan:
     prompt: str | None
     sc_prompt: str | None
     count: int
+    rank_by: Scorer | None = None
+
+    def rows(self, archive: Archive, limit: int | None = None) -> Iterator[ImageRow]:
+        """Yield its images, or the first `limit` of them."""
+        return archive.rows(self.key, self.count if limit is None else min(limit, self.count), rank_by=self.rank_by)
 
     @property
     def folder(self) -> str:
@@ -148,8 +156,9 @@ def select_groups(archive: Archive, selection: Selection) -> list[GroupPlan]:
     """Return the selected groups, in the order of their ids and settings.
 
     Raises:
-        UserError: An id or a text is not in the archive, or nothing is selected.
+        UserError: An id, a text or a scorer is not in the archive, or nothing is selected.
     """
+    rank_by = None if selection.rank_by is None else find_scorer(archive, selection.rank_by)
     prompts, sc_prompts = archive.prompts(), archive.sc_prompts()
     prompt_ids = _select_ids("prompt", archive.path, prompts, selection.prompt_ids, selection.prompt_texts)
     sc_prompt_ids = _select_ids(
@@ -165,6 +174,7 @@ def select_groups(archive: Archive, selection: Selection) -> list[GroupPlan]:
             prompts.get(group.key.prompt_id),
             sc_prompts.get(group.key.sc_prompt_id),
             group.count if selection.n_best is None else min(group.count, selection.n_best),
+            rank_by,
         )
         for group in groups
     ]
@@ -292,7 +302,7 @@ def _find_recorded_codecs(
         return [None]
     if len(codec_ids) == 1:
         return codec_ids
-    named = {row.codec_id for plan in plans for row in archive.rows(plan.key, plan.count)}
+    named = {row.codec_id for plan in plans for row in plan.rows(archive)}
     return [codec_id for codec_id in codec_ids if codec_id in named] + ([None] if None in named else [])
 
 
@@ -319,7 +329,7 @@ def _check_tokens(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoin
 
 def _read_unrecorded(archive: Archive, plan: GroupPlan) -> list[ImageRow]:
     """Return those of the best rows of a group that name no codec."""
-    return [row for row in archive.rows(plan.key, min(plan.count, _SAMPLE_ROWS)) if row.codec_id is None]
+    return [row for row in plan.rows(archive, _SAMPLE_ROWS) if row.codec_id is None]
 
 
 def _mismatch(archive: Archive, codec: Checkpoint, theirs: str) -> UserError:

@@ -1,8 +1,10 @@
-"""Images and prompts to CLIP scores.
+"""Images and prompts to scores: CLIP's, and those of an aesthetic head on CLIP's image vectors.
 
 n: images   B: batch   H, W: pixels   P: CLIP's projection width
 """
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dm_generations.archive import ModelInfo
+from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoding
 from dm_generations.models.clip.network import CLIP, unit
 from dm_generations.models.clip.preprocessing import Preprocessing
@@ -25,7 +29,7 @@ class Scorer:
     """CLIP scores in batches of one fixed shape, divided among the local devices: each tower is compiled once."""
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: PromptTokenizer, batch_size: int = 32):
-        """Put a CLIP on the devices.
+        """Set up a CLIP; its towers go to the devices when they are first used.
 
         Args:
             checkpoint: Of kind "clip".
@@ -46,7 +50,7 @@ class Scorer:
         self._batch_size = -(-batch_size // len(devices)) * len(devices)
         self._width = config.projection_dim
         self._text_length = config.text_config.max_position_embeddings
-        self._params = put_params(checkpoint.params, sharding=self._replicate)
+        self._host_params = checkpoint.params
         self._scale = float(np.exp(np.float32(checkpoint.params["logit_scale"])))
         self._text_features: dict[str, np.ndarray] = {}
 
@@ -76,6 +80,19 @@ class Scorer:
         assert isinstance(tokenizer, PromptTokenizer), "CLIP has no other"
         return cls(checkpoint, tokenizer, batch_size)
 
+    @functools.cached_property
+    def _image_params(self) -> dict:
+        return self._put("vision_model", "visual_projection")
+
+    @functools.cached_property
+    def _text_params(self) -> dict:
+        return self._put("text_model", "text_projection")
+
+    def _put(self, *parts: str) -> dict:
+        """Put the parameters of one tower on the devices, once it is used: a search by text needs no other."""
+        own = {name: self._host_params[name] for name in (*parts, "logit_scale")}
+        return put_params(own, sharding=self._replicate)
+
     def compile(self, images: jax.ShapeDtypeStruct, prompts: Sequence[str]) -> None:
         """Compile ahead of the first batch.
 
@@ -83,7 +100,7 @@ class Scorer:
             images: The shape of a batch of images, as `Decoder.compile` returns it.
             prompts: Of that batch; their features are computed now.
         """
-        self._image_tower.lower(self._params, images).compile()
+        self._image_tower.lower(self._image_params, images).compile()
         self.text_features(prompts)
 
     def score(self, images: np.ndarray | Decoding, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -99,8 +116,11 @@ class Scorer:
         """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images do not match {len(prompts)} prompts")
+        return self.score_features(self.image_features(images), prompts)
+
+    def score_features(self, features: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Score images by their features, float32 (n, P), against n prompts; see `score`."""
         read_back = {prompt: self._tokenizer.round_trip(prompt, self._text_length) for prompt in set(prompts)}
-        features = self.image_features(images)
         typed = self.text_features(prompts)
         read = self.text_features([read_back[prompt] for prompt in prompts])
         return tuple(np.float32(self._scale) * np.sum(features * text, axis=-1) for text in (typed, read))
@@ -118,7 +138,7 @@ class Scorer:
             parts = self._on_device(images)
         else:
             raise ValueError(f"images must be uint8 (n, H, W, 3), not {images.dtype} {images.shape}")
-        pending = [(self._image_tower(self._params, batch), count) for batch, count in parts]
+        pending = [(self._image_tower(self._image_params, batch), count) for batch, count in parts]
         features = [jax.device_get(rows)[:count] for rows, count in pending]
         return np.concatenate([np.empty((0, self._width), np.float32), *features])
 
@@ -137,12 +157,49 @@ class Scorer:
         for start in range(0, len(new), TEXT_BATCH):
             ids, mask = self._tokenizer.encode(new[start : start + TEXT_BATCH], self._text_length)
             ids, mask = (jax.device_put(_padded(x, TEXT_BATCH), self._replicate) for x in (ids, mask))
-            pending.append(self._text_tower(self._params, ids, mask))
+            pending.append(self._text_tower(self._text_params, ids, mask))
         features.update(zip(new, np.concatenate(jax.device_get(pending))[: len(new)] if new else [], strict=True))
         self._text_features.update((text, features[text]) for text in new)
         while len(self._text_features) > MAX_CACHED_TEXTS:
             del self._text_features[next(iter(self._text_features))]  # the oldest
         return np.array([features[text] for text in texts], np.float32).reshape(len(texts), self._width)
+
+
+class AestheticScorer:
+    """Scores of CLIP vectors by an aesthetic head, which reads no prompt. It is so small that NumPy computes it."""
+
+    def __init__(self, head: Checkpoint, clip: Checkpoint):
+        """Check that a head reads the vectors of a CLIP.
+
+        Args:
+            head: Of kind "aesthetic".
+            clip: Of kind "clip".
+
+        Raises:
+            UserError: It reads vectors of another width.
+        """
+        self._head, self._clip = head, clip
+        self._layers = [
+            {name: np.asarray(array, np.float32) for name, array in head.params[f"layers_{number}"].items()}
+            for number in range(len(head.config.widths) - 1)
+        ]
+        if head.config.widths[0] != (width := clip.config.projection_dim):
+            raise UserError(
+                f"aesthetic head {head.name!r:.100} reads vectors of {head.config.widths[0]:,} numbers, CLIP "
+                f"{clip.name!r:.100} gives {width:,}: give the CLIP that it was trained on with --clip"
+            )
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """What an archive stores about it; the config names the CLIP."""
+        info = self._head.model_info()
+        return dataclasses.replace(info, config={**info.config, "clip_sha256": self._clip.sha256})
+
+    def score_features(self, features: np.ndarray) -> np.ndarray:
+        """Return scores, float32 (n,), of features of images (n, P), rows of unit length."""
+        for layer in self._layers:
+            features = features @ layer["kernel"] + layer["bias"]
+        return features[:, 0]
 
 
 def _padded(rows: np.ndarray, count: int) -> np.ndarray:
