@@ -30,14 +30,11 @@ SELECT id FROM {{table}} WHERE {_IN_GROUP}
 ORDER BY clip_score_input DESC, id  -- NULL comes last; id breaks ties, so a rerun picks the same images
 LIMIT ?
 """
-# The same by any scorer. Scores of a CLIP can be in its table or in the columns of images.
-IDS_BEST_FIRST_BY: Final = f"""
-SELECT id FROM images WHERE {_IN_GROUP}
-ORDER BY coalesce(
-    (SELECT value FROM scores WHERE scorer_id = ? AND image_id = images.id), CASE clip_id WHEN ? THEN {{column}} END
-) DESC, id
-LIMIT ?
-"""
+# The score of any judge: of the table, or of the columns if they are a CLIP's own.
+SCORE_OF_IMAGE: Final = """coalesce(
+    (SELECT value FROM scores WHERE scorer_id = ? AND image_id = images.id), CASE clip_id WHEN ? THEN {column} END
+)"""
+IDS_BEST_FIRST_BY: Final = f"SELECT id FROM images WHERE {_IN_GROUP} ORDER BY {{value}} DESC, id LIMIT ?"
 KEYS_OF_GROUP: Final = f"""
 SELECT key0, key1 FROM images
 WHERE {_IN_GROUP} AND generator_id IS ? AND (? IS NULL OR sampler_version = ?) AND init_md5 = ?

@@ -5,13 +5,14 @@ another CLIP or an aesthetic head says goes to the table `scores`.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from dm_generations.archive.connection import ArchiveError
-from dm_generations.archive.queries import COLUMNS_DUE, IDS_BEST_FIRST_BY, SCORES_DUE
-from dm_generations.archive.records import GroupKey, parse_text
+from dm_generations.archive.queries import COLUMNS_DUE, IDS_BEST_FIRST_BY, SCORE_OF_IMAGE, SCORES_DUE
+from dm_generations.archive.records import GROUP_COLUMNS, GroupKey, parse_group_key, parse_text
 
 if TYPE_CHECKING:
     from dm_generations.archive.database import Archive
@@ -23,13 +24,15 @@ MAX_LISTED: Final = 20
 _COLUMN_OF: Final[Mapping[str, str]] = {"input": "clip_score_input", "tokenized": "clip_score_tokenized"}
 # Those of the table, and the CLIPs of the columns.
 _SCORERS: Final = """
-SELECT coalesce(scorers.id, 0), models.id, models.kind, models.name, models.sha256, coalesce(scorers.reads, said.reads)
-FROM models
-LEFT JOIN (SELECT 'clip' AS kind, 'input' AS reads UNION ALL SELECT 'clip', 'tokenized') AS said
-    ON said.kind = models.kind
-LEFT JOIN scorers ON scorers.model_id = models.id AND (said.reads IS NULL OR scorers.reads = said.reads)
-WHERE models.kind IN ('clip', 'scorer')
-ORDER BY models.id, 6
+SELECT max(said.id), models.id, kind, name, sha256, reads
+FROM (
+    SELECT id, model_id, reads FROM scorers
+    UNION ALL SELECT 0, id, 'input' FROM models WHERE kind = 'clip'
+    UNION ALL SELECT 0, id, 'tokenized' FROM models WHERE kind = 'clip'
+) AS said
+JOIN models ON models.id = said.model_id
+WHERE kind IN ('clip', 'scorer')
+GROUP BY models.id, reads ORDER BY models.id, reads
 """
 _INSERT: Final = "INSERT INTO scores (scorer_id, time, image_id, value) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING"
 _AMONG: Final = "SELECT id FROM images WHERE id IN (SELECT value FROM json_each(:ids)) AND {condition}"
@@ -62,8 +65,13 @@ class Scorer:
             key: The group.
             limit: At most so many, -1 for all.
         """
+        value, parameters = self.value_sql()
+        return IDS_BEST_FIRST_BY.format(value=value), [*key.values(), *parameters, limit]
+
+    def value_sql(self) -> tuple[str, list[Any]]:
+        """Return SQL of its score of a row of images, with the parameters: from the table, or the columns."""
         column = _COLUMN_OF.get(self.reads, "NULL") if self.kind == "clip" else "NULL"
-        return IDS_BEST_FIRST_BY.format(column=column), [*key.values(), self.id, self.model_id, limit]
+        return SCORE_OF_IMAGE.format(column=column), [self.id, self.model_id]
 
     def __str__(self) -> str:
         number = f"id {self.id}, " if self.id else ""
@@ -97,7 +105,7 @@ def read_scorers(archive: "Archive") -> list[Scorer]:
     """Return the judges of an archive, those of its CLIP columns too, by model."""
     scorers = []
     for row_id, model_id, kind, name, sha256, reads in archive.connection.rows(_SCORERS):
-        if reads in READS:  # a model of an archive that is damaged, or has no scores of it, may lack it
+        if reads in READS:  # in a damaged archive it may be anything
             scorers.append(Scorer(row_id, model_id, kind, parse_text(name) or "", parse_text(sha256) or "", reads))
     return scorers
 
@@ -128,6 +136,20 @@ def find_scorer(archive: "Archive", text: str) -> Scorer | None:
     more = f"; and {len(scorers) - MAX_LISTED:,} more" if len(scorers) > MAX_LISTED else ""
     what = f"several scorers {text!r:.100}: name one by its id" if found else f"no scorer {text!r:.100}"
     raise ArchiveError(f"{archive.path} has {what}; it has {listed}{more}")
+
+
+def read_scores(archive: "Archive", scorer: Scorer | None) -> Iterator[tuple[int, GroupKey, float | None]]:
+    """Yield id, group and score of all images; None is no score, or one that is not a finite number.
+
+    Args:
+        archive: Open in any mode.
+        scorer: Whose scores; None is the column clip_score_input.
+    """
+    sql, parameters = ("clip_score_input", []) if scorer is None else scorer.value_sql()
+    query = f"SELECT id, {', '.join(GROUP_COLUMNS)}, {sql} FROM images"
+    for row_id, *values, score in archive.connection.rows(query, parameters):
+        is_score = isinstance(score, float) and math.isfinite(score)
+        yield row_id, parse_group_key(tuple(values)), score if is_score else None
 
 
 def _match(scorers: Sequence[Scorer], text: str) -> list[Scorer]:

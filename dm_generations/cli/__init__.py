@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from dm_generations import __version__
-from dm_generations.cli import convert, decode, generate, info, merge, score, verify
+from dm_generations.cli import compare, convert, decode, find, generate, info, merge, score, verify
 from dm_generations.errors import (
     EXIT_CALLBACKS,
     INTERRUPTED,
@@ -26,6 +26,8 @@ COMMANDS = {
     "generate": generate,
     "score": score,
     "decode": decode,
+    "find": find,
+    "compare": compare,
     "info": info,
     "verify": verify,
     "merge": merge,
