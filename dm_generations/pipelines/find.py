@@ -3,15 +3,17 @@
 n: images   P: width of CLIP's vectors   b: rows of a block
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 _SEARCH_ROWS = 16_384  # of a block, when one vector is compared with all
-_PAIR_ROWS = 4_096  # of a block, when all are compared with all
+_PAIR_ROWS = 2_048  # of a block, when all are compared with all
 _SKETCH_WIDTH = 32  # of the first look at pairs
 _SKETCH_SAMPLE = 16_384  # images that the sketch is made of
+_FEW_PAIRS = 20_000  # of a block: so many are compared one by one
 _ROUNDING = 1e-3  # of float32, and more; of squared distances
 
 
@@ -103,38 +105,39 @@ class _Sketches:
 
     def __init__(self, vectors: np.ndarray, threshold: float):
         sample = unit_rows(vectors[:: max(1, len(vectors) // _SKETCH_SAMPLE)])
-        self._mean = sample.mean(axis=0) if len(sample) else np.zeros(vectors.shape[1], np.float32)
-        centred = sample - self._mean
-        self._directions = np.linalg.eigh(centred.T @ centred)[1][:, -_SKETCH_WIDTH:]
-        self._vectors = vectors
+        mean = sample.mean(axis=0) if len(sample) else np.zeros(vectors.shape[1], np.float32)
+        directions = np.linalg.eigh((sample - mean).T @ (sample - mean))[1][:, -_SKETCH_WIDTH:]
+        self._rows = np.empty((len(vectors), directions.shape[1] + 1), np.float32)
+        for start in range(0, len(vectors), _SEARCH_ROWS):
+            rows = unit_rows(vectors[start : start + _SEARCH_ROWS]) - mean
+            projected = rows @ directions
+            left_over = np.einsum("ij,ij->i", rows, rows) - np.einsum("ij,ij->i", projected, projected)
+            self._rows[start : start + _SEARCH_ROWS] = np.column_stack([projected, np.sqrt(np.maximum(left_over, 0))])
         self._least = -(2 - 2 * threshold + _ROUNDING) / 2
 
-    def are_near(self, places: np.ndarray, others: np.ndarray) -> np.ndarray:
+    def find_near(self, places: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Return which pairs of these images can be alike, bool (len(places), len(others))."""
-        left, right = self._sketch(places), self._sketch(others)
+        left, right = self._rows[places], self._rows[others]
         # -|l - r|^2 / 2 as one product
         half, other_half = (np.einsum("ij,ij->i", x, x)[:, None] / 2 for x in (left, right))
         left = np.hstack([left, -half, np.ones_like(half)])
         right = np.hstack([right, np.ones_like(other_half), -other_half])
         return left @ right.T >= self._least
 
-    def _sketch(self, places: np.ndarray) -> np.ndarray:
-        rows = unit_rows(self._vectors[places]) - self._mean
-        projected = rows @ self._directions
-        left_over = np.einsum("ij,ij->i", rows, rows) - np.einsum("ij,ij->i", projected, projected)
-        return np.hstack([projected, np.sqrt(np.maximum(left_over, 0))[:, None]])
-
 
 def _find_alike(
     vectors: np.ndarray, sketches: _Sketches, firsts: np.ndarray, others: np.ndarray, threshold: float
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield each of `firsts` that is like some of `others`, with their places and cosines."""
-    near = sketches.are_near(firsts, others)
-    rows, columns = near.any(axis=1), near.any(axis=0)
-    firsts, others = firsts[rows], others[columns]
-    if not len(firsts):
-        return
-    cosines = unit_rows(vectors[firsts]) @ unit_rows(vectors[others]).T
-    is_alike = (cosines >= threshold) & (others > firsts[:, None])
-    for row in np.flatnonzero(is_alike.any(axis=1)):
-        yield int(firsts[row]), others[is_alike[row]], cosines[row, is_alike[row]]
+    """Yield each of `firsts` that is like some later ones of `others`, with their places and cosines."""
+    near = sketches.find_near(firsts, others)
+    if np.count_nonzero(near) <= _FEW_PAIRS:
+        rows, columns = np.nonzero(near)
+        cosines = np.einsum("ij,ij->i", unit_rows(vectors[firsts[rows]]), unit_rows(vectors[others[columns]]))
+    else:
+        table = unit_rows(vectors[firsts]) @ unit_rows(vectors[others]).T
+        rows, columns = np.nonzero(table >= threshold)
+        cosines = table[rows, columns]
+    is_alike = (cosines >= threshold) & (others[columns] > firsts[rows])
+    rows, columns, cosines = rows[is_alike], columns[is_alike], cosines[is_alike]
+    for start, end in itertools.pairwise([*np.flatnonzero(np.diff(rows, prepend=-1)), len(rows)]):
+        yield int(firsts[rows[start]]), others[columns[start:end]], cosines[start:end]

@@ -16,8 +16,9 @@ def cosine(a, b) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
+@pytest.fixture(params=[0, 20_000], ids=["whole blocks", "pairs"])
+def small_blocks(monkeypatch, request):
+    monkeypatch.setattr(find, "_FEW_PAIRS", request.param)
     monkeypatch.setattr(find, "_SEARCH_ROWS", 7)
     monkeypatch.setattr(find, "_PAIR_ROWS", 7)
     monkeypatch.setattr(find, "_SKETCH_WIDTH", 4)
