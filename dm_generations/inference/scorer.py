@@ -197,7 +197,9 @@ class AestheticScorer:
 
     def score_features(self, features: np.ndarray) -> np.ndarray:
         """Return scores, float32 (n,), of features of images (n, P), rows of unit length."""
-        for layer in self._layers:
+        for number, layer in enumerate(self._layers):
+            if number and self._head.config.has_relu:
+                features = np.maximum(features, 0)
             features = features @ layer["kernel"] + layer["bias"]
         return features[:, 0]
 

@@ -131,13 +131,19 @@ def _find_alike(
     """Yield each of `firsts` that is like some later ones of `others`, with their places and cosines."""
     near = sketches.find_near(firsts, others)
     if np.count_nonzero(near) <= _FEW_PAIRS:
-        rows, columns = np.nonzero(near)
+        rows, columns = _find_true(near)
         cosines = np.einsum("ij,ij->i", unit_rows(vectors[firsts[rows]]), unit_rows(vectors[others[columns]]))
     else:
         table = unit_rows(vectors[firsts]) @ unit_rows(vectors[others]).T
-        rows, columns = np.nonzero(table >= threshold)
+        rows, columns = _find_true(table >= threshold)
         cosines = table[rows, columns]
     is_alike = (cosines >= threshold) & (others[columns] > firsts[rows])
     rows, columns, cosines = rows[is_alike], columns[is_alike], cosines[is_alike]
     for start, end in itertools.pairwise([*np.flatnonzero(np.diff(rows, prepend=-1)), len(rows)]):
         yield int(firsts[rows[start]]), others[columns[start:end]], cosines[start:end]
+
+
+def _find_true(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows and columns as `np.nonzero` does; with one index at first, which is several times as fast."""
+    rows, columns = np.divmod(np.flatnonzero(table), table.shape[1])
+    return rows, columns

@@ -26,12 +26,14 @@ def state_dict(widths, names, seed=0) -> dict[str, np.ndarray]:
 
 
 LINEAR = state_dict((WIDTH, 1), [""])
-SEQUENTIAL = state_dict((WIDTH, 16, 4, 1), ["layers.0.", "layers.2.", "layers.3."])
+SEQUENTIAL = state_dict((WIDTH, 16, 8, 4, 4, 1), [f"layers.{number}." for number in (0, 2, 4, 6, 7)])
+WITH_RELU = state_dict((WIDTH, 16, 8, 4, 4, 1), [f"layers.{number}." for number in (0, 3, 6, 9, 11)])
 
 
 def expected(state, vectors) -> np.ndarray:
     x = vectors.astype(np.float64)
     for name in (name for name in state if name.endswith("weight")):
+        x = np.maximum(x, 0) if "layers.11.weight" in state and name != "layers.0.weight" else x
         x = x @ state[name].T.astype(np.float64) + state[name.replace("weight", "bias")]
     return x[:, 0]
 
@@ -47,7 +49,7 @@ def vectors():
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize("state", [LINEAR, SEQUENTIAL], ids=["linear", "sequential"])
+@pytest.mark.parametrize("state", [LINEAR, SEQUENTIAL, WITH_RELU], ids=["linear", "sequential", "relu"])
 @pytest.mark.parametrize("name", ["head.pth", "head.safetensors"])
 def test_scores_are_those_of_the_state_dict(state, name, clip, vectors, tmp_path):
     path = tmp_path / name
@@ -85,7 +87,8 @@ def test_a_head_of_another_width_is_refused(clip, tmp_path):
         (LINEAR | {"weight": LINEAR["weight"][0]}, "weight"),
         (LINEAR | {"other": LINEAR["bias"]}, "scorer is"),
         (LINEAR | SEQUENTIAL, "scorer is"),
-        (SEQUENTIAL | {"layers.2.weight": np.zeros((4, 15), np.float32)}, re.escape("layers.2.weight")),
+        (SEQUENTIAL | {"layers.2.weight": np.zeros((8, 15), np.float32)}, re.escape("layers.2.weight")),
+        (state_dict((WIDTH, 4, 1), ["layers.0.", "layers.2."]), r"layers \[0, 2\]"),  # with an activation, or without?
         ({"model.visual.weight": LINEAR["weight"]}, "scorer is"),
         ({}, "scorer is"),
     ],

@@ -1,7 +1,7 @@
-"""Aesthetic head: dense layers, without activations between them, from a CLIP image vector of length 1 to one number.
+"""Aesthetic head: dense layers from a CLIP image vector of length 1 to one number.
 
-LAION's `sa_0_4_vit_*_linear.pth` has one layer. The head of improved-aesthetic-predictor has five, with dropout in
-between, which only training uses.
+LAION's `sa_0_4_vit_*_linear.pth` has one layer. The heads of improved-aesthetic-predictor have five, with dropout in
+between, which only training uses; one kind has ReLUs in between too.
 
 B: batch   P: width of CLIP's vectors
 """
@@ -19,9 +19,15 @@ from dm_generations.models.base import MAX_LAYERS, WIDTH, check_config, select_f
 
 @dataclass(frozen=True)
 class AestheticConfig:
-    """Widths of the layers: what the first one reads, then what each gives, at last 1."""
+    """What the layers are.
+
+    Attributes:
+        widths: What the first layer reads, then what each gives, at last 1.
+        has_relu: Whether there is a ReLU between two layers.
+    """
 
     widths: tuple[int, ...] = (512, 1)
+    has_relu: bool = False
 
     def __post_init__(self) -> None:
         """Raise UserError for a value that no head can have."""
@@ -54,5 +60,7 @@ class AestheticHead(nn.Module):
         """Return scores (B,) of vectors (B, P) of length 1."""
         x = vectors
         for number, width in enumerate(self.config.widths[1:]):
+            if number and self.config.has_relu:
+                x = nn.relu(x)
             x = nn.Dense(width, dtype=self.dtype, name=f"layers_{number}")(x)
         return x[:, 0]
