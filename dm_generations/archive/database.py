@@ -53,7 +53,7 @@ from dm_generations.archive.schema import (
     read_version,
     upgrade,
 )
-from dm_generations.archive.scores import BASIC, Due, Scorer, find_scorer
+from dm_generations.archive.scores import BASIC, Due, RankBy, find_scorer
 
 LOCK_TIMEOUT: Final = 10.0  # seconds to wait for another program's lock
 CHUNK_ROWS: Final = 512  # read by one query, or fewer
@@ -223,7 +223,7 @@ class Archive:
         except ArchiveError as error:
             raise ArchiveError(f"{self.path}: {error}") from error
 
-    def image_ids(self, key: GroupKey, limit: int | None = None, rank_by: str | Scorer | None = None) -> Sequence[int]:
+    def image_ids(self, key: GroupKey, limit: int | None = None, rank_by: RankBy = None) -> Sequence[int]:
         """Return ids of a group's images: the highest score first, unscored ones last, ties by id.
 
         Args:
@@ -244,7 +244,7 @@ class Archive:
             ids.append(row_id)
         return ids
 
-    def rows(self, key: GroupKey, limit: int | None = None, rank_by: str | Scorer | None = None) -> Iterator[ImageRow]:
+    def rows(self, key: GroupKey, limit: int | None = None, rank_by: RankBy = None) -> Iterator[ImageRow]:
         """Yield a group's images, in the order of `image_ids`."""
         return self.read_rows(self.image_ids(key, limit, rank_by))
 

@@ -39,7 +39,7 @@ _AMONG: Final = "SELECT id FROM images WHERE id IN (SELECT value FROM json_each(
 
 
 @dataclass(frozen=True, slots=True)
-class Scorer:
+class ScorerInfo:
     """A judge: a model, and what it reads besides the image.
 
     Attributes:
@@ -75,7 +75,7 @@ class Scorer:
 
     def __str__(self) -> str:
         number = f"id {self.id}, " if self.id else ""
-        return f"{self.name!r:.100} reading {self.reads} ({number}sha256 {self.sha256[:12]})"
+        return f"{self.name!r:.100} reading {self.reads} ({number}sha256 {self.sha256[:12]!a})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +99,19 @@ class Due:
 
 
 BASIC: Final = Due()
+RankBy = str | ScorerInfo | None  # text as `find_scorer` takes it; None is the column clip_score_input
 
 
-def read_scorers(archive: "Archive") -> list[Scorer]:
+def read_scorers(archive: "Archive") -> list[ScorerInfo]:
     """Return the judges of an archive, those of its CLIP columns too, by model."""
     scorers = []
     for row_id, model_id, kind, name, sha256, reads in archive.connection.rows(_SCORERS):
         if reads in READS:  # in a damaged archive it may be anything
-            scorers.append(Scorer(row_id, model_id, kind, parse_text(name) or "", parse_text(sha256) or "", reads))
+            scorers.append(ScorerInfo(row_id, model_id, kind, parse_text(name) or "", parse_text(sha256) or "", reads))
     return scorers
 
 
-def find_scorer(archive: "Archive", text: str) -> Scorer | None:
+def find_scorer(archive: "Archive", text: str) -> ScorerInfo | None:
     """Return the judge that a user names.
 
     Args:
@@ -138,7 +139,7 @@ def find_scorer(archive: "Archive", text: str) -> Scorer | None:
     raise ArchiveError(f"{archive.path} has {what}; it has {listed}{more}")
 
 
-def read_scores(archive: "Archive", scorer: Scorer | None) -> Iterator[tuple[int, GroupKey, float | None]]:
+def read_scores(archive: "Archive", scorer: ScorerInfo | None) -> Iterator[tuple[int, GroupKey, float | None]]:
     """Yield id, group and score of all images; None is no score, or one that is not a finite number.
 
     Args:
@@ -152,7 +153,7 @@ def read_scores(archive: "Archive", scorer: Scorer | None) -> Iterator[tuple[int
         yield row_id, parse_group_key(tuple(values)), score if is_score else None
 
 
-def _match(scorers: Sequence[Scorer], text: str) -> list[Scorer]:
+def _match(scorers: Sequence[ScorerInfo], text: str) -> list[ScorerInfo]:
     by_name = [scorer for scorer in scorers if scorer.name == text]
     is_digest = len(text) >= LEAST_DIGEST
     return by_name or [scorer for scorer in scorers if is_digest and scorer.sha256.startswith(text.lower())]

@@ -81,7 +81,7 @@ def find_vector_model(archive: "Archive", model: ModelInfo | None = None) -> int
     if found is None:
         raise ArchiveError(
             f"{archive.path} has no vectors of CLIP {model.name!r:.100}, only of {names}: give that one with --clip, "
-            f"or make others with: {command} --clip"
+            f"or make others with: {command} --clip PATH"
         )
     return found
 
@@ -111,15 +111,16 @@ def read_vectors(
 
     wanted = None if image_ids is None else json.dumps(list(image_ids))
     ids: list[int] = []
-    blobs: list[bytes] = []
+    content = bytearray()
+    size = 0  # bytes of each vector
     for image_id, blob in archive.connection.rows(_SELECT, (model_id, wanted is None, wanted or "[]")):
         is_vector = isinstance(image_id, int) and isinstance(blob, bytes) and blob and len(blob) % 2 == 0
-        if not is_vector or (blobs and len(blob) != len(blobs[0])):
+        if not is_vector or len(blob) != (size or len(blob)):
             raise ArchiveError(f"{archive.path}: the vector of image {image_id!r:.40} is damaged; run `verify`")
+        size = len(blob)
         ids.append(image_id)
-        blobs.append(blob)
-    width = len(blobs[0]) // 2 if blobs else 0
-    vectors = np.frombuffer(b"".join(blobs), VECTOR_DTYPE).reshape(len(ids), width)
+        content += blob
+    vectors = np.frombuffer(content, VECTOR_DTYPE).reshape(len(ids), size // 2)
     if ((vectors.view("<u2") & _EXPONENT) == _EXPONENT).any():
         raise ArchiveError(f"{archive.path}: a vector holds numbers that are not finite; remove it")
     return np.array(ids, np.int64), vectors.astype(np.float16, copy=False)

@@ -37,5 +37,5 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], style: str
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4f}"
+        return f"{value:.5g}"
     return "" if value is None else printable(str(value), MAX_CELL)

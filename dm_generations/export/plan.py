@@ -17,7 +17,7 @@ import numpy as np
 
 from dm_generations.archive import Archive, GroupKey, ImageRow, ModelInfo, quantvec_md5
 from dm_generations.archive.records import BYTES_PER_TOKEN, TOKEN_DTYPE, TokenShape, format_shape, square_side
-from dm_generations.archive.scores import Scorer, find_scorer
+from dm_generations.archive.scores import ScorerInfo, find_scorer
 from dm_generations.errors import UserError
 from dm_generations.models.loading import Checkpoint
 from dm_generations.paths import sanitize_file_name, sanitize_name, utf8_path
@@ -112,7 +112,7 @@ class GroupPlan:
     prompt: str | None
     sc_prompt: str | None
     count: int
-    rank_by: Scorer | None = None
+    rank_by: ScorerInfo | None = None
 
     def rows(self, archive: Archive, limit: int | None = None) -> Iterator[ImageRow]:
         """Yield its images, or the first `limit` of them."""

@@ -4,8 +4,7 @@ n: images   B: batch   H, W: pixels   P: CLIP's projection width
 """
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,19 +21,27 @@ from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.runtime.device import matmul_precision, put_params
 
 TEXT_BATCH = 8  # texts of one run of the text tower; a sweep has few distinct prompts
+_PARTS = {"image": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}  # of each tower
 MAX_CACHED_TEXTS = 4096  # prompts whose features stay in memory: 8 MB at P = 512
 
 
 class Scorer:
     """CLIP scores in batches of one fixed shape, divided among the local devices: each tower is compiled once."""
 
-    def __init__(self, checkpoint: Checkpoint, tokenizer: PromptTokenizer, batch_size: int = 32):
-        """Set up a CLIP; its towers go to the devices when they are first used.
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: PromptTokenizer,
+        batch_size: int = 32,
+        towers: Collection[str] = ("image", "text"),
+    ):
+        """Put a CLIP on the devices.
 
         Args:
             checkpoint: Of kind "clip".
             tokenizer: For prompts.
             batch_size: Images at a time, rounded up to as many for each device; fewer are padded with black.
+            towers: Of "image" and "text" those that are needed.
         """
         config = checkpoint.config
         preprocessing = Preprocessing.from_folder(checkpoint.folder, config.vision_config.image_size)
@@ -50,7 +57,12 @@ class Scorer:
         self._batch_size = -(-batch_size // len(devices)) * len(devices)
         self._width = config.projection_dim
         self._text_length = config.text_config.max_position_embeddings
-        self._host_params = checkpoint.params
+        self._params = {
+            tower: put_params(
+                {name: checkpoint.params[name] for name in (*_PARTS[tower], "logit_scale")}, sharding=self._replicate
+            )
+            for tower in towers
+        }
         self._scale = float(np.exp(np.float32(checkpoint.params["logit_scale"])))
         self._text_features: dict[str, np.ndarray] = {}
 
@@ -70,7 +82,9 @@ class Scorer:
         self._image_tower, self._text_tower = image_tower, text_tower
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, batch_size: int = 32) -> "Scorer":
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, batch_size: int = 32, towers: Collection[str] = ("image", "text")
+    ) -> "Scorer":
         """Make the scorer of a loaded CLIP, with its own tokenizer; see `Scorer` for the arguments.
 
         Raises:
@@ -78,20 +92,7 @@ class Scorer:
         """
         tokenizer = checkpoint.load_tokenizer()
         assert isinstance(tokenizer, PromptTokenizer), "CLIP has no other"
-        return cls(checkpoint, tokenizer, batch_size)
-
-    @functools.cached_property
-    def _image_params(self) -> dict:
-        return self._put("vision_model", "visual_projection")
-
-    @functools.cached_property
-    def _text_params(self) -> dict:
-        return self._put("text_model", "text_projection")
-
-    def _put(self, *parts: str) -> dict:
-        """Put the parameters of one tower on the devices, once it is used: a search by text needs no other."""
-        own = {name: self._host_params[name] for name in (*parts, "logit_scale")}
-        return put_params(own, sharding=self._replicate)
+        return cls(checkpoint, tokenizer, batch_size, towers)
 
     def compile(self, images: jax.ShapeDtypeStruct, prompts: Sequence[str]) -> None:
         """Compile ahead of the first batch.
@@ -100,7 +101,7 @@ class Scorer:
             images: The shape of a batch of images, as `Decoder.compile` returns it.
             prompts: Of that batch; their features are computed now.
         """
-        self._image_tower.lower(self._image_params, images).compile()
+        self._image_tower.lower(self._params["image"], images).compile()
         self.text_features(prompts)
 
     def score(self, images: np.ndarray | Decoding, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +139,7 @@ class Scorer:
             parts = self._on_device(images)
         else:
             raise ValueError(f"images must be uint8 (n, H, W, 3), not {images.dtype} {images.shape}")
-        pending = [(self._image_tower(self._image_params, batch), count) for batch, count in parts]
+        pending = [(self._image_tower(self._params["image"], batch), count) for batch, count in parts]
         features = [jax.device_get(rows)[:count] for rows, count in pending]
         return np.concatenate([np.empty((0, self._width), np.float32), *features])
 
@@ -157,7 +158,7 @@ class Scorer:
         for start in range(0, len(new), TEXT_BATCH):
             ids, mask = self._tokenizer.encode(new[start : start + TEXT_BATCH], self._text_length)
             ids, mask = (jax.device_put(_padded(x, TEXT_BATCH), self._replicate) for x in (ids, mask))
-            pending.append(self._text_tower(self._text_params, ids, mask))
+            pending.append(self._text_tower(self._params["text"], ids, mask))
         features.update(zip(new, np.concatenate(jax.device_get(pending))[: len(new)] if new else [], strict=True))
         self._text_features.update((text, features[text]) for text in new)
         while len(self._text_features) > MAX_CACHED_TEXTS:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dm_generations.archive import Archive
 from dm_generations.archive.records import GroupKey
-from dm_generations.archive.scores import Scorer, read_scores
+from dm_generations.archive.scores import ScorerInfo, read_scores
 from dm_generations.archive.vectors import read_vectors
 from dm_generations.pipelines.find import unit_rows
 
@@ -79,7 +79,7 @@ class Vectors:
 
 def compare(
     archive: Archive,
-    scorer: Scorer | None,
+    scorer: ScorerInfo | None,
     vectors: Vectors | None,
     others: np.ndarray | None = None,
     seed: int = 0,

@@ -17,7 +17,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".ti
 
 def embed_text(text: str, clip: Checkpoint) -> np.ndarray:
     """Return the vector of a text, float32 (P,) of unit length. Only the text tower runs."""
-    return Scorer.from_checkpoint(clip, 1).text_features([text])[0]
+    return Scorer.from_checkpoint(clip, 1, ["text"]).text_features([text])[0]
 
 
 def embed_images(paths: list[Path], clip: Checkpoint, batch_size: int = 32) -> np.ndarray:
@@ -30,7 +30,7 @@ def embed_images(paths: list[Path], clip: Checkpoint, batch_size: int = 32) -> n
     """
     size = clip.config.vision_config.image_size
     resample = Image.Resampling(Preprocessing.from_folder(clip.folder, size).resample)
-    scorer = Scorer.from_checkpoint(clip, min(batch_size, len(paths)) or 1)
+    scorer = Scorer.from_checkpoint(clip, min(batch_size, len(paths)) or 1, ["image"])
     features = [np.empty((0, clip.config.projection_dim), np.float32)]
     for start in range(0, len(paths), batch_size):
         images = [read_image(path, size, resample) for path in paths[start : start + batch_size]]
