@@ -28,7 +28,7 @@ from dm_generations.archive.schema import ADDED_COLUMNS
 from dm_generations.archive.scores import add_scores, scorer_id
 from dm_generations.archive.vectors import add_vectors, read_vectors
 from dm_generations.paths import shipped
-from dm_generations.pipelines.compare import cmmd
+from dm_generations.pipelines.compare import Cmmd
 from dm_generations.pipelines.find import find_duplicates, find_similar
 from dm_generations.sampling.params import SamplingParams
 
@@ -154,7 +154,7 @@ def timed_judgements(path: Path, rows: int, vector_count: int, width: int) -> No
     timer.report(f"find {len(sets):,} sets of near-duplicates")
     few = vectors[:10_000]
     with (timer := Timer()):
-        cmmd(few, vectors[-len(few) :])
+        Cmmd(vectors[-len(few) :]).of(few)
     timer.report(f"CMMD of 2 x {len(few):,}")
 
 

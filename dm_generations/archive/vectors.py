@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dm_generations.archive.database import Archive
 
 VECTOR_DTYPE: Final = "<f2"  # of NumPy: little-endian float16
+MAX_WIDTH: Final = 8_192  # numbers of a vector; far above any CLIP
 _EXPONENT: Final = 0x7C00  # the bits that are all set in infinities and NaN
 _INSERT: Final = "INSERT INTO vectors (model_id, image_id, vector) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
 _SELECT: Final = """
@@ -114,7 +115,8 @@ def read_vectors(
     content = bytearray()
     size = 0  # bytes of each vector
     for image_id, blob in archive.connection.rows(_SELECT, (model_id, wanted is None, wanted or "[]")):
-        is_vector = isinstance(image_id, int) and isinstance(blob, bytes) and blob and len(blob) % 2 == 0
+        is_blob = isinstance(image_id, int) and isinstance(blob, bytes)
+        is_vector = is_blob and 0 < len(blob) <= 2 * MAX_WIDTH and len(blob) % 2 == 0
         if not is_vector or len(blob) != (size or len(blob)):
             raise ArchiveError(f"{archive.path}: the vector of image {image_id!r:.40} is damaged; run `verify`")
         size = len(blob)

@@ -23,8 +23,9 @@ HELP = "compare settings by scores, diversity and distance to other images"
 DESCRIPTION = """\
 Compare the settings of an archive over all prompts: the mean score; the Vendi score, which says how many different
 images those of a prompt are worth; and with --with the CMMD to other images, which is smaller the more alike they are.
-The last two read CLIP vectors, which `score --vectors` has stored; only the images of a folder are computed. The last
-row is all settings together. low and high are 95% bootstrap intervals.
+The last two read CLIP vectors, which `score --vectors` has stored; only those of a folder are computed. Of more than
+30,000 images on a side so many count for the CMMD. The last row is all settings together. low and high are 95%
+bootstrap intervals.
 """
 EPILOG = """\
 examples:

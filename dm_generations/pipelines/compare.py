@@ -4,6 +4,7 @@ n, m: images   P: width of CLIP's vectors   R: resamples
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -19,8 +20,11 @@ from dm_generations.pipelines.find import unit_rows
 CMMD_SIGMA = 10.0
 CMMD_SCALE = 1000.0
 SCORE_RESAMPLES = 1000
-VENDI_RESAMPLES = 200  # each takes eigenvalues
+MAX_CMMD_IMAGES = 30_000  # of each side, as in the paper; its work grows with their square
 INTERVAL = (2.5, 97.5)  # per cent
+INTERVAL_ERRORS = 1.96  # the same in standard errors
+_VENDI_RESAMPLES = (20, 200)  # of a group of many images, and of few; each takes eigenvalues
+_VENDI_WORK = 2_000_000  # resamples times squared size
 _ROWS = 2_048  # of a block
 _RESAMPLED_VALUES = 1 << 22  # at a time
 
@@ -77,6 +81,27 @@ class Vectors:
         return self.rows[places[is_there]]
 
 
+class Cmmd:
+    """CMMD of sets of images to one set: squared maximum mean discrepancy of their vectors, times 1000.
+
+    The kernel is a Gaussian of sigma 10 on vectors of unit length, the estimate the one with the smaller variance,
+    which counts each vector's pair with itself. The larger it is, the more the sets differ. Of a set of more than
+    MAX_CMMD_IMAGES so many count, evenly spread.
+    """
+
+    def __init__(self, others: np.ndarray):
+        """Take the vectors of that set, (m, P) of any float type and length; m is at least 1."""
+        self._others = _spread(others)
+        self._mean_of_others = _mean_kernel(self._others, self._others)
+
+    def of(self, vectors: np.ndarray) -> float:
+        """Return the CMMD of vectors (n, P), n at least 1, to the other set."""
+        own = _spread(vectors)
+        # exp(-|a - b|^2 / 2 s^2) = exp(-1 / s^2) exp(a.b / s^2). The ones of the latter cancel, so it is taken less 1.
+        total = _mean_kernel(own, own) + self._mean_of_others - 2 * _mean_kernel(own, self._others)
+        return float(CMMD_SCALE * np.exp(-1 / CMMD_SIGMA**2) * total)
+
+
 def compare(
     archive: Archive,
     scorer: ScorerInfo | None,
@@ -107,8 +132,9 @@ def compare(
         ids.append(row_id)
         if score is not None:
             scores.append(score)
+    distance = None if others is None else Cmmd(others)
     found = [
-        _compare_setting(keys[setting], settings[setting], vectors, others, np.random.default_rng(seed))
+        _compare_setting(keys[setting], settings[setting], vectors, distance, np.random.default_rng(seed))
         for setting in sorted(settings)
     ]
     everything = [scores for prompts in settings.values() for _, scores in prompts.values()]
@@ -119,7 +145,7 @@ def compare(
         bootstrap_mean(everything, np.random.default_rng(seed)),
         0 if vectors is None else len(vectors.ids),
         None,
-        None if vectors is None or others is None or not len(vectors.ids) else cmmd(vectors.rows, others),
+        None if vectors is None or distance is None or not len(vectors.ids) else distance.of(vectors.rows),
     )
     return [*found, whole]
 
@@ -128,7 +154,7 @@ def _compare_setting(
     key: GroupKey,
     prompts: Mapping[int, tuple[list[int], list[float]]],
     vectors: Vectors | None,
-    others: np.ndarray | None,
+    distance: Cmmd | None,
     random: np.random.Generator,
 ) -> Comparison:
     mean_score = bootstrap_mean([scores for _, scores in prompts.values()], random)
@@ -142,23 +168,14 @@ def _compare_setting(
         mean_score,
         sum(map(len, groups)),
         bootstrap_vendi(groups, random),
-        None if others is None or not groups else cmmd(np.concatenate(groups), others),
+        None if distance is None or not groups else distance.of(np.concatenate(groups)),
     )
 
 
-def cmmd(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the CMMD of two sets of images: squared maximum mean discrepancy of their vectors, times 1000.
-
-    The kernel is a Gaussian of sigma 10 on vectors of unit length, the estimate the one with the smaller variance,
-    which counts each vector's pair with itself. The larger it is, the more the sets differ.
-
-    Args:
-        x: (n, P) of any float type and length; n is at least 1.
-        y: (m, P), likewise.
-    """
-    # exp(-|a - b|^2 / 2 s^2) = exp(-1 / s^2) exp(a.b / s^2). The ones of the latter cancel, so it is taken less 1.
-    total = _mean_kernel(x, x) + _mean_kernel(y, y) - 2 * _mean_kernel(x, y)
-    return float(CMMD_SCALE * np.exp(-1 / CMMD_SIGMA**2) * total)
+def _spread(vectors: np.ndarray) -> np.ndarray:
+    if len(vectors) <= MAX_CMMD_IMAGES:
+        return vectors
+    return vectors[np.linspace(0, len(vectors) - 1, MAX_CMMD_IMAGES).round().astype(np.int64)]
 
 
 def _mean_kernel(x: np.ndarray, y: np.ndarray) -> float:
@@ -207,7 +224,10 @@ def bootstrap_mean(groups: Iterable[list[float]], random: np.random.Generator) -
     for array in arrays:
         totals += _resample(len(array), SCORE_RESAMPLES, random, functools.partial(_sum_of, array))
     value = sum(float(array.sum()) for array in arrays) / count
-    return _estimate(value, totals / count, max(map(len, arrays)))
+    if max(map(len, arrays)) < 2:
+        return Estimate(value, None, None)
+    low, high = np.percentile(totals / count, INTERVAL)
+    return Estimate(value, float(low), float(high))
 
 
 def _sum_of(values: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -217,30 +237,32 @@ def _sum_of(values: np.ndarray, places: np.ndarray) -> np.ndarray:
 def bootstrap_vendi(groups: list[np.ndarray], random: np.random.Generator) -> Estimate | None:
     """Return the mean Vendi score of groups of vectors (n, P), with its interval; None without any group.
 
-    Images that are drawn twice make a resample less diverse than the group, so the resamples tell the spread alone:
-    their mean is moved to the value.
+    Images that are drawn twice make a resample less diverse than the group, so the resamples tell the spread alone, and
+    the interval lies around the value.
     """
     if not groups:
         return None
-    scores = [vendi_score(group) for group in groups]
-    totals = np.zeros(VENDI_RESAMPLES)
-    for group in groups:
-        totals += _resample_vendi(unit_rows(group).astype(np.float64), random)
-    value = float(np.mean(scores))
-    resampled = totals / len(groups)
-    return _estimate(value, np.maximum(resampled + value - resampled.mean(), 1.0), max(map(len, groups)))
+    value = float(np.mean([vendi_score(group) for group in groups]))
+    if max(map(len, groups)) < 2:
+        return Estimate(value, None, None)
+    variance = sum(_vendi_variance(unit_rows(group).astype(np.float64), random) for group in groups)
+    reach = INTERVAL_ERRORS * math.sqrt(variance) / len(groups)
+    return Estimate(value, max(1.0, value - reach), value + reach)
 
 
-def _resample_vendi(rows: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def _vendi_variance(rows: np.ndarray, random: np.random.Generator) -> float:
+    """Return the variance of the Vendi score of rows (n, P), by the bootstrap."""
     count, width = rows.shape
+    gram = _gram(rows) / count
+    fewest, most = _VENDI_RESAMPLES
+    resamples = min(most, max(fewest, _VENDI_WORK // len(gram) ** 2))
 
     def score(places: np.ndarray) -> np.ndarray:
         if count <= width:
             return _vendi_of(gram[places[:, :, None], places[:, None, :]])
         return np.array([_vendi_of(_gram(rows[place]) / count) for place in places])
 
-    gram = _gram(rows) / count
-    return _resample(count, VENDI_RESAMPLES, random, score, count * count if count <= width else 0)
+    return float(_resample(count, resamples, random, score, len(gram) ** 2).var(ddof=1))
 
 
 def _resample(
@@ -254,10 +276,3 @@ def _resample(
     at_once = max(1, _RESAMPLED_VALUES // max(count, values_each))
     sizes = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
     return np.concatenate([statistic(random.integers(0, count, (size, count))) for size in sizes])
-
-
-def _estimate(value: float, resampled: np.ndarray, largest_group: int) -> Estimate:
-    if largest_group < 2:
-        return Estimate(value, None, None)
-    low, high = np.percentile(resampled, INTERVAL)
-    return Estimate(value, float(low), float(high))

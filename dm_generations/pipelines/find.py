@@ -106,7 +106,7 @@ class _Sketches:
     def __init__(self, vectors: np.ndarray, threshold: float):
         sample = unit_rows(vectors[:: max(1, len(vectors) // _SKETCH_SAMPLE)])
         mean = sample.mean(axis=0) if len(sample) else np.zeros(vectors.shape[1], np.float32)
-        directions = np.linalg.eigh((sample - mean).T @ (sample - mean))[1][:, -_SKETCH_WIDTH:]
+        directions = _find_directions(sample - mean)
         self._rows = np.empty((len(vectors), directions.shape[1] + 1), np.float32)
         for start in range(0, len(vectors), _SEARCH_ROWS):
             rows = unit_rows(vectors[start : start + _SEARCH_ROWS]) - mean
@@ -123,6 +123,15 @@ class _Sketches:
         left = np.hstack([left, -half, np.ones_like(half)])
         right = np.hstack([right, np.ones_like(other_half), -other_half])
         return left @ right.T >= self._least
+
+
+def _find_directions(rows: np.ndarray) -> np.ndarray:
+    """Return directions in which rows (b, P) vary much, float32 (P, at most _SKETCH_WIDTH), orthonormal."""
+    width = min(rows.shape[1], _SKETCH_WIDTH)
+    directions = np.random.default_rng(0).normal(size=(rows.shape[1], width)).astype(np.float32)
+    for _ in range(3):  # subspace iteration; any orthonormal directions would do, only slower
+        directions = np.linalg.qr(rows.T @ (rows @ directions) if rows.any() else directions)[0]
+    return directions
 
 
 def _find_alike(

@@ -7,7 +7,7 @@ from archive_kit import CLIP, fill, new_image
 from dm_generations.archive import Archive
 from dm_generations.archive.scores import add_scores, find_scorer, scorer_id
 from dm_generations.pipelines import compare as module
-from dm_generations.pipelines.compare import Vectors, bootstrap_mean, bootstrap_vendi, cmmd, compare, vendi_score
+from dm_generations.pipelines.compare import Cmmd, Vectors, bootstrap_mean, bootstrap_vendi, compare, vendi_score
 
 
 def units(count, width=12, seed=0, shift=0.0) -> np.ndarray:
@@ -32,10 +32,10 @@ def test_cmmd_is_that_of_the_reference_in_float64(shift, rows, monkeypatch):
     monkeypatch.setattr(module, "_ROWS", rows)
     x, y = units(50), units(33, seed=1, shift=shift)
     expected = reference_cmmd(x, y)
-    assert cmmd(x, y) == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert cmmd(y, x) == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert cmmd(x, x.copy()) == pytest.approx(0, abs=1e-6)
-    assert cmmd((3 * x).astype(np.float16), y) == pytest.approx(expected, rel=0.02, abs=2e-3)  # lengths do not count
+    assert Cmmd(y).of(x) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert Cmmd(x).of(y) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert Cmmd(x.copy()).of(x) == pytest.approx(0, abs=1e-6)
+    assert Cmmd(y).of((3 * x).astype(np.float16)) == pytest.approx(expected, rel=0.02, abs=2e-3)  # lengths do not count
 
 
 def test_vendi_score_counts_different_images():
@@ -103,6 +103,6 @@ def test_settings_are_compared_over_all_prompts(tmp_path):
         np.mean([vendi_score(vectors.rows[:4]), vendi_score(vectors.rows[4:8])]), rel=1e-6
     )
     assert whole.vendi is None
-    assert low.cmmd == pytest.approx(cmmd(vectors.rows[:8], units(5, seed=7)), rel=1e-6)
-    assert whole.cmmd == pytest.approx(cmmd(vectors.rows, units(5, seed=7)), rel=1e-6)
+    assert low.cmmd == pytest.approx(Cmmd(units(5, seed=7)).of(vectors.rows[:8]), rel=1e-6)
+    assert whole.cmmd == pytest.approx(Cmmd(units(5, seed=7)).of(vectors.rows), rel=1e-6)
     assert (judged.score_count, judged.mean_score.value, judged.vendi, judged.cmmd) == (1, 5.0, None, None)
