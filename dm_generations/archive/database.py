@@ -50,6 +50,7 @@ from dm_generations.archive.schema import (
     read_version,
     upgrade,
 )
+from dm_generations.archive.scores import BASIC, Due
 from dm_generations.archive.selection import EVERY, Filters, Selection, Where, compile_selection
 
 LOCK_TIMEOUT: Final = 10.0  # seconds to wait for another program's lock
@@ -234,19 +235,20 @@ class Archive:
             raise ArchiveError(f"{self.path}: {error}") from error
 
     def image_ids(self, key: GroupKey | None = None, limit: int | None = None, where: Where = EVERY) -> Sequence[int]:
-        """Return ids of a group's images: highest clip_score_input first, unscored ones last, ties by id.
+        """Return ids of a group's images: the highest score first, unscored ones last, ties by id.
 
         Args:
             key: The group; None is all groups, in the order of `groups`.
             limit: At most so many.
-            where: Which images.
+            where: Which images, and whose score.
         """
         parameters = {**where.parameters, "limit": -1 if limit is None else limit}
         if key is not None:
             parameters.update(zip(GROUP_COLUMNS, key.values(), strict=True))
         query = queries.ALL_IDS_BEST_FIRST if key is None else queries.IDS_BEST_FIRST
         ids = array.array("q")
-        for (row_id,) in self.connection.rows(query.format(table=self._indexed_table(), where=where.sql), parameters):
+        query = query.format(table=self._indexed_table(), where=where.sql, rank=where.rank)
+        for (row_id,) in self.connection.rows(query, parameters):
             if not isinstance(row_id, int):
                 raise ArchiveError(f"{self.path}: the id of an image is {row_id!r:.40}, not a whole number")
             ids.append(row_id)
@@ -265,24 +267,28 @@ class Archive:
         return queries.read_rows(self.connection, ids)
 
     def rows_to_score(
-        self, rescore: bool = False, clip_id: int | None = None, where: Where = EVERY
+        self, rescore: bool = False, clip_id: int | None = None, due: Due = BASIC, where: Where = EVERY
     ) -> Iterator[ImageRow]:
         """Yield images that lack a score, by id. Scores may be written while this runs.
 
         Args:
             rescore: Also images that have one, except those that the model `clip_id` scored.
             clip_id: None for a model that the archive does not have.
+            due: What else they may lack.
             where: Which images.
         """
-        parameters = {**where.parameters, "rescore": rescore, "clip_id": clip_id}
-        condition = f"({queries.TO_SCORE}) AND {where.sql}"
+        parameters = {**where.parameters, **due.parameters(rescore, clip_id)}
+        condition = f"{queries.TO_SCORE} AND {where.sql}"
         return map(parse_image, queries.scan(self.connection, IMAGE_COLUMNS, condition, parameters))
 
-    def count_to_score(self, rescore: bool = False, clip_id: int | None = None, where: Where = EVERY) -> int:
+    def count_to_score(
+        self, rescore: bool = False, clip_id: int | None = None, due: Due = BASIC, where: Where = EVERY
+    ) -> int:
         """Return how many images `rows_to_score` yields."""
-        parameters = {**where.parameters, "rescore": rescore, "clip_id": clip_id}
-        sql = f"SELECT count(*) FROM images WHERE ({queries.TO_SCORE}) AND {where.sql}"
-        return self.connection.value(sql, parameters)
+        parameters = {**where.parameters, **due.parameters(rescore, clip_id)}
+        return self.connection.value(
+            f"SELECT count(id) FROM images WHERE {queries.TO_SCORE} AND {where.sql}", parameters
+        )
 
     def existing_keys(
         self, key: GroupKey, generator_id: int | None, sampler_version: int | None = None, init_md5: str = ""

@@ -10,9 +10,9 @@ from dm_generations.archive.connection import ArchiveError, Row
 from dm_generations.archive.database import Archive
 from dm_generations.archive.records import GROUP_COLUMNS
 from dm_generations.archive.schema import ADDED_TABLES
+from dm_generations.archive.scores import READS, scorer_id
 from dm_generations.archive.selection import Where
 
-READS: Final = ("input", "tokenized", "image")  # a prompt as typed, one as CLIP reads it back, or no prompt
 PAIR_VALUES: Final = ("first", "second", "tie", "both bad")
 RATING_KINDS: Final = ("pair", "score", "favourite", "tag")
 SCORER_KINDS: Final = ("clip", "scorer")  # of models
@@ -34,20 +34,6 @@ WHERE {" AND ".join(f"{name} = :{name}" for name in (*GROUP_COLUMNS, "key0", "ke
 """
 
 NewIds = Mapping[str, Mapping[Any, int | None]]  # by column, then by id of the source
-
-
-def scorer_id(archive: Archive, model_id: int, reads: str) -> int:
-    """Return the id of a scorer, which is added if it is new. Call it inside a transaction.
-
-    Args:
-        archive: Open for writing.
-        model_id: Of its weights.
-        reads: One of READS.
-    """
-    find = "SELECT id FROM scorers WHERE model_id = ? AND reads = ?"
-    found = archive.connection.value(find, (model_id, reads))
-    insert = "INSERT INTO scorers (model_id, reads) VALUES (?, ?)"
-    return archive.connection.insert(insert, (model_id, reads)) if found is None else found
 
 
 def copy_judgements(source: Archive, where: Where, target: Archive, new_ids: NewIds) -> int:

@@ -34,18 +34,24 @@ INSERT_MODEL: Final = """
 INSERT INTO models (kind, sha256, config, name, codebook_size, token_shape, image_shape) VALUES (?, ?, ?, ?, ?, ?, ?)
 """
 
-# By group. `{table}` is images, or a temporary table with the same index where a file has none; `{where}` a selection.
+# By group. `{table}` is images, or a temporary table with the same index where a file has none; `{where}` a selection,
+# `{rank}` a score.
 COUNT_GROUPS: Final = f"""
 SELECT {_GROUP}, count(*) FROM {{table}} WHERE {{where}} GROUP BY {_GROUP} ORDER BY {_GROUP}
 """
 IDS_BEST_FIRST: Final = f"""
 SELECT id FROM {{table}} WHERE {" AND ".join(f"{name} = :{name}" for name in GROUP_COLUMNS)} AND {{where}}
-ORDER BY clip_score_input DESC, id  -- NULL comes last; id breaks ties, so a rerun picks the same images
+ORDER BY {{rank}} DESC, id  -- NULL comes last; id breaks ties, so a rerun picks the same images
 LIMIT :limit
 """
 ALL_IDS_BEST_FIRST: Final = f"""
-SELECT id FROM {{table}} WHERE {{where}} ORDER BY {_GROUP}, clip_score_input DESC, id LIMIT :limit
+SELECT id FROM {{table}} WHERE {{where}} ORDER BY {_GROUP}, {{rank}} DESC, id LIMIT :limit
 """
+# The score of any judge: of the table, or of the columns if they are a CLIP's own.
+SCORE_OF_IMAGE: Final = """coalesce(
+    (SELECT value FROM scores WHERE scorer_id = :rank_scorer AND image_id = images.id),
+    CASE clip_id WHEN :rank_model THEN {column} END
+)"""
 KEYS_OF_GROUP: Final = f"""
 SELECT key0, key1 FROM images
 WHERE {_IN_GROUP} AND generator_id IS ? AND (? IS NULL OR sampler_version = ?) AND init_md5 = ?
@@ -54,10 +60,26 @@ WHERE {_IN_GROUP} AND generator_id IS ? AND (? IS NULL OR sampler_version = ?) A
 
 # By id.
 SELECT_IMAGES: Final = f"SELECT {', '.join(IMAGE_COLUMNS)} FROM images WHERE id IN (SELECT value FROM json_each(?))"
-TO_SCORE: Final = """
-clip_score_input IS NULL OR clip_score_tokenized IS NULL
-    OR (:rescore AND (:clip_id IS NULL OR clip_id IS NOT :clip_id))
-"""
+_HAS_SCORE: Final = """EXISTS (
+    SELECT 1 FROM scores JOIN scorers ON scorers.id = scorer_id
+    WHERE image_id = images.id AND model_id = {model_id} AND reads = '{reads}'
+)"""
+_LACKS_SCORE: Final = "(clip_score_input IS NULL OR clip_score_tokenized IS NULL)"
+# Whether the columns of an image take scores of the CLIP :clip_id: they are empty, or they are its own and not whole.
+COLUMNS_DUE: Final = f"""(
+    (clip_score_input IS NULL AND clip_score_tokenized IS NULL) OR ({_LACKS_SCORE} AND clip_id = :clip_id)
+    OR (:rescore AND clip_id IS NOT :clip_id)
+)"""
+# Whether the table of scores takes them: the columns are another CLIP's.
+SCORES_DUE: Final = f"""(
+    ({_LACKS_SCORE} OR :adds) AND clip_id IS NOT :clip_id
+    AND NOT {_HAS_SCORE.format(model_id=":clip_id", reads="input")}
+)"""
+TO_SCORE: Final = f"""(
+    {COLUMNS_DUE} OR {SCORES_DUE}
+    OR (:head_id IS NOT NULL AND NOT {_HAS_SCORE.format(model_id=":head_id", reads="image")})
+    OR (:vectors AND NOT EXISTS (SELECT 1 FROM vectors WHERE model_id = :clip_id AND image_id = images.id))
+)"""
 
 # Writing. The same sample is stored once; unlike OR IGNORE, this still refuses bad values.
 INSERT_IMAGE: Final = f"{_INSERT_IMAGE} ON CONFLICT DO NOTHING"

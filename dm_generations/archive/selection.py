@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
 from dm_generations.archive.records import GROUP_COLUMNS, MODEL_KINDS, PARAM_COLUMNS, ModelInfo
+from dm_generations.archive.scores import DEFAULT_RANK, find_scorer
 from dm_generations.errors import UserError, did_you_mean
 from dm_generations.sampling.prng import WORD, key_index
 
@@ -37,7 +38,6 @@ _MAX_INDEX: Final = 10_000_000  # of an image of a seed; no sweep has more
 _LEAST_DIGEST: Final = 6  # hex digits that stand for a model
 _MAX_LISTED: Final = 20
 _INDEXED: Final = frozenset({*PARAM_COLUMNS, "clip_score_input"})  # also in the index of a file of 2022
-_BEST_FIRST: Final = "ORDER BY clip_score_input DESC, id"  # NULL comes last
 
 Interval = tuple[float, float]  # both ends belong to it; infinite where it is open
 Number = float | str  # "3..10" is a range
@@ -65,6 +65,8 @@ class Filters(TypedDict, total=False):
         time: When their batch started: UTC days as "2026-01-31", times as "2026-01-31T12:00", or ranges of them.
         distinct: Images with equal tokens only once: the one with the highest score.
         best: So many of each prompt and setting, by score.
+        rank_by: Whose score orders the images of a prompt and setting: the name, the id or the first digits of the hash
+            of a judge, as `scores.find_scorer` takes it.
     """
 
     prompt: str | int | Sequence[str | int]
@@ -84,6 +86,7 @@ class Filters(TypedDict, total=False):
     time: Time | Sequence[Time]
     distinct: bool
     best: int
+    rank_by: str
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Selection:
         models: (name, texts) for names of MODEL_COLUMNS; a text is a model's name or starts its SHA-256.
         seeds: Seeds of `generate` with the same keys under all settings.
         keys: (key0, key1) of images.
+        rank_by: Whose score orders the images of a group, as `scores.find_scorer` takes it; None is clip_score_input.
     """
 
     prompt_ids: Sequence[int] = ()
@@ -113,6 +117,7 @@ class Selection:
     models: Sequence[tuple[str, Sequence[str]]] = ()
     seeds: Sequence[int] = ()
     keys: Sequence[tuple[int, int]] = ()
+    rank_by: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt_ids", "prompt_texts", "sc_prompt_ids", "sc_prompt_texts"):
@@ -149,6 +154,7 @@ class Selection:
             models=tuple((name, tuple(map(str, _pieces(given[name])))) for name in MODEL_COLUMNS if name in given),
             seeds=tuple(_parse_seed(value) for value in _pieces(given.get("seed", ()))),
             keys=tuple(_parse_key(value) for value in _pieces(_one_key(given.get("key", ())))),
+            rank_by=given.get("rank_by"),
         )
 
     @property
@@ -166,11 +172,13 @@ class Where:
 
     Attributes:
         sql: A condition on the columns of `images`.
-        parameters: Its named parameters.
+        parameters: The named parameters of both.
+        rank: The score of a row of `images` that orders the images of a group.
     """
 
     sql: str = "1"
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    rank: str = DEFAULT_RANK
 
     @property
     def images(self) -> str:
@@ -246,7 +254,9 @@ def compile_known(archive: "Archive", selection: Selection) -> Where:
     if selection.seeds:
         keys = _find_keys(archive, selection.seeds, " AND ".join(parts) or "1", parameters)
         parts.append(_keys_sql(bind(json.dumps(keys))))
-    where = Where(" AND ".join(parts) or "1", parameters)
+    scorer = None if selection.rank_by is None else find_scorer(archive, selection.rank_by)
+    rank, rank_parameters = (DEFAULT_RANK, {}) if scorer is None else scorer.value_sql()
+    where = Where(" AND ".join(parts) or "1", parameters | rank_parameters, rank)
     columns = {RANGE_COLUMNS[name] for name, _ in selection.ranges}
     is_by_index = columns <= _INDEXED and not (selection.models or selection.keys or selection.seeds)
     if selection.distinct or selection.n_best is not None or (archive.version == 0 and not is_by_index):
@@ -350,10 +360,10 @@ def _store_ids(archive: "Archive", selection: Selection, where: Where) -> Where:
         connection.execute(f"DELETE FROM {table}")
         connection.execute(f"INSERT INTO {table} {ids}", where.parameters)
         # The plus keeps SQLite from reading the whole table for each group.
-        return Where(f"+id IN (SELECT id FROM {table})")
+        return Where(f"+id IN (SELECT id FROM {table})", where.parameters, where.rank)
 
     def first_of(columns: str, count: int) -> str:
-        place = f"row_number() OVER (PARTITION BY {columns} {_BEST_FIRST})"
+        place = f"row_number() OVER (PARTITION BY {columns} ORDER BY {where.rank} DESC, id)"
         return f"SELECT id FROM (SELECT id, {place} AS place FROM images WHERE {where.sql}) WHERE place <= {count}"
 
     if selection.distinct:

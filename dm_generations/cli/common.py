@@ -103,7 +103,13 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         "--n-best",
         type=at_least_one,
         metavar="N",
-        help="only the N best of each prompt and setting, by CLIP score",
+        help="only the N best of each prompt and setting, by score",
+    )
+    add(
+        "--rank-by",
+        metavar="SCORER",
+        help="order the images of each prompt and setting by the scores of another judge: its name, its id or the "
+        "first digits of its hash (default: clip_score_input)",
     )
 
 
@@ -117,6 +123,8 @@ def selection_from(args: argparse.Namespace) -> Selection:
     )
     if args.n_best is not None:
         filters["best"] = args.n_best
+    if args.rank_by is not None:
+        filters["rank_by"] = args.rank_by
     return Selection.of(**filters)
 
 

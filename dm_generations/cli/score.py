@@ -1,4 +1,4 @@
-"""`score`: CLIP scores for the images of an archive."""
+"""`score`: scores for the images of an archive, and vectors."""
 
 import argparse
 from pathlib import Path
@@ -21,14 +21,17 @@ from dm_generations.cli.common import (
 if TYPE_CHECKING:
     from dm_generations.pipelines.rescore import ScoreReport
 
-HELP = "fill in missing CLIP scores"
+HELP = "fill in missing CLIP scores, or add scores of other judges and vectors"
 DESCRIPTION = """\
-Score the images of an archive against their prompts with CLIP: those without a score, and with --all also those that
-another CLIP scored. Each image is decoded by its own codec. After a stop, the same command scores the rest.
+Score the images of an archive against their prompts with CLIP. Without --clip those without a score get one. With
+--clip all images get the scores of that CLIP: those of another one stay, and the new ones are added, for --rank-by of
+decode; --all replaces them. Each image is decoded by its own codec. After a stop, the same command scores the rest.
 """
 EPILOG = """\
-example:
-  python -m dm_generations score rockets.db --all --clip openai-clip-vit-base-patch32
+examples:
+  python -m dm_generations score --db rockets.db --clip openai-clip-vit-large-patch14 --vectors
+  python -m dm_generations score --db rockets.db --clip openai-clip-vit-large-patch14 \
+      --aesthetic sa_0_4_vit_l_14_linear.pth
 """
 _MAX_BAD_ROWS = 10
 
@@ -37,7 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
     add_archive(parser, "archive to score; it is changed", has_default=False)
-    add("--all", action="store_true", help="also score images that another CLIP scored")
+    add("--all", action="store_true", help="also score images that another CLIP scored, and replace its scores")
+    add(
+        "--aesthetic",
+        metavar="FILE",
+        help="also add scores of an aesthetic head, layers on the CLIP's image vectors: a .pth or .safetensors file",
+    )
+    add("--vectors", action="store_true", help="also store the CLIP's image vectors, for find and compare")
     add_model_options(parser, generates=False)
     add_selection_options(parser)
 
@@ -49,18 +58,21 @@ def run(args: argparse.Namespace) -> int:
         where = compile_nonempty(archive, selection)
         prepare_device(args.cpu_only)
         from dm_generations.models.loading import load_checkpoint
-        from dm_generations.pipelines.rescore import score_archive
+        from dm_generations.pipelines.rescore import Judges, score_archive
 
         codec, clip = load_checkpoint(args.codec, "codec"), load_checkpoint(args.clip, "clip")
+        head = None if args.aesthetic is None else load_checkpoint(args.aesthetic, "scorer")
+        judges = Judges(clip, args.all, args.clip is not None and not args.all, head, args.vectors)
         with Progress() as on_progress:
-            report = score_archive(archive, codec, clip, args.batch_size, args.all, on_progress, where)
-    return _print_report(report, path, args.all, codec.name)
+            report = score_archive(archive, codec, judges, args.batch_size, on_progress, where)
+    return _print_report(report, args, path, codec.name)
 
 
-def _print_report(report: "ScoreReport", path: Path, is_all: bool, codec_name: str) -> int:
+def _print_report(report: "ScoreReport", args: argparse.Namespace, path: Path, codec_name: str) -> int:
     """Print what was done; 1 if something was left undone."""
     if not report.due_count:
-        print_line(f"All images in {path} have scores{' of this CLIP' if is_all else ''}; nothing to do")
+        what = "all that is asked for" if args.aesthetic or args.vectors else "scores"
+        print_line(f"All images in {path} have {what}{' of this CLIP' if args.clip else ''}; nothing to do")
         return 0
     print_line(f"Scored {counted(report.scored_count, 'image')} in {path}")
     for line in report.bad_rows[:_MAX_BAD_ROWS]:

@@ -138,7 +138,7 @@ def select_groups(archive: Archive, selection: Selection) -> list[GroupPlan]:
     """Return the selected groups, in the order of their ids and settings.
 
     Raises:
-        UserError: An id or a text is not in the archive, or nothing is selected.
+        UserError: An id, a text or a scorer is not in the archive, or nothing is selected.
     """
     where = compile_nonempty(archive, selection)
     prompts, sc_prompts = archive.prompts(), archive.sc_prompts()

@@ -173,8 +173,8 @@ def encode_images(pixels: np.ndarray, codec: Checkpoint) -> np.ndarray:
     return jax.device_get(encode(put_params(codec.params), jax.device_put(pixels)))
 
 
-def read_image(path: Path, size: int) -> np.ndarray:
-    """Read the middle square of an image file, resized with a Lanczos filter.
+def read_image(path: Path, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
+    """Read the middle square of an image file, resized.
 
     The image is turned as its EXIF data says, its colours are converted from its colour profile to sRGB, transparent
     pixels become white, and of an animation the first image is used.
@@ -214,7 +214,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))  # first, so that pixels outside it do not count
-    return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
+    return np.asarray(square.resize((size, size), resample))
 
 
 @contextlib.contextmanager

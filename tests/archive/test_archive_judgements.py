@@ -8,7 +8,7 @@ import pytest
 from archive_kit import CLIP, CODEC, execute, fill, new_image
 
 from dm_generations.archive import Archive, ArchiveError, ModelInfo, merge, verify
-from dm_generations.archive.judgements import scorer_id, wrong_rating
+from dm_generations.archive.judgements import wrong_rating
 from dm_generations.archive.records import (
     ClassLabel,
     canonical_settings,
@@ -18,6 +18,7 @@ from dm_generations.archive.records import (
     parse_token_shape,
     square_side,
 )
+from dm_generations.archive.scores import scorer_id
 from dm_generations.archive.vocabulary import add_vocabulary, read_classes
 
 RATINGS = [

@@ -217,7 +217,8 @@ def test_groups_are_read_from_the_index_alone(archive):
         where = compile_selection(archive, Selection.of(**filters))
         for query in (COUNT_GROUPS, IDS_BEST_FIRST, ALL_IDS_BEST_FIRST):
             plan = archive.connection.rows(
-                f"EXPLAIN QUERY PLAN {query.format(table='images', where=where.sql)}", {**key, **where.parameters}
+                f"EXPLAIN QUERY PLAN {query.format(table='images', where=where.sql, rank=where.rank)}",
+                {**key, **where.parameters},
             )
             steps = [row[3] for row in plan if "images" in row[3] or "USE TEMP" in row[3]]
             assert len(steps) == 1 and "COVERING INDEX images_by_group" in steps[0], steps
