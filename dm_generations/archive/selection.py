@@ -7,14 +7,24 @@ of expressions would be one more to learn. No text of a user becomes SQL: names 
 are bound.
 """
 
-import datetime
 import hashlib
 import json
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
+from dm_generations.archive.filters import (
+    Filters,
+    Interval,
+    as_keys,
+    list_values_of,
+    parse_flag,
+    parse_intervals,
+    parse_key,
+    parse_seed,
+    split_ids,
+    split_values,
+)
 from dm_generations.archive.records import GROUP_COLUMNS, MODEL_KINDS, PARAM_COLUMNS, ModelInfo
 from dm_generations.archive.scores import DEFAULT_RANK, find_scorer
 from dm_generations.errors import UserError, did_you_mean
@@ -23,70 +33,28 @@ from dm_generations.sampling.prng import WORD, key_index
 if TYPE_CHECKING:
     from dm_generations.archive.database import Archive
 
-# Columns that take values and ranges, by the name that people write. Other scorers and ratings join here.
+# SQL of what takes values and ranges, by the name that people write.
 RANGE_COLUMNS: Final[Mapping[str, str]] = {
     **{name: name for name in PARAM_COLUMNS},
     "score": "clip_score_input",
     "score_tokenized": "clip_score_tokenized",
     "time": "time_start",
+    "rating": "(SELECT avg(value) FROM ratings WHERE image_id = images.id AND kind = 'score')",
 }
 MODEL_COLUMNS: Final[Mapping[str, str]] = {"model": "generator_id", "codec": "codec_id"}
-WHERE_NAMES: Final = (*RANGE_COLUMNS, *MODEL_COLUMNS, "seed", "key")
+WHERE_NAMES: Final = (*RANGE_COLUMNS, *MODEL_COLUMNS, "seed", "key", "tag", "favourite")
 
-_MAX_VALUES: Final = 1000  # of one name; SQLite limits how long a statement can be
 _MAX_INDEX: Final = 10_000_000  # of an image of a seed; no sweep has more
 _LEAST_DIGEST: Final = 6  # hex digits that stand for a model
 _MAX_LISTED: Final = 20
+_TAGGED: Final = "SELECT image_id FROM ratings WHERE kind = 'tag' AND value IN (SELECT value FROM json_each({tags}))"
+# What each rater said last; SQLite takes the value from the row with the largest time.
+_FAVOURITES: Final = """
+SELECT image_id FROM (
+    SELECT image_id, value, max(time) FROM ratings WHERE kind = 'favourite' GROUP BY image_id, rater
+) WHERE value = 1
+"""
 _INDEXED: Final = frozenset({*PARAM_COLUMNS, "clip_score_input"})  # also in the index of a file of 2022
-
-Interval = tuple[float, float]  # both ends belong to it; infinite where it is open
-Number = float | str  # "3..10" is a range
-Time = str | datetime.date | datetime.datetime
-
-
-class Filters(TypedDict, total=False):
-    """Which images, as keyword arguments; all have to hold, and the values of one add up.
-
-    Attributes:
-        prompt: Whole texts, or ids.
-        sc_prompt: The same for unconditional prompts; id 1 is the model's own empty one.
-        top_k: Numbers, or ranges as "50..256" or "50..".
-        top_p: The same.
-        temperature: The same.
-        cond_scale: The same.
-        model: What sampled them: a name, or the first digits of its SHA-256.
-        codec: What decodes them, likewise.
-        seed: Seeds of `generate`, whose images have the same keys under all settings.
-        key: Keys, as (key0, key1) or "key0:key1".
-        score: `clip_score_input`: numbers or ranges.
-        min_score: The same as a score of "min_score..".
-        max_score: The same as a score of "..max_score".
-        score_tokenized: `clip_score_tokenized`: numbers or ranges.
-        time: When their batch started: UTC days as "2026-01-31", times as "2026-01-31T12:00", or ranges of them.
-        distinct: Images with equal tokens only once: the one with the highest score.
-        best: So many of each prompt and setting, by score.
-        rank_by: Whose score orders the images of a prompt and setting: the name, the id or the first digits of the hash
-            of a judge, as `scores.find_scorer` takes it.
-    """
-
-    prompt: str | int | Sequence[str | int]
-    sc_prompt: str | int | Sequence[str | int]
-    top_k: Number | Sequence[Number]
-    top_p: Number | Sequence[Number]
-    temperature: Number | Sequence[Number]
-    cond_scale: Number | Sequence[Number]
-    model: str | Sequence[str]
-    codec: str | Sequence[str]
-    seed: int | str | Sequence[int | str]
-    key: str | tuple[int, int] | Sequence[str | tuple[int, int]]
-    score: Number | Sequence[Number]
-    min_score: float
-    max_score: float
-    score_tokenized: Number | Sequence[Number]
-    time: Time | Sequence[Time]
-    distinct: bool
-    best: int
-    rank_by: str
 
 
 @dataclass(frozen=True)
@@ -104,6 +72,8 @@ class Selection:
         models: (name, texts) for names of MODEL_COLUMNS; a text is a model's name or starts its SHA-256.
         seeds: Seeds of `generate` with the same keys under all settings.
         keys: (key0, key1) of images.
+        tags: That people gave.
+        favourite: Whether someone calls it a favourite; None for both.
         rank_by: Whose score orders the images of a group, as `scores.find_scorer` takes it; None is clip_score_input.
     """
 
@@ -117,6 +87,8 @@ class Selection:
     models: Sequence[tuple[str, Sequence[str]]] = ()
     seeds: Sequence[int] = ()
     keys: Sequence[tuple[int, int]] = ()
+    tags: Sequence[str] = ()
+    favourite: bool | None = None
     rank_by: str | None = None
 
     def __post_init__(self) -> None:
@@ -138,22 +110,24 @@ class Selection:
         given: dict[str, Any] = dict(filters)
         if unknown := given.keys() - Filters.__annotations__.keys():
             raise _unknown_name(min(unknown), Filters.__annotations__)
-        score = [*_listed(given.pop("score", ()))]
+        score = [*list_values_of(given.pop("score", ()))]
         low, high = given.pop("min_score", None), given.pop("max_score", None)
         if low is not None or high is not None:
             score.append("..".join("" if end is None else str(end) for end in (low, high)))
         if score:
             given["score"] = score
-        prompts, sc_prompts = (_listed(given.get(name, ())) for name in ("prompt", "sc_prompt"))
+        prompts, sc_prompts = (list_values_of(given.get(name, ())) for name in ("prompt", "sc_prompt"))
         return cls(
-            *_split_ids(prompts),
-            *_split_ids(sc_prompts),
+            *split_ids(prompts),
+            *split_ids(sc_prompts),
             n_best=given.get("best"),
             distinct=bool(given.get("distinct", False)),
-            ranges=tuple((name, _intervals(name, given[name])) for name in RANGE_COLUMNS if name in given),
-            models=tuple((name, tuple(map(str, _pieces(given[name])))) for name in MODEL_COLUMNS if name in given),
-            seeds=tuple(_parse_seed(value) for value in _pieces(given.get("seed", ()))),
-            keys=tuple(_parse_key(value) for value in _pieces(_one_key(given.get("key", ())))),
+            ranges=tuple((name, parse_intervals(name, given[name])) for name in RANGE_COLUMNS if name in given),
+            models=tuple((name, tuple(map(str, split_values(given[name])))) for name in MODEL_COLUMNS if name in given),
+            seeds=tuple(parse_seed(value) for value in split_values(given.get("seed", ()))),
+            keys=tuple(parse_key(value) for value in split_values(as_keys(given.get("key", ())))),
+            tags=tuple(map(str, split_values(given.get("tag", ())))),
+            favourite=parse_flag("favourite", given["favourite"]) if "favourite" in given else None,
             rank_by=given.get("rank_by"),
         )
 
@@ -244,8 +218,15 @@ def compile_known(archive: "Archive", selection: Selection) -> Where:
         if ids or texts:
             found = _find_texts(archive, table, ids, texts)
             parts.append(f"{table[:-1]}_id IN (SELECT value FROM json_each({bind(json.dumps(found))}))")
+    scorer = None if selection.rank_by is None else find_scorer(archive, selection.rank_by)
+    rank, rank_parameters = (DEFAULT_RANK, {}) if scorer is None else scorer.value_sql()
+    parameters.update(rank_parameters)
     for name, intervals in selection.ranges:
-        parts.append(_range_sql(RANGE_COLUMNS[name], intervals, bind))
+        parts.append(_range_sql(rank if name == "score" else RANGE_COLUMNS[name], intervals, bind))
+    if selection.tags:
+        parts.append(f"id IN ({_TAGGED.format(tags=bind(json.dumps(selection.tags)))})")
+    if selection.favourite is not None:
+        parts.append(f"id {'' if selection.favourite else 'NOT '}IN ({_FAVOURITES})")
     for name, wanted in selection.models:
         model_ids = [row_id for text in wanted for row_id in _find_models(archive.models(), name, text)]
         parts.append(f"{MODEL_COLUMNS[name]} IN (SELECT value FROM json_each({bind(json.dumps(model_ids))}))")
@@ -254,9 +235,7 @@ def compile_known(archive: "Archive", selection: Selection) -> Where:
     if selection.seeds:
         keys = _find_keys(archive, selection.seeds, " AND ".join(parts) or "1", parameters)
         parts.append(_keys_sql(bind(json.dumps(keys))))
-    scorer = None if selection.rank_by is None else find_scorer(archive, selection.rank_by)
-    rank, rank_parameters = (DEFAULT_RANK, {}) if scorer is None else scorer.value_sql()
-    where = Where(" AND ".join(parts) or "1", parameters | rank_parameters, rank)
+    where = Where(" AND ".join(parts) or "1", parameters, rank)
     columns = {RANGE_COLUMNS[name] for name, _ in selection.ranges}
     is_by_index = columns <= _INDEXED and not (selection.models or selection.keys or selection.seeds)
     if selection.distinct or selection.n_best is not None or (archive.version == 0 and not is_by_index):
@@ -373,100 +352,6 @@ def _store_ids(archive: "Archive", selection: Selection, where: Where) -> Where:
     elif not selection.distinct:
         where = store("selected", f"SELECT id FROM images WHERE {where.sql}")
     return where
-
-
-# Implementation: values.
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    return [value] if isinstance(value, str | int | float | datetime.date) else list(value)
-
-
-def _pieces(value: Any) -> Iterator[Any]:
-    """Yield values one by one; a text can list several, with commas between."""
-    for piece in _listed(value):
-        if isinstance(piece, str):
-            yield from (part.strip() for part in piece.split(","))
-        else:
-            yield piece
-
-
-def _one_key(value: Any) -> Any:
-    is_key = isinstance(value, tuple) and len(value) == 2 and all(isinstance(word, int) for word in value)
-    return [value] if is_key else value
-
-
-def _split_ids(values: Sequence[str | int]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    ids, texts = ([value for value in values if isinstance(value, kind)] for kind in (int, str))
-    if len(ids) + len(texts) < len(values):
-        wrong = next(value for value in values if not isinstance(value, int | str))
-        raise UserError(f"a prompt is its text or its id, not {wrong!r:.60}")
-    return tuple(ids), tuple(texts)  # type: ignore[arg-type]
-
-
-def _intervals(name: str, value: Any) -> tuple[Interval, ...]:
-    """Read values and ranges of a name of RANGE_COLUMNS."""
-    found = tuple(dict.fromkeys(_interval(name, piece) for piece in _pieces(value)))
-    if not 1 <= len(found) <= _MAX_VALUES:
-        raise UserError(f"{name} needs 1 to {_MAX_VALUES:,} values, not {len(found):,}")
-    return found
-
-
-def _interval(name: str, value: Any) -> Interval:
-    read = _read_time if name == "time" else _read_number
-    if not isinstance(value, str) or ".." not in value:
-        return read(name, value)
-    first, _, last = value.partition("..")
-    low = read(name, first)[0] if first.strip() else -math.inf
-    high = read(name, last)[1] if last.strip() else math.inf
-    if low > high:
-        raise UserError(f"{name}={value!r:.60}: the range is empty, as its first value is the larger one")
-    return low, high
-
-
-def _read_number(name: str, value: Any) -> Interval:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{name}: {value!r:.60} is not a number or a range as 1..3, 3.. or ..3")
-    return number, number
-
-
-def _read_time(name: str, value: Any) -> Interval:
-    """Return the first and last second of a day, or twice a time, in UTC Unix seconds."""
-    try:
-        when = value if isinstance(value, datetime.date) else datetime.datetime.fromisoformat(value.strip())
-        is_day = not isinstance(when, datetime.datetime) or (isinstance(value, str) and len(value.strip()) <= 10)
-        if not isinstance(when, datetime.datetime):
-            when = datetime.datetime.combine(when, datetime.time())
-        start = (when if when.tzinfo else when.replace(tzinfo=datetime.UTC)).timestamp()
-    except (AttributeError, TypeError, ValueError, OverflowError):
-        raise UserError(
-            f"{name}: {value!r:.60} is not a day as 2026-01-31, a time as 2026-01-31T12:00 or a range of them"
-        ) from None
-    return start, math.nextafter(start + 24 * 60 * 60, 0) if is_day else start
-
-
-def _parse_seed(value: Any) -> int:
-    try:
-        seed = int(value)
-    except (TypeError, ValueError, OverflowError):
-        seed = -1
-    if not 0 <= seed < 2**64:
-        raise UserError(f"seed: {value!r:.60} is not a whole number from 0 to 2^64 - 1")
-    return seed
-
-
-def _parse_key(value: Any) -> tuple[int, int]:
-    try:
-        key0, key1 = map(int, value.split(":") if isinstance(value, str) else value)
-    except (TypeError, ValueError):
-        key0 = key1 = -1
-    if not (0 <= key0 <= WORD and 0 <= key1 <= WORD):
-        raise UserError(f"key: {value!r:.60} is not KEY0:KEY1, two whole numbers below 2^32")
-    return key0, key1
 
 
 # Implementation: messages.

@@ -96,7 +96,7 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUES",
         help="a value, several as top_k=50,256, or a range as score=20.. or cond_scale=1..3; names are "
         f"{', '.join(WHERE_NAMES)}. time is a day as 2026-01-31 or a time (UTC), model and codec are a name or the "
-        "first digits of a SHA-256, key is KEY0:KEY1",
+        "first digits of a SHA-256, key is KEY0:KEY1, rating is the mean of people's",
     )
     add("--distinct", action="store_true", help="of images with equal tokens only the one with the highest score")
     add(

@@ -8,6 +8,7 @@ from archive_kit import CLIP, CODEC, archive_2022, archive_v1, execute, fill, ne
 from dm_generations.archive import Archive, ArchiveError, ModelInfo, verify
 from dm_generations.archive.scores import Due, add_clip_scores, add_scores, find_scorer, read_scorers, scorer_id
 from dm_generations.archive.selection import Selection, compile_selection
+from dm_generations.errors import UserError
 
 OTHER = dataclasses.replace(CLIP, name="other", sha256="d" * 64)
 HEAD = ModelInfo("scorer", "aesthetic", "e" * 64, {"clip_sha256": CLIP.sha256})
@@ -50,6 +51,11 @@ def table(archive) -> list[tuple]:
 
 def group(archive):
     return archive.groups()[0].key
+
+
+def ranked(archive, text) -> list[int]:
+    """The ids of the group's images, best first by a judge."""
+    return list(archive.image_ids(group(archive), where=compile_selection(archive, Selection(rank_by=text))))
 
 
 def due(archive, model, rescore=False, **flags) -> list[int]:
@@ -131,45 +137,25 @@ def test_ranking_by_any_judge(archive):
     assert list(archive.image_ids(group(archive))) == [2, 1, 3]
     head_id = head_scores(archive, [(3, 1.0), (1, 4.0)])
     for text in ("aesthetic", "aesthetic:image", str(head_id), "e" * 8):
-        assert list(archive.image_ids(group(archive), where=compile_selection(archive, Selection(rank_by=text)))) == [
-            1,
-            3,
-            2,
-        ]  # the one without a score comes last
-    assert [
-        row.id for row in archive.rows(group(archive), 1, compile_selection(archive, Selection(rank_by="aesthetic")))
-    ] == [1]
+        assert ranked(archive, text) == [1, 3, 2]  # the one without a score comes last
+    assert ranked(archive, "aesthetic")[:1] == [1]
     head_scores(archive, [(2, 4.0)])
-    assert list(
-        archive.image_ids(group(archive), where=compile_selection(archive, Selection(rank_by="aesthetic")))
-    ) == [1, 2, 3]  # equal scores: by id
+    assert ranked(archive, "aesthetic") == [1, 2, 3]  # equal scores: by id
 
 
 def test_ranking_by_a_clip_takes_its_scores_from_the_columns_too(archive):
     clip_scores(archive, OTHER, [(1, 1.0, 9.0), (2, 3.0, 4.0), (3, 2.0, 6.0)], adds=True)  # 3 goes to the columns
-    assert list(archive.image_ids(group(archive), where=compile_selection(archive, Selection(rank_by="other")))) == [
-        2,
-        3,
-        1,
-    ]
-    assert list(
-        archive.image_ids(group(archive), where=compile_selection(archive, Selection(rank_by="other:tokenized")))
-    ) == [1, 3, 2]
-    assert list(
-        archive.image_ids(group(archive), where=compile_selection(archive, Selection(rank_by=CLIP.sha256)))
-    ) == [2, 1, 3]
-    assert list(
-        archive.image_ids(group(archive), where=compile_selection(archive, Selection(rank_by="clip_score_input")))
-    ) == [2, 1, 3]
+    assert ranked(archive, "other") == [2, 3, 1]
+    assert ranked(archive, "other:tokenized") == [1, 3, 2]
+    assert ranked(archive, CLIP.sha256) == [2, 1, 3]
+    assert ranked(archive, "clip_score_input") == [2, 1, 3]
 
 
 def test_an_older_archive_is_ranked_by_its_clip(tmp_path):
     path = archive_v1(tmp_path / "old.db", keys=(1, 2, 3), version=2)
     execute(path, "UPDATE images SET clip_score_tokenized = id, clip_id = 3 WHERE id > 1")
     with Archive.open(path) as archive:
-        assert list(
-            archive.image_ids(group(archive), where=compile_selection(archive, Selection(rank_by="tiny:tokenized")))
-        ) == [3, 2, 1]
+        assert ranked(archive, "tiny:tokenized") == [3, 2, 1]
 
 
 def test_an_unknown_judge_is_named_with_those_that_are_there(archive, tmp_path):
@@ -190,3 +176,29 @@ def test_a_name_of_two_judges_is_not_taken_for_one(archive):
     assert find_scorer(archive, "ffffff").sha256 == "f" * 64
     assert {scorer.kind for scorer in read_scorers(archive)} == {"clip"}
     assert CODEC.sha256 not in {scorer.sha256 for scorer in read_scorers(archive)}
+
+
+def test_selecting_by_judges_and_people(archive):
+    head_scores(archive, [(3, 1.0), (1, 4.0)])
+    rows = [("ann", "score", 1, 7, 1.0), ("bob", "score", 1, 9, 1.0), ("ann", "score", 2, 3, 1.0)]
+    rows += [("ann", "tag", 3, "round", 1.0), ("ann", "favourite", 2, 1, 1.0), ("bob", "favourite", 3, 1, 1.0)]
+    rows += [("bob", "favourite", 3, 0, 2.0)]
+    with archive.transaction():
+        archive.connection.write_many(
+            "INSERT INTO ratings (rater, kind, image_id, value, time) VALUES (?, ?, ?, ?, ?)", rows
+        )
+
+    def ids(**filters) -> list[int]:
+        return list(archive.image_ids(where=compile_selection(archive, Selection.of(**filters))))
+
+    assert ids(score="2..", rank_by="aesthetic") == [1] and ids(score="6..") == [2]
+    assert ids(best=1, rank_by="aesthetic") == [1] and ids(best=1) == [2]
+    assert ids(rating="8") == [1] and ids(rating="..7") == [2]
+    assert ids(tag="round") == [3] and ids(tag="square,round") == [3] and ids(tag="x") == []
+    assert ids(favourite=True) == [2] and ids(favourite="no") == [1, 3]
+    with pytest.raises(UserError, match="favourite"):
+        ids(favourite="maybe")
+    archive.close()
+    with Archive.open(archive_2022(archive.path.with_name("old.db"))) as old:
+        for filters in ({"rating": 8}, {"tag": "round"}, {"favourite": True}):
+            assert old.count(compile_selection(old, Selection.of(**filters))) == 0

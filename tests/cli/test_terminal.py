@@ -42,6 +42,8 @@ MISSING = {
     "verify": ["--db", NAME],
     "decode": ["--db", NAME],
     "score": ["--db", NAME],
+    "find": ["--db", NAME, "--duplicates"],
+    "compare": ["--db", NAME],
     "merge": ["--into", "new.db", NAME],
     "convert": [NAME, "--out", "new"],
     "generate": ["--db", "new.db", "--prompts", "a", "--model", NAME],
