@@ -78,6 +78,7 @@ class ImageRow:
     dtype: str | None = None
     init_count: int = 0
     init_md5: str = ""
+    time_end: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

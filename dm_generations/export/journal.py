@@ -276,6 +276,8 @@ def _read_others(data: bytes) -> Iterator[tuple[str, list]]:
 
 def _read_manifest(data: bytes) -> Iterator[tuple[str, list]]:
     manifest = json.loads(data.decode("ascii").removeprefix(MANIFEST_START).rstrip(";\n"))
+    if manifest["version"] != 1:  # later ones lie beside a journal
+        return
     for *_, prefix, suffix, files in manifest["groups"]:
         for middle, _, *rest in files:
             yield prefix + middle + suffix, rest if manifest["mode"] == "images" else [*rest[0], *rest[1:]]

@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from decode_kit import build_manifest_1, write_manifest_1
 from helpers import ROOT
 
 from dm_generations.errors import UserError
 from dm_generations.export import journal as journal_module
 from dm_generations.export.journal import JOURNAL, Journal, identify
-from dm_generations.export.manifest import GalleryEntry, ImageEntry, build_manifest, write_manifest
+from dm_generations.export.manifest import GalleryEntry, ImageEntry
 
 ENTRY = ImageEntry("0001_a/0001_b.png", 1, "a", 1, None, 50, 1.0, 1.0, 3.0, 0, 21.5, 7, 9, "mine", 1)
 GALLERY = GalleryEntry("0001_a/0001_g.png", 1, "a", 1, None, 50, 1.0, 1.0, 3.0, (21.5, None), 0, "0123abcd")
@@ -98,7 +99,7 @@ OTHERS = {"0002_c/0001_d.png": [20.0, 1, 2]}
 @pytest.mark.parametrize("entry", [ENTRY, GALLERY], ids=["images", "gallery"])
 def test_the_lists_of_earlier_versions_are_read_once(tmp_path, entry):
     mode = "images" if entry is ENTRY else "gallery"
-    write_manifest(tmp_path, build_manifest(mode, "a.db", [entry]))
+    write_manifest_1(tmp_path, build_manifest_1(mode, "a.db", [entry]))
     (tmp_path / ".others.json").write_text(json.dumps(OTHERS))
     (tmp_path / ".under-way.jsonl").write_text('\n["0003_e/0001_f.png",[19.5,3,4]]\n["0002_c/0001_d.png",[]]')
     for path in (entry.file, "0002_c/0001_d.png", "0003_e/0001_f.png"):
@@ -115,7 +116,7 @@ def test_the_lists_of_earlier_versions_are_read_once(tmp_path, entry):
         journal.open(create=True)
         journal.compact()
     names = {path.name for path in tmp_path.iterdir() if path.is_file()}
-    assert names == {JOURNAL, "manifest.js", "samplebrowser.html"}
+    assert names == {JOURNAL, "manifest.js"}
 
 
 @pytest.mark.parametrize("start", ["", "window.DM_MANIFEST = "])
@@ -128,8 +129,8 @@ def test_the_lists_of_earlier_versions_are_read_once(tmp_path, entry):
         '{"groups": 1}',
         '{"a": 1}',
         "[" * 200_000,
-        '{"mode": "images", "groups": [[1, 2, [[3, 0, 4, 5]]]]}',
-        '{"mode": "images", "groups": [["a", ["b"], [["c", 0, 4, 5]]]]}',
+        '{"version": 1, "mode": "images", "groups": [[1, 2, [[3, 0, 4, 5]]]]}',
+        '{"version": 1, "mode": "images", "groups": [["a", ["b"], [["c", 0, 4, 5]]]]}',
     ],
 )
 def test_lists_of_someone_else_are_left_alone(tmp_path, start, text):
