@@ -38,9 +38,16 @@ function compareValues(axis) {
   };
 }
 
+const valuesByGroups = new WeakMap(); // groups -> values by axis, which are asked for often
+
 /** The values of an axis that these groups have, in their order. */
 export function axisValues(groups, axis) {
-  return [...new Set(groups.map((group) => group.values[axis.key]))].sort(compareValues(axis));
+  if (!valuesByGroups.has(groups)) valuesByGroups.set(groups, new Map());
+  const known = valuesByGroups.get(groups);
+  if (!known.has(axis)) {
+    known.set(axis, [...new Set(groups.map((group) => group.values[axis.key]))].sort(compareValues(axis)));
+  }
+  return known.get(axis);
 }
 
 /** A text that is the same for equal settings of these axes. */

@@ -19,14 +19,14 @@ import {setUpKeys, showKeys} from "./keys.js";
 
 const DECODE_COMMAND = "python -m dm_generations decode";
 const SAME_MOVE_MS = 1500; // moves of one slider closer than this are one step of the history
-const SIZES = {images: {min: 32, max: 512, step: 16, value: 144}, gallery: {min: 256, max: 2048, step: 64, value: 1024}};
+const SIZES = {images: {min: 32, max: 512, step: 16, value: innerWidth < 600 ? 96 : 160}, gallery: {min: 256, max: 2048, step: 64, value: 1024}};
 const SHOW_NAMES = {number: "as numbers", outline: "as outlines", heat: "as a heat map", none: "hidden"};
 const VIEW_NAMES = {strip: "Strip", grid: "Grid", compare: "Compare", arena: "Arena", scores: "Scores"};
 
 const app = {
   views: {strip, grid, compare, arena, scores: statistics, large},
   view: null, prompt: null, groups: [], group: null, notice: "", searchText: "", shownView: null,
-  lastMove: {axis: null, time: 0}, stop: new AbortController(),
+  lastMove: {axis: null, time: 0}, entry: null, stop: new AbortController(),
 
   get signal() { return this.stop.signal; },
 
@@ -34,7 +34,7 @@ const app = {
 
   go(changes, {replace = false, state = null} = {}) {
     this.view = {...this.view, ...changes};
-    history[replace ? "replaceState" : "pushState"](replace ? history.state : state, "", addressOf(this.view, this.source));
+    this.entry ??= replace ? null : {state};
     return this.render();
   },
 
@@ -90,7 +90,10 @@ const app = {
     if (!isOld) this.notice = notice;
     this.settled = JSON.stringify([this.view.prompt, this.view.values]);
     if (signal.aborted) return;
-    history.replaceState(history.state, "", addressOf(this.view, source));
+    const address = addressOf(this.view, source);
+    if (this.entry) history.pushState(this.entry.state, "", address);
+    else if (location.hash !== address) history.replaceState(history.state, "", address);
+    this.entry = null;
   },
 
   /** Show the view anew, although the address is the same. */
@@ -375,6 +378,10 @@ function setUpTabs() {
 
 function setUpEvents() {
   $("toggle").addEventListener("click", () => app.openPrompts(!$("side").classList.contains("open")));
+  $("more-options").addEventListener("click", () => {
+    const isOpen = $("browser").classList.toggle("with-options");
+    $("more-options").setAttribute("aria-expanded", String(isOpen));
+  });
   $("skip").addEventListener("click", () => $("main").focus());
   $("more").addEventListener("click", () => strip.addMore(app));
   $("link").addEventListener("click", () => app.copyLink());
@@ -384,6 +391,7 @@ function setUpEvents() {
   $("sheet-close").addEventListener("click", () => $("sheet").close());
   $("sheet").addEventListener("click", (event) => { if (event.target === $("sheet")) $("sheet").close(); });
   window.addEventListener("popstate", () => {
+    app.entry = null;
     app.view = app.returning ?? readAddress(location.hash, app.source);
     if (app.returning) history.replaceState(null, "", addressOf(app.view, app.source));
     app.returning = null;

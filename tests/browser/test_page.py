@@ -12,10 +12,10 @@ import shutil
 import subprocess
 import sys
 import threading
-from urllib.parse import parse_qs
 
 import pytest
 from helpers import ROOT
+from page_kit import HOSTILE, open_folder, state, texts
 
 from dm_generations.cli import build_parser
 from dm_generations.export.manifest import GalleryEntry, build_manifest, write_manifest
@@ -23,33 +23,6 @@ from dm_generations.paths import shipped
 from dm_generations.pipelines.sweep import parse_key
 
 pytestmark = pytest.mark.browser
-
-HOSTILE = {
-    "markup": "</script><script>window.pwned = 1; alert(1)</script>",
-    "attribute": '"><img src=x onerror="window.pwned = 1"><svg onload=\'window.pwned=1\'>',
-    "javascript": "javascript:window.pwned=1",
-    "template": "${window.pwned = 1} {{pwned}} `$(touch pwned)` ; rm -rf ~ !! %s '\\'' \\",
-    "separators": "a\u2028b\u2029c\nd\re\tf\x1b]0;title\x07\x1b[201~g",
-    "reversed": "safe\u202egnp.exe\u202c \u2066x",
-    "emoji": "🚀 🏳️‍🌈 नमस्ते عربى ﷽",
-    "flag": "--db=elsewhere.db",
-    "assignment": "=ls",
-    "empty": "",
-    "prototype": "__proto__",
-    "nul": "a\x00b",
-    "surrogate": "a\ud800b",
-    "long": "x" * 4_000 + " <b>bold</b> " + "y z " * 1_500,
-}
-
-
-def open_folder(page, folder, hash=""):
-    """Open the page over `folder` from disk and wait until it shows images or a message."""
-    page.goto((folder / "samplebrowser.html").as_uri() + hash)
-    page.locator("#browser:not([hidden]), #message:not([hidden])").wait_for()
-
-
-def state(page) -> dict[str, str]:
-    return {name: values[0] for name, values in parse_qs(page.url.partition("#")[2]).items()}
 
 
 def count_broken(page) -> int:
@@ -62,10 +35,6 @@ def count_broken(page) -> int:
           return images.filter((image) => !image.naturalWidth).length;
         }"""
     )
-
-
-def texts(page, selector) -> list[str]:
-    return page.locator(selector).all_inner_texts()
 
 
 def test_policy_names_the_script_and_the_style_that_the_page_has():
@@ -293,7 +262,8 @@ def test_command_means_exactly_the_prompt_to_a_shell(page, hostile, tmp_path):
         echo = 'python() { printf "%s\\0" "$@" ""; }; set -H\n' + command
         environment = os.environ | {"LC_ALL": "C.UTF-8"}
         printed = subprocess.check_output(["bash", "-c", echo], env=environment, cwd=tmp_path)
-        generate, decode = (words.split("\0") for words in printed.decode().removesuffix("\0\0").split("\0\0-m\0"))
+        printed_words = printed.decode().removesuffix("\0\0").split("\0\0-m\0")
+        generate, decode = (words.split("\0") for words in printed_words)
         assert generate[:3] == ["-m", "dm_generations", "generate"] and decode[:2] == ["dm_generations", "decode"]
         args = build_parser().parse_args(generate[2:])
         assert build_parser().parse_args(decode[1:]).db == str(args.db)
