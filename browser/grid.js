@@ -8,7 +8,7 @@ import {gridAxes, usableAxes} from "./state.js";
 import {tile} from "./tile.js";
 
 const MAX_PROMPTS = 2000, MAX_SEEDS = 1000; // as rows or columns
-const GAP = 6, LABEL = 136, BAND = 40, LINE = 17;
+const GAP = 8, LABEL = 136, BAND = 40, LINE = 17;
 const SCALE = {1: 1, 4: 1.6, 9: 2.1, seed: 1};  // side of a cell, in sizes of an image
 const CELL_NAMES = [["1", "best image"], ["4", "best 4"], ["9", "best 9"], ["seed", "the same seed"]];
 

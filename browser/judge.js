@@ -89,12 +89,13 @@ export class Judge {
 
   async add(kind, images, value, order = null) {
     const judgement = {kind, images, value, order, rater: this.rater, time: Math.round(Date.now() / 100) / 10};
-    this.take(judgement);
     try {
       await this.source.judge([judgement]);
     } catch (error) {
       this.report(error.message);
+      if (this.source.isLive) return; // not stored; a static page keeps it until it is closed
     }
+    this.take(judgement);
   }
 
   export() {

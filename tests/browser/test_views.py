@@ -395,10 +395,9 @@ def test_each_view_fits_has_names_for_its_controls_and_opens_by_key(page, sweep,
         assert page.locator(f"#tab-{view}").get_attribute("aria-selected") == "true"
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         unnamed = page.evaluate(
-            """() => [...document.querySelectorAll("input, select, button")].filter((node) =>
-                node.checkVisibility()
-                && !(node.labels?.length || node.ariaLabel || node.textContent.trim() || node.querySelector("img[alt]")))
-                .map((node) => node.outerHTML)"""
+            """() => [...document.querySelectorAll("input, select, button")]
+                .filter((node) => node.checkVisibility() && !(node.labels?.length || node.ariaLabel
+                    || node.textContent.trim() || node.querySelector("img[alt]"))).map((node) => node.outerHTML)"""
         )
         assert unnamed == []
     page.keyboard.press("?")
