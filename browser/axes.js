@@ -45,10 +45,13 @@ export function axisValues(groups, axis) {
   if (!valuesByGroups.has(groups)) valuesByGroups.set(groups, new Map());
   const known = valuesByGroups.get(groups);
   if (!known.has(axis)) {
-    known.set(axis, [...new Set(groups.map((group) => group.values[axis.key]))].sort(compareValues(axis)));
+    known.set(axis, sortValues(axis, groups.map((group) => group.values[axis.key])));
   }
   return known.get(axis);
 }
+
+/** Different values of an axis, in their order. */
+export const sortValues = (axis, values) => [...new Set(values)].sort(compareValues(axis));
 
 /** A text that is the same for equal settings of these axes. */
 export const settingsKey = (values, axes = AXES) => JSON.stringify(axes.map((axis) => values[axis.key]));

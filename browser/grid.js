@@ -67,8 +67,8 @@ export const grid = {
   keyOf(app) {
     const axes = this.axesFor(app), keys = Object.values(axes);
     const values = Object.entries(app.view.values).filter(([key]) => !keys.includes(key));
-    const {prompt, cell, seed, min, show} = app.view;
-    return JSON.stringify(["grid", axes, values, keys.includes("prompt") ? null : prompt, cell, seed, min, show]);
+    const {prompt, find, cell, seed, min, show} = app.view;
+    return JSON.stringify(["grid", axes, values, keys.includes("prompt") ? find : prompt, cell, seed, min, show]);
   },
 
   axesFor(app) { return gridAxes(app.view, this.orderedAxes(app)); },
@@ -124,7 +124,7 @@ export const grid = {
   async valuesOf(axis, app, signal) {
     const {source} = app;
     if (axis.key === "prompt") {
-      const {total, prompts} = await source.prompts({search: app.searchText, offset: 0, limit: MAX_PROMPTS}, signal);
+      const {total, prompts} = await source.prompts({search: app.view.find, offset: 0, limit: MAX_PROMPTS}, signal);
       this.isCut = total > prompts.length;
       this.prompts = new Map(prompts.map((prompt) => [prompt.id, prompt]));
       return prompts.map((prompt) => ({value: prompt.id, text: cut(promptText(prompt), 300)}));
@@ -134,7 +134,8 @@ export const grid = {
       const seeds = new Set([...found.values()].flatMap(({images}) => images.map((image) => image.seed)));
       return [...seeds].sort((a, b) => a - b).slice(0, MAX_SEEDS).map((value) => ({value, text: axis.show(value)}));
     }
-    return axisValues(app.groups, axis).map((value) => ({value, text: axis.show(value, source)}));
+    const values = Object.values(this.axes).includes("prompt") ? source.valuesOf(axis) : axisValues(app.groups, axis);
+    return values.map((value) => ({value, text: axis.show(value, source)}));
   },
 
   /** Scores from the first to the last colour: of what the cells show, where that is of one prompt. */

@@ -1,6 +1,6 @@
 // The images of an archive that a server decodes on demand; source.js says what it is asked.
 
-import {SEED_AXIS} from "./axes.js";
+import {SEED_AXIS, sortValues} from "./axes.js";
 
 const CHANGES_MS = 3000;
 const VALUES = ["top_k", "top_p", "temperature", "cond_scale", "sc_prompt", "extra_settings", "model", "archive"];
@@ -18,11 +18,13 @@ export class LiveSource {
 
   async readSummary() {
     const summary = await this.get("summary");
-    const {mode, archives, models, seeds, first, revision} = summary;
-    Object.assign(this, {mode, archives, models, seeds, first, revision});
+    const {mode, archives, models, seeds, values, first, revision} = summary;
+    Object.assign(this, {mode, archives, models, seeds, values, first, revision});
     this.scPrompts = new Map(summary.sc_prompts);
     Object.assign(this, {imageCount: summary.images, promptCount: summary.prompts, scoreRange: summary.score_range});
   }
+
+  valuesOf(axis) { return sortValues(axis, this.values[axis.key]); }
 
   async get(route, parameters = [], signal = undefined) {
     const query = new URLSearchParams(parameters.filter(([, value]) => value !== null && value !== undefined));

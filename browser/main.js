@@ -25,7 +25,7 @@ const VIEW_NAMES = {strip: "Strip", grid: "Grid", compare: "Compare", arena: "Ar
 
 const app = {
   views: {strip, grid, compare, arena, scores: statistics, large},
-  view: null, prompt: null, groups: [], group: null, notice: "", searchText: "", shownView: null,
+  view: null, prompt: null, groups: [], group: null, notice: "", shownView: null,
   lastMove: {axis: null, time: 0}, entry: null, stop: new AbortController(),
 
   get signal() { return this.stop.signal; },
@@ -90,6 +90,7 @@ const app = {
     if (!isOld) this.notice = notice;
     this.settled = JSON.stringify([this.view.prompt, this.view.values]);
     if (signal.aborted) return;
+    if (this.view.view === "grid") Object.assign(this.view, grid.axesFor(this)); // a link shows these, whatever is usual
     const address = addressOf(this.view, source);
     if (this.entry) history.pushState(this.entry.state, "", address);
     else if (location.hash !== address) history.replaceState(history.state, "", address);
@@ -167,8 +168,14 @@ const app = {
   },
 
   searchChanged() {
-    this.searchText = promptList.search;
-    if (this.view?.view === "grid" && Object.values(grid.axesFor(this)).includes("prompt")) this.refresh();
+    this.go({find: promptList.search}, {replace: true});
+  },
+
+  /** Search for what the address says. */
+  showSearch() {
+    if ($("search").value === this.view.find && promptList.total) return;
+    $("search").value = this.view.find;
+    promptList.find();
   },
 
   openPrompts(isOpen) {
@@ -395,6 +402,7 @@ function setUpEvents() {
     app.view = app.returning ?? readAddress(location.hash, app.source);
     if (app.returning) history.replaceState(null, "", addressOf(app.view, app.source));
     app.returning = null;
+    app.showSearch();
     app.render();
   });
   setUpKeys(app);
@@ -448,7 +456,8 @@ async function start() {
   app.showJudged();
   app.view = {...DEFAULTS, ...readAddress(location.hash, source)};
   $("browser").hidden = false;
-  await Promise.all([app.render(), promptList.find()]);
+  app.showSearch();
+  await app.render();
   source.onChange(() => { app.isStale = true; promptList.find(); app.refresh(); });
 }
 

@@ -1,7 +1,7 @@
 // The images that manifest.js lists, beside which the page lies. dm_generations/export/manifest.py describes the format.
 
 import {fileUrl, promptText, element} from "./text.js";
-import {AXES, settingsKey} from "./axes.js";
+import {AXES, axisValues, settingsKey} from "./axes.js";
 import {differencesToBest, histogram, moments} from "./scores.js";
 import {LocalJudgements} from "./judge.js";
 
@@ -172,6 +172,8 @@ export class ManifestSource {
     const group = prompt.groups.reduce((a, b) => ((b.mean ?? -Infinity) > (a.mean ?? -Infinity) ? b : a));
     return {prompt: prompt.id, values: group.values};
   }
+
+  valuesOf(axis) { return axisValues(this.groupList, axis); }
 
   promptOf(prompt) {
     return {id: prompt.id, text: prompt.text, count: prompt.count, best: this.rowsOf(prompt.best)[0] ?? null};

@@ -16,7 +16,7 @@ export const promptList = {
     this.app = app;
     $("prompts-scroll").addEventListener("scroll", () => this.draw(), {passive: true});
     new ResizeObserver(() => this.draw()).observe($("prompts-scroll"));
-    $("search").addEventListener("input", () => this.find());
+    $("search").addEventListener("input", async () => { await this.find(); app.searchChanged(); });
     $("search").addEventListener("keydown", (event) => {
       if (event.key === "ArrowDown") { event.preventDefault(); this.items.get(this.firstInSight())?.firstChild.focus(); }
       if (event.key === "Enter") this.items.get(0)?.firstChild.click();
@@ -46,7 +46,6 @@ export const promptList = {
     $("found").textContent = !found.total ? "No prompt contains these words."
       : this.search.trim() ? `${plural(found.total, "prompt")} found` : "";
     this.draw();
-    this.app.searchChanged();
   },
 
   firstInSight() { return Math.floor($("prompts-scroll").scrollTop / ROW); },

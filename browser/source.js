@@ -18,6 +18,7 @@
 //   archives          names of archives            models   names of models: "" ships with the program, null is unknown
 //   scPrompts         Map of id to text or null    seeds    [[key0, key1], ...] in the order of sampling
 //   imageCount, promptCount, scoreRange: [low, high] or null
+//   valuesOf(axis)    all values of an axis in the archive, in their order
 //   first             {prompt, values}: the prompt with the best image, and its setting with the best mean
 //   prompts({search, offset, limit} or {ids}, signal)     -> {total, prompts}
 //   groups(prompt ids, signal)                            -> [Group, ...]
@@ -36,8 +37,9 @@
 // the routes below. Numbers that JSON has no form for are null; arrays save what keys would repeat.
 //
 //   GET  api/summary         {version: 2, mode, archives, models, sc_prompts: [[id, text], ...], seeds: [[k0, k1], ...]
-//                            (at most 1,000), images, prompts, score_range, first: {prompt, values}, revision}
-//                            `values` is {top_k, top_p, temperature, cond_scale, sc_prompt, extra_settings, model, archive}
+//                            (at most 1,000), images, prompts, score_range, values, first: {prompt, values}, revision}
+//        The first `values` has a list of all values of {top_k, top_p, temperature, cond_scale, sc_prompt,
+//        extra_settings, model, archive}, that of `first` one value of each.
 //   GET  api/prompts?search=WORDS&offset=0&limit=100     {total, prompts: [[id, text, count, IMAGE or null], ...]}
 //   GET  api/prompts?id=1&id=2                           the same, of these
 //        A prompt is found if it contains all words, in any case; its id counts as a word. limit is at most 2,000.

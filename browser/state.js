@@ -12,7 +12,7 @@ const COMPARES = ["side", "slider", "blink"];
 
 export const DEFAULTS = {
   view: "strip", rows: null, cols: null, page1: "", page2: "", cell: "1", seed: 0, sort: "best", min: null, only: "",
-  show: "number", mode: "side", of: "", scope: "prompt", others: "all", image: null, pins: [],
+  show: "number", find: "", mode: "side", of: "", scope: "prompt", others: "all", image: null, pins: [],
 };
 const CHOICES = {view: VIEWS, cell: CELLS, sort: SORTS, show: SHOWS, mode: COMPARES, scope: ["prompt", "all"],
   others: ["all", "fixed"]};
@@ -87,6 +87,7 @@ export function readAddress(text, source) {
   const [seed, min] = ["seed", "min"].map((name) => hash.get(name));
   if (/^[1-9]\d{0,8}$/.test(seed ?? "")) view.seed = Number(seed) - 1;
   if (min && Number.isFinite(Number(min))) view.min = Number(min);
+  view.find = (hash.get("find") ?? "").slice(0, 300);
   view.only = (hash.get("only") ?? "").slice(0, 80);
   view.image = hash.get("image")?.slice(0, 80) ?? null;
   view.pins = hash.getAll("pin").slice(0, MAX_PINS).map((pin) => readPin(pin, source)).filter(Boolean);

@@ -80,7 +80,9 @@ class Server(http.server.BaseHTTPRequestHandler):
     def summary(self, _):
         seeds = [[7, rank] for rank in range(3)]
         first = {"prompt": 2, "values": dict(zip(VALUES, [256, 1.0, 1.0, 3.0, 1, "", 0, 0], strict=True))}
+        values = dict(zip(VALUES, [[0, 256, 50], [1.0], [1.0], [3.0], [1], [""], [0], [0]], strict=True))
         return {
+            "values": values,
             **dict(version=2, mode="images", archives=["live.db"], models=[""], sc_prompts=[[1, None]], seeds=seeds),
             **dict(images=12, prompts=2, score_range=[18.0, 22.56], first=first, revision=self.log["grown"]),
         }

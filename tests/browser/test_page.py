@@ -124,7 +124,7 @@ def test_search_narrows_the_prompts_and_choosing_one_keeps_the_settings(page, sw
     page.get_by_label("Search prompts").fill("CAST")
     assert texts(page, "#prompts .text") == ["castle"]
     page.get_by_role("button", name="castle").click()
-    assert state(page) == {"prompt": "4", "k": "256", "p": "1", "t": "1", "c": "1", "sc": "1"}
+    assert state(page) == {"prompt": "4", "k": "256", "p": "1", "t": "1", "c": "1", "sc": "1", "find": "CAST"}
     assert page.locator("#prompt").inner_text() == "castle"
     page.get_by_label("Search prompts").fill("nothing like it")
     assert page.locator("#prompts li").count() == 0

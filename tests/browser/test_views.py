@@ -82,6 +82,17 @@ def test_rows_columns_and_pages_are_any_axes_and_can_be_swapped(grid):
     assert texts(grid, ".row-label") == ["#1", "#2"]
 
 
+def test_search_chooses_the_prompts_of_a_grid_and_is_in_the_address(grid):
+    grid.locator("#rows").select_option("prompt")
+    grid.get_by_label("Search prompts").fill("cas")
+    grid.wait_for_function("() => document.querySelectorAll('.row-label').length === 1")
+    assert texts(grid, ".row-label") == ["castle"] and state(grid)["find"] == "cas"
+    open_folder(grid, page_folder(grid), "#" + grid.url.partition("#")[2])
+    grid.locator(".row-label").wait_for()
+    assert texts(grid, ".row-label") == texts(grid, "#prompts .text") == ["castle"]
+    assert texts(grid, ".column-label") == ["1", "10"]
+
+
 def test_keys_move_in_the_grid_and_open_and_leave_an_image(grid):
     grid.locator(".cell .tile").first.focus()
     for key in ("ArrowDown", "ArrowRight"):
