@@ -24,7 +24,7 @@ export class LiveSource {
     Object.assign(this, {imageCount: summary.images, promptCount: summary.prompts, scoreRange: summary.score_range});
   }
 
-  valuesOf(axis) { return sortValues(axis, this.values[axis.key]); }
+  valuesOf(axis) { return this.values ? sortValues(axis, this.values[axis.key]) : null; }
 
   async get(route, parameters = [], signal = undefined) {
     const query = new URLSearchParams(parameters.filter(([, value]) => value !== null && value !== undefined));
@@ -66,7 +66,7 @@ export class LiveSource {
     const found = (await this.get("images", parameters, signal)).groups;
     return new Map(groups.map((group) => {
       const {total, images} = found[group.id] ?? {total: 0, images: []};
-      return [group.id, {total, images: images.map((row) => this.imageOf(row, group))}];
+      return [group.id, {total, images: images.filter(Boolean).map((row) => this.imageOf(row, group))}];
     }));
   }
 

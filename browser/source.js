@@ -18,7 +18,7 @@
 //   archives          names of archives            models   names of models: "" ships with the program, null is unknown
 //   scPrompts         Map of id to text or null    seeds    [[key0, key1], ...] in the order of sampling
 //   imageCount, promptCount, scoreRange: [low, high] or null
-//   valuesOf(axis)    all values of an axis in the archive, in their order
+//   valuesOf(axis)    all values of an axis in the archive, in their order; null if they are not known
 //   first             {prompt, values}: the prompt with the best image, and its setting with the best mean
 //   prompts({search, offset, limit} or {ids}, signal)     -> {total, prompts}
 //   groups(prompt ids, signal)                            -> [Group, ...]
@@ -38,8 +38,9 @@
 //
 //   GET  api/summary         {version: 2, mode, archives, models, sc_prompts: [[id, text], ...], seeds: [[k0, k1], ...]
 //                            (at most 1,000), images, prompts, score_range, values, first: {prompt, values}, revision}
-//        The first `values` has a list of all values of {top_k, top_p, temperature, cond_scale, sc_prompt,
-//        extra_settings, model, archive}, that of `first` one value of each.
+//        `values` of `first` is {top_k, top_p, temperature, cond_scale, sc_prompt, extra_settings, model, archive}, one value
+//        of each. The outer `values` has a list of all values of each; without it, a grid of prompts has the values of the
+//        current prompt. `first` is null in an empty archive.
 //   GET  api/prompts?search=WORDS&offset=0&limit=100     {total, prompts: [[id, text, count, IMAGE or null], ...]}
 //   GET  api/prompts?id=1&id=2                           the same, of these
 //        A prompt is found if it contains all words, in any case; its id counts as a word. limit is at most 2,000.
@@ -49,7 +50,8 @@
 //   GET  api/images?group=ID&group=ID&sort=score&descending=1&min=&max=&seed=KEY0.KEY1&limit=9&offset=0
 //        {groups: {ID: {total, images: [IMAGE, ...]}}}
 //        IMAGE: [name, group, rank, score, key0, key1, seed, md5, time, codec, sampler_version, init_count, dtype,
-//                log_prob, same, problem]     md5: of the tokens, hex; codec: the first 16 hex digits of its sha256
+//                log_prob, same, problem], or null for one that is gone
+//        md5: of the tokens, hex; codec: the first 16 hex digits of its sha256
 //   GET  api/statistics?axis=top_k&prompt=1&temperature=0.7   {range: [low, high], values: [[value, n, mean, sd,
 //                                                              [count, ...], [n, mean, sd] or null], ...]}
 //   GET  image/CODEC/MD5     the image, WebP or PNG, immutable. What scrolls out of sight is no longer waited for.
