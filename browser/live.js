@@ -56,7 +56,7 @@ export class LiveSource {
       }
       found.forEach((list, id) => this.groupsByPrompt.set(id, list));
     }
-    return promptIds.flatMap((id) => this.groupsByPrompt.get(id));
+    return promptIds.flatMap((id) => this.groupsByPrompt.get(id) ?? []);
   }
 
   async images({groups, seed = null, limit = null, descending = true, ...query}, signal) {

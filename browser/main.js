@@ -74,9 +74,12 @@ const app = {
   async settle(signal) {
     const {source, view} = this;
     if (this.prompt?.id !== view.prompt || this.isStale) {
-      let [prompt] = view.prompt === null ? [] : (await source.prompts({ids: [view.prompt]}, signal)).prompts;
-      if (!prompt) [prompt] = (await source.prompts({ids: [source.first.prompt]}, signal)).prompts;
-      const groups = await source.groups([prompt.id], signal);
+      const ask = async (id) => {
+        const [{prompts}, groups] = await Promise.all([source.prompts({ids: [id]}, signal), source.groups([id], signal)]);
+        return {prompt: prompts[0], groups};
+      };
+      let {prompt, groups} = await ask(view.prompt ?? source.first.prompt);
+      if (!prompt || !groups.length) ({prompt, groups} = await ask(source.first.prompt));
       if (signal.aborted) return;
       Object.assign(this, {prompt, groups, isStale: false});
     }
@@ -452,8 +455,10 @@ async function start() {
   setUpOptions();
   setUpEvents();
   for (const view of [promptList, grid, compare, arena, statistics, large]) view.setUp(app);
-  await app.judge.load().catch(() => {});
-  app.showJudged();
+  app.judge.load().then(() => {
+    app.showJudged();
+    if (app.judge.list.length) app.refresh();
+  }, () => {});
   app.view = {...DEFAULTS, ...readAddress(location.hash, source)};
   $("browser").hidden = false;
   app.showSearch();
