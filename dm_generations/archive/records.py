@@ -87,6 +87,7 @@ class ImageRow:
     dtype: str | None = None
     init_count: int = 0
     init_md5: str = ""
+    time_end: float | None = None
     extra_settings: str = ""
 
 
