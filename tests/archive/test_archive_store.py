@@ -35,7 +35,7 @@ def test_a_row_comes_back_as_it_was_stored(archive):
         "quantvec_md5": hashlib.md5(b"\x07\x00\x02\x00\x03\x00\x04\x00").hexdigest(),
         **{"clip_score_input": 20.5, "clip_score_tokenized": 19.5, "generator_id": 1, "codec_id": 2},
         **{"sampler_version": 1, "log_prob": None, "dtype": None, "init_count": 0, "init_md5": ""},
-        "extra_settings": "",
+        **{"time_end": 101.5, "extra_settings": ""},
     }
     assert archive.models() == {1: GENERATOR, 2: CODEC, 3: CLIP}
     assert (archive.prompts(), archive.sc_prompts()) == ({1: "a red cube"}, {1: None})
