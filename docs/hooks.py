@@ -82,7 +82,7 @@ def commands_page() -> str:
                 continue
             if group.title not in ("options", "positional arguments"):
                 lines += [f"**{as_text(group.title)}**", "", as_text(group.description or ""), ""]
-            lines += ["| | |", "|---|---|"]
+            lines += ["| option | meaning |", "|---|---|"]
             lines += [f"| {usage(action)} | {as_text(action.help % {**vars(action)})} |" for action in actions]
             lines.append("")
         lines += ["```text", (command.epilog or "").strip(), "```", ""]
