@@ -1,4 +1,4 @@
-"""The package's layout, as docs/architecture.md describes it: layers, sizes, and how many files a task runs through."""
+"""The package's layout, as the architecture page shows it: layers, sizes, and how many files a task runs through."""
 
 import ast
 import json

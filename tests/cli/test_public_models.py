@@ -1,4 +1,4 @@
-"""Public checkpoints, as tiny golden files of each format: from text to PNG by the commands of docs/models.md."""
+"""Public checkpoints, as tiny golden files of each format: from text to PNG by the commands of the models page."""
 
 import json
 import re
@@ -92,7 +92,7 @@ def codec_for(model: str | Path, folder: Path) -> Path:
 
 def table_flags() -> list[str]:
     """The flags in the table of models, a row each."""
-    text = (ROOT / "docs" / "models.md").read_text("utf-8")
+    text = (ROOT / "docs" / "reference" / "models.md").read_text("utf-8")
     return re.findall(r"^\|.*\| `(--[^`]+)` \|$", text, flags=re.MULTILINE)
 
 
