@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 VECTOR_DTYPE: Final = "<f2"  # of NumPy: little-endian float16
 MAX_WIDTH: Final = 8_192  # numbers of a vector; far above any CLIP
-_EXPONENT: Final = 0x7C00  # the bits that are all set in infinities and NaN
+_MAGNITUDE: Final = 0x7FFF  # the bits of a float16 but its sign
+_INFINITY: Final = 0x7C00  # these bits of infinity; those of NaN are higher
+_CHECKED_ROWS: Final = 2_048  # at a time, which a cache holds
 _INSERT: Final = "INSERT INTO vectors (model_id, image_id, vector) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
 _SELECT: Final = """
 SELECT image_id, vector FROM vectors WHERE model_id = ? AND (? OR image_id IN (SELECT value FROM json_each(?)))
@@ -123,6 +125,8 @@ def read_vectors(
         ids.append(image_id)
         content += blob
     vectors = np.frombuffer(content, VECTOR_DTYPE).reshape(len(ids), size // 2)
-    if ((vectors.view("<u2") & _EXPONENT) == _EXPONENT).any():
+    bits = vectors.view("<u2")
+    parts = (bits[start : start + _CHECKED_ROWS] for start in range(0, len(ids), _CHECKED_ROWS))
+    if any((part & _MAGNITUDE).max() >= _INFINITY for part in parts):
         raise ArchiveError(f"{archive.path}: a vector holds numbers that are not finite; remove it")
     return np.array(ids, np.int64), vectors.astype(np.float16, copy=False)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_SEARCH_ROWS = 16_384  # of a block, when one vector is compared with all
+_SEARCH_ROWS = 2_048  # of a block, when one vector is compared with all; a cache holds them
 _PAIR_ROWS = 2_048  # of a block, when all are compared with all
 _SKETCH_WIDTH = 32  # of the first look at pairs
 _SKETCH_SAMPLE = 16_384  # images that the sketch is made of
@@ -52,7 +52,8 @@ def find_similar(ids: np.ndarray, vectors: np.ndarray, query: np.ndarray, limit:
     """
     query = unit_rows(query[None])[0]
     starts = range(0, len(ids), _SEARCH_ROWS)
-    parts = [unit_rows(vectors[start : start + _SEARCH_ROWS]) @ query for start in starts]
+    # Not a product of matrices: for one vector, the threads of that cost more than they save.
+    parts = [np.einsum("ij,j->i", unit_rows(vectors[start : start + _SEARCH_ROWS]), query) for start in starts]
     similarity = np.concatenate([np.empty(0, np.float32), *parts])
     best = np.arange(len(ids))
     if limit < len(ids):  # those above the last one that counts, and all that equal it
