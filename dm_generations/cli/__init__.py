@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from dm_generations import __version__
-from dm_generations.cli import convert, decode, generate, info, merge, score, verify
+from dm_generations.cli import convert, decode, generate, info, merge, ratings, score, verify
 from dm_generations.errors import (
     EXIT_CALLBACKS,
     INTERRUPTED,
@@ -29,6 +29,7 @@ COMMANDS = {
     "info": info,
     "verify": verify,
     "merge": merge,
+    "ratings": ratings,
     "convert": convert,
 }
 CLOSED_OUTPUT = 128 + 13  # exit status of a program whose reader has gone; Windows has no signal.SIGPIPE
