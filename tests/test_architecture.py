@@ -19,7 +19,7 @@ LAYERS = [
     {"sampling", "models"},
     {"inference"},
     {"pipelines", "export"},
-    {"compat"},
+    {"compat", "server"},
     {"cli"},
 ]
 LEAVES = {"dm_generations.sampling.params"}  # imports nothing, so that all layers may name its types

@@ -214,7 +214,7 @@ class Archive:
             sc_prompt_ids: The same for unconditional prompts.
         """
         parameters = {"prompt_ids": _json_ids(prompt_ids), "sc_prompt_ids": _json_ids(sc_prompt_ids)}
-        rows = list(self.connection.rows(queries.COUNT_GROUPS.format(table=self._indexed_table()), parameters))
+        rows = list(self.connection.rows(queries.COUNT_GROUPS.format(table=self.indexed_table()), parameters))
         try:
             return [Group(parse_group_key(row[:-1]), row[-1]) for row in rows]
         except ArchiveError as error:
@@ -223,7 +223,7 @@ class Archive:
     def image_ids(self, key: GroupKey, limit: int | None = None) -> Sequence[int]:
         """Return ids of a group's images: highest clip_score_input first, unscored ones last, ties by id."""
         parameters = [*key.values(), -1 if limit is None else limit]
-        query = queries.IDS_BEST_FIRST.format(table=self._indexed_table())
+        query = queries.IDS_BEST_FIRST.format(table=self.indexed_table())
         ids = array.array("q")
         for (row_id,) in self.connection.rows(query, parameters):
             if not isinstance(row_id, int):
@@ -426,7 +426,7 @@ class Archive:
         rows = self.connection.rows(f"SELECT id, desc FROM {table} ORDER BY id")
         return {row_id: parse_text(text) for row_id, text in rows}
 
-    def _indexed_table(self) -> str:
+    def indexed_table(self) -> str:
         """Return the table that has an index by group, best first."""
         if self._group_table is None:
             self._group_table = legacy_2022.create_group_index(self.connection)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from dm_generations import __version__
-from dm_generations.cli import convert, decode, generate, info, merge, ratings, score, verify
+from dm_generations.cli import browse, convert, decode, generate, info, merge, ratings, score, verify
 from dm_generations.errors import (
     EXIT_CALLBACKS,
     INTERRUPTED,
@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": generate,
     "score": score,
     "decode": decode,
+    "browse": browse,
     "info": info,
     "verify": verify,
     "merge": merge,
