@@ -149,7 +149,6 @@ class Browser:
         generators = {i: model.name for i, model in archive.models().items() if model.kind == "generator"}
         self.generator_ids: list[int | None] = [*generators, None]
         self.models = [*map(model_label, generators.values()), None]
-        self._best = f"SELECT prompt_id, max({_SCORE}) AS high, min({_SCORE}) AS low FROM {self._table} GROUP BY 1"
 
     @functools.cached_property
     def image_count(self) -> int:
@@ -167,8 +166,17 @@ class Browser:
         return found
 
     @functools.cached_property
-    def _totals(self) -> Row:
-        return next(self._rows(f"SELECT count(*), min(low), max(high) FROM ({self._best})"))
+    def _totals(self) -> tuple[int, float | None, float | None, Any]:
+        """Number of prompts that have images, lowest and highest score, and the prompt of the latter."""
+        sql = f"SELECT prompt_id, min({_SCORE}), max({_SCORE}) FROM {self._table} GROUP BY 1 ORDER BY 1"
+        count, lowest, highest, first = 0, math.inf, -math.inf, None
+        for prompt_id, low, high in self._rows(sql):
+            if not count or (high is not None and high > highest):
+                first = prompt_id
+            count += 1
+            lowest = min(lowest, math.inf if low is None else low)
+            highest = max(highest, -math.inf if high is None else high)
+        return count, plain(lowest), plain(highest), first
 
     @property
     def prompt_count(self) -> int:
@@ -178,14 +186,13 @@ class Browser:
     @property
     def score_range(self) -> tuple[float, float] | None:
         """The lowest and the highest score."""
-        _, low, high = self._totals
-        return None if plain(low) is None or plain(high) is None else (low, high)
+        _, low, high, _ = self._totals
+        return None if low is None or high is None else (low, high)
 
     @functools.cached_property
     def first(self) -> GroupId | None:
         """Of the prompt with the best image the group with the best mean."""
-        sql = f"SELECT prompt_id FROM ({self._best}) ORDER BY high DESC, prompt_id LIMIT 1"
-        found = [group for (prompt_id,) in list(self._rows(sql)) for group in self.groups([prompt_id])]
+        found = self.groups([self._totals[3]]) if self.prompt_count else []
         best = max(found, key=lambda one: -math.inf if one.mean is None else one.mean, default=None)
         return None if best is None else best.id
 
