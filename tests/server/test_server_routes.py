@@ -7,6 +7,8 @@ import sqlite3
 
 import numpy as np
 import pytest
+from archive_kit import archive_v1
+from decode_kit import write_archive_2022
 from PIL import Image
 
 from dm_generations.archive import Archive, verify
@@ -354,3 +356,31 @@ def test_an_empty_archive(make_client, tmp_path):
     assert (summary["images"], summary["prompts"], summary["score_range"], summary["first"]) == (0, 0, None, None)
     assert client.get("/api/prompts").json() == {"total": 0, "prompts": []}
     assert client.get("/api/statistics?axis=top_k").json()["values"] == []
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_archive_of_an_older_version(make_client, tmp_path, version):
+    client = make_client(path=archive_v1(tmp_path / "old.db", keys=range(3), version=version))
+    assert client.get("/api/summary").json()["images"] == 3
+    ((group, *_),) = groups(client, 1)
+    found = images(client, group)["images"]
+    assert [row[0] for row in found] == ["1.0", "1.1", "1.2"] and all(row[PROBLEM] for row in found)  # another codec
+    given = judgement(found[1], "a red cube")
+    given["images"][0]["model"] = None
+    assert judge(client, given).json() == {"stored": 1}  # it has the newest version now
+    assert images(client, group)["images"] == found
+    assert len(client.get("/api/judgements").json()) == 1
+
+
+def test_an_archive_of_2022(make_client, tmp_path, codec):
+    path = write_archive_2022(tmp_path / "old.db", np.stack([np.frombuffer(tokens_of(i), "<u2") for i in range(3)]))
+    before = path.read_bytes()
+    client = make_client(path=path)
+    ((group, *_),) = groups(client, 1)
+    found = images(client, group)["images"]
+    assert [row[PROBLEM] for row in found] == [None] * 3
+    answer = client.get(f"/image/{found[2][IMAGE.index('codec')]}/{found[2][IMAGE.index('md5')]}")
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(answer.content))), decoded(codec, 2)[0])
+    assert client.get("/api/judgements").json() == []
+    assert is_an_error(judge(client, judgement(found[0], "a boat")), 503)
+    assert path.read_bytes() == before
