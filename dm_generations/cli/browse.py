@@ -20,6 +20,8 @@ from dm_generations.paths import shipped
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
+    from dm_generations.models.loading import Checkpoint
+
 HELP = "look at an archive in a browser, and judge its images"
 DESCRIPTION = """\
 Serve the page of an archive to a browser on this machine. Images are decoded when they are looked at, and what you say
@@ -58,11 +60,15 @@ def run(args: argparse.Namespace) -> int:
     path = args.db or shipped("archive/emoji.db")
     Archive.open(path).close()  # before anything takes time
     with contextlib.closing(_listen(args.host or _LOOPBACK, args.port)) as listener:
-        prepare_device(args.cpu_only)
+        codec = None if args.codec is None else _load_codec(args)  # a wrong one is an error before all else
         token = secrets.token_urlsafe(24)
-        app = _make_app(path, args.codec, token, args.host)
+        address = _address(args.host, listener, token)
+        print(f"Serving {printable(str(path), 1000)} at {address} (Ctrl-C stops)", flush=True)
+        if not args.no_open and _has_browser():
+            # Its request waits in the socket's queue while the rest is loaded.
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         config = uvicorn.Config(
-            app,
+            _make_app(path, codec or _load_codec(args), token, args.host),
             loop="asyncio",
             http="h11",
             ws="none",
@@ -73,26 +79,25 @@ def run(args: argparse.Namespace) -> int:
             h11_max_incomplete_event_size=1 << 18,
         )
         logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # of bad requests it would print a line each
-        address = _address(args.host, listener, token)
-        print(f"Serving {printable(str(path), 1000)} at {address} (Ctrl-C stops)", flush=True)
-        if not args.no_open and _has_browser():
-            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         # It stops at Ctrl-C, and then raises the signal again, for the command line to report.
         uvicorn.Server(config).run(sockets=[listener])
     return 0
 
 
-def _make_app(path: Path, codec: str | None, token: str, host: str | None) -> "Starlette":
+def _load_codec(args: argparse.Namespace) -> "Checkpoint":
+    prepare_device(args.cpu_only)
     from dm_generations.models.loading import load_checkpoint
+
+    return load_checkpoint(args.codec, "codec")
+
+
+def _make_app(path: Path, codec: "Checkpoint", token: str, host: str | None) -> "Starlette":
     from dm_generations.server.app import PageServer
     from dm_generations.server.data import ServedArchive
     from dm_generations.server.images import ImageCache, ImageService
 
-    checkpoint = load_checkpoint(codec, "codec")
-    archive = ServedArchive(path, checkpoint)
-    images = ImageService(
-        checkpoint, lambda md5s: archive.call(archive.load_tokens, md5s), ImageCache(checkpoint.sha256)
-    )
+    archive = ServedArchive(path, codec)
+    images = ImageService(codec, lambda md5s: archive.call(archive.load_tokens, md5s), ImageCache(codec.sha256))
     page = shipped("samplebrowser.html").read_text(encoding="utf-8")
     return PageServer(archive, images, page, token, needs_token=host is not None).make_app(host)
 

@@ -31,8 +31,9 @@ MAX_SIDE: Final = 2048  # pixels
 MAX_DECODERS: Final = 4  # for grids of other sizes
 MAX_CACHE_BYTES: Final = 1 << 30
 COLLECT_S: Final = 0.008  # requests that arrive within this time are decoded together
-_CPU_BATCH_PIXELS: Final = 1 << 16  # a batch has a fixed size, and a CPU takes as long for an empty place in it
-_MAX_BATCH: Final = 64
+# A batch has a fixed size, and a CPU takes as long for an empty place in it; a browser asks for 6 images at a time.
+_CPU_BATCH_PIXELS: Final = 1 << 14
+_MAX_BATCH: Final = 16
 _PRUNE_AFTER: Final = 64 << 20  # bytes written
 _logger = logging.getLogger(__name__)
 
