@@ -19,7 +19,7 @@ LAYERS = [
     {"sampling", "models"},
     {"inference"},
     {"pipelines", "export"},
-    {"api", "compat"},
+    {"api", "compat", "server"},
     {"cli"},
 ]
 # They import nothing of the package but errors, so that all layers may use them.

@@ -33,7 +33,8 @@ def defined_names(path: Path) -> set[str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         if isinstance(node, ast.ClassDef):
-            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+            functions = ast.FunctionDef | ast.AsyncFunctionDef
+            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, functions)}
     return names
 
 

@@ -227,7 +227,7 @@ class Archive:
 
     def count_groups(self, where: Where) -> list[Group]:
         """Return the groups of a compiled selection, as `groups` does."""
-        query = queries.COUNT_GROUPS.format(table=self._indexed_table(), where=where.sql)
+        query = queries.COUNT_GROUPS.format(table=self.indexed_table(), where=where.sql)
         rows = self.connection.bounded_rows(query, where.parameters)
         try:
             return [Group(parse_group_key(row[:-1]), row[-1]) for row in rows]
@@ -247,7 +247,7 @@ class Archive:
             parameters.update(zip(GROUP_COLUMNS, key.values(), strict=True))
         query = queries.ALL_IDS_BEST_FIRST if key is None else queries.IDS_BEST_FIRST
         ids = array.array("q")
-        query = query.format(table=self._indexed_table(), where=where.sql, rank=where.rank)
+        query = query.format(table=self.indexed_table(), where=where.sql, rank=where.rank)
         for (row_id,) in self.connection.rows(query, parameters):
             if not isinstance(row_id, int):
                 raise ArchiveError(f"{self.path}: the id of an image is {row_id!r:.40}, not a whole number")
@@ -457,7 +457,7 @@ class Archive:
         rows = self.connection.bounded_rows(f"SELECT id, desc FROM {table} ORDER BY id")
         return {row_id: parse_text(text) for row_id, text in rows if isinstance(row_id, int)}
 
-    def _indexed_table(self) -> str:
+    def indexed_table(self) -> str:
         """Return the table that has an index by group, best first."""
         if self._group_table is None:
             self._group_table = legacy_2022.create_group_index(self.connection)

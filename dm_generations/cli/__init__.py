@@ -11,7 +11,20 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from dm_generations import __version__
-from dm_generations.cli import compare, convert, decode, find, generate, info, list_images, merge, score, verify
+from dm_generations.cli import (
+    browse,
+    compare,
+    convert,
+    decode,
+    find,
+    generate,
+    info,
+    list_images,
+    merge,
+    ratings,
+    score,
+    verify,
+)
 from dm_generations.cli.common import print_line
 from dm_generations.errors import (
     EXIT_CALLBACKS,
@@ -30,10 +43,12 @@ COMMANDS = {
     "decode": decode,
     "find": find,
     "compare": compare,
+    "browse": browse,
     "info": info,
     "list": list_images,
     "verify": verify,
     "merge": merge,
+    "ratings": ratings,
     "convert": convert,
 }
 CLOSED_OUTPUT = 128 + 13  # exit status of a program whose reader has gone; Windows has no signal.SIGPIPE

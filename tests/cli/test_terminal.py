@@ -44,6 +44,8 @@ MISSING = {
     "score": ["--db", NAME],
     "find": ["--db", NAME, "--duplicates"],
     "compare": ["--db", NAME],
+    "browse": ["--db", NAME, "--no-open"],
+    "ratings": ["--db", NAME, "--rank"],
     "merge": ["--into", "new.db", NAME],
     "convert": [NAME, "--out", "new"],
     "generate": ["--db", "new.db", "--prompts", "a", "--model", NAME],
