@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from dm_generations import __version__
-from dm_generations.cli import convert, decode, generate, info, list_images, merge, score, verify
+from dm_generations.cli import contact_sheet, convert, decode, generate, info, list_images, merge, score, verify
 from dm_generations.cli.common import print_line
 from dm_generations.errors import (
     EXIT_CALLBACKS,
@@ -28,6 +28,7 @@ COMMANDS = {
     "generate": generate,
     "score": score,
     "decode": decode,
+    "contact-sheet": contact_sheet,
     "info": info,
     "list": list_images,
     "verify": verify,
