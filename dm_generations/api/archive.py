@@ -17,6 +17,7 @@ from dm_generations.api.images import (
     table_html,
 )
 from dm_generations.archive import ArchiveError, Filters, ImageRow, Selection
+from dm_generations.archive.grid import plan_grid
 from dm_generations.archive.listing import LIST_COLUMNS, row_lister
 from dm_generations.archive.records import BYTES_PER_TOKEN, PARAM_COLUMNS, TOKEN_DTYPE
 from dm_generations.archive.selection import compile_selection
@@ -25,6 +26,10 @@ from dm_generations.errors import UserError, printable
 if TYPE_CHECKING:
     import pandas
     import pyarrow
+    from PIL.Image import Image
+
+    from dm_generations.export.contact_sheet import ContactSheet
+    from dm_generations.inference.decoder import Decoder
 
 _MAX_ROWS, _MAX_COLUMNS = 40, 24  # of the table in a notebook
 _ARROW_ROWS = 10_000  # of a batch
@@ -66,6 +71,55 @@ class Archive(store.Archive):
     def to_arrow(self, **filters: Unpack[Filters]) -> "pyarrow.Table":
         """Return images as a table of Arrow; see `SelectedImages.to_arrow`."""
         return self.images(**filters).to_arrow()
+
+    def contact_sheet(
+        self,
+        rows: str,
+        cols: str,
+        pages: str | None = None,
+        cell: str = "best1",
+        *,
+        scores: bool = False,
+        theme: str = "light",
+        font: str | None = None,
+        decoder: "Decoder | None" = None,
+        selection: Selection | None = None,
+        **filters: Unpack[Filters],
+    ) -> "ContactSheet":
+        """Return a labelled grid of images, in pages which are rendered when they are used.
+
+        >>> with Archive.open("archive/emoji.db") as archive:
+        ...     sheet = archive.contact_sheet("temperature", "cond_scale", prompt="a rocket", top_k=256, top_p=1)
+        ...     print(len(sheet), sheet[0].mode)
+        1 RGB
+
+        Args:
+            rows: An axis: prompt, sc_prompt, top_k, top_p, temperature, cond_scale, extra_settings, model or key.
+            cols: Another one.
+            pages: Another one, of whose values each gets a page.
+            cell: "best1", "best4" or "best9" by `clip_score_input`, or "same-seed": the same key in all cells.
+            scores: Whether to write them below the images.
+            theme: "light" or "dark".
+            font: A font file; None is Pillow's, which has no accents and no other scripts.
+            decoder: See `ImageRecord.image`.
+            selection: Which images; None is what the keyword arguments say.
+            filters: See `Filters`.
+
+        Raises:
+            UserError: Images differ in an axis that is not shown, something does not fit on a page, or images cannot be
+                decoded.
+        """
+        from dm_generations.export.contact_sheet import ContactSheet, Style
+
+        def decode(ids: Sequence[int]) -> "list[Image]":
+            images = SelectedImages(self, ids).images(decoder)
+            if len(images) < len(ids):
+                raise UserError(f"{self.path}: images were deleted while they were read; repeat the command")
+            return images
+
+        axes = [rows, cols] if pages is None else [rows, cols, pages]
+        grid = plan_grid(self, selection or Selection.of(**filters), axes, cell)
+        return ContactSheet(grid, Style(theme, scores, font), decode)
 
     def __repr__(self) -> str:
         layout = f"format {self.version}" if self.version else "2022 layout"

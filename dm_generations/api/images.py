@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dm_generations.inference.decoder import Decoder
+    from dm_generations.models.loading import Checkpoint
 
 SCORES: Final = ("clip_score_input", "clip_score_tokenized")
 _MAX_SHOWN = 64  # images of a list in a notebook
@@ -153,9 +154,7 @@ def embedded_decoder(codec: ModelInfo | None, token_count: int) -> "Decoder":
     Raises:
         UserError: Another codec made them, or one that they do not record and that has another grid.
     """
-    from dm_generations.models.loading import load_checkpoint
-
-    embedded = load_checkpoint(None, "codec")
+    embedded = _embedded_codec()
     side = None if codec is None else square_side(codec.token_shape)
     grid = math.isqrt(token_count) if side is None else side
     is_embedded = grid == embedded.config.grid if codec is None else codec.sha256 == embedded.sha256
@@ -163,6 +162,13 @@ def embedded_decoder(codec: ModelInfo | None, token_count: int) -> "Decoder":
         what = "a codec that it does not record" if codec is None else f"codec {codec.name!r:.100}"
         raise UserError(f"this image was made with {what}; give it as image(Decoder.load('FOLDER'))")
     return _embedded_decoder(grid)
+
+
+@functools.cache
+def _embedded_codec() -> "Checkpoint":
+    from dm_generations.models.loading import load_checkpoint
+
+    return load_checkpoint(None, "codec")
 
 
 @functools.lru_cache(maxsize=4)
@@ -190,7 +196,7 @@ class ImageList(ABC, Sequence[ImageRecord]):
         side = max((max((image.codec and image.codec.image_shape) or (1,)) for image in shown), default=1)
         shown = shown[: max(4, _MAX_SHOWN_PIXELS // side**2)]
         try:
-            sources = [_data_url(image) for image in decode_images(shown)]
+            sources = [data_url(image) for image in decode_images(shown)]
         except UserError:  # the labels say what there is
             sources = [""] * len(shown)
         return _grid_html(repr(self), zip(sources, _labels(shown), strict=True), len(self) - len(shown))
@@ -243,5 +249,6 @@ def _png(image: "Image") -> bytes:
     return file.getvalue()
 
 
-def _data_url(image: "Image") -> str:
+def data_url(image: "Image") -> str:
+    """Return an image as the URL of a PNG."""
     return f"data:image/png;base64,{base64.b64encode(_png(image)).decode('ascii')}"

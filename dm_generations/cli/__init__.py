@@ -14,6 +14,7 @@ from dm_generations import __version__
 from dm_generations.cli import (
     browse,
     compare,
+    contact_sheet,
     convert,
     decode,
     find,
@@ -44,6 +45,7 @@ COMMANDS = {
     "find": find,
     "compare": compare,
     "browse": browse,
+    "contact-sheet": contact_sheet,
     "info": info,
     "list": list_images,
     "verify": verify,

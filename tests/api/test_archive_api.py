@@ -154,6 +154,30 @@ def test_images_are_decoded_by_the_decoder_that_is_given(models, tmp_path):
             images[0].image()
 
 
+def test_a_contact_sheet_shows_decoded_images_unchanged(models, tmp_path):
+    decoder = Decoder.load(models.vqgan, batch_size=4)
+    tokens = np.random.default_rng(0).integers(0, CODEBOOK_SIZE, (6, GRID**2), np.uint16)
+    path = archive_2022(tmp_path / "2022.db")
+    for key, row in enumerate(tokens):
+        execute(path, "INSERT INTO images VALUES (?, 3, 1, 50, 1.0, ?, ?, 0, 7, ?, NULL, NULL, NULL)",
+                key + 1, 1.0 + key % 2, key // 2, row.tobytes())  # fmt: skip
+    with Archive.open(path) as archive:
+        (page,) = archive.contact_sheet("temperature", "cond_scale", cell="same-seed", decoder=decoder)
+        size = (IMAGE_SIZE, IMAGE_SIZE, 3)
+        windows = np.lib.stride_tricks.sliding_window_view(np.asarray(page), size)[:, :, 0]
+        places = []
+        for pixels in decoder(tokens):
+            ((y, x),) = np.argwhere((windows == pixels).all(axis=(2, 3, 4)))
+            places.append((int(y), int(x)))
+        assert len({y for y, _ in places[::2]}) == len({y for y, _ in places[1::2]}) == 1
+        assert [x for _, x in places[::2]] == sorted(x for _, x in places[1::2])
+        with pytest.raises(UserError, match="cond_scale"):
+            archive.contact_sheet("temperature", "prompt", decoder=decoder)
+        with pytest.raises(UserError, match="Decoder"):
+            archive.contact_sheet("temperature", "cond_scale")
+        assert len(archive.contact_sheet("temperature", "prompt", cond_scale=2, decoder=decoder)) == 1
+
+
 def test_what_a_decoder_cannot_decode_is_refused(models):
     decoder = Decoder.load(models.vqgan, batch_size=2)
     assert decoder([0] * GRID**2).shape == (1, IMAGE_SIZE, IMAGE_SIZE, 3)

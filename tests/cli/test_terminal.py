@@ -44,6 +44,7 @@ MISSING = {
     "score": ["--db", NAME],
     "find": ["--db", NAME, "--duplicates"],
     "compare": ["--db", NAME],
+    "contact-sheet": ["--db", NAME, "--rows", "prompt", "--cols", "seed"],
     "browse": ["--db", NAME, "--no-open"],
     "ratings": ["--db", NAME, "--rank"],
     "merge": ["--into", "new.db", NAME],
