@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Unpack
+from typing import Any, Final, Self, Unpack
 
 from dm_generations.archive import legacy_2022, queries, vocabulary
 from dm_generations.archive.connection import (
@@ -75,7 +75,7 @@ class Archive:
         self._checked_schema: int | None = None  # see `check_to_write`
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str]) -> "Archive":
+    def create(cls, path: str | os.PathLike[str]) -> Self:
         """Make a new, empty archive and open it for writing.
 
         Args:
@@ -96,7 +96,7 @@ class Archive:
         return cls.open(path, "w")
 
     @classmethod
-    def open_or_create(cls, path: str | os.PathLike[str]) -> "Archive":
+    def open_or_create(cls, path: str | os.PathLike[str]) -> Self:
         """Open an archive for writing, and make it if there is none. Several programs may do so at once."""
         path = Path(path)
         if not os.path.lexists(path):
@@ -108,7 +108,7 @@ class Archive:
         return cls.open(path, "w")
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], mode: Mode = "r", timeout: float = LOCK_TIMEOUT) -> "Archive":
+    def open(cls, path: str | os.PathLike[str], mode: Mode = "r", timeout: float = LOCK_TIMEOUT) -> Self:
         """Open an existing archive.
 
         Do not open a file that this process is writing to: the header is read without SQLite, and closing a file that
@@ -164,7 +164,7 @@ class Archive:
         """Close the file."""
         self.connection.close()
 
-    def __enter__(self) -> "Archive":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
