@@ -371,7 +371,10 @@ function setUpTabs() {
   $("tabs").replaceChildren(...VIEWS.map((name) => {
     const tab = attributes(element("button", {type: "button", id: `tab-${name}`, textContent: VIEW_NAMES[name]}),
       {role: "tab", "aria-controls": `view-${name}`});
-    tab.addEventListener("click", () => app.go({view: name, image: null}));
+    tab.addEventListener("click", (event) => {
+      app.go({view: name, image: null});
+      if (event.detail > 0) $("main").focus({preventScroll: true}); // so that arrow keys are the view's, not the tabs'
+    });
     return tab;
   }));
   if (app.source.mode === "gallery") for (const name of ["compare", "arena"]) $(`tab-${name}`).hidden = true;

@@ -30,8 +30,12 @@ def imported() -> set[str]:
 
 def test_every_requirement_is_imported_and_every_import_is_required():
     extras = PROJECT["optional-dependencies"]
-    names = [name for extra in ("browse", "checkpoints", "datasette", "tables") for name in extras[extra]]
-    optional = modules(names) | {"zstandard"}  # used where JAX uses it
+    names = [name for extra in ("browse", "checkpoints", "datasette", "notebook", "tables") for name in extras[extra]]
+    optional = modules(names) | {
+        "IPython",
+        "google",
+        "zstandard",
+    }  # of a notebook, of Colab, and used where JAX uses it
     assert imported() - optional == modules(PROJECT["dependencies"])
 
 

@@ -2,9 +2,11 @@
 
 import functools
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from dm_generations import archive as store
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dm_generations.export.contact_sheet import ContactSheet
+    from dm_generations.export.exporter import ExportReport
     from dm_generations.inference.decoder import Decoder
 
 _MAX_ROWS, _MAX_COLUMNS = 40, 24  # of the table in a notebook
@@ -51,6 +54,26 @@ class Archive(store.Archive):
     >>> archive.close()
     """
 
+    @classmethod
+    def load(cls, source: str | os.PathLike[str] | None = None, folder: str | os.PathLike[str] = ".") -> "Archive":
+        """Open an archive to read: a file, an address, a file on the hub, or the archive that ships.
+
+        >>> Archive.load()
+        <Archive emoji.db: format 2, 6,048 images>
+
+        Args:
+            source: A path; `https://...`; `hf://datasets/OWNER/NAME/FILE.db` on the Hugging Face hub, with `@REVISION`
+                after NAME if it is to be a certain one; or None for the emoji archive that ships.
+            folder: Where a file from `https://` is stored. It is made if there is none. A file of this name that is
+                there already is opened in place of a download.
+
+        Raises:
+            UserError: There is no such archive, or it cannot be downloaded.
+        """
+        from dm_generations.api.download import find_archive
+
+        return cls.open(find_archive(source, Path(folder)))
+
     def images(self, selection: Selection | None = None, **filters: Unpack[Filters]) -> "SelectedImages":
         """Return images in the order of `groups`, the best of each group first. Rows are read when they are used.
 
@@ -63,6 +86,31 @@ class Archive(store.Archive):
         """
         where = compile_selection(self, selection or Selection.of(**filters))
         return SelectedImages(self, self.image_ids(where=where))
+
+    def export(
+        self,
+        out_dir: str | os.PathLike[str],
+        codec_path: str | os.PathLike[str] | None = None,
+        **filters: Unpack[Filters],
+    ) -> "ExportReport":
+        """Write images as PNG files, with a page to look at them, as the command `decode` does.
+
+        Args:
+            out_dir: Folder to write into. What is in it already is not written again.
+            codec_path: The codec that the images were made with: a folder, a file or a name on the hub; None is the
+                one that ships.
+            filters: Which images; see `Filters`.
+
+        Returns:
+            What was written, `page` to open in a browser, and a line for each of the `problems`.
+
+        Raises:
+            UserError: There are no such images, the codec does not decode them, or the folder cannot be written.
+        """
+        from dm_generations.export.exporter import ExportOptions, export_archive
+
+        codec = None if codec_path is None else os.fspath(codec_path)
+        return export_archive(self, ExportOptions(Path(out_dir), selection=Selection.of(**filters), codec=codec))
 
     def to_pandas(self, **filters: Unpack[Filters]) -> "pandas.DataFrame":
         """Return images as a table of pandas; see `SelectedImages.to_pandas`."""

@@ -9,15 +9,17 @@ from typing import Any, overload
 import numpy as np
 
 from dm_generations import archive as store
-from dm_generations.api.images import SCORES, ImageList, ImageRecord
+from dm_generations.api.images import SCORES, ImageList, ImageRecord, ListedImages
 from dm_generations.archive import ModelInfo, NewImage, quantvec_md5
+from dm_generations.archive.records import TOKEN_DTYPE
 from dm_generations.errors import UserError, printable
 from dm_generations.inference import generator as inference_generator
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.scorer import Scorer
 from dm_generations.models.loading import Checkpoint, Models, load_codec, load_generator
 from dm_generations.pipelines.generate import SMALLER_BATCH, GenerateOptions, Pipeline
-from dm_generations.pipelines.sweep import DEFAULT_PARAMS, DEFAULT_SEED, Sweep
+from dm_generations.pipelines.progressive import pad_tokens
+from dm_generations.pipelines.sweep import DEFAULT_PARAMS, DEFAULT_SEED, Sample, Sweep
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors
 
@@ -99,6 +101,8 @@ class Generator(inference_generator.Generator):
         keys: Sequence[tuple[int, int]] | None = None,
         scorer: Scorer | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_unfinished: Callable[[ImageList], None] | None = None,
+        every: int | None = None,
     ) -> "GeneratedImages":
         """Generate images: every prompt with every setting, as the command `generate` does with the same values.
 
@@ -115,6 +119,9 @@ class Generator(inference_generator.Generator):
             keys: (key0, key1) of the images of each combination, in place of `n` and `seed`.
             scorer: Scores the images, whose scores `save` stores too.
             on_progress: Called with (done, total) images at the start and after every batch.
+            on_unfinished: Called with the images so far, in which each image's first token fills what is not sampled
+                yet. In a notebook, `display("", display_id=True).update` shows them as they grow.
+            every: Tokens from one call of `on_unfinished` to the next; None is an eighth of an image.
 
         Returns:
             The images, combination by combination.
@@ -134,12 +141,30 @@ class Generator(inference_generator.Generator):
             same_seeds=same_seeds,
             row_keys=keys,
         )
-        return self._draw(sweep, scorer, on_progress)
+        if every is not None and every < 1:
+            raise UserError(f"every (={every}) must be at least 1")
+        every = None if on_unfinished is None else every or max(1, self.token_count // 8)
+        return self._draw(sweep, scorer, on_progress, on_unfinished or (lambda images: None), every)
 
-    def _draw(self, sweep: Sweep, scorer: Scorer | None, on_progress: Callable[[int, int], None]) -> "GeneratedImages":
+    def _draw(
+        self,
+        sweep: Sweep,
+        scorer: Scorer | None,
+        on_progress: Callable[[int, int], None],
+        on_unfinished: Callable[[ImageList], None],
+        every: int | None,
+    ) -> "GeneratedImages":
         self.check_texts([*sweep.prompts, *sweep.sc_prompts])
-        options = GenerateOptions(batch_size=self.batch_size, dtype=self.dtype)
-        pipeline = Pipeline(self.models, options, loaded=(self, None if scorer is None else self.decoder, scorer))
+        options = GenerateOptions(batch_size=self.batch_size, dtype=self.dtype, progressive_every=every)
+        unfinished: dict[Sample, ImageRecord] = {}
+
+        def show(samples: Sequence[Sample], tokens: np.ndarray) -> None:
+            made = [self._unfinished(*each) for each in zip(samples, pad_tokens(tokens, self.token_count), strict=True)]
+            unfinished.update(zip(samples, made, strict=True))
+            on_unfinished(ListedImages(list(unfinished.values())))
+
+        loaded = self, None if scorer is None else self.decoder, scorer
+        pipeline = Pipeline(self.models, options, loaded=loaded, on_unfinished=show)
         plan = pipeline.plan(sweep, None)
         images: list[NewImage] = []
         on_progress(0, plan.missing_count)
@@ -148,6 +173,16 @@ class Generator(inference_generator.Generator):
                 images += pipeline.sample(batch)
             on_progress(len(images), plan.missing_count)
         return GeneratedImages(self, pipeline, images)
+
+    def _unfinished(self, sample: Sample, tokens: np.ndarray) -> ImageRecord:
+        """Return an image that is being sampled, of its tokens (L,)."""
+        models, quantvec = self.models, tokens.astype(TOKEN_DTYPE).tobytes()
+        prompt, sc_prompt, params = sample.combination.prompt, sample.combination.sc_prompt, sample.combination.params
+        return ImageRecord(
+            *(None, prompt, sc_prompt, params, (sample.key0, sample.key1), {}, None, self.dtype),
+            *(models.generator.model_info(), models.codec.model_info(models.grid), quantvec, quantvec_md5(quantvec)),
+            find_decoder=lambda codec, token_count: self.decoder,
+        )
 
 
 class GeneratedImages(ImageList):

@@ -9,9 +9,9 @@ import html
 import io
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, overload
 
 from dm_generations.archive import ModelInfo
 from dm_generations.archive.records import BadTokensError, count_tokens, square_side, tokens_from_blob
@@ -184,29 +184,126 @@ class ImageList(ABC, Sequence[ImageRecord]):
     @abstractmethod
     def __repr__(self) -> str: ...
 
+    def grid(self, rows: str = "temperature", columns: str = "cond_scale") -> "ImageGrid":
+        """Arrange the images by two settings, as a table for notebooks.
+
+        Args:
+            rows: The setting that has a row for each value: "top_k", "top_p", "temperature", "cond_scale" or "prompt".
+            columns: The setting that has a column for each value.
+
+        Raises:
+            UserError: There is no such setting.
+        """
+        return ImageGrid(self, rows, columns)
+
     def images(self, decoder: "Decoder | None" = None) -> "list[Image]":
         """Decode all; see `ImageRecord.image`. For more than memory holds there is `Decoder.decode_batches`."""
         return decode_images(self, decoder)
 
     def _repr_html_(self) -> str:
         try:
-            shown = list(self[:_MAX_SHOWN])
+            shown, figures = _figures(self)
         except UserError as error:  # the archive is closed, for instance
-            return _grid_html(f"{self!r}: {error}", (), 0)
-        side = max((max((image.codec and image.codec.image_shape) or (1,)) for image in shown), default=1)
-        shown = shown[: max(4, _MAX_SHOWN_PIXELS // side**2)]
+            return f"<p>{html.escape(f'{self!r}: {error}')}</p>"
+        flow = f"<div style='display:flex;flex-wrap:wrap;gap:4px'>{''.join(figures)}</div>"
+        return f"<p>{html.escape(repr(self))}</p>{flow}{_rest(len(self) - len(shown))}"
+
+
+class ListedImages(ImageList):
+    """Images of a list."""
+
+    def __init__(self, images: Sequence[ImageRecord]):
+        """Take the images."""
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ListedImages": ...
+    def __getitem__(self, index: int | slice) -> "ImageRecord | ListedImages":
+        """Return an image, or those of a slice."""
+        return ListedImages(self._images[index]) if isinstance(index, slice) else self._images[index]
+
+    def __repr__(self) -> str:
+        return f"<{len(self):,} {'image' if len(self) == 1 else 'images'}>"
+
+
+class ImageGrid:
+    """Images by two settings, which a notebook shows as a table; see `ImageList.grid`."""
+
+    def __init__(self, images: ImageList, rows: str, columns: str):
+        """Take images and the names of two settings. Raises UserError for other names."""
+        for name in (rows, columns):
+            if name not in (names := ("prompt", *_SHORT_NAMES)):
+                raise UserError(f"there is no setting {name!r:.60}; settings are {', '.join(names)}")
+        self._images, self._rows, self._columns = images, rows, columns
+
+    def __repr__(self) -> str:
+        return f"{self._images!r} by {self._rows} and {self._columns}"
+
+    def _repr_html_(self) -> str:
         try:
-            sources = [data_url(image) for image in decode_images(shown)]
-        except UserError:  # the labels say what there is
-            sources = [""] * len(shown)
-        return _grid_html(repr(self), zip(sources, _labels(shown), strict=True), len(self) - len(shown))
+            shown, figures = _figures(self._images, (self._rows, self._columns))
+        except UserError as error:
+            return f"<p>{html.escape(f'{self!r}: {error}')}</p>"
+        rows, columns = ([_value(image, name) for image in shown] for name in (self._rows, self._columns))
+        cells: dict[tuple[str, str], str] = {}
+        for *place, figure in zip(rows, columns, figures, strict=True):
+            cells[place[0], place[1]] = cells.get((place[0], place[1]), "") + figure
+        header = "".join(f"<th>{html.escape(f'{self._columns} {column}')}</th>" for column in dict.fromkeys(columns))
+        body = "".join(
+            f"<tr><th>{html.escape(f'{self._rows} {row}')}</th>"
+            + "".join(
+                f"<td><div style='display:flex;flex-wrap:wrap;gap:4px'>{cells.get((row, column), '')}</div></td>"
+                for column in dict.fromkeys(columns)
+            )
+            + "</tr>"
+            for row in dict.fromkeys(rows)
+        )
+        title, rest = html.escape(repr(self)), _rest(len(self._images) - len(shown))
+        return f"<p>{title}</p><table><tr><th></th>{header}</tr>{body}</table>{rest}"
 
 
-def _labels(images: Sequence[ImageRecord]) -> list[str]:
+def _value(image: ImageRecord, name: str) -> str:
+    return printable(str(image.prompt if name == "prompt" else getattr(image.settings, name)), 60)
+
+
+def _figures(images: ImageList, unlabelled: Collection[str] = ()) -> tuple[list[ImageRecord], list[str]]:
+    """Return the images that a notebook shows, not too many, with HTML for each. Raises UserError.
+
+    Args:
+        images: The images.
+        unlabelled: Settings that labels leave out.
+    """
+    shown = list(images[:_MAX_SHOWN])
+    side = max((max((image.codec and image.codec.image_shape) or (1,)) for image in shown), default=1)
+    shown = shown[: max(4, _MAX_SHOWN_PIXELS // side**2)]
+    try:
+        sources = [data_url(image) for image in decode_images(shown)]
+    except UserError:  # the labels say what there is
+        sources = [""] * len(shown)
+    figures = [
+        "<figure style='margin:0;max-width:16em'>"
+        + (f"<img src='{source}' style='display:block'>" if source else "")
+        + f"<figcaption style='font-size:smaller'>{html.escape(label)}</figcaption></figure>"
+        for source, label in zip(sources, _labels(shown, unlabelled), strict=True)
+    ]
+    return shown, figures
+
+
+def _rest(count: int) -> str:
+    return f"<p>and {count:,} more</p>" if count > 0 else ""
+
+
+def _labels(images: Sequence[ImageRecord], unlabelled: Collection[str]) -> list[str]:
     """Return a line for each image with what differs between them, and its score."""
     settings = [asdict(image.settings) for image in images]
-    varying = [name for name in _SHORT_NAMES if len({str(values[name]) for values in settings}) > 1]
-    has_prompts = len({image.prompt for image in images}) > 1
+    names = [name for name in _SHORT_NAMES if name not in unlabelled]
+    varying = [name for name in names if len({str(values[name]) for values in settings}) > 1]
+    has_prompts = "prompt" not in unlabelled and len({image.prompt for image in images}) > 1
     labels = []
     for image, values in zip(images, settings, strict=True):
         parts = [printable(str(image.prompt), 60)] if has_prompts else []
@@ -220,17 +317,6 @@ def _labels(images: Sequence[ImageRecord]) -> list[str]:
 def settings_label(values: Mapping[str, Any], names: Iterable[str]) -> str:
     """Return settings in short, as file names have them: `k=256 c=3.0`."""
     return " ".join(f"{_SHORT_NAMES[name]}={printable(str(values[name]), 20)}" for name in names)
-
-
-def _grid_html(title: str, cells: Iterable[tuple[str, str]], more: int) -> str:
-    figures = "".join(
-        "<figure style='margin:0;max-width:16em'>"
-        + (f"<img src='{source}' style='display:block'>" if source else "")
-        + f"<figcaption style='font-size:smaller'>{html.escape(label)}</figcaption></figure>"
-        for source, label in cells
-    )
-    rest = f"<p>and {more:,} more</p>" if more > 0 else ""
-    return f"<p>{html.escape(title)}</p><div style='display:flex;flex-wrap:wrap;gap:4px'>{figures}</div>{rest}"
 
 
 def table_html(title: str, header: Sequence[str], rows: Iterable[Sequence[object]], note: str = "") -> str:

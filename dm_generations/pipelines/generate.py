@@ -45,6 +45,9 @@ SMALLER_BATCH = "use a smaller --batch-size"
 
 logger = logging.getLogger(__name__)
 OnProgress = Callable[[int, int], None]  # called with how many images are done, and of how many
+OnUnfinished = Callable[
+    [Sequence[Sample], np.ndarray], None
+]  # called with n samples, and their first tokens (n, count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +161,7 @@ class Pipeline:
         options: GenerateOptions,
         init: "InitTokens | None" = None,
         loaded: tuple[Generator, Decoder | None, Scorer | None] | None = None,
+        on_unfinished: OnUnfinished | None = None,
     ):
         """Put the models on the devices.
 
@@ -166,6 +170,7 @@ class Pipeline:
             options: Batch size, dtype, noise and unfinished images.
             init: Tokens that every image starts with.
             loaded: What is on the devices already, in place of `models`.
+            on_unfinished: Called every `options.progressive_every` tokens; None writes the images as files.
 
         Raises:
             UserError: A model lacks its tokenizer, or memory does not hold the weights.
@@ -178,6 +183,7 @@ class Pipeline:
         self._init_md5 = "" if init is None else init.md5
         self._options = options
         self._is_compiled = False
+        self._on_unfinished = on_unfinished or self._write_unfinished
 
     def plan(self, sweep: Sweep, archive: Archive | None, shard: Shard = WHOLE_SWEEP) -> Plan:
         """Find the images of `sweep` that the archive lacks from this model."""
@@ -205,10 +211,13 @@ class Pipeline:
             self._compile_scoring(rows[0])  # while the devices sample
             tokens, log_probs = sampling.samples()
         else:
+            last_token = self.generator.codebook_size - 1  # dalle-mini also samples other tokens
             tokens, log_probs = self.generator.sample(
                 *rows,
                 self._options.progressive_every,
-                lambda first, tokens: self._write_unfinished(samples[first : first + len(tokens)], tokens),
+                lambda first, tokens: self._on_unfinished(
+                    samples[first : first + len(tokens)], np.minimum(tokens, last_token).astype(TOKEN_DTYPE)
+                ),
             )
         time_end = time.time()
         images = [
@@ -299,12 +308,11 @@ class Pipeline:
             self._is_compiled = True
 
     def _write_unfinished(self, samples: Sequence[Sample], tokens: np.ndarray) -> None:
-        """Write images of the first tokens (n, count) of n samples."""
+        """Write images of the first tokens (n, count) uint16 of n samples."""
         from dm_generations.pipelines.progressive import write_partial_images
 
         assert self.decoder is not None, "made with `progressive_every`"
-        tokens = np.minimum(tokens, self.generator.codebook_size - 1)  # dalle-mini also samples other tokens
-        write_partial_images(self._options.progressive_dir, samples, tokens.astype(np.uint16), self.decoder)
+        write_partial_images(self._options.progressive_dir, samples, tokens, self.decoder)
 
 
 def _load(models: Models, options: GenerateOptions) -> tuple[Generator, Decoder | None, Scorer | None]:
