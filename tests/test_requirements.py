@@ -30,7 +30,9 @@ def imported() -> set[str]:
 
 def test_every_requirement_is_imported_and_every_import_is_required():
     extras = PROJECT["optional-dependencies"]
-    optional = modules(extras["checkpoints"] + extras["tables"]) | {"zstandard"}  # used where JAX uses it
+    optional = modules(extras["checkpoints"] + extras["completion"] + extras["plot"] + extras["tables"]) | {
+        "zstandard"
+    }  # used where JAX uses it
     assert imported() - optional == modules(PROJECT["dependencies"])
 
 

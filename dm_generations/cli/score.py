@@ -1,6 +1,7 @@
 """`score`: CLIP scores for the images of an archive."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_archive(parser, "archive to score; it is changed", has_default=False)
     add("--all", action="store_true", help="also score images that another CLIP scored")
+    add("--json", action="store_true", help="print what was done as JSON, for programs")
     add_model_options(parser, generates=False)
     add_selection_options(parser)
 
@@ -47,22 +49,35 @@ def run(args: argparse.Namespace) -> int:
     selection, path = selection_from(args), archive_path(args)
     with Archive.open(path, "w") as archive:
         where = compile_nonempty(archive, selection)
+        if not args.all and not archive.count_to_score(where=where):  # known at once, without the models
+            _print_nothing(path, args)
+            return 0
         prepare_device(args.cpu_only)
         from dm_generations.models.loading import load_checkpoint
         from dm_generations.pipelines.rescore import score_archive
 
-        codec, clip = load_checkpoint(args.codec, "codec"), load_checkpoint(args.clip, "clip")
         with Progress() as on_progress:
+            codec, clip = load_checkpoint(args.codec, "codec"), load_checkpoint(args.clip, "clip")
             report = score_archive(archive, codec, clip, args.batch_size, args.all, on_progress, where)
-    return _print_report(report, path, args.all, codec.name)
+    return _print_report(report, path, args, codec.name)
 
 
-def _print_report(report: "ScoreReport", path: Path, is_all: bool, codec_name: str) -> int:
+def _print_nothing(path: Path, args: argparse.Namespace) -> None:
+    if args.json:
+        print(json.dumps({"due_count": 0, "scored_count": 0, "bad_rows": [], "count_by_other_codec": {}}))
+    else:
+        print_line(f"All images in {path} have scores{' of this CLIP' if args.all else ''}; nothing to do")
+
+
+def _print_report(report: "ScoreReport", path: Path, args: argparse.Namespace, codec_name: str) -> int:
     """Print what was done; 1 if something was left undone."""
     if not report.due_count:
-        print_line(f"All images in {path} have scores{' of this CLIP' if is_all else ''}; nothing to do")
+        _print_nothing(path, args)
         return 0
-    print_line(f"Scored {counted(report.scored_count, 'image')} in {path}")
+    if args.json:
+        print(json.dumps(vars(report)))
+    else:
+        print_line(f"Scored {counted(report.scored_count, 'image')} in {path}")
     for line in report.bad_rows[:_MAX_BAD_ROWS]:
         print_line(f"error: {line}", to_stderr=True)
     if hidden := len(report.bad_rows[_MAX_BAD_ROWS:]):

@@ -22,7 +22,7 @@ from dm_generations.weights.mmap import refuse_lfs_pointer
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar")
 MAX_HEADER = 1 << 20  # bytes before the content of a file: names, extended headers and maps of sparse files
-_PREFIX = "dm-generations-"  # of temporary folders
+_PREFIX = ".dmg-extracted-"  # of temporary folders, which nothing else has
 _UNLOCKED_S = 60  # a folder as young as that may just be about to be locked
 _FREE_BYTES = 1 << 28  # left on the disk for others
 # What tarfile and the decompressors below it raise for bytes that are no archive, or half of one.
