@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_LINE = 10_000  # characters of what is printed at once
 PROGRESS_LINE_S = 10.0
+WATCH_S = 1.0
 DECODE_SCRIPT = "dm_generations_decode.py"  # of 2022, at the root of a checkout
 
 
@@ -292,7 +293,7 @@ class Progress:
 
     def _watch(self) -> None:
         """Show every second, until this ends, how long something takes."""
-        while not self._ended.wait(1.0):
+        while not self._ended.wait(WATCH_S):
             with self._lock:
                 self._print_due_line(time.monotonic())
                 if self._bar is not None:
