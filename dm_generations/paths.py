@@ -12,6 +12,7 @@ from pathvalidate import sanitize_filename
 from dm_generations.errors import UserError
 
 NAME_BYTES = 255  # the longest name that common file systems take
+PAGE = "samplebrowser.html"  # ships, and is written into a folder of decoded images
 STEM_CHARACTERS = 250  # where the 2022 script cut, before it added ".png"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SAFE = re.compile(r"[0-9][A-Za-z0-9_=,. -]{,200}(?<![ .])")  # most names, which the library need not look at

@@ -30,7 +30,8 @@ def imported() -> set[str]:
 
 def test_every_requirement_is_imported_and_every_import_is_required():
     extras = PROJECT["optional-dependencies"]
-    names = [name for extra in ("browse", "checkpoints", "datasette", "notebook", "tables") for name in extras[extra]]
+    used = ("browse", "checkpoints", "completion", "datasette", "notebook", "plot", "tables")
+    names = [name for extra in used for name in extras[extra]]
     optional = modules(names) | {
         "IPython",
         "google",

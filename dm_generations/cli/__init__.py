@@ -7,31 +7,36 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from dm_generations import __version__
 from dm_generations.cli import (
     browse,
     compare,
+    completion,
     contact_sheet,
     convert,
     decode,
+    demo,
     find,
     generate,
     info,
     list_images,
     merge,
+    plot,
     ratings,
     score,
     verify,
+    view,
 )
-from dm_generations.cli.common import print_line
+from dm_generations.cli.common import command_words, is_decode_script, print_line
 from dm_generations.errors import (
     EXIT_CALLBACKS,
     INTERRUPTED,
     INTERRUPTED_LINE,
     UserError,
+    did_you_mean,
     exit_interrupted,
     handle_sigint,
     was_interrupted,
@@ -39,19 +44,23 @@ from dm_generations.errors import (
 
 # Each has HELP, DESCRIPTION and EPILOG, `add_arguments(parser)`, and `run(args)`, which gives the exit status.
 COMMANDS = {
+    "demo": demo,
     "generate": generate,
     "score": score,
     "decode": decode,
-    "find": find,
-    "compare": compare,
+    "view": view,
     "browse": browse,
     "contact-sheet": contact_sheet,
+    "find": find,
+    "compare": compare,
+    "ratings": ratings,
+    "plot": plot,
     "info": info,
     "list": list_images,
     "verify": verify,
     "merge": merge,
-    "ratings": ratings,
     "convert": convert,
+    "completion": completion,
 }
 CLOSED_OUTPUT = 128 + 13  # exit status of a program whose reader has gone; Windows has no signal.SIGPIPE
 DESCRIPTION = """\
@@ -60,13 +69,33 @@ and the images are decoded from it.
 """
 EPILOG = """\
 example:
+  python -m dm_generations demo "a cute avocado"
   python -m dm_generations generate --db my.db --prompts "a rocket" "a cute avocado"
-  python -m dm_generations decode --db my.db
+  python -m dm_generations view my.db
 """
 
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line. The usage, which argparse puts first, is two dozen lines of flags here."""
+
+    commands: Mapping[str, "_Parser"] = {}
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments; an unknown flag is an error that names what is like it."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = self.commands[found.command]._option_string_actions
+            flag = next((word for word in unknown if word.startswith("-")), "")
+            listed = " ".join(unknown)
+            self.error(f"unrecognized arguments: {listed}{did_you_mean(flag.partition('=')[0], known)}")
+        return found
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), map(str, action.choices or ()))
+            raise
 
     def error(self, message: str) -> NoReturn:
         print_line(f"error: {message}; see --help", to_stderr=True)
@@ -98,16 +127,26 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; `args.run(args)` runs the one that was parsed."""
     # No abbreviations: a later flag could change what they mean.
     style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = _Parser(prog="dm_generations", description=DESCRIPTION, epilog=EPILOG, **style)
+    words = command_words("")[:-1]
+    parser = _Parser(prog=" ".join(words), description=DESCRIPTION, epilog=_as_started(EPILOG), **style)
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        texts: dict[str, Any] = {"help": command.HELP, "description": command.DESCRIPTION, "epilog": command.EPILOG}
-        subparser = subparsers.add_parser(name, **texts, **style)
+        texts: dict[str, Any] = {"help": command.HELP, "description": command.DESCRIPTION}
+        prog = " ".join(command_words(name))
+        subparser = subparsers.add_parser(name, epilog=_as_started(command.EPILOG), prog=prog, **texts, **style)
         command.add_arguments(subparser)
         subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         subparser.set_defaults(run=command.run)
+    parser.commands = subparsers.choices
     return parser
+
+
+def _as_started(text: str) -> str:
+    """Return examples with the name that this program was started by."""
+    if is_decode_script():
+        text = text.replace("python -m dm_generations decode", " ".join(command_words("decode")))
+    return text.replace("python -m dm_generations", " ".join(command_words("")[:-1]))
 
 
 def program(argv: list[str] | None = None) -> NoReturn:

@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 MAX_LINE = 10_000  # characters of what is printed at once
 PROGRESS_LINE_S = 10.0
+WATCH_S = 1.0
+DECODE_SCRIPT = "dm_generations_decode.py"  # of 2022, at the root of a checkout
 
 
 def at_least_one(text: str) -> int:
@@ -61,8 +64,26 @@ def add_archive(parser: argparse.ArgumentParser, what: str, has_default: bool = 
 
 def archive_path(args: argparse.Namespace) -> Path:
     """Return the archive of a command."""
-    path = args.archive if args.db is None else args.db
-    return shipped("archive/emoji.db") if path is None else path
+    return given_archive(args) or shipped("archive/emoji.db")
+
+
+def given_archive(args: argparse.Namespace) -> Path | None:
+    """Return the archive that was named; None for the one that ships."""
+    return args.archive if args.db is None else args.db
+
+
+def is_decode_script() -> bool:
+    """Whether this program was started as the script of 2022."""
+    return os.path.basename(sys.argv[0]) == DECODE_SCRIPT
+
+
+def command_words(command: str) -> list[str]:
+    """Return the words that start a command, as this program itself was started."""
+    if is_decode_script() and command == "decode":
+        return ["python", sys.argv[0]]
+    if Path(sys.argv[0]).stem == "dm-generations":
+        return ["dm-generations", command]
+    return ["python", "-m", "dm_generations", command]
 
 
 def add_selection_options(parser: argparse.ArgumentParser) -> None:
@@ -212,41 +233,98 @@ def prepare_device(cpu_only: bool) -> None:
 
 
 class Progress:
-    """Shows progress on stderr: a bar on a terminal, otherwise a plain line every 10 seconds. A context manager."""
+    """Shows progress on stderr: a bar on a terminal, otherwise a line at least every 10 seconds. A context manager.
+
+    Until the first images are done it says what takes the time: loading, and after the first call compiling.
+    """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
-        self._done = 0
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._done, self._total = 0, 0
+        self._stage = "loading"
         self._first: tuple[float, int] | None = None  # when the first images were done, and how many
-        self._last_line = 0.0
+        self._started = self._last_line = 0.0
 
     def __call__(self, done: int, total: int) -> None:
         """Show that `done` of `total` images are done."""
-        if self._bar is None and total and sys.stderr.isatty():
-            from tqdm import tqdm
+        with self._lock:
+            if total and self._stage == "loading":
+                self._stage, self._total = "compiling", total
+                self._show_bar(total)
+            if done <= self._done:
+                return
+            now = time.monotonic()
+            if self._bar is not None:
+                self._bar.set_description_str("", refresh=False)
+                self._bar.update(done - self._done)
+            if self._first is None:  # most of the time so far was loading and compiling
+                self._first, self._last_line = (now, done), now
+            self._done, self._stage = done, ""
+            if done < total:
+                self._print_due_line(now)
 
-            self._bar = tqdm(total=total, unit=" images", smoothing=0.05)
-        if done <= self._done:
+    def _show_bar(self, total: int | None) -> None:
+        """Show a bar on a terminal; without a total only what is done at the moment."""
+        if not sys.stderr.isatty():
             return
-        now = time.monotonic()
+        from tqdm import tqdm
+
         if self._bar is not None:
-            self._bar.update(done - self._done)
-        elif self._first is None:  # most of the time so far was loading and compiling
-            self._first, self._last_line = (now, done), now
-        elif done < total and now - self._last_line >= PROGRESS_LINE_S:
-            since, count = self._first
-            rate = (done - count) / (now - since)
-            line = f"{done:,} of {total:,} images, {rate:.1f} images/s, {(total - done) / rate:,.0f} s left"
-            print_line(line, to_stderr=True)
-            self._last_line = now
-        self._done = done
+            self._bar.leave = False
+            self._bar.close()
+        rest = "" if total is None else "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+        rest += "[{elapsed}]" if total is None else "[{elapsed}<{remaining}, {rate_noinv_fmt}]"
+        self._bar = tqdm(
+            total=total,
+            desc=self._stage,
+            unit=" images",
+            smoothing=0.05,
+            bar_format="{desc} " + rest,
+            leave=bool(total),
+        )
+
+    def _print_due_line(self, now: float) -> None:
+        if self._bar is not None or now - self._last_line < PROGRESS_LINE_S:
+            return
+        self._last_line = now
+        if self._first is None:
+            print_line(f"{self._stage}: {now - self._started:,.0f} s so far", to_stderr=True)
+            return
+        since, count = self._first
+        line = f"{self._done:,} of {self._total:,} images"
+        if self._done > count and now > since:
+            speed = (self._done - count) / (now - since)
+            line += f", {rate(speed)}, {(self._total - self._done) / speed:,.0f} s left"
+        print_line(line, to_stderr=True)
+
+    def _watch(self) -> None:
+        """Show every second, until this ends, how long something takes."""
+        while not self._ended.wait(WATCH_S):
+            with self._lock:
+                self._print_due_line(time.monotonic())
+                if self._bar is not None:
+                    self._bar.refresh()
 
     def __enter__(self) -> "Progress":
+        self._started = self._last_line = time.monotonic()
+        self._show_bar(None)
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._ended.set()
+        with self._lock:
+            if self._bar is not None:
+                self._bar.leave = self._bar.leave and self._done > 0
+                self._bar.close()
+                self._bar = None
+
+
+def rate(images_per_second: float) -> str:
+    """Return a speed as text, "12.3 images/s" or "0.031 images/s"."""
+    return f"{images_per_second:,.1f} images/s" if images_per_second >= 1 else f"{images_per_second:.2g} images/s"
 
 
 def print_line(text: object, to_stderr: bool = False) -> None:

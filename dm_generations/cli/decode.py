@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dm_generations.archive import DTYPES, Archive
 from dm_generations.cli.common import (
@@ -11,11 +12,17 @@ from dm_generations.cli.common import (
     archive_path,
     at_least_one,
     counted,
+    given_archive,
+    is_decode_script,
     prepare_device,
     print_line,
     selection_from,
 )
 from dm_generations.errors import UserError
+from dm_generations.paths import sanitize_name
+
+if TYPE_CHECKING:
+    from dm_generations.export.exporter import ExportOptions, ExportReport
 
 HELP = "decode the images of an archive into files"
 DESCRIPTION = "Decode the images of an archive into files, with a page to look at them."
@@ -53,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="{images,npy}",
         help="npy is the same as --mode npy (default: images)",
     )
-    add("--out-dir", metavar="FOLDER", help="folder to write into (default: the name of the mode)")
+    add(
+        "--out-dir",
+        metavar="FOLDER",
+        help="folder to write into (default: the name of the archive, with -gallery and so on for other modes than "
+        "images; for the archive that ships, and for dm_generations_decode.py, the name of the mode)",
+    )
     add("--overwrite", action="store_true", help="decode images that are on disk already, too")
     add(
         "--batch-size",
@@ -134,13 +146,13 @@ def run(args: argparse.Namespace) -> int:
 def _decode(archive: Archive, args: argparse.Namespace) -> int:
     prepare_device(args.cpu_only)
     from dm_generations.export.captions import Strips
-    from dm_generations.export.exporter import ExportOptions, export_archive
+    from dm_generations.export.exporter import ExportOptions
     from dm_generations.export.output_file import Encoding
     from dm_generations.export.plan import Layout
 
     mode = _mode(args)
     options = ExportOptions(
-        out_dir=Path(args.out_dir or mode),
+        out_dir=Path(args.out_dir or find_out_dir(given_archive(args), mode)),
         layout=Layout(
             mode,
             args.gallery_cols,
@@ -158,14 +170,47 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
         has_metadata=args.metadata,
         strips=Strips(args.captions, args.score_labels, args.caption_font),
     )
+    report = write_files(archive, options)
+    if report.page:
+        print_line(f"Open {report.page} in a browser.")
+    return 1 if report.problems else 0
+
+
+def find_out_dir(archive: Path | None, mode: str = "images") -> Path:
+    """Return the folder that an archive is decoded into by default.
+
+    Args:
+        archive: None is the one that ships, whose folder has the mode's name, as all had for the script of 2022.
+        mode: Of decode.
+    """
+    if archive is None or is_decode_script():
+        return Path(mode)
+    name = archive.stem if mode == "images" and archive.suffix else f"{archive.stem}-{mode}"
+    return Path(sanitize_name(name) or mode)
+
+
+def write_files(archive: Archive, options: "ExportOptions") -> "ExportReport":
+    """Write the files of an archive with a bar of progress, and print what was done."""
+    from dm_generations.export.exporter import export_archive
+
     with Progress() as on_progress:
         report = export_archive(archive, options, on_progress)
-    summary = f"{counted(report.written, 'file')} written to {options.out_dir}"
     notes = [f"{report.already_there:,} skipped, already present"] if report.already_there else []
     notes += [counted(len(report.problems), "problem")] if report.problems else []
-    summary += f" ({'; '.join(notes)})" if notes else ""
-    print_line(f"{summary}. Open {report.page} in a browser." if report.page else f"{summary}.")
-    return 1 if report.problems else 0
+    if not report.written and not report.problems:
+        summary = f"Nothing to do: {counted(report.already_there, 'file')} in {options.out_dir} already"
+    else:
+        summary = f"{counted(report.written, 'file')} written to {options.out_dir}"
+        summary += f" ({'; '.join(notes)})" if notes else ""
+    print_line(f"{summary}.")
+    if report.left_out_count:
+        other = counted(report.left_out_count, "other file")
+        print_line(
+            f"warning: {other} in {options.out_dir}, of another archive or selection, not on its page; choose another "
+            "--out-dir to have a page of each",
+            to_stderr=True,
+        )
+    return report
 
 
 def _mode(args: argparse.Namespace) -> str:

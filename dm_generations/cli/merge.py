@@ -1,6 +1,7 @@
 """`merge`: add archives to one."""
 
 import argparse
+import json
 
 from dm_generations.archive import merge
 from dm_generations.cli.common import add_selection_options, counted, file_path, print_line, selection_from
@@ -25,12 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("sources", nargs="+", metavar="FILE", type=file_path, help="archives to take images from; they are not changed")
     add("--into", required=True, metavar="FILE", type=file_path, help="archive to add them to")
+    add("--json", action="store_true", help="print what was done as JSON, for programs")
     add_selection_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
-    for report in merge(args.sources, args.into, selection_from(args)):
+    reports = merge(args.sources, args.into, selection_from(args))
+    if args.json:
+        print(json.dumps([vars(report) for report in reports]))
+        return 0
+    for report in reports:
         skipped_count = report.image_count - report.added_count
         line = f"Added {counted(report.added_count, 'image')} from {report.path}"
         line += f" ({skipped_count:,} skipped, already present)"

@@ -1,6 +1,7 @@
 """`score`: scores for the images of an archive, and vectors."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also add scores of an aesthetic head, layers on the CLIP's image vectors: a .pth or .safetensors file",
     )
     add("--vectors", action="store_true", help="also store the CLIP's image vectors, for find and compare")
+    add("--json", action="store_true", help="print what was done as JSON, for programs")
     add_model_options(parser, generates=False)
     add_selection_options(parser)
 
@@ -56,25 +58,39 @@ def run(args: argparse.Namespace) -> int:
     selection, path = selection_from(args), archive_path(args)
     with Archive.open(path, "w") as archive:
         where = compile_nonempty(archive, selection)
+        asks_for_more = args.all or args.clip or args.aesthetic or args.vectors
+        if not asks_for_more and not archive.count_to_score(where=where):  # known at once, without the models
+            _print_nothing(args, path)
+            return 0
         prepare_device(args.cpu_only)
         from dm_generations.models.loading import load_checkpoint
         from dm_generations.pipelines.rescore import Judges, score_archive
 
-        codec, clip = load_checkpoint(args.codec, "codec"), load_checkpoint(args.clip, "clip")
-        head = None if args.aesthetic is None else load_checkpoint(args.aesthetic, "scorer")
-        judges = Judges(clip, args.all, args.clip is not None and not args.all, head, args.vectors)
         with Progress() as on_progress:
+            codec, clip = load_checkpoint(args.codec, "codec"), load_checkpoint(args.clip, "clip")
+            head = None if args.aesthetic is None else load_checkpoint(args.aesthetic, "scorer")
+            judges = Judges(clip, args.all, args.clip is not None and not args.all, head, args.vectors)
             report = score_archive(archive, codec, judges, args.batch_size, on_progress, where)
     return _print_report(report, args, path, codec.name)
+
+
+def _print_nothing(args: argparse.Namespace, path: Path) -> None:
+    if args.json:
+        print(json.dumps({"due_count": 0, "scored_count": 0, "bad_rows": [], "count_by_other_codec": {}}))
+        return
+    what = "all that is asked for" if args.aesthetic or args.vectors else "scores"
+    print_line(f"All images in {path} have {what}{' of this CLIP' if args.clip else ''}; nothing to do")
 
 
 def _print_report(report: "ScoreReport", args: argparse.Namespace, path: Path, codec_name: str) -> int:
     """Print what was done; 1 if something was left undone."""
     if not report.due_count:
-        what = "all that is asked for" if args.aesthetic or args.vectors else "scores"
-        print_line(f"All images in {path} have {what}{' of this CLIP' if args.clip else ''}; nothing to do")
+        _print_nothing(args, path)
         return 0
-    print_line(f"Scored {counted(report.scored_count, 'image')} in {path}")
+    if args.json:
+        print(json.dumps(vars(report)))
+    else:
+        print_line(f"Scored {counted(report.scored_count, 'image')} in {path}")
     for line in report.bad_rows[:_MAX_BAD_ROWS]:
         print_line(f"error: {line}", to_stderr=True)
     if hidden := len(report.bad_rows[_MAX_BAD_ROWS:]):

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 from dm_generations.archive import Archive, verify
@@ -22,6 +23,8 @@ from dm_generations.cli.common import (
 )
 from dm_generations.errors import UserError
 from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
+
+_logger = logging.getLogger(__name__)
 
 HELP = "check an archive for damage"
 DESCRIPTION = """\
@@ -69,6 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
     problem_count = 0
+    if not (args.regenerate or args.replay):
+        for flag in ("sample", "model", "tokenizer"):
+            if getattr(args, flag) is not None:
+                _logger.warning("--%s has no effect without --regenerate or --replay", flag)
     selection = selection_from(args)
     with Archive.open(archive_path(args)) as archive:
         where = compile_nonempty(archive, selection)
@@ -104,9 +111,9 @@ def _reproduce(archive: Archive, where: Where, args: argparse.Namespace) -> int:
         else:
             print_line(mismatch)
 
-    checkpoint = load_generator(args.model, args.tokenizer, dalle_pytorch_overrides(args))
     max_margin = None if args.regenerate else args.margin
     with Progress() as on_progress:
+        checkpoint = load_generator(args.model, args.tokenizer, dalle_pytorch_overrides(args))
         report = reproduce_archive(
             archive, checkpoint, args.batch_size, max_margin, args.sample, print_mismatch, on_progress, where
         )

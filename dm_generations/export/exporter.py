@@ -89,12 +89,14 @@ class ExportReport:
         already_there: Files that were finished before.
         problems: A line for each bad row and each file that could not be written.
         page: To open in a browser.
+        left_out_count: Files in the folder, of other archives or selections, that are not on the page.
     """
 
     written: int = 0
     already_there: int = 0
     problems: list[str] = field(default_factory=list)
     page: Path | None = None
+    left_out_count: int = 0
 
 
 class Decoded(Protocol):
@@ -226,7 +228,7 @@ class Exporter:
         try:
             if self._entries:
                 self.report.page = write_manifest(self.out_dir, self._manifest())
-            self.journal.compact()
+            self.report.left_out_count = len(self.journal.compact() - self._entries.keys())
         except OSError as error:
             raise UserError(f"cannot write the page into {self.out_dir}: {error.strerror}") from error
 
@@ -336,10 +338,15 @@ class Exporter:
         self._entries[path] = entry = self._entry(plan, target, path, members)
         if self.layout.has_page:
             self.journal.begin(path, identify(entry), self._is_finished(path))
-        grid = (self.layout.cols, self.layout.rows) if self.layout.is_gallery else (1, 1)
+        grid, decoded_grid = (1, 1), (1, 1)
+        if self.layout.is_gallery:
+            decoded_grid = self.layout.cols, self.layout.rows
+            # The script of 2022 filled up with black, and its files stay as they are.
+            is_trimmed = self.archive.version > 0
+            grid = self.layout.trim(len(target.ranks), self.options.strips.captions) if is_trimmed else decoded_grid
         replaced_path = target.incomplete_path if is_whole else None
         file_rows = [(cell, members[cell]) for cell in tokens_by_cell]
-        file = OutputFile(path, replaced_path, plan, target, file_rows, shard, grid)
+        file = OutputFile(path, replaced_path, plan, target, file_rows, shard, grid, decoded_grid)
         if self.layout.is_seamless:
             yield file, None, fill_cells(tokens_by_cell, self.layout.images_per_file)
         else:

@@ -131,8 +131,11 @@ class Journal:
         """Take a finished file for one that shows these images, unless something else is known of it."""
         self._identities.setdefault(path, identity)
 
-    def compact(self) -> None:
+    def compact(self) -> set[str]:
         """Write the journal anew, with one line for each file that is there, and close it.
+
+        Returns:
+            The paths of these files.
 
         Raises:
             OSError: It cannot be written.
@@ -142,6 +145,7 @@ class Journal:
         self._rewrite()
         for name in _EARLIER:
             (self._out_dir / name).unlink(missing_ok=True)
+        return self._identities.keys() - {_UNNAMED}
 
     def close(self) -> None:
         """Write what was noted, if possible, and release the lock."""

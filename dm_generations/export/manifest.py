@@ -43,12 +43,11 @@ from dm_generations.atomic_io import write_atomic
 from dm_generations.export.plan import GroupPlan, Target
 from dm_generations.export.writers import fingerprint
 from dm_generations.models.loading import is_other_embedded
-from dm_generations.paths import shipped
+from dm_generations.paths import PAGE, shipped
 
 MANIFEST_VERSION = 2
 MANIFEST = "manifest.js"
 MANIFEST_START = "window.DM_MANIFEST = "
-PAGE = "samplebrowser.html"
 
 _SHIPPED = "embedded/"  # so begin the names of models that ship
 _USUAL = ("", 1, 0, "float32")

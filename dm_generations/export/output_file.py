@@ -209,6 +209,7 @@ class OutputFile:
         rows: The rows on it, with their cells; those that cannot be decoded are left out.
         shard: The file that it is put into; None for one of its own.
         grid: Columns and rows.
+        decoded_grid: Those of the pixels that `place_all` gets; those beyond `grid` are cut off.
         pixels: (rows * H, cols * W, 3) uint8, once an image is placed; tokens (L,) in files of tokens.
     """
 
@@ -219,6 +220,7 @@ class OutputFile:
     rows: list[tuple[int, ImageRow]]
     shard: Shard | None = None
     grid: tuple[int, int] = (1, 1)
+    decoded_grid: tuple[int, int] = (1, 1)
     pixels: np.ndarray | None = None
     placed_count: int = 0
 
@@ -243,9 +245,9 @@ class OutputFile:
     def place_all(self, pixels: np.ndarray) -> None:
         """Put all images at once, (rows * H, cols * W, 3) uint8; cells without an image become black."""
         self.placed_count = len(self.rows)
-        self.pixels = pixels.copy()  # the decoder's are read-only
+        height, width = pixels.shape[0] // self.decoded_grid[1], pixels.shape[1] // self.decoded_grid[0]
         cols, rows = self.grid
-        height, width = pixels.shape[0] // rows, pixels.shape[1] // cols
+        self.pixels = pixels[: rows * height, : cols * width].copy()  # the decoder's are read-only
         for cell in set(range(rows * cols)).difference(cell for cell, _ in self.rows):
             row, col = divmod(cell, cols)
             self.pixels[row * height : (row + 1) * height, col * width : (col + 1) * width] = 0

@@ -68,6 +68,15 @@ class Layout:
         """Images of one image file; of a full gallery."""
         return self.cols * self.rows if self.is_gallery else 1
 
+    def trim(self, count: int, keeps_cols: bool) -> tuple[int, int]:
+        """Return columns and rows of a gallery of `count` images, without empty ones.
+
+        Args:
+            count: At most `images_per_file`.
+            keeps_cols: Whether empty columns stay, for a caption that needs the width.
+        """
+        return self.cols if keeps_cols else min(self.cols, count), -(-count // self.cols)
+
 
 @dataclass(frozen=True, slots=True)
 class Target:

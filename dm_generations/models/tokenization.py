@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import models
+from tokenizers import models, pre_tokenizers
 
 from dm_generations.errors import UserError, one_line
 from dm_generations.weights.mmap import refuse_lfs_pointer
@@ -354,6 +354,7 @@ class PromptTokenizer:
             ends = pipeline.encode("").ids
         if len(ends) != 2:
             raise UserError(f"{self.path}: puts {len(ends)} tokens around a text, expected a start and an end")
+        self.unknown_ids = find_unknown_ids(pipeline)
         self.bos_id: int = ends[0]
         self.eos_id: int = ends[1]
         pad_id: int | None = padding.get("pad_id", pipeline.token_to_id("<pad>"))
@@ -401,6 +402,17 @@ class PromptTokenizer:
         normalize = self._normalize or (lambda text: text)
         normalized = ["" if text is None else normalize(replace_surrogates(text)) for text in texts]
         return [ids[: length - 2] for ids in encode_texts(self._pipeline, normalized, self.path)]
+
+
+def find_unknown_ids(pipeline: tokenizers.Tokenizer) -> set[int]:
+    """Return the ids that stand for parts of unknown characters: the single bytes, of byte-level BPE, beyond ASCII."""
+    vocab = pipeline.get_vocab()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if not vocab.keys() >= set(alphabet):
+        return set()
+    # The characters that stand for bytes: ASCII for itself, spaces and all others for what is beyond.
+    names = [name + end for name in alphabet if not name.isascii() for end in ("", "</w>")]
+    return {vocab[name] for name in names if name in vocab}
 
 
 def encode_texts(

@@ -103,16 +103,20 @@ class GenerateReport:
         existing_count: Skipped, because the archive had them before.
         others_count: Sampled here, but stored by another process in the meantime.
         invalid_count: Left out, because dalle-mini's noise sampled a token outside the codebook.
+        distinct_count: How many of those that were sampled here have different tokens.
         seconds: Time of sampling, scoring and storing.
         codec: Folder, file or hub name of the codec; None is the embedded one.
+        progressive_dir: Folder with unfinished images, if some were written.
     """
 
     added_count: int = 0
     existing_count: int = 0
     others_count: int = 0
     invalid_count: int = 0
+    distinct_count: int = 0
     seconds: float = 0.0
     codec: str | None = None
+    progressive_dir: Path | None = None
 
 
 def generate(
@@ -244,6 +248,7 @@ class Pipeline:
         """Generate all that `plan` lists into `archive`, each batch in a transaction."""
         report = GenerateReport(existing_count=plan.existing_count)
         total, done = plan.missing_count, 0
+        distinct: set[int] = set()  # hashes of tokens
         started = time.monotonic()
         on_progress(done, total)
         for batch in self.batches(plan.samples()):
@@ -253,8 +258,12 @@ class Pipeline:
             report.added_count += added
             report.others_count += len(images) - added
             report.invalid_count += len(batch) - len(images)
+            distinct.update(hash(image.quantvec) for image in images)
             done += len(batch)
             on_progress(done, total)
+        report.distinct_count = len(distinct)
+        if total and self._options.progressive_every is not None:
+            report.progressive_dir = self._options.progressive_dir
         report.seconds = time.monotonic() - started
         return report
 
