@@ -184,7 +184,7 @@ def _flags(archive: "Archive", values: Mapping[str, Value]) -> str:
 def _label(archive: "Archive", name: str, values: Iterable[Value]) -> Labels:
     """Return the values of an axis with what people call them, in order: of ids, of numbers, or for keys of images."""
     if name == "key":
-        return {key: ":".join(map(str, key)) for key in values}
+        return {key: ": ".join(map(str, key)) for key in values}  # with a space to wrap at
     label = _labeller(archive, name)
     return {value: label(value[0]) for value in sorted(values, key=_order)}
 

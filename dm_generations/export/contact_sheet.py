@@ -102,8 +102,8 @@ class _Cells:
 
     @property
     def gap(self) -> int:
-        """Between cells."""
-        return max(4, self.text_size // 2)
+        """Between cells, so that those of several images can be told apart."""
+        return self.text_size // (1 if self.images_a_side > 1 else 2)
 
 
 class ContactSheet(Sequence[Image.Image]):
@@ -157,8 +157,8 @@ class ContactSheet(Sequence[Image.Image]):
         for name, label in labels:
             if len(label) > _MAX_CHARACTERS:
                 raise UserError(f"a {name} has {len(label):,} characters, more than {_MAX_CHARACTERS:,}; leave it out")
-        size, gap = self._cells.text_size, self._cells.gap
-        self._margin = 2 * gap
+        size = self._cells.text_size
+        self._margin = size
         longest = max(self._text_width(word, size) for label in cols.labels.values() for word in label.split() or [""])
         self._column_width = max(self._cells.width, min(longest, 10 * size))
         self._column_labels = {

@@ -62,13 +62,13 @@ def test_the_same_seed_is_in_all_cells(archive):
     assert len(found) == len(PROMPTS) * len(SCALES)
     totals = {key: sum(score(i, j, key) for i in range(2) for j in range(3)) for key in (0, 1)}
     assert {row.key1 for row in found} == {max(totals, key=totals.__getitem__)}
-    assert grid.fixed["key"] == f"{found[0].key0}:{found[0].key1}"
+    assert grid.fixed["key"] == f"{found[0].key0}: {found[0].key1}"
 
 
 def test_pages_and_keys_are_axes(archive):
     grid = plan_grid(archive, Selection.of(cond_scale="3.."), ["prompt", "key", "cond_scale"])
     assert len(grid.cells) == len(PROMPTS) * 2 * len(KEYS) and all(len(ids) == 1 for ids in grid.cells.values())
-    assert list(grid.axes[1].labels.values()) == [f"1:{key}" for key in KEYS]
+    assert list(grid.axes[1].labels.values()) == [f"1: {key}" for key in KEYS]
     assert list(grid.axes[2].labels.values()) == ["3", "10"]
 
 
