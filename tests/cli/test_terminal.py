@@ -44,7 +44,7 @@ MISSING = {
     "score": ["--db", NAME],
     "find": ["--db", NAME, "--duplicates"],
     "compare": ["--db", NAME],
-    "contact-sheet": ["--db", NAME, "--rows", "prompt", "--cols", "seed"],
+    "contact-sheet": ["--db", NAME, "--rows", "prompt", "--cols", "top_k"],
     "browse": ["--db", NAME, "--no-open"],
     "demo": ["a", "--db", f"{NAME}/a.db", "--no-open"],
     "view": [NAME, "--no-open"],
