@@ -170,10 +170,7 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
         has_metadata=args.metadata,
         strips=Strips(args.captions, args.score_labels, args.caption_font),
     )
-    report = write_files(archive, options)
-    if report.page:
-        print_line(f"Open {report.page} in a browser.")
-    return 1 if report.problems else 0
+    return 1 if write_files(archive, options).problems else 0
 
 
 def find_out_dir(archive: Path | None, mode: str = "images") -> Path:
@@ -197,12 +194,10 @@ def write_files(archive: Archive, options: "ExportOptions") -> "ExportReport":
         report = export_archive(archive, options, on_progress)
     notes = [f"{report.already_there:,} skipped, already present"] if report.already_there else []
     notes += [counted(len(report.problems), "problem")] if report.problems else []
-    if not report.written and not report.problems:
-        summary = f"Nothing to do: {counted(report.already_there, 'file')} in {options.out_dir} already"
-    else:
-        summary = f"{counted(report.written, 'file')} written to {options.out_dir}"
-        summary += f" ({'; '.join(notes)})" if notes else ""
-    print_line(f"{summary}.")
+    summary = f"{counted(report.written, 'file')} written to {options.out_dir}"
+    summary += f" ({'; '.join(notes)})" if notes else ""
+    summary += "" if report.written or report.problems else "; nothing to do"
+    print_line(f"{summary}. Open {report.page} in a browser." if report.page else f"{summary}.")
     if report.left_out_count:
         other = counted(report.left_out_count, "other file")
         print_line(

@@ -279,6 +279,6 @@ def _print_report(report: "GenerateReport", db: Path) -> None:
     print_line(summary)
     if report.progressive_dir is not None:
         print_line(f"Unfinished images are in {report.progressive_dir}")
-    words = [*command_words("decode"), str(db), *([] if report.codec is None else ["--codec", report.codec])]
+    words = [*command_words("decode"), "--db", str(db), *([] if report.codec is None else ["--codec", report.codec])]
     print_line("To view them:")
     print_line(f"  {shlex.join(words)}")

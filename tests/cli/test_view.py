@@ -154,4 +154,4 @@ def test_demo_shows_images_in_one_go(opened, tmp_path, capsys):
     assert opened == [(tmp_path / "demo" / "samplebrowser.html").as_uri()]
     assert len(list((tmp_path / "demo").glob("*/*.png"))) == 2
     assert command("demo", "a rocket", "--n", 2, "--no-open") == 0
-    assert "Nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out
