@@ -1,7 +1,8 @@
 """Every command and Python example of the documents, run as they stand there, in order, in one copy of the checkout.
 
-A block of `text` after the commands is what they print, line by line. Commands that need a download or a GPU stand in
-`bash` blocks, and are only parsed. Setting up an environment is left out, except in the slow test and in `.ci/run`.
+A block of `text` after the commands is what they print, line by line. Commands that need a download or a GPU, or
+that would take long, stand in `bash` blocks, and are only parsed. Setting up an environment is left out, except in the
+slow test and in `.ci/run`.
 """
 
 import os
@@ -10,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,7 @@ ENVIRONMENT = {**os.environ, "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT
 def blocks(document: str) -> list[tuple[str, str]]:
     """(language, text) of each block of a document."""
     found = BLOCK.findall((ROOT / document).read_text(encoding="utf-8"))
-    return [(language, textwrap.dedent(text)) for _, language, text in found]
+    return [(language, re.sub(f"^{indent}", "", text, flags=re.MULTILINE)) for indent, language, text in found]
 
 
 def commands(block: str) -> list[str]:

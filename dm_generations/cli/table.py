@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
-from dm_generations.cli.common import printable
+from dm_generations.cli.common import MAX_LINE, printable
 
 FORMATS: Final = ("table", "csv", "json")
 MAX_CELL: Final = 40  # characters of a text in a table
@@ -25,7 +25,8 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], style: str
     elif style == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows(rows)
+        clean = _shown if sys.stdout.isatty() else list
+        writer.writerows(map(clean, rows))
     else:
         cells = [list(columns), *([_cell(value) for value in row] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -33,6 +34,11 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], style: str
         for line in cells:
             padded = zip(line, widths, is_text, strict=True)
             print("  ".join(cell.ljust(width) if left else cell.rjust(width) for cell, width, left in padded).rstrip())
+
+
+def _shown(row: Sequence[Any]) -> list[Any]:
+    """Return values for a terminal, in which a text could be a command."""
+    return [printable(value, MAX_LINE) if isinstance(value, str) else value for value in row]
 
 
 def _cell(value: Any) -> str:

@@ -151,11 +151,14 @@ def select_groups(archive: Archive, selection: Selection) -> list[GroupPlan]:
     """
     where = compile_nonempty(archive, selection)
     prompts, sc_prompts = archive.prompts(), archive.sc_prompts()
+    groups = archive.count_groups(where)
+    if not groups:
+        raise UserError(f"{archive.path} holds no images; `python -m dm_generations generate` adds some")
     return [
         GroupPlan(
             group.key, prompts.get(group.key.prompt_id), sc_prompts.get(group.key.sc_prompt_id), group.count, where
         )
-        for group in archive.count_groups(where)
+        for group in groups
     ]
 
 

@@ -65,9 +65,10 @@ OTHER_DECODES = {"prompt": ("--prompt-ids", "2"), "best": ("--n-best", "1"), "fo
 def test_a_decode_of_others_into_the_folder_forgets_nothing(decode, tmp_path, other):
     tokens = random_tokens(6, GRID**2, CODEBOOK_SIZE)
     archive = write_archive_2022(tmp_path / "two.db", tokens, ("a boat", "a ship"))
-    assert decode(db=archive) == (0, "") and decode(*other, db=archive) == (0, "")
+    for flags in ((), other):
+        assert decode(*flags, db=archive)[0] == 0
     add_best(archive)
-    assert decode(db=archive) == (0, "") and decode(db=archive, out=tmp_path / "fresh") == (0, "")
+    assert decode(db=archive)[0] == 0 and decode(db=archive, out=tmp_path / "fresh") == (0, "")
     fresh, found = all_files(tmp_path / "fresh"), all_files(tmp_path / "out")
     assert {path for path in fresh if found[path] != fresh[path]} <= {JOURNAL}  # which lists the others too
 
@@ -164,7 +165,8 @@ def test_an_archive_shrinks_while_a_run_goes_on(decode, archive, tmp_path, monke
     monkeypatch.setattr(exporter_module.Exporter, "run", shrink_and_run)
     status, errors = decode(*MODES[mode], db=native)
     assert status == 1
-    assert all("native.db changed while it was read" in line for line in errors.splitlines())
+    problems = [line for line in errors.splitlines() if not line.startswith("warning")]
+    assert problems and all("native.db changed while it was read" in line for line in problems)
 
 
 @pytest.mark.parametrize("mode", MODES)
