@@ -260,7 +260,9 @@ def test_a_manifest_of_someone_else_is_no_news(decode, tmp_path, content):
     assert all_files(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("mode", faults_kit.MODES)
+@pytest.mark.parametrize(
+    "mode", [mode if mode == "images" else pytest.param(mode, marks=pytest.mark.slow) for mode in faults_kit.MODES]
+)
 def test_two_decodes_of_a_folder_at_a_time_and_then_a_third(command, many, tmp_path, mode):
     """The archive changes between the first two, which are processes of their own."""
     flags, out = faults_kit.MODES[mode], tmp_path / "out"

@@ -14,7 +14,7 @@ from dm_generations.models.dalle_mini.network import DalleBart
 from recipes.emoji.common import MUON_RMS, bfloat16_matmul, has_bfloat16_units, make_optimizer, use_bfloat16_dense
 from recipes.emoji.dalle_bart import make_config
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.slow
 
 
 def random(*shape):

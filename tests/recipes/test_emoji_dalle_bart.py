@@ -17,7 +17,7 @@ from recipes.emoji.captions import train_tokenizer
 from recipes.emoji.common import to_float32
 from recipes.emoji.dalle_bart import FIRST_TOKEN_WEIGHT, LABEL_SMOOTHING, Trainer, make_config
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.slow
 
 CODEBOOK_SIZE, LENGTH, STEPS, SMOOTHING = 64, 4, 150, 1.0
 EMOJI = [

@@ -17,7 +17,7 @@ from recipes.emoji.__main__ import STEPS
 from recipes.emoji.common import Run
 from recipes.emoji.vqgan import Trainer, encode_entropy_constrained, encode_images, reconstruct
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.slow
 
 CONFIG = VQGANConfig(
     ch=4,
