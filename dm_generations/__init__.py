@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dm_generations.archive import Archive
+    from dm_generations.api.archive import Archive
+    from dm_generations.api.generator import Generator
     from dm_generations.compat.min_dalle import MinDalle
     from dm_generations.inference.decoder import Decoder
-    from dm_generations.inference.generator import Generator
     from dm_generations.inference.scorer import Scorer
     from dm_generations.models.loading import load_checkpoint
     from dm_generations.sampling.params import SamplingParams
@@ -21,9 +21,9 @@ __version__ = "0.1.0"
 __all__ = ["Archive", "Decoder", "Generator", "MinDalle", "SamplingParams", "Scorer", "load_checkpoint"]
 
 _MODULES = {
-    "Archive": "dm_generations.archive",
+    "Archive": "dm_generations.api.archive",
     "Decoder": "dm_generations.inference.decoder",
-    "Generator": "dm_generations.inference.generator",
+    "Generator": "dm_generations.api.generator",
     "MinDalle": "dm_generations.compat.min_dalle",
     "SamplingParams": "dm_generations.sampling.params",
     "Scorer": "dm_generations.inference.scorer",

@@ -17,7 +17,7 @@ from dm_generations.archive import Archive, ModelInfo, NewImage
 from dm_generations.sampling.params import SamplingParams
 
 GENERATOR = ModelInfo("generator", "tiny", "a" * 64, {"layers": 1})
-CODEC = ModelInfo("codec", "tiny", "b" * 64, {}, grid=2, codebook_size=300, image_size=16)
+CODEC = ModelInfo("codec", "tiny", "b" * 64, {}, token_shape=(2, 2), codebook_size=300, image_shape=(16, 16))
 CLIP = ModelInfo("clip", "tiny", "c" * 64, {})
 
 COLUMNS_2022 = """id INTEGER PRIMARY KEY, prompt_id INTEGER, sc_prompt_id INTEGER, top_k INTEGER, top_p REAL,
@@ -49,8 +49,8 @@ def fill(archive: Archive, *images: NewImage, clip: ModelInfo | None = CLIP) -> 
         return archive.add_images(images, *models, sampler_version=1)
 
 
-def archive_v1(path: Path, keys: Iterable[int] = ()) -> Path:
-    """A file of version 1, as programs of that time wrote it, with the images `new_image(key)` of the tiny models."""
+def archive_v1(path: Path, keys: Iterable[int] = (), version: int = 1) -> Path:
+    """A file of version 1 or 2, as programs of that time wrote it, with images `new_image(key)` of the tiny models."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.executescript((ROOT / "schema" / "0001.sql").read_text())
         connection.executemany(
@@ -58,7 +58,7 @@ def archive_v1(path: Path, keys: Iterable[int] = ()) -> Path:
             [
                 (
                     *(m.kind, m.name, m.sha256, json.dumps(m.config, separators=(",", ":"))),
-                    *(m.grid, m.codebook_size, m.image_size),
+                    *(m.token_shape and m.token_shape[0], m.codebook_size, m.image_shape and m.image_shape[0]),
                 )
                 for m in (GENERATOR, CODEC, CLIP)
             ],
@@ -67,6 +67,8 @@ def archive_v1(path: Path, keys: Iterable[int] = ()) -> Path:
         for image in map(new_image, keys):
             insert_v1(connection, image)
         connection.commit()
+        if version == 2:
+            connection.executescript((ROOT / "schema" / "0002.sql").read_text())
     return path
 
 
@@ -99,6 +101,7 @@ def archive_2022(path: Path, columns: str = COLUMNS_2022) -> Path:
 def execute(path: Path, query: str, *parameters) -> list[tuple]:
     """Run SQL on a file without the package."""
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("PRAGMA legacy_alter_table = ON")  # tables are renamed although views refer to them
         return connection.execute(query, parameters).fetchall()
 
 
@@ -107,7 +110,7 @@ def leave_log(path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA journal_mode = WAL")
     with connection:
-        connection.execute("DELETE FROM images WHERE id = 1")
+        connection.execute("DELETE FROM images WHERE id = (SELECT min(id) FROM images)")
     copies = {name: path.with_name(path.name + name).read_bytes() for name in ("", "-wal", "-shm")}
     connection.close()  # writes the log into the file, and removes it
     for name, content in copies.items():

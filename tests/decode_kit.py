@@ -4,7 +4,9 @@ import hashlib
 import json
 import sqlite3
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax.serialization import msgpack_serialize
@@ -12,6 +14,7 @@ from flax.traverse_util import unflatten_dict
 from PIL import Image
 
 from dm_generations.archive import GroupKey
+from dm_generations.export.manifest import MANIFEST_START, Entry
 from dm_generations.models.registry import parameter_shapes
 from dm_generations.models.vqgan.network import VQGANConfig
 from dm_generations.sampling.params import SamplingParams
@@ -112,3 +115,39 @@ def golden_images(folder: str) -> dict[str, np.ndarray]:
                 with archive.open(info) as file:
                     found[name.removeprefix(f"{folder}/")] = np.asarray(Image.open(file))
     return found
+
+
+def build_manifest_1(mode: str, archive_name: str, entries: Iterable[Entry]) -> dict[str, Any]:
+    """The manifest of version 1, which the journal and the page still read: rows, and no MD5 and time."""
+    groups: dict[tuple, list] = {}
+    prompts: dict[int, str | None] = {}
+    sc_prompts: dict[int, str | None] = {}
+    for entry in entries:
+        prompts[entry.prompt_id], sc_prompts[entry.sc_prompt_id] = entry.prompt, entry.sc_prompt
+        positions = list(prompts).index(entry.prompt_id), list(sc_prompts).index(entry.sc_prompt_id)
+        key = (*positions, entry.top_k, entry.top_p, entry.temperature, entry.cond_scale)
+        folder, _, name = entry.file.rpartition("/")
+        groups.setdefault((*key, folder + "/", ".png"), []).append(
+            [name.removesuffix(".png"), entry.position, *entry.facts()]
+        )
+    return {
+        "version": 1,
+        "mode": mode,
+        "archive": archive_name,
+        "prompts": list(map(list, prompts.items())),
+        "sc_prompts": list(map(list, sc_prompts.items())),
+        "groups": [[*key, sorted(files, key=lambda file: file[1])] for key, files in groups.items()],
+    }
+
+
+def write_manifest_1(folder: Path, manifest: dict[str, Any]):
+    (folder / "manifest.js").write_text(f"{MANIFEST_START}{json.dumps(manifest)};\n", encoding="ascii")
+
+
+def listed_paths(manifest: dict[str, Any]) -> list[str]:
+    """The files that a manifest lists."""
+    groups, names = manifest["groups"], manifest["images"]["name"]
+    ends = zip(groups["prefix"], groups["suffix"], groups["count"], strict=True)
+    rows = [(prefix, suffix) for prefix, suffix, count in ends for _ in range(count)]
+    names = names if isinstance(names, list) else [names] * len(rows)
+    return [prefix + name + suffix for (prefix, suffix), name in zip(rows, names, strict=True)]

@@ -1,4 +1,4 @@
-"""The package's layout, as docs/architecture.md describes it: layers, sizes, and how many files a task runs through."""
+"""The package's layout, as the architecture page shows it: layers, sizes, and how many files a task runs through."""
 
 import ast
 import json
@@ -19,10 +19,11 @@ LAYERS = [
     {"sampling", "models"},
     {"inference"},
     {"pipelines", "export"},
-    {"compat"},
+    {"api", "compat", "server"},
     {"cli"},
 ]
-LEAVES = {"dm_generations.sampling.params"}  # imports nothing, so that all layers may name its types
+# They import nothing of the package but errors, so that all layers may use them.
+LEAVES = {"dm_generations.sampling.params", "dm_generations.sampling.prng"}
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
 
@@ -81,10 +82,10 @@ def files_run(*command: str) -> list[str]:
 @pytest.mark.e2e
 def test_a_row_becomes_a_png_through_few_files(tmp_path):
     files = files_run("decode", "--prompt-ids", "1", "--n-best", "1", "--out-dir", str(tmp_path / "images"))
-    assert len(files) <= 25, files
+    assert len(files) <= 29, files
 
 
 @pytest.mark.e2e
 def test_a_prompt_becomes_a_row_through_few_files(tmp_path):
     files = files_run("generate", "--db", str(tmp_path / "new.db"), "--prompts", "a rocket", "--n", "1")
-    assert len(files) <= 34, files
+    assert len(files) <= 36, files

@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 
 PACKAGE = ROOT / "dm_generations"
-SKIPPED = {"build", "images", "gallery", "shared", "golden", "node_modules"}
+SKIPPED = {"build", "images", "gallery", "shared", "golden", "node_modules", "site"}
 DOCUMENTS = [
     path
     for path in sorted(ROOT.rglob("*.md"))
@@ -33,7 +33,8 @@ def defined_names(path: Path) -> set[str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         if isinstance(node, ast.ClassDef):
-            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+            functions = ast.FunctionDef | ast.AsyncFunctionDef
+            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, functions)}
     return names
 
 
@@ -50,7 +51,7 @@ def test_relative_links_resolve(path):
 
 def test_architecture_names_files_and_functions_that_exist():
     """In each line, functions `f()` and methods `C.f()` belong to the last file of the package named before them."""
-    for line in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines():
+    for line in (ROOT / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8").splitlines():
         file = None
         for code in CODE.findall(line):
             if FILE.fullmatch(code):
@@ -61,18 +62,22 @@ def test_architecture_names_files_and_functions_that_exist():
 
 
 def test_architecture_describes_every_folder_of_the_package():
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
     folders = {path.parent for path in PACKAGE.glob("*/__init__.py")} | {PACKAGE / "embedded"}
     for folder in folders:
         assert f"`{folder.name}/`" in text, folder.name
 
 
 def test_security_names_tests_that_exist():
-    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "explanation" / "security.md").read_text(encoding="utf-8")
     files = re.findall(r"`(tests/[\w/]+(?:\.py)?/?)`", text)
     assert files
     for file in files:
         assert (ROOT / file).exists(), file
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_readme_names_every_command():

@@ -1,11 +1,13 @@
 """Every command and Python example of the documents, run as they stand there, in order, in one copy of the checkout.
 
-A block of `text` after the commands is what they print, line by line. Setting up an environment is left out, except in
-the slow test and in `.ci/run`.
+A block of `text` after the commands is what they print, line by line. Commands that need a download or a GPU, or
+that would take long, stand in `bash` blocks, and are only parsed. Setting up an environment is left out, except in the
+slow test and in `.ci/run`.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,8 +18,9 @@ from helpers import ROOT
 
 pytestmark = pytest.mark.e2e
 
-DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))), "archive/README.md"]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+DOCUMENTS = ["README.md", *PAGES, "archive/README.md"]
+BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", flags=re.MULTILINE | re.DOTALL)
 SET_UP = re.compile(r"python3 -m venv \.venv\s*&& \.venv/bin/pip install -q [^&]*&&\s*")
 PYTHON = re.compile(r"^(\.venv/bin/)?python(?= )")
 SHIPPED = ("dm_generations", "schema", "archive", "benchmarks", "samplebrowser.html", "dm_generations_decode.py")
@@ -27,7 +30,8 @@ ENVIRONMENT = {**os.environ, "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT
 
 def blocks(document: str) -> list[tuple[str, str]]:
     """(language, text) of each block of a document."""
-    return BLOCK.findall((ROOT / document).read_text(encoding="utf-8"))
+    found = BLOCK.findall((ROOT / document).read_text(encoding="utf-8"))
+    return [(language, re.sub(f"^{indent}", "", text, flags=re.MULTILINE)) for indent, language, text in found]
 
 
 def commands(block: str) -> list[str]:
@@ -60,7 +64,9 @@ def checkout(tmp_path_factory):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize(
+    "document", [name for name in DOCUMENTS if any(kind in ("sh", "python") for kind, _ in blocks(name))]
+)
 def test_commands_and_examples_run(checkout, document):
     printed = ""
     for language, text in blocks(document):
@@ -78,6 +84,17 @@ def test_commands_and_examples_run(checkout, document):
     if document == "README.md":
         assert len(list((checkout / "images").rglob("*.png"))) == 6048
         assert (checkout / "images" / "samplebrowser.html").is_file()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_that_are_not_run_have_flags_that_exist(document):
+    from dm_generations.cli import build_parser
+
+    for language, text in blocks(document):
+        for command in commands(text) if language == "bash" else ():
+            words = shlex.split(command)
+            if words[1:3] == ["-m", "dm_generations"]:
+                build_parser().parse_args(words[3:])
 
 
 def test_readme_shows_both_set_ups():

@@ -1,8 +1,12 @@
 """Archives of images as tokens, in SQLite. Needs only the standard library; never imports JAX or NumPy.
 
-with Archive.open("archive/emoji.db") as archive:
-    for group in archive.groups():
-        best = next(archive.rows(group.key, limit=1))
+>>> with Archive.open("archive/emoji.db") as archive:
+...     for group in archive.groups(prompt="a rocket", temperature=1, top_p=1, cond_scale=3):
+...         best = next(archive.rows(group.key, limit=1))
+...         print(group.key.params.top_k, group.count, round(best.clip_score_input, 1))
+0 8 19.2
+50 8 19.2
+256 8 19.2
 """
 
 from dm_generations.archive.connection import ArchiveError
@@ -21,6 +25,7 @@ from dm_generations.archive.records import (
     init_md5,
     quantvec_md5,
 )
+from dm_generations.archive.selection import Filters, Selection
 from dm_generations.archive.verify import Problem, verify
 
 __all__ = [
@@ -29,6 +34,7 @@ __all__ = [
     "ArchiveError",
     "ArchiveInfo",
     "DType",
+    "Filters",
     "Group",
     "GroupKey",
     "ImageRow",
@@ -38,6 +44,7 @@ __all__ = [
     "NewImage",
     "Problem",
     "PromptInfo",
+    "Selection",
     "SourceReport",
     "TokenInfo",
     "ValueRange",

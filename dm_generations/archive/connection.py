@@ -6,15 +6,17 @@ waits for readers; so no method of `Archive` leaves a query open between two row
 """
 
 import contextlib
+import math
 import os
 import sqlite3
 import struct
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from dm_generations.atomic_io import DATABASE, DATABASE_FILES, TemporaryFile
 from dm_generations.errors import UserError, one_line
+from dm_generations.paths import sqlite_uri
 
 Mode = Literal["r", "w"]
 Row = tuple[Any, ...]
@@ -26,6 +28,17 @@ JOURNAL: Final = "-journal"
 LOG: Final = "-wal"
 JOURNAL_MAGIC: Final = bytes.fromhex("d9d505f920a163d7")
 MAX_NAME_BYTES: Final = 255  # of one name, on nearly every file system
+LIMITS: Final = {
+    sqlite3.SQLITE_LIMIT_LENGTH: 16 * 2**20,  # bytes of a value or a row
+    sqlite3.SQLITE_LIMIT_SQL_LENGTH: 2**20,
+    sqlite3.SQLITE_LIMIT_ATTACHED: 0,
+    sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH: 10,
+}
+STEPS: Final = 20_000  # of SQLite's machine, a few milliseconds, after which it looks for Ctrl-C
+# A query for reading that takes more steps never ends: in a damaged file, pages can be reached in many ways.
+MAX_STEPS: Final = 30_000_000
+MAX_STEPS_PER_BYTE: Final = 10
+MIN_ROW_BYTES: Final = 4  # in a file
 COMMIT_TIMEOUT: Final = 60.0  # seconds to wait for another program's lock when finished work would be lost
 
 _EXPLANATIONS: Final = {
@@ -38,6 +51,8 @@ _EXPLANATIONS: Final = {
     "SQLITE_FULL": "the disk is full; free some space and run the command again",
     "SQLITE_IOERR": "reading or writing the disk failed",
     "SQLITE_CONSTRAINT": "the archive's format does not allow a value",
+    "SQLITE_TOOBIG": "a value is larger than 16 MiB; the file is damaged, or not an archive",
+    "SQLITE_INTERRUPT": "a query does not come to an end; the file is damaged",
 }
 
 
@@ -45,12 +60,36 @@ class ArchiveError(UserError):
     """An archive cannot be read or written; the text is one line for the user."""
 
 
+class Watch:
+    """Called by SQLite every STEPS steps of a statement, so that Python can handle signals; ends one of too many."""
+
+    def __init__(self, max_steps: float = math.inf):
+        self._max_steps = max_steps
+        self._steps = 0
+
+    def restart(self) -> None:
+        """Begin to count for another statement."""
+        self._steps = 0
+
+    def has_ended(self) -> bool:
+        """Return whether the statement took too many steps."""
+        return self._steps > self._max_steps
+
+    def __call__(self) -> bool:
+        """Count; return whether SQLite is to end the statement."""
+        self._steps += STEPS
+        return self.has_ended()
+
+
 @contextlib.contextmanager
-def sqlite_errors(path: Path) -> Iterator[None]:
+def sqlite_errors(path: Path, watch: Watch | None = None) -> Iterator[None]:
     """Turn SQLite's exceptions into ArchiveErrors, which name the file and say what to do."""
     try:
         yield
     except sqlite3.Error as error:
+        # An exception in a watch, as a signal's, ends the statement and is lost.
+        if getattr(error, "sqlite_errorname", None) == "SQLITE_INTERRUPT" and not (watch and watch.has_ended()):
+            raise KeyboardInterrupt from error
         raise ArchiveError(f"{path}: {_explain(error)}") from error
     except UnicodeEncodeError as error:
         raise ArchiveError(f"{path}: text with a lone surrogate cannot be stored: {error.object!r:.100}") from error
@@ -71,17 +110,28 @@ def _explain(error: sqlite3.Error) -> str:
 
 
 def is_damage(error: ArchiveError) -> bool:
-    """Return whether an error was caused by a damaged page of the file."""
-    return (getattr(error.__cause__, "sqlite_errorname", None) or "").startswith("SQLITE_CORRUPT")
+    """Return whether an error was caused by a damaged page of the file, or by a value that is too large."""
+    name = getattr(error.__cause__, "sqlite_errorname", None) or ""
+    return name.startswith(("SQLITE_CORRUPT", "SQLITE_TOOBIG"))
 
 
 class Connection:
     """An open database in autocommit mode, whose errors are ArchiveErrors. Only the modules of this folder use it."""
 
-    def __init__(self, path: Path, sqlite: sqlite3.Connection, timeout: float):
+    def __init__(
+        self,
+        path: Path,
+        sqlite: sqlite3.Connection,
+        timeout: float,
+        watch: Watch,
+        state: tuple[int, int, bool] | None = None,
+    ):
+        """Wrap a connection. `state` is that of a file which SQLite takes for immutable; see `_read_state`."""
         self.path = path
         self._sqlite = sqlite
         self._timeout = timeout
+        self._watch = watch
+        self._state = state
 
     @property
     def in_transaction(self) -> bool:
@@ -94,18 +144,36 @@ class Connection:
 
     def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
         """Run one statement."""
-        with sqlite_errors(self.path):
+        with self._errors():
             return self._sqlite.execute(sql, parameters)
+
+    def insert(self, sql: str, parameters: Any) -> int:
+        """Run an INSERT of one row; return the row's number."""
+        return self.execute(sql, parameters).lastrowid or 0
 
     def script(self, sql: str) -> None:
         """Run several statements."""
-        with sqlite_errors(self.path):
+        with self._errors():
             self._sqlite.executescript(sql)
 
     def rows(self, sql: str, parameters: Any = ()) -> Iterator[Row]:
         """Yield the rows of a query one by one. While it runs, other programs cannot commit."""
-        with sqlite_errors(self.path):
-            yield from self._sqlite.execute(sql, parameters)
+        with self._errors():
+            cursor = self._sqlite.execute(sql, parameters)
+            yield from (row for row in cursor)  # the cursor itself would be closed, also when the database is already
+
+    def bounded_rows(self, sql: str, parameters: Any = ()) -> Iterator[Row]:
+        """Yield the rows of a query whose values, in a sound file, are together not larger than the file.
+
+        Raises:
+            ArchiveError: They are: in a damaged file, values and whole tables can share their pages.
+        """
+        left = self.value("PRAGMA page_count") * self.value("PRAGMA page_size")
+        for row in self.rows(sql, parameters):
+            left -= MIN_ROW_BYTES + sum(len(value) for value in row if isinstance(value, str | bytes))
+            if left < 0:
+                raise ArchiveError(f"{self.path}: the file is damaged: its tables are larger than itself")
+            yield row
 
     def value(self, sql: str, parameters: Any = ()) -> Any:
         """Return the first column of the first row, None if there is no row."""
@@ -113,12 +181,20 @@ class Connection:
 
     def write_many(self, sql: str, rows: Iterable[Row]) -> int:
         """Run one statement for each row of parameters; return how many rows of the table changed."""
-        with sqlite_errors(self.path):
+        with self._errors():
             return self._sqlite.executemany(sql, rows).rowcount
 
-    def set_authorizer(self, authorize: Any) -> None:
-        """Set what SQLite asks before it compiles a statement (https://www.sqlite.org/c3ref/set_authorizer.html)."""
-        self._sqlite.set_authorizer(authorize)
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        self._watch.restart()
+        self._check_unchanged()
+        with sqlite_errors(self.path, self._watch):
+            yield
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        if self._state is not None and _read_state(self.path) != self._state:
+            raise ArchiveError(f"{self.path}: another program has written to it meanwhile; run the command again")
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -153,13 +229,18 @@ def connect(path: Path, mode: Mode, timeout: float) -> Connection:
     _check_journal(path)
     if mode == "w":
         check_writable(path)
-    with sqlite_errors(path), contextlib.ExitStack() as on_error:
-        sqlite = _open(path, header, mode, timeout)
+    size, _, has_log = state = _read_state(path)
+    # Reading a file in WAL mode would create -wal and -shm next to it. Without a log nobody is writing.
+    is_immutable = mode == "r" and _is_wal(header) and not has_log
+    watch = Watch(MAX_STEPS + MAX_STEPS_PER_BYTE * size if mode == "r" else math.inf)
+    with sqlite_errors(path, watch), contextlib.ExitStack() as on_error:
+        sqlite = _open(path, mode, timeout, is_immutable)
         on_error.callback(sqlite.close)
+        sqlite.set_progress_handler(watch, STEPS)
         try:
-            sqlite.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            sqlite.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
         except sqlite3.OperationalError as error:
-            if _has_log(path, header) and error.sqlite_errorname.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
+            if has_log and error.sqlite_errorname.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
                 raise ArchiveError(
                     f"{path}: its last commits are in {path.resolve().name}{LOG}, which SQLite reads only where it can"
                     f" write; copy the archive and its {LOG} to a folder of yours"
@@ -174,13 +255,13 @@ def connect(path: Path, mode: Mode, timeout: float) -> Connection:
             sqlite.execute("PRAGMA foreign_keys = ON")
             sqlite.execute("PRAGMA cache_size = -32768")  # KiB; holds the indexes' pages while rows are added
         on_error.pop_all()
-    return Connection(path, sqlite, timeout)
+    return Connection(path, sqlite, timeout, watch, state if is_immutable else None)
 
 
 def connect_new(file: Path, path: Path, timeout: float) -> Connection:
     """Make an empty database in `file`; its errors name `path`."""
     with sqlite_errors(path):
-        return Connection(path, sqlite3.connect(file, timeout=timeout, isolation_level=None), timeout)
+        return Connection(path, sqlite3.connect(file, timeout=timeout, isolation_level=None), timeout, Watch())
 
 
 def _read_header(path: Path) -> bytes:
@@ -234,10 +315,14 @@ def _is_wal(header: bytes) -> bool:
     return 2 in header[18:20]
 
 
-def _has_log(path: Path, header: bytes) -> bool:
-    """Return whether a file in WAL mode has commits in a log next to it."""
-    log = _companion(path, LOG)
-    return _is_wal(header) and log.exists() and log.stat().st_size > 0
+def _read_state(path: Path) -> tuple[int, int, bool]:
+    """Return the size of a file, when it was changed, and whether there are commits in a log next to it."""
+    try:
+        status = path.stat()
+        log = _companion(path, LOG)
+        return status.st_size, status.st_mtime_ns, log.exists() and log.stat().st_size > 0
+    except OSError as error:
+        raise ArchiveError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def _check_journal(path: Path) -> None:
@@ -269,15 +354,19 @@ def _check_journal(path: Path) -> None:
         )
 
 
-def _open(path: Path, header: bytes, mode: Mode, timeout: float) -> sqlite3.Connection:
-    uri = f"{path.resolve().as_uri()}?mode={'ro' if mode == 'r' else 'rw'}"
-    if mode == "r" and _is_wal(header) and not _has_log(path, header):
-        # Reading a file in WAL mode would create -wal and -shm next to it. Without a log nobody is writing.
-        uri += "&immutable=1"
+def _open(path: Path, mode: Mode, timeout: float, is_immutable: bool) -> sqlite3.Connection:
+    query = "mode=ro" if mode == "r" else "mode=rw"
+    if is_immutable:
+        query += "&immutable=1"
+    uri = sqlite_uri(path.resolve(), query)
     sqlite = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
     # Stored prompts are untrusted: bytes that are not UTF-8 must not stop a read.
     sqlite.text_factory = lambda raw: raw.decode("utf-8", "replace")
     sqlite.execute("PRAGMA trusted_schema = OFF")
+    for limit, value in LIMITS.items():
+        sqlite.setlimit(limit, value)
+    if mode == "r":  # `PRAGMA integrity_check` would evaluate them
+        sqlite.execute("PRAGMA ignore_check_constraints = ON")
     return sqlite
 
 
@@ -298,7 +387,7 @@ def _check_undoable(path: Path, header: bytes) -> None:
 
 def _undo_interrupted_write(path: Path, timeout: float) -> None:
     """Let SQLite roll back a stopped program's batch, which a read-only connection may not do."""
-    sqlite = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=timeout)
+    sqlite = sqlite3.connect(sqlite_uri(path.resolve(), "mode=rw"), uri=True, timeout=timeout)
     with contextlib.closing(sqlite):
         sqlite.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
@@ -324,7 +413,7 @@ def check_writable(path: Path) -> None:
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a path for SQLite to write, which becomes `path` if the block succeeds and is removed if not.
 
-    It is in a temporary folder next to `path`, together with its journal. Nothing is ever overwritten.
+    It has a temporary name next to `path`, as its journal has. Nothing is ever overwritten.
 
     Raises:
         ArchiveError: `path` exists, or was made in the meantime; or its folder cannot be written.
@@ -333,13 +422,17 @@ def new_file(path: Path) -> Iterator[Path]:
         if path.exists() or path.is_symlink():
             raise ArchiveError(f"{path}: this file exists already")
         check_writable(path)
-        folder = tempfile.TemporaryDirectory(prefix=".dmg-", dir=path.parent, ignore_cleanup_errors=True)
+        holder = TemporaryFile(path.parent)  # SQLite does not share the locks of its own files
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise ArchiveError(f"{str(path)!r}: cannot be created: {error}") from error
-    with folder:
-        temporary = Path(folder.name) / "new.db"  # short: the name of `path` may be as long as names can be
+    try:
+        temporary = holder.path.with_name(holder.path.name + DATABASE)
         yield temporary
         _publish(temporary, path)
+    finally:
+        for suffix in DATABASE_FILES:
+            holder.path.with_name(holder.path.name + suffix).unlink(missing_ok=True)
+        holder.discard()
 
 
 def _publish(temporary: Path, path: Path) -> None:

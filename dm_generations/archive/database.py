@@ -2,16 +2,13 @@
 
 import array
 import contextlib
-import json
-import math
 import os
-import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Self, Unpack
 
-from dm_generations.archive import legacy_2022, queries
+from dm_generations.archive import legacy_2022, queries, vocabulary
 from dm_generations.archive.connection import (
     ArchiveError,
     Connection,
@@ -19,11 +16,12 @@ from dm_generations.archive.connection import (
     Row,
     connect,
     connect_new,
-    is_damage,
     new_file,
 )
 from dm_generations.archive.records import (
+    GROUP_COLUMNS,
     IMAGE_COLUMNS,
+    ClassLabel,
     Group,
     GroupKey,
     ImageRow,
@@ -31,6 +29,8 @@ from dm_generations.archive.records import (
     NewImage,
     check_init,
     check_tokens,
+    is_canonical,
+    model_values,
     parse_group_key,
     parse_image,
     parse_model,
@@ -38,22 +38,22 @@ from dm_generations.archive.records import (
     quantvec_md5,
 )
 from dm_generations.archive.schema import (
-    ADDED,
+    ADDED_TABLES,
     ALL_COLUMNS,
-    INDEXES,
     SCHEMA_VERSION,
     check_tables,
-    create_images_view,
-    guard_triggers,
+    check_to_read,
+    check_to_write,
+    create_views,
     is_newest,
     needed_columns,
     read_version,
     upgrade,
 )
+from dm_generations.archive.scores import BASIC, Due
+from dm_generations.archive.selection import EVERY, Filters, Selection, Where, compile_selection
 
 LOCK_TIMEOUT: Final = 10.0  # seconds to wait for another program's lock
-CHUNK_ROWS: Final = 512  # read by one query, or fewer
-CHUNK_BYTES: Final = 32 * 2**20  # of their values
 
 
 class Archive:
@@ -73,9 +73,10 @@ class Archive:
         self.version = version
         self.connection = connection
         self._group_table = None if version == 0 else "images"
+        self._checked_schema: int | None = None  # see `check_to_write`
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str]) -> "Archive":
+    def create(cls, path: str | os.PathLike[str]) -> Self:
         """Make a new, empty archive and open it for writing.
 
         Args:
@@ -91,13 +92,12 @@ class Archive:
         with (
             new_file(path) as temporary,
             contextlib.closing(connect_new(temporary, path, LOCK_TIMEOUT)) as connection,
-            connection.transaction(),
         ):
             upgrade(connection)
         return cls.open(path, "w")
 
     @classmethod
-    def open_or_create(cls, path: str | os.PathLike[str]) -> "Archive":
+    def open_or_create(cls, path: str | os.PathLike[str]) -> Self:
         """Open an archive for writing, and make it if there is none. Several programs may do so at once."""
         path = Path(path)
         if not os.path.lexists(path):
@@ -109,7 +109,7 @@ class Archive:
         return cls.open(path, "w")
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], mode: Mode = "r", timeout: float = LOCK_TIMEOUT) -> "Archive":
+    def open(cls, path: str | os.PathLike[str], mode: Mode = "r", timeout: float = LOCK_TIMEOUT) -> Self:
         """Open an existing archive.
 
         Do not open a file that this process is writing to: the header is read without SQLite, and closing a file that
@@ -129,6 +129,7 @@ class Archive:
         path = Path(path)
         connection = connect(path, mode, timeout)
         try:
+            check_to_read(connection)
             version = read_version(connection)
             check_tables(connection, needed_columns(version) if version else legacy_2022.NEEDED_COLUMNS)
             archive = cls(path, connection, mode, version)
@@ -137,8 +138,7 @@ class Archive:
             elif version == 0:
                 legacy_2022.normalise(connection)
             elif version < SCHEMA_VERSION:
-                known = set(ALL_COLUMNS) - ADDED.keys()
-                create_images_view(connection, {name: name for name in known})
+                create_views(connection, version)
         except BaseException:
             connection.close()
             raise
@@ -146,10 +146,9 @@ class Archive:
 
     def _prepare_to_write(self) -> None:
         self.check_appendable()
-        guard_triggers(self.connection)
+        self._checked_schema = check_to_write(self.connection)
         if not is_newest(self.connection):
-            with self.transaction():
-                upgrade(self.connection)
+            upgrade(self.connection)
             self.version = read_version(self.connection)
             check_tables(self.connection, needed_columns(self.version))
 
@@ -166,7 +165,7 @@ class Archive:
         """Close the file."""
         self.connection.close()
 
-    def __enter__(self) -> "Archive":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -190,7 +189,7 @@ class Archive:
     def models(self) -> dict[int, ModelInfo]:
         """Return models by id; none for an archive of 2022, which does not record them."""
         models = {}
-        for row_id, *values in self.connection.rows(queries.SELECT_MODELS):
+        for row_id, *values in self.connection.bounded_rows(queries.SELECT_MODELS):
             try:
                 models[row_id] = parse_model(tuple(values))
             except ArchiveError as error:
@@ -201,40 +200,63 @@ class Archive:
         """Return the id of the first model that matches; see `ModelInfo.matches`."""
         return next((row_id for row_id, stored in self.models().items() if stored.matches(model)), None)
 
-    def count(self) -> int:
+    def count(self, where: Where = EVERY) -> int:
         """Return the number of images."""
-        return self.connection.value("SELECT count(*) FROM images")
+        # Not count(*), which would not hear Ctrl-C.
+        return self.connection.value(f"SELECT count(id) FROM images WHERE {where.sql}", where.parameters)
 
-    def groups(
-        self, prompt_ids: Collection[int] | None = None, sc_prompt_ids: Collection[int] | None = None
-    ) -> list[Group]:
-        """Return the groups, ordered by prompt, unconditional prompt, top_k, top_p, temperature, cond_scale.
+    def groups(self, selection: Selection | None = None, **filters: Unpack[Filters]) -> list[Group]:
+        """Return the groups with the number of their selected images.
+
+        >>> with Archive.open("archive/emoji.db") as archive:
+        ...     groups = archive.groups(prompt="a rocket", top_k=256, top_p=1, temperature=1, cond_scale="3..")
+        >>> [(group.key.params.cond_scale, group.count) for group in groups]
+        [(3.0, 8), (10.0, 8)]
 
         Args:
-            prompt_ids: Only groups of these prompts, None for all; unknown ids are ignored.
-            sc_prompt_ids: The same for unconditional prompts.
+            selection: Which images to count; None is what the keyword arguments say.
+            filters: See `Filters`.
+
+        Returns:
+            In the order of prompt, unconditional prompt, top_k, top_p, temperature and cond_scale.
+
+        Raises:
+            UserError: A prompt or a model is not in the archive.
         """
-        parameters = {"prompt_ids": _json_ids(prompt_ids), "sc_prompt_ids": _json_ids(sc_prompt_ids)}
-        rows = list(self.connection.rows(queries.COUNT_GROUPS.format(table=self._indexed_table()), parameters))
+        return self.count_groups(compile_selection(self, selection or Selection.of(**filters)))
+
+    def count_groups(self, where: Where) -> list[Group]:
+        """Return the groups of a compiled selection, as `groups` does."""
+        query = queries.COUNT_GROUPS.format(table=self.indexed_table(), where=where.sql)
+        rows = self.connection.bounded_rows(query, where.parameters)
         try:
             return [Group(parse_group_key(row[:-1]), row[-1]) for row in rows]
         except ArchiveError as error:
             raise ArchiveError(f"{self.path}: {error}") from error
 
-    def image_ids(self, key: GroupKey, limit: int | None = None) -> Sequence[int]:
-        """Return ids of a group's images: highest clip_score_input first, unscored ones last, ties by id."""
-        parameters = [*key.values(), -1 if limit is None else limit]
-        query = queries.IDS_BEST_FIRST.format(table=self._indexed_table())
+    def image_ids(self, key: GroupKey | None = None, limit: int | None = None, where: Where = EVERY) -> Sequence[int]:
+        """Return ids of a group's images: the highest score first, unscored ones last, ties by id.
+
+        Args:
+            key: The group; None is all groups, in the order of `groups`.
+            limit: At most so many.
+            where: Which images, and whose score.
+        """
+        parameters = {**where.parameters, "limit": -1 if limit is None else limit}
+        if key is not None:
+            parameters.update(zip(GROUP_COLUMNS, key.values(), strict=True))
+        query = queries.ALL_IDS_BEST_FIRST if key is None else queries.IDS_BEST_FIRST
         ids = array.array("q")
+        query = query.format(table=self.indexed_table(), where=where.sql, rank=where.rank)
         for (row_id,) in self.connection.rows(query, parameters):
             if not isinstance(row_id, int):
                 raise ArchiveError(f"{self.path}: the id of an image is {row_id!r:.40}, not a whole number")
             ids.append(row_id)
         return ids
 
-    def rows(self, key: GroupKey, limit: int | None = None) -> Iterator[ImageRow]:
+    def rows(self, key: GroupKey, limit: int | None = None, where: Where = EVERY) -> Iterator[ImageRow]:
         """Yield a group's images, in the order of `image_ids`."""
-        return self.read_rows(self.image_ids(key, limit))
+        return self.read_rows(self.image_ids(key, limit, where))
 
     def read_rows(self, ids: Iterable[int]) -> Iterator[ImageRow]:
         """Yield these images, in the order of `ids`, without unknown ids.
@@ -242,28 +264,31 @@ class Archive:
         A row on a damaged page is yielded with its id, no tokens, and None for all else, so that the rank of the next
         ones stays the same.
         """
-        chunk: list[int] = []
-        for row_id in ids:
-            chunk.append(row_id)
-            if len(chunk) == CHUNK_ROWS:
-                yield from self._read_chunk(chunk)
-                chunk = []
-        yield from self._read_chunk(chunk)
+        return queries.read_rows(self.connection, ids)
 
-    def rows_to_score(self, rescore: bool = False, clip_id: int | None = None) -> Iterator[ImageRow]:
+    def rows_to_score(
+        self, rescore: bool = False, clip_id: int | None = None, due: Due = BASIC, where: Where = EVERY
+    ) -> Iterator[ImageRow]:
         """Yield images that lack a score, by id. Scores may be written while this runs.
 
         Args:
             rescore: Also images that have one, except those that the model `clip_id` scored.
             clip_id: None for a model that the archive does not have.
+            due: What else they may lack.
+            where: Which images.
         """
-        parameters = {"rescore": rescore, "clip_id": clip_id}
-        return map(parse_image, self._scan(IMAGE_COLUMNS, queries.TO_SCORE, parameters))
+        parameters = {**where.parameters, **due.parameters(rescore, clip_id)}
+        condition = f"{queries.TO_SCORE} AND {where.sql}"
+        return map(parse_image, queries.scan(self.connection, IMAGE_COLUMNS, condition, parameters))
 
-    def count_to_score(self, rescore: bool = False, clip_id: int | None = None) -> int:
+    def count_to_score(
+        self, rescore: bool = False, clip_id: int | None = None, due: Due = BASIC, where: Where = EVERY
+    ) -> int:
         """Return how many images `rows_to_score` yields."""
-        parameters = {"rescore": rescore, "clip_id": clip_id}
-        return self.connection.value(f"SELECT count(*) FROM images WHERE {queries.TO_SCORE}", parameters)
+        parameters = {**where.parameters, **due.parameters(rescore, clip_id)}
+        return self.connection.value(
+            f"SELECT count(id) FROM images WHERE {queries.TO_SCORE} AND {where.sql}", parameters
+        )
 
     def existing_keys(
         self, key: GroupKey, generator_id: int | None, sampler_version: int | None = None, init_md5: str = ""
@@ -279,25 +304,23 @@ class Archive:
         parameters = [*key.values(), generator_id, sampler_version, sampler_version, init_md5]
         return {(key0, key1) for key0, key1 in self.connection.rows(queries.KEYS_OF_GROUP, parameters)}
 
-    def scan(self, columns: Sequence[str], last_id: int | None = None) -> Iterator[Row]:
-        """Yield these columns of all images, by id, in constant memory.
+    def scan(
+        self, columns: Sequence[str], last_id: int | None = None, where: Where = EVERY, table: str = "images"
+    ) -> Iterator[Row]:
+        """Yield these columns of the rows of a table, by id, in constant memory.
 
         Args:
             columns: Names of columns; a column that an older file lacks has its default value.
-            last_id: The last image to read; None reads to the end.
+            last_id: The last row to read; None reads to the end.
+            where: Which images; EVERY for other tables.
+            table: `images`, or one that version 3 added.
 
         Raises:
             ArchiveError: The ids do not ascend, as they do in any archive that is not damaged.
         """
-        assert set(columns) <= set(ALL_COLUMNS), columns
-        return self._scan(columns, ":last_id IS NULL OR id <= :last_id", {"last_id": last_id})
-
-    def missing_indexes(self) -> list[str]:
-        """Return names of the format's indexes that the file lacks; none for an archive of 2022."""
-        if self.version == 0:
-            return []
-        rows = self.connection.rows("SELECT name FROM main.sqlite_master WHERE type = 'index'")
-        return sorted(INDEXES - {name for (name,) in rows})
+        assert set(columns) <= set(ADDED_TABLES.get(table, ALL_COLUMNS)), columns
+        condition = f"(:last_id IS NULL OR id <= :last_id) AND {where.sql}"
+        return queries.scan(self.connection, columns, condition, {**where.parameters, "last_id": last_id}, table)
 
     # Writing
 
@@ -311,15 +334,18 @@ class Archive:
         if self.mode != "w":
             raise ArchiveError(f"{self.path}: the archive is open for reading only")
         with self.connection.transaction():
+            self._checked_schema = check_to_write(self.connection, self._checked_schema)
             yield
 
-    def prompt_id(self, text: str) -> int:
+    def prompt_id(self, prompt: str | ClassLabel) -> int:
         """Return the id of a prompt, which is added if it is new.
 
         Raises:
-            ArchiveError: The text has a NUL byte or a lone surrogate.
+            ArchiveError: The text has a NUL byte or a lone surrogate, or the vocabulary does not have the class.
         """
-        return self.text_id("prompts", self._without_nul(text))
+        if isinstance(prompt, ClassLabel):
+            return vocabulary.class_prompt_id(self.connection, prompt)
+        return self.text_id("prompts", self._without_nul(prompt))
 
     def sc_prompt_id(self, text: str | None) -> int:
         """Return the id of an unconditional prompt, which is added if it is new; 1 for None."""
@@ -337,10 +363,8 @@ class Archive:
 
     def model_id(self, model: ModelInfo) -> int:
         """Return the id of a model, which is added if it is new."""
-        config = json.dumps(model.config, sort_keys=True, separators=(",", ":"))
-        identity = (model.kind, model.sha256, config)
-        values = (*identity, model.name, model.grid, model.codebook_size, model.image_size)
-        return self._find_or_insert(queries.FIND_MODEL, identity, queries.INSERT_MODEL, values)
+        values = model_values(model)
+        return self._find_or_insert(queries.FIND_MODEL, values[:3], queries.INSERT_MODEL, values)
 
     def add_images(
         self,
@@ -367,7 +391,7 @@ class Archive:
         """
         assert self.connection.in_transaction, "add_images outside a transaction"
         codec = None if codec_id is None else self.models()[codec_id]
-        prompt_ids: dict[str, int] = {}
+        prompt_ids: dict[str | ClassLabel, int] = {}
         sc_prompt_ids: dict[str | None, int] = {}
 
         def insert_values() -> Iterator[tuple[Any, ...]]:
@@ -380,13 +404,16 @@ class Archive:
                 if codec is not None:
                     check_tokens(quantvec, codec)
                 check_init(quantvec, image.init_count, image.init_md5)
+                if not is_canonical(image.extra_settings):
+                    raise ArchiveError(f"extra settings {image.extra_settings!r:.100} are not canonical JSON")
                 yield (
-                    *GroupKey(prompt_id, sc_prompt_id, image.params).values(),
+                    *GroupKey(prompt_id, sc_prompt_id, image.params).values()[:-1],
                     *(image.key0, image.key1, quantvec, quantvec_md5(quantvec)),
                     *(image.clip_score_input, image.clip_score_tokenized),
                     *(image.time_start, image.time_end, image.time_scored),
                     *(generator_id, codec_id, None if image.clip_score_input is None else clip_id),
                     *(sampler_version, image.log_prob, image.dtype, image.init_count, image.init_md5),
+                    image.extra_settings,
                 )
 
         return self.connection.write_many(queries.INSERT_IMAGE, insert_values())
@@ -423,74 +450,15 @@ class Archive:
             self.connection.execute(insert, values)
             found = self.connection.value(find, identity)
         if found is None:
-            raise ArchiveError(f"{self.path}: a trigger in this file refuses new rows; drop it")
+            raise ArchiveError(f"{self.path}: a new row of this file cannot be found; `verify` it")
         return found
 
     def _texts(self, table: str) -> dict[int, str | None]:
-        rows = self.connection.rows(f"SELECT id, desc FROM {table} ORDER BY id")
-        return {row_id: parse_text(text) for row_id, text in rows}
+        rows = self.connection.bounded_rows(f"SELECT id, desc FROM {table} ORDER BY id")
+        return {row_id: parse_text(text) for row_id, text in rows if isinstance(row_id, int)}
 
-    def _indexed_table(self) -> str:
+    def indexed_table(self) -> str:
         """Return the table that has an index by group, best first."""
         if self._group_table is None:
             self._group_table = legacy_2022.create_group_index(self.connection)
         return self._group_table
-
-    def _read_chunk(self, ids: list[int]) -> Iterator[ImageRow]:
-        """Yield rows in the order of `ids`, in halves where a page is damaged or the rows are too large together."""
-        try:
-            rows = self._find_rows(ids)
-        except ArchiveError as error:
-            if not is_damage(error):
-                raise
-            if len(ids) == 1:
-                yield parse_image((ids[0], *[None] * (len(IMAGE_COLUMNS) - 1)))
-                return
-            rows = None
-        if rows is None:
-            middle = len(ids) // 2
-            yield from self._read_chunk(ids[:middle])
-            yield from self._read_chunk(ids[middle:])
-            return
-        for row_id in ids:
-            if row_id in rows:
-                yield parse_image(rows[row_id])
-
-    def _find_rows(self, ids: list[int]) -> dict[int, Row] | None:
-        """Return rows by id; None if they are more than one and more than CHUNK_BYTES."""
-        found: dict[int, Row] = {}
-        byte_count = 0
-        for row in self.connection.rows(queries.SELECT_IMAGES, [json.dumps(ids)]):
-            found[row[0]] = row
-            byte_count += sum(map(sys.getsizeof, row))
-            if byte_count > CHUNK_BYTES and len(ids) > 1:
-                return None
-        return found
-
-    def _scan(self, columns: Sequence[str], condition: str, parameters: dict[str, Any]) -> Iterator[Row]:
-        query = (
-            f"SELECT {', '.join(('id', *columns))} FROM images WHERE id > :after AND ({condition})"
-            f" ORDER BY id LIMIT {CHUNK_ROWS}"
-        )
-        after: float = -math.inf  # below every id
-        while rows := self._limited(query, {**parameters, "after": after}):
-            for row in rows:
-                if not isinstance(row[0], int) or row[0] <= after:
-                    raise ArchiveError(f"{self.path}: the ids of the images do not ascend at {row[0]!r:.40}")
-                after = row[0]
-            yield from (row[1:] for row in rows)
-
-    def _limited(self, query: str, parameters: dict[str, Any]) -> list[Row]:
-        """Return the first rows of a query, up to CHUNK_BYTES and at least one."""
-        found: list[Row] = []
-        byte_count = 0
-        for row in self.connection.rows(query, parameters):
-            found.append(row)
-            byte_count += sum(map(sys.getsizeof, row))
-            if byte_count > CHUNK_BYTES:
-                break
-        return found
-
-
-def _json_ids(ids: Collection[int] | None) -> str | None:
-    return None if ids is None else json.dumps(sorted(ids))

@@ -1,11 +1,14 @@
 """`info`: what an archive holds, as one value."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dm_generations.archive import queries
+from dm_generations.archive.connection import Row
 from dm_generations.archive.database import Archive
-from dm_generations.archive.records import MODEL_KINDS, PARAM_COLUMNS, grid_side
+from dm_generations.archive.records import MODEL_KINDS, PARAM_COLUMNS, TokenShape, grid_side
+from dm_generations.archive.selection import ALL, Selection, Where, compile_nonempty
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,9 @@ class ModelUse:
     kind: str
     name: str
     sha256: str
-    grid: int | None
+    token_shape: TokenShape | None
     codebook_size: int | None
-    image_size: int | None
+    image_shape: tuple[int, int] | None
     image_count: int
 
 
@@ -95,16 +98,32 @@ class ArchiveInfo:
     last_time: float | None
 
 
-def info(archive: Archive) -> ArchiveInfo:
-    """Return what an archive holds, in a few passes over its images and in constant memory."""
-    groups = archive.groups()
+def info(archive: Archive, selection: Selection = ALL) -> ArchiveInfo:
+    """Return what an archive holds, in a few passes over its images and in constant memory.
+
+    Args:
+        archive: The archive.
+        selection: Which images count; of some, only the prompts and models are listed that they have.
+
+    Raises:
+        UserError: Nothing is selected.
+    """
+    where = compile_nonempty(archive, selection)
+    groups = archive.count_groups(where)
     sizes = [group.count for group in groups]
     image_count_by_prompt: Counter[int] = Counter()
     image_count_by_sc_prompt: Counter[int] = Counter()
     for group in groups:
         image_count_by_prompt[group.key.prompt_id] += group.count
         image_count_by_sc_prompt[group.key.sc_prompt_id] += group.count
-    connection = archive.connection
+
+    def rows(query: str) -> Iterator[Row]:
+        return archive.connection.rows(query.format(images=where.images), where.parameters)
+
+    def prompts(texts: dict[int, str | None], counts: Counter[int]) -> list[PromptInfo]:
+        is_listed = (lambda row_id: True) if selection.is_all else counts.__contains__
+        return [PromptInfo(row_id, text, counts[row_id]) for row_id, text in texts.items() if is_listed(row_id)]
+
     return ArchiveInfo(
         path=str(archive.path),
         layout=str(archive.version or "2022"),
@@ -113,38 +132,41 @@ def info(archive: Archive) -> ArchiveInfo:
         group_count=len(groups),
         smallest_group=min(sizes, default=0),
         largest_group=max(sizes, default=0),
-        prompts=[PromptInfo(i, text or "", image_count_by_prompt[i]) for i, text in archive.prompts().items()],
-        sc_prompts=[PromptInfo(i, text, image_count_by_sc_prompt[i]) for i, text in archive.sc_prompts().items()],
+        prompts=prompts({i: text or "" for i, text in archive.prompts().items()}, image_count_by_prompt),
+        sc_prompts=prompts(archive.sc_prompts(), image_count_by_sc_prompt),
         axes={name: sorted({getattr(group.key.params, name) for group in groups}) for name in PARAM_COLUMNS},
-        models=_model_uses(archive),
-        scores={name: _value_range(archive, name) for name in ("clip_score_input", "clip_score_tokenized")},
-        log_prob=_value_range(archive, "log_prob"),
-        image_count_by_dtype=dict(connection.rows(queries.COUNT_DTYPES)),
-        continued_count=connection.value(queries.COUNT_CONTINUED),
+        models=_model_uses(archive, where, is_all=selection.is_all),
+        scores={name: _value_range(archive, name, where) for name in ("clip_score_input", "clip_score_tokenized")},
+        log_prob=_value_range(archive, "log_prob", where),
+        image_count_by_dtype=dict(rows(queries.COUNT_DTYPES)),
+        continued_count=next(rows(queries.COUNT_CONTINUED))[0],
         tokens=[
             TokenInfo(byte_count, grid_side(byte_count), image_count)
-            for byte_count, image_count in connection.rows(queries.COUNT_LENGTHS)
+            for byte_count, image_count in rows(queries.COUNT_LENGTHS)
         ],
-        first_time=connection.value(queries.FIRST_TIME),
-        last_time=connection.value(queries.LAST_TIME),
+        first_time=next(rows(queries.FIRST_TIME))[0],
+        last_time=next(rows(queries.LAST_TIME))[0],
     )
 
 
-def _value_range(archive: Archive, column: str) -> ValueRange:
-    return ValueRange(*next(archive.connection.rows(queries.RANGE.format(column=column))))
+def _value_range(archive: Archive, column: str, where: Where) -> ValueRange:
+    query = queries.RANGE.format(column=column, images=where.images)
+    return ValueRange(*next(archive.connection.rows(query, where.parameters)))
 
 
-def _model_uses(archive: Archive) -> list[ModelUse]:
+def _model_uses(archive: Archive, where: Where, is_all: bool) -> list[ModelUse]:
     models = archive.models()
     image_count_by_model: Counter[int] = Counter()
     for column in MODEL_KINDS if models else ():
-        image_count_by_model.update(dict(archive.connection.rows(queries.COUNT_BY_MODEL.format(column=column))))
+        query = queries.COUNT_BY.format(column=column, images=where.images)
+        image_count_by_model.update(dict(archive.connection.rows(query, where.parameters)))
     return [
         ModelUse(
             model_id,
             *(model.kind, model.name, model.sha256),
-            *(model.grid, model.codebook_size, model.image_size),
+            *(model.token_shape, model.codebook_size, model.image_shape),
             image_count=image_count_by_model[model_id],
         )
         for model_id, model in models.items()
+        if is_all or model_id in image_count_by_model
     ]

@@ -7,16 +7,15 @@ columns. No other module knows this layout: after `normalise` the same queries r
 from typing import Final
 
 from dm_generations.archive.connection import ArchiveError, Connection
-from dm_generations.archive.records import GROUP_COLUMNS, ModelInfo
-from dm_generations.archive.schema import ADDED, ALL_COLUMNS, create_images_view, read_columns
+from dm_generations.archive.records import GROUP_COLUMNS
+from dm_generations.archive.schema import create_views, read_columns
 
 # Other columns may be missing, and then are NULL.
 NEEDED_COLUMNS: Final = {
     "prompts": frozenset({"id", "desc"}),
     "sc_prompts": frozenset({"id", "desc"}),
-    "images": frozenset({*GROUP_COLUMNS, "key0", "key1", "quantvec"}),
+    "images": frozenset({*GROUP_COLUMNS[:-1], "key0", "key1", "quantvec"}),
 }
-_MODEL_COLUMNS: Final = ", ".join(f"NULL AS {name}" for name in ("id", *ModelInfo.__dataclass_fields__))
 # Without an index each group would cost a pass over all tokens. Temporary tables are not in the archive's file.
 _GROUP_INDEX: Final = f"""
 CREATE TEMP TABLE image_order AS SELECT id, {", ".join(GROUP_COLUMNS)}, clip_score_input FROM images;
@@ -25,7 +24,7 @@ CREATE INDEX temp.image_order_by_group ON image_order ({", ".join(GROUP_COLUMNS)
 
 
 def normalise(connection: Connection) -> None:
-    """Make views of a file of 2022 with the columns of the newest version, and an empty view of models.
+    """Make views of a file of 2022 with the tables and columns of the newest version.
 
     Args:
         connection: Open for reading, with at least NEEDED_COLUMNS.
@@ -38,9 +37,7 @@ def normalise(connection: Connection) -> None:
     row_id = next((name for name in ("rowid", "_rowid_", "oid") if name not in columns), None)
     if row_id is None:
         raise ArchiveError(f"{connection.path}: this database is not an archive: images hides its row numbers")
-    known = columns.intersection(ALL_COLUMNS) - ADDED.keys()
-    create_images_view(connection, {name: name for name in known} | {"id": row_id})
-    connection.execute(f"CREATE TEMP VIEW models AS SELECT {_MODEL_COLUMNS} WHERE FALSE")
+    create_views(connection, version=0, row_id=row_id)
 
 
 def create_group_index(connection: Connection) -> str:

@@ -1,18 +1,30 @@
 """`merge`: adds the images of several archives to one."""
 
-import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dm_generations.archive.connection import ArchiveError, Row, new_file
 from dm_generations.archive.database import Archive
-from dm_generations.archive.queries import INSERT_OR_FILL_SCORES
-from dm_generations.archive.records import INSERT_COLUMNS, MODEL_KINDS, check_init, check_tokens, quantvec_md5
+from dm_generations.archive.judgements import NewIds, copy_judgements
+from dm_generations.archive.queries import INSERT_OR_FILL_SCORES, JUDGES
+from dm_generations.archive.records import (
+    INSERT_COLUMNS,
+    MODEL_KINDS,
+    check_init,
+    check_tokens,
+    is_canonical,
+    quantvec_md5,
+)
+from dm_generations.archive.selection import ALL, EVERY, Selection, Where, check_known, compile_known
+from dm_generations.archive.vocabulary import add_vocabulary, read_classes, read_vocabularies
+from dm_generations.atomic_io import remove_stale_temporaries
 from dm_generations.errors import one_line
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -24,15 +36,19 @@ class SourceReport:
         image_count: Its images.
         added_count: Those that the target did not have.
         scored_count: Images that the target had, but without the scores that this source has.
+        judgement_count: Scores of other judges, vectors and ratings that the target did not have.
     """
 
     path: str
     image_count: int
     added_count: int
     scored_count: int
+    judgement_count: int
 
 
-def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str]) -> list[SourceReport]:
+def merge(
+    sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str], selection: Selection = ALL
+) -> list[SourceReport]:
     """Add the images of all sources to `target`, all of them or none.
 
     Prompts and models get new ids; an image that the target has already is not added twice.
@@ -40,33 +56,46 @@ def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[s
     Args:
         sources: Archives of any version, or of 2022.
         target: An archive, made if it does not exist.
+        selection: Which images of the sources. A prompt or a model need not be in each source, but in one of them.
 
     Returns:
         A report for each source.
 
     Raises:
+        UserError: A prompt or a model is in no source, or nothing is selected.
         ArchiveError: A source cannot be opened, or has a row that `verify` would report.
     """
     target = Path(target)
-    with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(Archive.open(source)) for source in sources]
-        if not target.exists():
-            with new_file(target) as temporary, Archive.create(temporary) as archive:
-                return _add_all(opened, archive)
-        for source in opened:
-            if os.path.samefile(source.path, target):
-                raise ArchiveError(f"{target}: this archive is both a source and the target")
-        with Archive.open(target, "w") as archive:
-            return _add_all(opened, archive)
+    check_known(selection, _open_each(sources))  # also finds what cannot be opened, before the work
+    if not target.exists():
+        remove_stale_temporaries(target.parent)
+        with new_file(target) as temporary, Archive.create(temporary) as archive:
+            return _add_all(sources, selection, archive)
+    for source in sources:
+        if os.path.samefile(source, target):
+            raise ArchiveError(f"{target}: this archive is both a source and the target")
+    with Archive.open(target, "w") as archive:
+        return _add_all(sources, selection, archive)
 
 
-def _add_all(sources: Sequence[Archive], target: Archive) -> list[SourceReport]:
+def _open_each(sources: Iterable[str | os.PathLike[str]]) -> Iterator[Archive]:
+    """Open one at a time: there can be more than a process may have open."""
+    for path in sources:
+        with Archive.open(path) as source:
+            yield source
+
+
+def _add_all(sources: Sequence[str | os.PathLike[str]], selection: Selection, target: Archive) -> list[SourceReport]:
     with target.transaction():
-        return [_add(source, target) for source in sources]
+        reports = [_add(source, compile_known(source, selection), target) for source in _open_each(sources)]
+        if not selection.is_all and not any(report.image_count for report in reports):
+            names = ", ".join(map(str, sources))
+            raise ArchiveError(f"{names}: no images of this selection; `info` lists what they hold")
+    return reports
 
 
-def _add(source: Archive, target: Archive) -> SourceReport:
-    rows = _Rows(source, target)  # adds prompts and models
+def _add(source: Archive, where: Where, target: Archive) -> SourceReport:
+    rows = _Rows(source, where, target)  # adds prompts and models
     count_before = target.count()
     try:
         changed_count = target.connection.write_many(INSERT_OR_FILL_SCORES, rows)
@@ -76,30 +105,48 @@ def _add(source: Archive, target: Archive) -> SourceReport:
             raise ArchiveError(f"{source.path}: image {rows.current_id} is not valid: {reason}") from error
         raise
     added_count = target.count() - count_before
-    return SourceReport(str(source.path), rows.count, added_count, changed_count - added_count)
+    new_ids: NewIds = {"prompt_id": rows.prompt_ids, "sc_prompt_id": rows.sc_prompt_ids, "model_id": rows.model_ids}
+    judgement_count = copy_judgements(source, where, target, new_ids)
+    return SourceReport(str(source.path), rows.count, added_count, changed_count - added_count, judgement_count)
 
 
 class _Rows:
     """The rows of a source with the ids of the target, to be inserted; `current_id` is the last row's own id."""
 
-    def __init__(self, source: Archive, target: Archive):
+    def __init__(self, source: Archive, where: Where, target: Archive):
         self.source = source
+        self.where = where
         self.current_id: int | None = None
         self.count = 0
         # Unchanged, also with NUL bytes: an archive can have prompts that `generate` refuses.
-        self.prompt_ids = {i: target.text_id("prompts", text or "") for i, text in source.prompts().items()}
+        for name, labels in read_vocabularies(source.connection).items():
+            add_vocabulary(target.connection, name, labels)
+        classes = read_classes(source.connection) if source.version >= 3 else {}
+        self.prompt_ids = {
+            i: target.prompt_id(classes[i]) if i in classes else target.text_id("prompts", text or "")
+            for i, text in self._used("prompt_id", source.prompts())
+        }
         self.sc_prompt_ids = {
-            i: 1 if text is None else target.text_id("sc_prompts", text) for i, text in source.sc_prompts().items()
+            i: 1 if text is None else target.text_id("sc_prompts", text)
+            for i, text in self._used("sc_prompt_id", source.sc_prompts())
         }
-        self.codecs = {i: model for i, model in source.models().items() if model.kind == "codec"}
-        self.model_ids: dict[int | None, int | None] = {
-            i: target.model_id(model) for i, model in source.models().items()
-        }
+        judges = {row_id for (row_id,) in source.connection.rows(JUDGES)}
+        models = dict(self._used("generator_id, codec_id, clip_id", source.models(), judges))
+        self.codecs = {i: model for i, model in models.items() if model.kind == "codec"}
+        self.model_ids: dict[int | None, int | None] = {i: target.model_id(model) for i, model in models.items()}
         self.model_ids[None] = None
+
+    def _used(self, columns: str, things: dict[int, _T], others: Set[int] = frozenset()) -> Iterator[tuple[int, _T]]:
+        """Yield those that the selected images refer to in these columns, or all for all images; and `others`."""
+        if self.where == EVERY:
+            return iter(things.items())
+        query = f"SELECT DISTINCT {columns} FROM images WHERE {self.where.sql}"
+        used = {row_id for row in self.source.connection.rows(query, self.where.parameters) for row_id in row} | others
+        return ((row_id, thing) for row_id, thing in things.items() if row_id in used)
 
     def __iter__(self) -> Iterator[Row]:
         columns = ("id", *INSERT_COLUMNS)
-        for values in self.source.scan(columns):
+        for values in self.source.scan(columns, where=self.where):
             row = dict(zip(columns, values, strict=True))
             self.current_id = row.pop("id")
             self.count += 1
@@ -107,6 +154,8 @@ class _Rows:
             row["sc_prompt_id"] = self._new_id(self.sc_prompt_ids, row, "sc_prompt_id")
             row["quantvec_md5"] = self._checked_md5(row)
             self._check_init(row)
+            if not is_canonical(row["extra_settings"]):
+                raise self._error("extra_settings are not canonical JSON")
             for name in MODEL_KINDS:
                 row[name] = self._new_id(self.model_ids, row, name)
             yield tuple(row.values())

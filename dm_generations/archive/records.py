@@ -1,8 +1,9 @@
-"""The values that an archive stores and returns, and the checks of token vectors. Importing it imports no NumPy.
+"""The values that an archive stores and returns, and checks of token vectors. Needs no NumPy.
 
 Units: `key0` and `key1` are the uint32 words of the image's PRNG key; times are UTC Unix seconds; scores are CLIP
-logits. `quantvec` holds the tokens: little-endian uint16, row-major over the square token grid. `log_prob` is the
-natural logarithm of the probability of the sampled tokens, `dtype` what the model computed in, one of DTYPES. The first
+logits. `quantvec` holds the tokens: little-endian uint16, in the order of the codec's token shape. `extra_settings` are
+the sampler's settings beyond those of `SamplingParams`, as `canonical_settings` writes them. `log_prob` is the natural
+logarithm of the probability of the sampled tokens, `dtype` what the model computed in, one of DTYPES. The first
 `init_count` tokens were copied from an initial image, not sampled, and `init_md5` is the hex MD5 of their bytes, ""
 where there are none.
 """
@@ -12,21 +13,28 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from dm_generations.archive.connection import ArchiveError, Row
+from dm_generations.errors import one_line, short_repr
 from dm_generations.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
 
 DType = Literal["float32", "bfloat16", "float16"]
-ModelKind = Literal["generator", "codec", "clip"]
+ModelKind = Literal["generator", "codec", "clip", "scorer"]
+# Of an image's tokens: (height, width); (length,); or ((height, width), ...) of several scales, coarsest first.
+TokenShape = tuple[Any, ...]
 
 DTYPES: Final[tuple[DType, ...]] = ("float32", "bfloat16", "float16")
 # What a column of images refers to.
 MODEL_KINDS: Final[dict[str, ModelKind]] = {"generator_id": "generator", "codec_id": "codec", "clip_id": "clip"}
+ALL_MODEL_KINDS: Final[tuple[ModelKind, ...]] = (*MODEL_KINDS.values(), "scorer")
+MAX_TOKENS: Final = 2**24  # of one image; far above any codec
+MAX_SHAPE_LENGTH: Final = 10_000  # characters of JSON
 BYTES_PER_TOKEN: Final = 2
 TOKEN_DTYPE = "<u2"  # of NumPy: little-endian uint16, also on big-endian machines
 _ALL_BYTES: Final = bytes(range(256))
@@ -43,10 +51,11 @@ class GroupKey:
     prompt_id: int
     sc_prompt_id: int
     params: SamplingParams
+    extra_settings: str = ""
 
     def values(self) -> Row:
         """Return the values of GROUP_COLUMNS."""
-        return self.prompt_id, self.sc_prompt_id, *astuple(self.params)
+        return self.prompt_id, self.sc_prompt_id, *astuple(self.params), self.extra_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +87,26 @@ class ImageRow:
     dtype: str | None = None
     init_count: int = 0
     init_md5: str = ""
+    time_end: float | None = None
+    extra_settings: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassLabel:
+    """A prompt that is a class, not a text: its number in a vocabulary that the archive has."""
+
+    vocabulary: str
+    label: int
+
+    def __str__(self) -> str:
+        return f"{self.vocabulary} {self.label}"
 
 
 @dataclass(frozen=True, slots=True)
 class NewImage:
-    """One image to store. Its prompts are texts, whose ids the archive finds or makes."""
+    """One image to store. Its prompts are texts, or a class, whose ids the archive finds or makes."""
 
-    prompt: str
+    prompt: str | ClassLabel
     sc_prompt: str | None  # None: the model's own empty unconditional prompt
     params: SamplingParams
     key0: int
@@ -99,6 +121,7 @@ class NewImage:
     dtype: str | None = None
     init_count: int = 0
     init_md5: str = ""
+    extra_settings: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,20 +131,20 @@ class ModelInfo:
     Attributes:
         kind: A ModelKind.
         name: For people; models can share it.
-        sha256: Of the weight file, 64 lower-case hex digits.
+        sha256: Of the weights, 64 lower-case hex digits.
         config: The model's configuration.
-        grid: Side of the token grid; like the next two, only for codecs.
+        token_shape: Of an image's tokens; like the next two, only for codecs.
         codebook_size: Number of tokens in the codebook.
-        image_size: Side of the image in pixels.
+        image_shape: (height, width) of the image in pixels.
     """
 
     kind: str
     name: str
     sha256: str
     config: dict[str, Any] = field(hash=False)
-    grid: int | None = None
+    token_shape: TokenShape | None = None
     codebook_size: int | None = None
-    image_size: int | None = None
+    image_shape: tuple[int, int] | None = None
 
     def matches(self, other: "ModelInfo") -> bool:
         """Returns whether both are the same model: the same weights, and no option that has another value.
@@ -129,11 +152,11 @@ class ModelInfo:
         Options that only one of them has do not count, so that an archive of an older version can be filled further.
 
         Args:
-            other: the model to compare with; a codec without a grid matches one with any.
+            other: the model to compare with; a codec without a token shape matches one with any.
         """
         if (self.kind, self.sha256) != (other.kind, other.sha256):
             return False
-        if other.grid not in (None, self.grid):
+        if other.token_shape not in (None, self.token_shape):
             return False
         if not isinstance(self.config, dict) or not isinstance(other.config, dict):  # of a damaged archive
             return False
@@ -141,39 +164,42 @@ class ModelInfo:
 
 
 PARAM_COLUMNS: Final = tuple(SamplingParams.__dataclass_fields__)
-GROUP_COLUMNS: Final = ("prompt_id", "sc_prompt_id", *PARAM_COLUMNS)
+GROUP_COLUMNS: Final = ("prompt_id", "sc_prompt_id", *PARAM_COLUMNS, "extra_settings")
 _ROW_FIELDS: Final = tuple(ImageRow.__dataclass_fields__)
 IMAGE_COLUMNS: Final = (*_ROW_FIELDS[:3], *PARAM_COLUMNS, *_ROW_FIELDS[4:])
 INSERT_COLUMNS: Final = (
-    *GROUP_COLUMNS,
+    *GROUP_COLUMNS[:-1],
     *("key0", "key1", "quantvec", "quantvec_md5", "clip_score_input", "clip_score_tokenized"),
     *("time_start", "time_end", "time_scored"),
     *MODEL_KINDS,
-    *("sampler_version", "log_prob", "dtype", "init_count", "init_md5"),
+    *("sampler_version", "log_prob", "dtype", "init_count", "init_md5", "extra_settings"),
 )
-_GROUP_TYPES: Final = (int, int, int, float, float, float)  # of GROUP_COLUMNS
+_GROUP_TYPES: Final = (int, int, int, float, float, float)  # of the numbers of GROUP_COLUMNS
 
 
 def parse_group_key(values: Row) -> GroupKey:
-    """Read the six columns of a group.
+    """Read the columns of a group.
 
     Args:
         values: Of GROUP_COLUMNS. Whole numbers may be stored as reals, and reals as whole numbers.
 
     Raises:
-        ArchiveError: A value is not a number.
+        ArchiveError: A setting is not a number, or the extra settings are not a text.
     """
-    if tuple(map(type, values)) != _GROUP_TYPES:
-        for name, to_type, value in zip(GROUP_COLUMNS, _GROUP_TYPES, values, strict=True):
+    *numbers, extra_settings = values
+    if not isinstance(extra_settings, str):
+        raise ArchiveError(f"some images have extra_settings {extra_settings!r:.40}; `verify` lists them")
+    if tuple(map(type, numbers)) != _GROUP_TYPES:
+        for name, to_type, value in zip(GROUP_COLUMNS, _GROUP_TYPES, numbers, strict=False):
             is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
             if not is_whole and not (isinstance(value, float) and to_type is float):
                 raise ArchiveError(f"some images have {name} {value!r:.40}; `verify` lists them")
         try:
-            values = tuple(to_type(value) for to_type, value in zip(_GROUP_TYPES, values, strict=True))
+            numbers = [to_type(value) for to_type, value in zip(_GROUP_TYPES, numbers, strict=True)]
         except OverflowError as error:
             raise ArchiveError("some images have a setting that is too large; `verify` lists them") from error
-    prompt_id, sc_prompt_id, *params = values
-    return GroupKey(prompt_id, sc_prompt_id, SamplingParams(*params))
+    prompt_id, sc_prompt_id, *params = numbers
+    return GroupKey(prompt_id, sc_prompt_id, SamplingParams(*params), extra_settings)
 
 
 def parse_image(values: Row) -> ImageRow:
@@ -190,12 +216,109 @@ def parse_model(values: Row) -> ModelInfo:
     Raises:
         ArchiveError: The config is not a JSON object, or another value has the wrong type.
     """
-    kind, name, sha256, config, *sizes = values
+    kind, name, sha256, config, token_shape, codebook_size, image_shape = values
     if not (isinstance(kind, str) and isinstance(name, str) and isinstance(sha256, str)):
         raise ArchiveError("its kind, name or sha256 is not a text")
-    if not all(size is None or isinstance(size, int) for size in sizes):
-        raise ArchiveError(f"its sizes {sizes!r:.100} are not whole numbers")
-    return ModelInfo(kind, name, sha256, parse_config(config), *sizes)
+    if not isinstance(codebook_size, int | None):
+        raise ArchiveError(f"its codebook_size {codebook_size!r:.100} is not a whole number")
+    shape = None if token_shape is None else parse_token_shape(token_shape)
+    pixels = None if image_shape is None else parse_image_shape(image_shape)
+    return ModelInfo(kind, name, sha256, parse_config(config), shape, codebook_size, pixels)
+
+
+def model_values(model: ModelInfo) -> Row:
+    """Return kind, sha256, config, name, codebook_size, token_shape and image_shape as an archive stores them."""
+    config = json.dumps(model.config, sort_keys=True, separators=(",", ":"))
+    shapes = (
+        None if shape is None else json.dumps(shape, separators=(",", ":"))
+        for shape in (model.token_shape, model.image_shape)
+    )
+    return model.kind, model.sha256, config, model.name, model.codebook_size, *shapes
+
+
+def parse_token_shape(text: object) -> TokenShape:
+    """Read a token shape from JSON: `[16,16]`, `[256]`, `[[1,1],[2,2],[4,4]]`.
+
+    Raises:
+        ArchiveError: It is something else, or has more than MAX_TOKENS tokens.
+    """
+    shape = _parse_shape(text)
+    is_scales = all(isinstance(scale, tuple) and len(scale) == 2 and all(map(_is_size, scale)) for scale in shape)
+    if shape and (is_scales or (len(shape) <= 2 and all(map(_is_size, shape)))) and count_tokens(shape) <= MAX_TOKENS:
+        return shape
+    raise ArchiveError(f"its token_shape {text!r:.100} is not a shape of tokens")
+
+
+def parse_image_shape(text: object) -> tuple[int, int]:
+    """Read (height, width) in pixels from JSON.
+
+    Raises:
+        ArchiveError: It is something else.
+    """
+    match _parse_shape(text):
+        case (height, width) if _is_size(height) and _is_size(width):
+            return height, width
+    raise ArchiveError(f"its image_shape {text!r:.100} is not a height and a width")
+
+
+def _parse_shape(text: object) -> tuple[Any, ...]:
+    try:
+        shape = json.loads(text) if isinstance(text, str) and len(text) <= MAX_SHAPE_LENGTH else None
+    except (ValueError, RecursionError):
+        shape = None
+    if not isinstance(shape, list):
+        return ()
+    return tuple(tuple(scale) if isinstance(scale, list) else scale for scale in shape)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 < value <= MAX_TOKENS
+
+
+def count_tokens(shape: TokenShape) -> int:
+    """Return the number of tokens of an image."""
+    if isinstance(shape[0], tuple):
+        return sum(height * width for height, width in shape)
+    return math.prod(shape)
+
+
+def square_side(shape: TokenShape | None) -> int | None:
+    """Return the side of a square token grid; None for every other shape."""
+    match shape:
+        case (int(height), int(width)) if height == width:
+            return height
+    return None
+
+
+def format_shape(shape: TokenShape) -> str:
+    """Return a shape for people: `16x16`, `256`, `1x1+2x2+4x4`."""
+    if isinstance(shape[0], tuple):
+        return "+".join(f"{height}x{width}" for height, width in shape)
+    return "x".join(map(str, shape))
+
+
+def canonical_settings(settings: Mapping[str, Any]) -> str:
+    """Return extra settings as an archive stores them: JSON with sorted keys and without spaces, "" for none.
+
+    Raises:
+        ArchiveError: A name is not a text, or a value is not JSON (NaN and infinity are not).
+    """
+    try:
+        if all(isinstance(name, str) and name for name in settings):
+            return json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False) if settings else ""
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArchiveError(f"extra settings {short_repr(settings)} are not JSON: {one_line(error)}") from error
+    raise ArchiveError(f"extra settings {short_repr(settings)} have a name that is not a text")
+
+
+def is_canonical(text: object) -> bool:
+    """Return whether extra settings are stored as `canonical_settings` writes them."""
+    if not isinstance(text, str):
+        return False
+    try:
+        return not text or canonical_settings(parse_config(text)) == text
+    except ArchiveError:
+        return False
 
 
 def parse_config(text: object) -> dict[str, Any]:
@@ -271,18 +394,18 @@ def check_init(quantvec: bytes, init_count: int, md5: str) -> None:
 
 
 def check_tokens(quantvec: bytes, codec: ModelInfo) -> None:
-    """Check that a vector fills the codec's grid with tokens of its codebook.
+    """Check that a vector fills the codec's token shape with tokens of its codebook.
 
     Raises:
         ArchiveError: It does not, or the codec has no sizes.
     """
-    if codec.grid is None or codec.codebook_size is None:
-        raise ArchiveError(f"codec {codec.name!r:.100} has no grid and codebook size")
-    expected = codec.grid * codec.grid * BYTES_PER_TOKEN
+    if codec.token_shape is None or codec.codebook_size is None:
+        raise ArchiveError(f"codec {codec.name!r:.100} has no token shape and codebook size")
+    expected = count_tokens(codec.token_shape) * BYTES_PER_TOKEN
     if len(quantvec) != expected:
         raise ArchiveError(
             f"a token vector has {len(quantvec)} bytes; codec {codec.name!r:.100} needs {expected}"
-            f" ({codec.grid}x{codec.grid} uint16)"
+            f" ({format_shape(codec.token_shape)} uint16)"
         )
     if not tokens_below(quantvec, codec.codebook_size):
         raise ArchiveError(

@@ -8,20 +8,30 @@ from typing import Any, Final
 
 from dm_generations.archive.connection import ArchiveError
 from dm_generations.archive.database import Archive
-from dm_generations.archive.queries import SELECT_MODELS, USUAL_LENGTH
+from dm_generations.archive.judgements import find_wrong_judgements
+from dm_generations.archive.queries import SELECT_CLASSES, SELECT_MODELS, USUAL_LENGTH
 from dm_generations.archive.records import (
+    ALL_MODEL_KINDS,
     BYTES_PER_TOKEN,
     DTYPES,
     INSERT_COLUMNS,
     MODEL_KINDS,
     ModelInfo,
+    count_tokens,
+    format_shape,
     grid_side,
     init_md5,
+    is_canonical,
     max_token,
     parse_config,
+    parse_image_shape,
+    parse_token_shape,
     quantvec_md5,
     tokens_below,
 )
+from dm_generations.archive.schema import ADDED_TABLES, INDEXES
+from dm_generations.archive.selection import EVERY, Where
+from dm_generations.archive.vocabulary import parse_labels
 
 PROBLEM_LIMIT: Final = 100  # of one kind in one table; one slip of a tool can spoil every row
 INTEGRITY_LIMIT: Final = 20  # lines of SQLite's own report; a broken page can cause thousands
@@ -49,8 +59,10 @@ class Problem:
         return f"{where}: {self.what}"
 
 
-def verify(archive: Archive) -> Iterator[Problem]:
+def verify(archive: Archive, where: Where = EVERY) -> Iterator[Problem]:
     """Yield what is wrong with an archive, as it is found; nothing if it is sound.
+
+    Of the images only those of `where` are checked, a compiled selection.
 
     Checks SQLite's own integrity, ids without a row, types and ranges of every value, the length of each token vector
     (its codec's grid, or a square like the others if no codec is known), its tokens (below the codec's codebook size),
@@ -58,7 +70,7 @@ def verify(archive: Archive) -> Iterator[Problem]:
     of a kind in a table the others are counted, and yielded as one at the end.
     """
     counts: Counter[tuple[str | None, str]] = Counter()
-    for problem in _find_problems(archive):
+    for problem in _find_problems(archive, where):
         counts[problem.table, problem.kind] += 1
         if counts[problem.table, problem.kind] <= PROBLEM_LIMIT:
             yield problem
@@ -67,7 +79,7 @@ def verify(archive: Archive) -> Iterator[Problem]:
             yield Problem(table, None, f"and {more:,} more with a wrong {kind}", kind, more)
 
 
-def _find_problems(archive: Archive) -> Iterator[Problem]:
+def _find_problems(archive: Archive, where: Where) -> Iterator[Problem]:
     try:
         yield from _check_file(archive)
         # Images that are added from now on may refer to prompts and models that are added after these are read.
@@ -77,8 +89,12 @@ def _find_problems(archive: Archive) -> Iterator[Problem]:
         prompt_ids = yield from _check_texts(archive, "prompts")
         sc_prompt_ids = yield from _check_texts(archive, "sc_prompts")
         models = yield from _check_models(archive)
+        yield from _check_classes(archive)
         if last_id is not None:
-            yield from _check_images(archive, last_id, prompt_ids, sc_prompt_ids, models)
+            yield from _check_images(archive, where, last_id, prompt_ids, sc_prompt_ids, models)
+        model_kinds = {row_id: model.kind for row_id, model in models.items()}
+        for table, row_id, what, kind in find_wrong_judgements(archive, model_kinds):
+            yield Problem(table, row_id, what, kind)
     except ArchiveError as error:
         yield Problem(None, None, f"reading stopped: {error}", "reading")
 
@@ -87,7 +103,8 @@ def _check_file(archive: Archive) -> Iterator[Problem]:
     for (line,) in archive.connection.rows(f"PRAGMA integrity_check({INTEGRITY_LIMIT})"):
         if line != "ok":
             yield Problem(None, None, f"SQLite: {line}", "integrity")
-    for name in archive.missing_indexes():
+    present = {name for (name,) in archive.connection.rows("SELECT name FROM main.sqlite_master WHERE type = 'index'")}
+    for name in sorted(INDEXES - present) if archive.version else ():
         what = f"index {name} is missing; `merge` into a new archive makes it"
         yield Problem(None, None, what, "index")
 
@@ -97,12 +114,14 @@ def _check_texts(archive: Archive, table: str) -> Generator[Problem, None, set[i
     connection = archive.connection
     encoding = TEXT_ENCODINGS[connection.value("PRAGMA encoding")]
     ids: set[int] = set()
-    for row_id, kind, raw in connection.rows(f"SELECT id, typeof(desc), CAST(desc AS BLOB) FROM {table} ORDER BY id"):
+    query = f"SELECT id, typeof(desc), CAST(desc AS BLOB) FROM {table} ORDER BY id"
+    for row_id, kind, raw in connection.bounded_rows(query):
         if not isinstance(row_id, int):
             yield Problem(table, None, f"an id is {row_id!r:.40}, not a whole number", "id")
         elif row_id in ids:
             yield Problem(table, row_id, "this id occurs twice", "id")
-        ids.add(row_id)
+        else:
+            ids.add(row_id)
         if (what := _wrong_text(table, row_id, kind, raw, encoding)) is not None:
             yield Problem(table, row_id, what, "desc")
     if table == "sc_prompts" and 1 not in ids:
@@ -126,8 +145,8 @@ def _wrong_text(table: str, row_id: int, kind: str, raw: bytes, encoding: str) -
 def _check_models(archive: Archive) -> Generator[Problem, None, dict[int, ModelInfo]]:
     """Yield problems of the models; return them by id, with sizes where these can be used to check images."""
     models = {}
-    for row_id, kind, name, sha256, config, *sizes in archive.connection.rows(SELECT_MODELS):
-        if kind not in MODEL_KINDS.values():
+    for row_id, kind, name, sha256, config, *shapes in archive.connection.bounded_rows(SELECT_MODELS):
+        if kind not in ALL_MODEL_KINDS:
             yield Problem("models", row_id, f"unknown kind {kind!r:.40}", "kind")
         if not isinstance(name, str):
             yield Problem("models", row_id, f"name is {name!r:.40}, not a text", "name")
@@ -137,21 +156,51 @@ def _check_models(archive: Archive) -> Generator[Problem, None, dict[int, ModelI
             parse_config(config)
         except ArchiveError:
             yield Problem("models", row_id, "config is not a JSON object", "config")
-        if kind != "codec":
-            sizes = [None] * 3
-        elif not all(isinstance(size, int) and size > 0 for size in sizes):
-            what = f"grid, codebook_size, image_size {sizes!r:.100} are not all above 0"
-            yield Problem("models", row_id, what, "sizes")
-            sizes = [None] * 3
-        models[row_id] = ModelInfo(kind, name, sha256, {}, *sizes)
+        models[row_id] = ModelInfo(kind, name, sha256, {})
+        if kind == "codec":
+            token_shape, codebook_size, image_shape = shapes
+            try:
+                parse_image_shape(image_shape)
+                shape = parse_token_shape(token_shape)
+            except ArchiveError as error:
+                yield Problem("models", row_id, str(error), "sizes")
+                continue
+            if not _is_whole(codebook_size, 1):
+                yield Problem("models", row_id, f"codebook_size {codebook_size!r:.40} is not above 0", "sizes")
+                continue
+            models[row_id] = ModelInfo(kind, name, sha256, {}, shape, codebook_size)
     return models
 
 
+def _check_classes(archive: Archive) -> Iterator[Problem]:
+    """Yield problems of vocabularies, and of prompts that are classes."""
+    counts: dict[Any, int] = {}
+    for row_id, name, labels in archive.scan(ADDED_TABLES["vocabularies"], table="vocabularies"):
+        try:
+            counts[row_id] = len(parse_labels(archive.connection, name, labels))
+        except ArchiveError:
+            yield Problem("vocabularies", row_id, "labels is not a JSON array of texts", "labels")
+            counts[row_id] = 0
+    if archive.version < 3:
+        return
+    for row_id, vocabulary_id, label in archive.connection.rows(SELECT_CLASSES):
+        if vocabulary_id not in counts:
+            what = f"vocabulary_id {vocabulary_id!r:.40} is not in vocabularies"
+            yield Problem("prompts", row_id, what, "vocabulary_id")
+        elif not _is_whole(label, 0) or label >= counts[vocabulary_id]:
+            yield Problem("prompts", row_id, f"class_label {label!r:.40} is outside its vocabulary", "class_label")
+
+
 def _check_images(
-    archive: Archive, last_id: int, prompt_ids: set[int], sc_prompt_ids: set[int], models: dict[int, ModelInfo]
+    archive: Archive,
+    where: Where,
+    last_id: int,
+    prompt_ids: set[int],
+    sc_prompt_ids: set[int],
+    models: dict[int, ModelInfo],
 ) -> Iterator[Problem]:
     usual_bytes = archive.connection.value(USUAL_LENGTH)  # where the codec is unknown
-    for values in archive.scan(CHECKED_COLUMNS, last_id):
+    for values in archive.scan(CHECKED_COLUMNS, last_id, where):
         row = dict(zip(CHECKED_COLUMNS, values, strict=True))
         for kind, what in _wrong_ids(row, prompt_ids, sc_prompt_ids, models):
             yield Problem("images", row["id"], what, kind)
@@ -197,6 +246,8 @@ def _wrong_values(row: dict[str, Any]) -> Found:
         yield "time_end", "time_end is before time_start"
     if row["sampler_version"] is not None and not isinstance(row["sampler_version"], int):
         yield "sampler_version", f"sampler_version is {row['sampler_version']!r:.40}, not a whole number"
+    if not is_canonical(row["extra_settings"]):
+        yield "extra_settings", f"extra_settings is {row['extra_settings']!r:.100}, not canonical JSON"
     if row["dtype"] is not None and row["dtype"] not in DTYPES:
         yield "dtype", f"dtype is {row['dtype']!r:.40}, not one of {', '.join(DTYPES)}"
 
@@ -206,13 +257,13 @@ def _wrong_tokens(quantvec: object, codec: ModelInfo | None, usual_bytes: int | 
         yield "quantvec is NULL"
     elif not isinstance(quantvec, bytes):
         yield f"quantvec is of type {type(quantvec).__name__}, not a blob"
-    elif codec is None or codec.grid is None or codec.codebook_size is None:
+    elif codec is None or codec.token_shape is None or codec.codebook_size is None:
         if grid_side(len(quantvec)) is None:
             yield f"quantvec has {len(quantvec)} bytes, not a square grid of uint16"
         elif codec is None and len(quantvec) != usual_bytes:
             yield f"quantvec has {len(quantvec)} bytes, most of the others {usual_bytes}"
-    elif len(quantvec) != (expected := BYTES_PER_TOKEN * codec.grid * codec.grid):
-        yield f"quantvec has {len(quantvec)} bytes, not the {expected} of {codec.grid}x{codec.grid} uint16"
+    elif len(quantvec) != (expected := BYTES_PER_TOKEN * count_tokens(codec.token_shape)):
+        yield f"quantvec has {len(quantvec)} bytes, not the {expected} of {format_shape(codec.token_shape)} uint16"
     elif not tokens_below(quantvec, codec.codebook_size):
         yield f"token {max_token(quantvec)} is not below the codebook size {codec.codebook_size}"
 

@@ -5,19 +5,25 @@ import contextlib
 import datetime
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dm_generations.archive import DTYPES
+from dm_generations.archive import DTYPES, Selection
+from dm_generations.archive.selection import WHERE_NAMES, parse_where
+from dm_generations.errors import printable as printable
+from dm_generations.paths import shipped
 from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-MAX_TEXT = 100  # characters of a prompt
+MAX_LINE = 10_000  # characters of what is printed at once
 PROGRESS_LINE_S = 10.0
+WATCH_S = 1.0
+DECODE_SCRIPT = "dm_generations_decode.py"  # of 2022, at the root of a checkout
 
 
 def at_least_one(text: str) -> int:
@@ -34,6 +40,124 @@ def at_least_one(text: str) -> int:
 
 
 at_least_one.__name__ = "whole number"  # as argparse names it when int() fails
+
+
+def add_archive(parser: argparse.ArgumentParser, what: str, has_default: bool = True) -> None:
+    """Add the archive of a command, which `archive_path` returns: an argument, or the flag --db.
+
+    Args:
+        parser: Of the command.
+        what: Explains it.
+        has_default: Whether the emoji archive that ships stands for one that is left out.
+    """
+    default = " (default: the emoji archive that ships)" if has_default else ""
+    group = parser.add_mutually_exclusive_group(required=not has_default)
+    group.add_argument(
+        "archive",
+        nargs="?",
+        metavar="ARCHIVE",
+        type=file_path,
+        help=f"{what}{default}; it stands before lists of values",
+    )
+    group.add_argument("--db", metavar="FILE", type=file_path, help="the same as ARCHIVE")
+
+
+def archive_path(args: argparse.Namespace) -> Path:
+    """Return the archive of a command."""
+    return given_archive(args) or shipped("archive/emoji.db")
+
+
+def given_archive(args: argparse.Namespace) -> Path | None:
+    """Return the archive that was named; None for the one that ships."""
+    return args.archive if args.db is None else args.db
+
+
+def is_decode_script() -> bool:
+    """Whether this program was started as the script of 2022."""
+    return os.path.basename(sys.argv[0]) == DECODE_SCRIPT
+
+
+def command_words(command: str) -> list[str]:
+    """Return the words that start a command, as this program itself was started."""
+    if is_decode_script() and command == "decode":
+        return ["python", sys.argv[0]]
+    if Path(sys.argv[0]).stem == "dm-generations":
+        return ["dm-generations", command]
+    return ["python", "-m", "dm_generations", command]
+
+
+def add_selection_options(parser: argparse.ArgumentParser) -> None:
+    """Add options that select images, which `selection_from` reads. Every command that selects has the same ones."""
+    group = parser.add_argument_group(
+        "which images", "all that is listed in one flag or name adds up, and all flags and names have to match"
+    )
+    add = group.add_argument
+    add("--prompt-ids", type=int, nargs="+", default=[], metavar="ID", help="these prompts, by id")
+    add("--prompt-texts", nargs="+", default=[], metavar="TEXT", help="these prompts, by their whole text")
+    add(
+        "--sc-prompt-ids",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="ID",
+        help="these unconditional prompts (super conditioning), by id; 1 is the empty one",
+    )
+    add(
+        "--sc-prompt-texts",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="these unconditional prompts, by their whole text",
+    )
+    add(
+        "--where",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUES",
+        help="a value, several as top_k=50,256, or a range as score=20.. or cond_scale=1..3; names are "
+        f"{', '.join(WHERE_NAMES)}. time is a day as 2026-01-31 or a time (UTC), model and codec are a name or the "
+        "first digits of a SHA-256, key is KEY0:KEY1, rating is the mean of people's",
+    )
+    add("--distinct", action="store_true", help="of images with equal tokens only the one with the highest score")
+    add(
+        "--n-best",
+        type=at_least_one,
+        metavar="N",
+        help="only the N best of each prompt and setting, by score",
+    )
+    add(
+        "--rank-by",
+        metavar="SCORER",
+        help="order the images of each prompt and setting by the scores of another judge: its name, its id or the "
+        "first digits of its hash (default: clip_score_input)",
+    )
+
+
+def selection_from(args: argparse.Namespace) -> Selection:
+    """Return what the options of `add_selection_options` select."""
+    filters = parse_where(args.where)
+    filters.update(
+        prompt=[*args.prompt_ids, *args.prompt_texts],
+        sc_prompt=[*args.sc_prompt_ids, *args.sc_prompt_texts],
+        distinct=args.distinct,
+    )
+    if args.n_best is not None:
+        filters["best"] = args.n_best
+    if args.rank_by is not None:
+        filters["rank_by"] = args.rank_by
+    return Selection.of(**filters)
+
+
+def file_path(text: str) -> Path:
+    """Convert a flag's value, such as that of an unset variable of a shell.
+
+    Raises:
+        ArgumentTypeError: It is empty, which would mean this folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the file is empty")
+    return Path(text)
 
 
 def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
@@ -109,56 +233,119 @@ def prepare_device(cpu_only: bool) -> None:
 
 
 class Progress:
-    """Shows progress on stderr: a bar on a terminal, otherwise a plain line every 10 seconds. A context manager."""
+    """Shows progress on stderr: a bar on a terminal, otherwise a line at least every 10 seconds. A context manager.
+
+    Until the first images are done it says what takes the time: loading, and after the first call compiling.
+    """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
-        self._done = 0
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._done, self._total = 0, 0
+        self._stage = "loading"
         self._first: tuple[float, int] | None = None  # when the first images were done, and how many
-        self._last_line = 0.0
+        self._started = self._last_line = 0.0
 
     def __call__(self, done: int, total: int) -> None:
         """Show that `done` of `total` images are done."""
-        if self._bar is None and total and sys.stderr and sys.stderr.isatty():
-            from tqdm import tqdm
+        with self._lock:
+            if total and self._stage == "loading":
+                self._stage, self._total = "compiling", total
+                self._show_bar(total)
+            if done <= self._done:
+                return
+            now = time.monotonic()
+            if self._bar is not None:
+                self._bar.set_description_str("", refresh=False)
+                self._bar.update(done - self._done)
+            if self._first is None:  # most of the time so far was loading and compiling
+                self._first, self._last_line = (now, done), now
+            self._done, self._stage = done, ""
+            if done < total:
+                self._print_due_line(now)
 
-            self._bar = tqdm(total=total, unit=" images", smoothing=0.05)
-        if done <= self._done:
+    def _show_bar(self, total: int | None) -> None:
+        """Show a bar on a terminal; without a total only what is done at the moment."""
+        if not sys.stderr.isatty():
             return
-        now = time.monotonic()
+        from tqdm import tqdm
+
         if self._bar is not None:
-            self._bar.update(done - self._done)
-        elif self._first is None:  # most of the time so far was loading and compiling
-            self._first, self._last_line = (now, done), now
-        elif done < total and now - self._last_line >= PROGRESS_LINE_S:
-            since, count = self._first
-            rate = (done - count) / (now - since)
-            line = f"{done:,} of {total:,} images, {rate:.1f} images/s, {(total - done) / rate:,.0f} s left"
-            with contextlib.suppress(OSError):  # a full disk, for instance, does not stop the work
-                print(line, file=sys.stderr, flush=True)
-            self._last_line = now
-        self._done = done
+            self._bar.leave = False
+            self._bar.close()
+        rest = "" if total is None else "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+        rest += "[{elapsed}]" if total is None else "[{elapsed}<{remaining}, {rate_noinv_fmt}]"
+        self._bar = tqdm(
+            total=total,
+            desc=self._stage,
+            unit=" images",
+            smoothing=0.05,
+            bar_format="{desc} " + rest,
+            leave=bool(total),
+        )
+
+    def _print_due_line(self, now: float) -> None:
+        if self._bar is not None or now - self._last_line < PROGRESS_LINE_S:
+            return
+        self._last_line = now
+        if self._first is None:
+            print_line(f"{self._stage}: {now - self._started:,.0f} s so far", to_stderr=True)
+            return
+        since, count = self._first
+        line = f"{self._done:,} of {self._total:,} images"
+        if self._done > count and now > since:
+            speed = (self._done - count) / (now - since)
+            line += f", {rate(speed)}, {(self._total - self._done) / speed:,.0f} s left"
+        print_line(line, to_stderr=True)
+
+    def _watch(self) -> None:
+        """Show every second, until this ends, how long something takes."""
+        while not self._ended.wait(WATCH_S):
+            with self._lock:
+                self._print_due_line(time.monotonic())
+                if self._bar is not None:
+                    self._bar.refresh()
 
     def __enter__(self) -> "Progress":
+        self._started = self._last_line = time.monotonic()
+        self._show_bar(None)
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._ended.set()
+        with self._lock:
+            if self._bar is not None:
+                self._bar.leave = self._bar.leave and self._done > 0
+                self._bar.close()
+                self._bar = None
 
 
-def printable(text: str, limit: int = MAX_TEXT) -> str:
-    """Escape and shorten untrusted text for a terminal.
+def rate(images_per_second: float) -> str:
+    """Return a speed as text, "12.3 images/s" or "0.031 images/s"."""
+    return f"{images_per_second:,.1f} images/s" if images_per_second >= 1 else f"{images_per_second:.2g} images/s"
+
+
+def print_line(text: object, to_stderr: bool = False) -> None:
+    """Print text, which may be of others, as one line. All that a command prints goes through here, or is JSON.
 
     Args:
-        text: Any text, also with control characters.
-        limit: Characters at most.
+        text: See `printable`.
+        to_stderr: Print above a bar of progress, and go on where that is impossible: on a full disk, for instance.
+
+    Raises:
+        OSError: Stdout cannot be written.
     """
-    escaped = "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in text[: limit + 1]
-    )
-    return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
+    line = printable(str(text), MAX_LINE)
+    if not to_stderr:
+        print(line)
+        return
+    with contextlib.suppress(OSError):
+        if "tqdm" in sys.modules:
+            sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 def file_size(byte_count: int) -> str:

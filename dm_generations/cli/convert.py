@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from dm_generations.archive import DTYPES
+from dm_generations.cli.common import print_line
 
 HELP = "write a public checkpoint in this program's own format"
 DESCRIPTION = """\
@@ -32,5 +33,5 @@ def run(args: argparse.Namespace) -> int:
     from dm_generations.pipelines.convert import convert
 
     for line in convert(args.model, args.out, args.tokenizer, None if args.dtype == "as-is" else args.dtype):
-        print(line)
+        print_line(line)
     return 0

@@ -2,26 +2,44 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dm_generations.archive import DTYPES, Archive
-from dm_generations.cli.common import Progress, at_least_one, counted, prepare_device
+from dm_generations.cli.common import (
+    Progress,
+    add_archive,
+    add_selection_options,
+    archive_path,
+    at_least_one,
+    counted,
+    given_archive,
+    is_decode_script,
+    prepare_device,
+    print_line,
+    selection_from,
+)
 from dm_generations.errors import UserError
-from dm_generations.paths import shipped
+from dm_generations.paths import sanitize_name
+
+if TYPE_CHECKING:
+    from dm_generations.export.exporter import ExportOptions, ExportReport
 
 HELP = "decode the images of an archive into files"
 DESCRIPTION = "Decode the images of an archive into files, with a page to look at them."
 EPILOG = """\
-Images that are on disk already are skipped, so a run that was stopped continues when it is repeated.
+Images that are on disk already are skipped, so a run that was stopped continues when it is repeated. File names count
+the ranks of the images that are selected, so use another --out-dir for another selection.
 
 example:
   python -m dm_generations decode --prompt-ids 1 2 --n-best 4 --out-dir images
+  python -m dm_generations decode mine.db --where cond_scale=3.. score=20.. --distinct --out-dir best
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     add = parser.add_argument
-    add("--db", metavar="FILE", help="archive to decode (default: the emoji archive that ships)")
+    add_archive(parser, "archive to decode")
     add(
         "--codec",
         metavar="PATH",
@@ -42,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="{images,npy}",
         help="npy is the same as --mode npy (default: images)",
     )
-    add("--out-dir", metavar="FOLDER", help="folder to write into (default: the name of the mode)")
+    add(
+        "--out-dir",
+        metavar="FOLDER",
+        help="folder to write into (default: the name of the archive, with -gallery and so on for other modes than "
+        "images; for the archive that ships, and for dm_generations_decode.py, the name of the mode)",
+    )
     add("--overwrite", action="store_true", help="decode images that are on disk already, too")
     add(
         "--batch-size",
@@ -69,11 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_gallery(
         parser.add_argument_group("gallery", "a group with more images continues in files with page=2, page=3, ...")
     )
-    _add_selection(
-        parser.add_argument_group(
-            "which images", "ids and texts add up; prompts and sc prompts both have to match (default: all)"
-        )
-    )
+    add_selection_options(parser)
 
 
 def _add_files(group: argparse._ArgumentGroup) -> None:
@@ -117,50 +136,23 @@ def _add_gallery(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_selection(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--prompt-ids", type=int, nargs="+", default=[], metavar="ID", help="these prompts, by id")
-    add("--prompt-texts", nargs="+", default=[], metavar="TEXT", help="these prompts, by their whole text")
-    add(
-        "--sc-prompt-ids",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="ID",
-        help="these unconditional prompts (super conditioning), by id; 1 is the empty one",
-    )
-    add(
-        "--sc-prompt-texts",
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help="these unconditional prompts, by their whole text",
-    )
-    add(
-        "--n-best",
-        type=at_least_one,
-        metavar="N",
-        help="only the N best of each prompt and setting, by CLIP score",
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     _check_flags(args)
-    with Archive.open(shipped("archive/emoji.db") if args.db is None else args.db) as archive:
+    with Archive.open(archive_path(args)) as archive:
         return _decode(archive, args)
 
 
 def _decode(archive: Archive, args: argparse.Namespace) -> int:
     prepare_device(args.cpu_only)
     from dm_generations.export.captions import Strips
-    from dm_generations.export.exporter import ExportOptions, export_archive
+    from dm_generations.export.exporter import ExportOptions
     from dm_generations.export.output_file import Encoding
-    from dm_generations.export.plan import Layout, Selection
+    from dm_generations.export.plan import Layout
 
     mode = _mode(args)
     options = ExportOptions(
-        out_dir=Path(args.out_dir or mode),
+        out_dir=Path(args.out_dir or find_out_dir(given_archive(args), mode)),
         layout=Layout(
             mode,
             args.gallery_cols,
@@ -168,7 +160,7 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
             shard_size=args.shard_size or 1000,
             is_seamless=args.seamless,
         ),
-        selection=Selection(args.prompt_ids, args.prompt_texts, args.sc_prompt_ids, args.sc_prompt_texts, args.n_best),
+        selection=selection_from(args),
         codec=args.codec,
         dtype=args.dtype,
         batch_size=args.batch_size,
@@ -178,14 +170,42 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
         has_metadata=args.metadata,
         strips=Strips(args.captions, args.score_labels, args.caption_font),
     )
+    return 1 if write_files(archive, options).problems else 0
+
+
+def find_out_dir(archive: Path | None, mode: str = "images") -> Path:
+    """Return the folder that an archive is decoded into by default.
+
+    Args:
+        archive: None is the one that ships, whose folder has the mode's name, as all had for the script of 2022.
+        mode: Of decode.
+    """
+    if archive is None or is_decode_script():
+        return Path(mode)
+    name = archive.stem if mode == "images" and archive.suffix else f"{archive.stem}-{mode}"
+    return Path(sanitize_name(name) or mode)
+
+
+def write_files(archive: Archive, options: "ExportOptions") -> "ExportReport":
+    """Write the files of an archive with a bar of progress, and print what was done."""
+    from dm_generations.export.exporter import export_archive
+
     with Progress() as on_progress:
         report = export_archive(archive, options, on_progress)
-    summary = f"{counted(report.written, 'file')} written to {options.out_dir}"
     notes = [f"{report.already_there:,} skipped, already present"] if report.already_there else []
     notes += [counted(len(report.problems), "problem")] if report.problems else []
+    summary = f"{counted(report.written, 'file')} written to {options.out_dir}"
     summary += f" ({'; '.join(notes)})" if notes else ""
-    print(f"{summary}. Open {report.page} in a browser." if report.page else f"{summary}.")
-    return 1 if report.problems else 0
+    summary += "" if report.written or report.problems else "; nothing to do"
+    print_line(f"{summary}. Open {report.page} in a browser." if report.page else f"{summary}.")
+    if report.left_out_count:
+        other = counted(report.left_out_count, "other file")
+        print_line(
+            f"warning: {other} in {options.out_dir}, of another archive or selection, not on its page; choose another "
+            "--out-dir to have a page of each",
+            to_stderr=True,
+        )
+    return report
 
 
 def _mode(args: argparse.Namespace) -> str:

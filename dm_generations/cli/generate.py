@@ -1,21 +1,26 @@
 """`generate`: images from text, into an archive."""
 
 import argparse
+import json
+import logging
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dm_generations.archive import Archive
+from dm_generations.archive import Archive, Selection
 from dm_generations.cli.common import (
     Progress,
     add_model_options,
     at_least_one,
+    command_words,
     counted,
     dalle_pytorch_overrides,
+    file_path,
     file_size,
     prepare_device,
+    print_line,
+    rate,
 )
 from dm_generations.errors import UserError
 from dm_generations.pipelines.sweep import (
@@ -31,6 +36,8 @@ from dm_generations.pipelines.sweep import (
 if TYPE_CHECKING:
     from dm_generations.pipelines.estimate import Estimate
     from dm_generations.pipelines.generate import GenerateReport
+
+_logger = logging.getLogger(__name__)
 
 HELP = "generate images from text into an archive"
 DESCRIPTION = """\
@@ -54,7 +61,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
-    add("--db", metavar="FILE", type=Path, required=True, help="archive to fill; created if there is none")
+    add("--db", metavar="FILE", type=file_path, required=True, help="archive to fill; created if there is none")
     add("--prompts", nargs="+", metavar="TEXT", help="what to generate")
     add("--prompts-file", metavar="FILE", type=Path, help="more prompts: UTF-8 text, one a line")
     add(
@@ -98,6 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "combination has its own keys (default: the same)",
     )
     _add_progressive(add)
+    add("--json", action="store_true", help="print what was done as JSON, for programs")
     add("--dry-run", action="store_true", help="only say what would be generated: images, bytes, memory and time")
     _add_settings(parser.add_argument_group("settings", "each takes one or more values"))
     _add_init_tokens(parser.add_argument_group("initial tokens", "images that continue the first tokens of another"))
@@ -115,7 +123,6 @@ def _add_progressive(add: Callable[..., argparse.Action]) -> None:
         "--progressive-dir",
         metavar="FOLDER",
         type=Path,
-        default=Path("progressive"),
         help="where --progressive writes (default: progressive)",
     )
 
@@ -175,6 +182,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("use just one of --clip and --no-score")
     if args.keys and (args.n is not None or args.seed is not None):
         raise UserError("use just one of --keys and of --n with --seed")
+    if args.progressive_dir is not None and args.progressive is None:
+        _logger.warning("--progressive-dir has no effect without --progressive")
     flags = {name: value for name in SWEEP_KEYS if (value := getattr(args, name)) is not None}
     sweep = load_sweep(flags, args.sweep, args.prompts_file)
     shard = WHOLE_SWEEP if args.shard is None else Shard.parse(args.shard)
@@ -197,7 +206,7 @@ def run(args: argparse.Namespace) -> int:
         init_tokens=args.init_tokens,
         init_count=args.init_count,
         progressive_every=args.progressive,
-        progressive_dir=args.progressive_dir,
+        progressive_dir=args.progressive_dir or Path("progressive"),
     )
     if args.dry_run:
         from dm_generations.pipelines.estimate import estimate
@@ -206,22 +215,31 @@ def run(args: argparse.Namespace) -> int:
         return 0
     with Progress() as on_progress:
         report = generate(sweep, options, on_progress)
-    status = _print_report(report, args)
+    if args.json:
+        print(json.dumps(vars(report), default=str))
+    else:
+        _print_report(report, args.db)
+    status = 0
+    if report.invalid_count:
+        what = f"{counted(report.invalid_count, 'image')} left out, with a token outside the codebook"
+        print_line(f"error: {what}: dalle-mini's noise also samples the start token", to_stderr=True)
+        status = 1
     if args.output == "npy":
-        status |= _write_token_files(args.db, sweep.prompts, args.out_dir)
+        status |= _write_token_files(args.db, sweep.prompts, args.out_dir, args.json)
     return status
 
 
-def _write_token_files(db: Path, prompts: Sequence[str], out_dir: Path) -> int:
+def _write_token_files(db: Path, prompts: Sequence[str], out_dir: Path, is_silent: bool) -> int:
     """Write the tokens of these prompts' images as `.npy` files; 1 if something could not be written."""
     from dm_generations.export.exporter import ExportOptions, export_archive
-    from dm_generations.export.plan import Layout, Selection
+    from dm_generations.export.plan import Layout
 
     options = ExportOptions(out_dir, Layout("npy", 1, 1), Selection(prompt_texts=prompts))
     with Archive.open(db) as archive:
         report = export_archive(archive, options)
-    files = counted(report.written, "token file")
-    print(f"Wrote {files} to {out_dir} ({report.already_there:,} skipped, already present)")
+    if not is_silent:
+        files = counted(report.written, "token file")
+        print_line(f"Wrote {files} to {out_dir} ({report.already_there:,} skipped, already present)")
     return 1 if report.problems else 0
 
 
@@ -231,33 +249,36 @@ def _print_estimate(found: "Estimate") -> None:
     plan = found.plan
     combinations = counted(plan.sweep.combination_count, "combination")
     images = counted(plan.sweep.image_count, "image")
-    print(
+    print_line(
         f"{combinations} x {plan.sweep.count:,} = {images}: {plan.missing_count:,} to generate "
         f"({plan.existing_count:,} already present)"
     )
-    print(f"archive size: about {file_size(found.archive_bytes)} more, of which {found.token_bytes:,} bytes are tokens")
+    print_line(
+        f"archive size: about {file_size(found.archive_bytes)} more, of which {found.token_bytes:,} bytes are tokens"
+    )
     batches = f"{found.batch_count} concurrent batches" if found.batch_count > 1 else "a batch"
     memory = f"{found.memory_bytes / 1e6:,.0f} MB"
-    print(f"peak memory of {batches} of {found.batch_size}: {memory}, besides the weights")
+    print_line(f"peak memory of {batches} of {found.batch_size}: {memory}, besides the weights")
     if plan.missing:
         what = "generating and scoring" if found.is_scored else "generating"
-        print(
+        print_line(
             f"{what}: about {tqdm.format_interval(found.seconds)}, from the speed of a few steps; nothing was written"
         )
 
 
-def _print_report(report: "GenerateReport", args: argparse.Namespace) -> int:
-    """Print what was done; 1 if something was left undone."""
+def _print_report(report: "GenerateReport", db: Path) -> None:
     skipped = f"{report.existing_count:,} skipped, already present"
     if report.others_count:
         skipped += f"; {report.others_count:,} added by other processes"
-    summary = f"Added {counted(report.added_count, 'image')} to {args.db} ({skipped})"
     if report.added_count:
-        summary += f", {report.added_count / report.seconds:.1f} images/s"
-    print(summary)
-    words = ["python", "-m", "dm_generations", "decode", "--db", str(args.db)]
-    print(f"To view them:\n  {shlex.join(words + ([] if report.codec is None else ['--codec', report.codec]))}")
-    if report.invalid_count:
-        what = f"{counted(report.invalid_count, 'image')} left out, with a token outside the codebook"
-        print(f"error: {what}: dalle-mini's noise also samples its end token", file=sys.stderr)
-    return 1 if report.invalid_count else 0
+        summary = f"Added {counted(report.added_count, 'image')} to {db} ({skipped}), "
+        summary += f"{report.distinct_count:,} different, {rate(report.added_count / report.seconds)}"
+    else:
+        summary = f"Added 0 images to {db} ({skipped})"
+        summary += "" if report.others_count or report.invalid_count else "; nothing to do"
+    print_line(summary)
+    if report.progressive_dir is not None:
+        print_line(f"Unfinished images are in {report.progressive_dir}")
+    words = [*command_words("decode"), "--db", str(db), *([] if report.codec is None else ["--codec", report.codec])]
+    print_line("To view them:")
+    print_line(f"  {shlex.join(words)}")

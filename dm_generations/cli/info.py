@@ -6,8 +6,18 @@ import json
 from collections.abc import Iterator
 
 from dm_generations.archive import Archive, ArchiveInfo, PromptInfo, ValueRange, info
-from dm_generations.cli.common import counted, file_size, printable, utc_time
-from dm_generations.paths import shipped
+from dm_generations.archive.records import format_shape
+from dm_generations.cli.common import (
+    add_archive,
+    add_selection_options,
+    archive_path,
+    counted,
+    file_size,
+    print_line,
+    printable,
+    selection_from,
+    utc_time,
+)
 
 HELP = "show what an archive holds"
 DESCRIPTION = """\
@@ -16,30 +26,34 @@ made them, CLIP scores, log-probabilities, sizes. Archives in the 2022 layout ar
 """
 EPILOG = """\
 example:
-  python -m dm_generations info --db archive/emoji.db
+  python -m dm_generations info archive/emoji.db
+  python -m dm_generations info archive/emoji.db --where cond_scale=3.. score=25..
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("--db", metavar="FILE", help="archive (default: the emoji archive that ships)")
+    add_archive(parser, "archive to describe")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    add_selection_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
-    with Archive.open(shipped("archive/emoji.db") if args.db is None else args.db) as archive:
-        found = info(archive)
+    selection = selection_from(args)
+    with Archive.open(archive_path(args)) as archive:
+        found = info(archive, selection)
     if args.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
     else:
-        print("\n".join(_lines(found)))
+        for line in _lines(found):
+            print_line(line)
     return 0
 
 
 def _lines(found: ArchiveInfo) -> Iterator[str]:
     layout = "2022 layout" if found.layout == "2022" else f"format {found.layout}"
-    yield f"{printable(found.path, 1000)}: {layout}, {file_size(found.file_bytes)}"
+    yield f"{found.path}: {layout}, {file_size(found.file_bytes)}"
     sizes = f"{found.smallest_group:,}"
     if found.largest_group != found.smallest_group:
         sizes += f" to {found.largest_group:,}"
@@ -51,16 +65,19 @@ def _lines(found: ArchiveInfo) -> Iterator[str]:
     yield from _prompt_lines("prompts", found.prompts)
     yield from _prompt_lines("unconditional prompts", found.sc_prompts)
 
-    yield "\nsettings"
+    yield ""
+    yield "settings"
     for name, values in found.axes.items():
         yield f"  {name:<12} {' '.join(str(value) for value in values)}"
 
-    yield "\ntokens"
+    yield ""
+    yield "tokens"
     for token in found.tokens:
         grid = f"{token.grid}x{token.grid} tokens" if token.grid else "no square grid"
         yield f"  {grid} ({token.byte_count:,} bytes)  {counted(token.image_count, 'image')}"
 
-    yield "\nCLIP scores: smallest, mean, largest"
+    yield ""
+    yield "CLIP scores: smallest, mean, largest"
     for name, score in found.scores.items():
         if score.image_count:
             yield f"  {name:<21} {_range(score)}  ({counted(score.image_count, 'image')})"
@@ -68,20 +85,25 @@ def _lines(found: ArchiveInfo) -> Iterator[str]:
             yield f"  {name:<21} none"
 
     if found.log_prob.image_count:
-        yield "\nlog-probability of the tokens: smallest, mean, largest"
+        yield ""
+        yield "log-probability of the tokens: smallest, mean, largest"
         yield f"  {'log_prob':<21} {_range(found.log_prob)}  ({counted(found.log_prob.image_count, 'image')})"
     if found.image_count_by_dtype:
-        yield "\ncomputed in"
+        yield ""
+        yield "computed in"
         for dtype, count in found.image_count_by_dtype.items():
             yield f"  {printable(dtype):<21} ({counted(count, 'image')})"
     if found.continued_count:
-        yield f"\nwith initial tokens: {counted(found.continued_count, 'image')}"
+        yield ""
+        yield f"with initial tokens: {counted(found.continued_count, 'image')}"
 
-    yield "\nmodels" if found.models else "\nmodels: not recorded"
+    yield ""
+    yield "models" if found.models else "models: not recorded"
     for model in found.models:
         use = counted(model.image_count, "image")
-        tokens = f", {model.grid}x{model.grid} of {model.codebook_size:,} tokens" if model.grid else ""
-        pixels = f", {model.image_size} px" if model.image_size else ""
+        shape = model.token_shape
+        tokens = f", {format_shape(shape)} of {model.codebook_size:,} tokens" if shape else ""
+        pixels = f", {format_shape(model.image_shape)} px" if model.image_shape else ""
         name, digest, kind = (printable(str(text)) for text in (model.name, model.sha256, model.kind))
         yield f"  {_id(model.id)}  {kind:<9}  {name}  sha256 {digest[:12]}{tokens}{pixels}  ({use})"
 
@@ -96,7 +118,8 @@ def _range(values: ValueRange) -> str:
 
 
 def _prompt_lines(title: str, prompts: list[PromptInfo]) -> Iterator[str]:
-    yield f"\n{title}"
+    yield ""
+    yield title
     for prompt in prompts:
         text = "(empty: the model's own)" if prompt.text is None else printable(prompt.text)
         yield f"  {_id(prompt.id)}  {text}  ({counted(prompt.image_count, 'image')})"

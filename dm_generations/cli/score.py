@@ -1,24 +1,38 @@
-"""`score`: CLIP scores for the images of an archive."""
+"""`score`: scores for the images of an archive, and vectors."""
 
 import argparse
-import sys
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dm_generations.archive import Archive
-from dm_generations.cli.common import Progress, add_model_options, counted, prepare_device
+from dm_generations.archive.selection import compile_nonempty
+from dm_generations.cli.common import (
+    Progress,
+    add_archive,
+    add_model_options,
+    add_selection_options,
+    archive_path,
+    counted,
+    prepare_device,
+    print_line,
+    selection_from,
+)
 
 if TYPE_CHECKING:
     from dm_generations.pipelines.rescore import ScoreReport
 
-HELP = "fill in missing CLIP scores"
+HELP = "fill in missing CLIP scores, or add scores of other judges and vectors"
 DESCRIPTION = """\
-Score the images of an archive against their prompts with CLIP: those without a score, and with --all also those that
-another CLIP scored. Each image is decoded by its own codec. After a stop, the same command scores the rest.
+Score the images of an archive against their prompts with CLIP. Without --clip those without a score get one. With
+--clip all images get the scores of that CLIP: those of another one stay, and the new ones are added, for --rank-by of
+decode; --all replaces them. Each image is decoded by its own codec. After a stop, the same command scores the rest.
 """
 EPILOG = """\
-example:
-  python -m dm_generations score --db rockets.db --all --clip openai-clip-vit-base-patch32
+examples:
+  python -m dm_generations score --db rockets.db --clip openai-clip-vit-large-patch14 --vectors
+  python -m dm_generations score --db rockets.db --clip openai-clip-vit-large-patch14 \
+      --aesthetic sa_0_4_vit_l_14_linear.pth
 """
 _MAX_BAD_ROWS = 10
 
@@ -26,38 +40,65 @@ _MAX_BAD_ROWS = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
-    add("--db", metavar="FILE", type=Path, required=True, help="archive to score; it is changed")
-    add("--all", action="store_true", help="also score images that another CLIP scored")
+    add_archive(parser, "archive to score; it is changed", has_default=False)
+    add("--all", action="store_true", help="also score images that another CLIP scored, and replace its scores")
+    add(
+        "--aesthetic",
+        metavar="FILE",
+        help="also add scores of an aesthetic head, layers on the CLIP's image vectors: a .pth or .safetensors file",
+    )
+    add("--vectors", action="store_true", help="also store the CLIP's image vectors, for find and compare")
+    add("--json", action="store_true", help="print what was done as JSON, for programs")
     add_model_options(parser, generates=False)
+    add_selection_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
-    with Archive.open(args.db, "w") as archive:
+    selection, path = selection_from(args), archive_path(args)
+    with Archive.open(path, "w") as archive:
+        where = compile_nonempty(archive, selection)
+        asks_for_more = args.all or args.clip or args.aesthetic or args.vectors
+        if not asks_for_more and not archive.count_to_score(where=where):  # known at once, without the models
+            _print_nothing(args, path)
+            return 0
         prepare_device(args.cpu_only)
         from dm_generations.models.loading import load_checkpoint
-        from dm_generations.pipelines.rescore import score_archive
+        from dm_generations.pipelines.rescore import Judges, score_archive
 
-        codec, clip = load_checkpoint(args.codec, "codec"), load_checkpoint(args.clip, "clip")
         with Progress() as on_progress:
-            report = score_archive(archive, codec, clip, args.batch_size, args.all, on_progress)
-    return _print_report(report, args, codec.name)
+            codec, clip = load_checkpoint(args.codec, "codec"), load_checkpoint(args.clip, "clip")
+            head = None if args.aesthetic is None else load_checkpoint(args.aesthetic, "scorer")
+            judges = Judges(clip, args.all, args.clip is not None and not args.all, head, args.vectors)
+            report = score_archive(archive, codec, judges, args.batch_size, on_progress, where)
+    return _print_report(report, args, path, codec.name)
 
 
-def _print_report(report: "ScoreReport", args: argparse.Namespace, codec_name: str) -> int:
+def _print_nothing(args: argparse.Namespace, path: Path) -> None:
+    if args.json:
+        print(json.dumps({"due_count": 0, "scored_count": 0, "bad_rows": [], "count_by_other_codec": {}}))
+        return
+    what = "all that is asked for" if args.aesthetic or args.vectors else "scores"
+    print_line(f"All images in {path} have {what}{' of this CLIP' if args.clip else ''}; nothing to do")
+
+
+def _print_report(report: "ScoreReport", args: argparse.Namespace, path: Path, codec_name: str) -> int:
     """Print what was done; 1 if something was left undone."""
     if not report.due_count:
-        print(f"All images in {args.db} have scores{' of this CLIP' if args.all else ''}; nothing to do")
+        _print_nothing(args, path)
         return 0
-    print(f"Scored {counted(report.scored_count, 'image')} in {args.db}")
+    if args.json:
+        print(json.dumps(vars(report)))
+    else:
+        print_line(f"Scored {counted(report.scored_count, 'image')} in {path}")
     for line in report.bad_rows[:_MAX_BAD_ROWS]:
-        print(f"error: {line}", file=sys.stderr)
+        print_line(f"error: {line}", to_stderr=True)
     if hidden := len(report.bad_rows[_MAX_BAD_ROWS:]):
-        print(f"error: {counted(hidden, 'more image')} not scored; `verify` lists them", file=sys.stderr)
+        print_line(f"error: {counted(hidden, 'more image')} not scored; `verify` lists them", to_stderr=True)
     for name, count in report.count_by_other_codec.items():
-        print(
+        print_line(
             f"error: {counted(count, 'image')} not scored: made with codec {name!r:.100}, not {codec_name!r:.100}; "
             "repeat this with its folder as --codec",
-            file=sys.stderr,
+            to_stderr=True,
         )
     return 1 if report.bad_rows or report.count_by_other_codec else 0

@@ -3,21 +3,28 @@
 import argparse
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 from dm_generations.archive import Archive, verify
+from dm_generations.archive.selection import Where, compile_nonempty
 from dm_generations.cli.common import (
     Progress,
+    add_archive,
     add_dalle_pytorch_options,
+    add_selection_options,
+    archive_path,
     at_least_one,
     counted,
     dalle_pytorch_overrides,
     prepare_device,
-    printable,
+    print_line,
+    selection_from,
 )
 from dm_generations.errors import UserError
-from dm_generations.paths import shipped
 from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
+
+_logger = logging.getLogger(__name__)
 
 HELP = "check an archive for damage"
 DESCRIPTION = """\
@@ -31,15 +38,16 @@ logits over temperature); this also checks rows from other hardware, which round
 """
 EPILOG = """\
 example:
-  python -m dm_generations verify --db archive/emoji.db
-  python -m dm_generations verify --db archive/emoji.db --replay --sample 64
+  python -m dm_generations verify archive/emoji.db
+  python -m dm_generations verify archive/emoji.db --replay --sample 64
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("--db", metavar="FILE", help="archive (default: the emoji archive that ships)")
+    add_archive(parser, "archive to check")
     parser.add_argument("--json", action="store_true", help="print each problem as one line of JSON")
+    add_selection_options(parser)
     group = parser.add_argument_group("does the model reproduce the rows?")
     which = group.add_mutually_exclusive_group()
     which.add_argument("--regenerate", action="store_true", help="sample rows again and compare their tokens")
@@ -64,26 +72,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
     problem_count = 0
-    with Archive.open(shipped("archive/emoji.db") if args.db is None else args.db) as archive:
-        for problem in verify(archive):
+    if not (args.regenerate or args.replay):
+        for flag in ("sample", "model", "tokenizer"):
+            if getattr(args, flag) is not None:
+                _logger.warning("--%s has no effect without --regenerate or --replay", flag)
+    selection = selection_from(args)
+    with Archive.open(archive_path(args)) as archive:
+        where = compile_nonempty(archive, selection)
+        for problem in verify(archive, where):
             problem_count += problem.count
             if args.json:
                 print(json.dumps(dataclasses.asdict(problem)))
             else:
-                print(printable(str(problem), 1000))
+                print_line(problem)
         if not args.json:
             verdict = (
                 counted(problem_count, "problem")
                 if problem_count
-                else f"sound, {counted(archive.count(), 'image')} checked"
+                else f"sound, {counted(archive.count(where), 'image')} checked"
             )
-            print(f"{printable(str(archive.path), 1000)}: {verdict}")
+            print_line(f"{archive.path}: {verdict}")
         if args.regenerate or args.replay:
-            problem_count += _reproduce(archive, args)
+            problem_count += _reproduce(archive, where, args)
     return 1 if problem_count else 0
 
 
-def _reproduce(archive: Archive, args: argparse.Namespace) -> int:
+def _reproduce(archive: Archive, where: Where, args: argparse.Namespace) -> int:
     """Print the rows that the model does not reproduce; return how many there are."""
     if not args.margin >= 0:
         raise UserError(f"--margin must be 0 or more, not {args.margin}")
@@ -92,16 +106,19 @@ def _reproduce(archive: Archive, args: argparse.Namespace) -> int:
     from dm_generations.pipelines.reproduce import Mismatch, reproduce_archive
 
     def print_mismatch(mismatch: Mismatch) -> None:
-        print(json.dumps(dataclasses.asdict(mismatch)) if args.json else mismatch)
+        if args.json:
+            print(json.dumps(dataclasses.asdict(mismatch)))
+        else:
+            print_line(mismatch)
 
-    checkpoint = load_generator(args.model, args.tokenizer, dalle_pytorch_overrides(args))
     max_margin = None if args.regenerate else args.margin
     with Progress() as on_progress:
+        checkpoint = load_generator(args.model, args.tokenizer, dalle_pytorch_overrides(args))
         report = reproduce_archive(
-            archive, checkpoint, args.batch_size, max_margin, args.sample, print_mismatch, on_progress
+            archive, checkpoint, args.batch_size, max_margin, args.sample, print_mismatch, on_progress, where
         )
     if not args.json:
         what = "Regenerated" if args.regenerate else "Replayed"
         verdict = counted(len(report.mismatches), "mismatch", "mismatches") if report.mismatches else "all as stored"
-        print(f"{what} {counted(report.checked_count, 'image')}: {verdict}")
+        print_line(f"{what} {counted(report.checked_count, 'image')}: {verdict}")
     return len(report.mismatches)

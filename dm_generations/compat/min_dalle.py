@@ -1,9 +1,8 @@
 """Images in Python, for notebooks: `MinDalle` with the methods of the package min-dalle, version 0.4.
 
-    from dm_generations import MinDalle
-
-    model = MinDalle()
-    image = model.generate_image("a rocket", seed=1, grid_size=2, supercondition_factor=3)
+>>> model = MinDalle(is_verbose=False)
+>>> model.generate_image("a rocket", seed=1, grid_size=2, supercondition_factor=3).size
+(128, 128)
 
 Programs written for min-dalle (https://github.com/kuprel/min-dalle) run when they import this class instead, with two
 differences. Arrays are NumPy's and not torch's; dtypes and devices may still be torch's, and torch is never imported
@@ -211,7 +210,7 @@ class MinDalle:
             return self._loaded
         models = load_models(self._model, self._codec, None, is_scored=False)
         if self.is_verbose:
-            print(f"loading {models.generator.name} and {models.codec.name}")
+            print(f"loading {models.generator.name!r} and {models.codec.name!r}")
         generator = Generator(models.generator, models.generator.load_tokenizer(), batch_size=1, dtype=self.dtype)
         loaded = generator, Decoder.from_checkpoint(models.codec, batch_size=1, grid=models.grid)
         if self.is_reusable:

@@ -3,6 +3,7 @@
 H, W: pixels of one image   C: pixels of the caption's strip   S: pixels of a row of scores
 """
 
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Strips:
     def check(self) -> None:
         """Raise UserError if text cannot be rendered: the font is missing or not readable."""
         if self:
-            _load_font(self.font, 12)
+            load_font(self.font, 12)
 
     def size(self, cols: int, rows: int, image_size: int) -> tuple[int, int]:
         """Return width and height in pixels of a gallery with its strips."""
@@ -73,7 +74,7 @@ class Strips:
         if self.captions:
             _render_caption(draw, caption, pixels.shape[1], self.font)
         if self.score_labels:
-            font = _load_font(self.font, _label_size(height))
+            font = load_font(self.font, _label_size(height))
             for cell, label in enumerate(labels):
                 row, col = divmod(cell, cols)
                 middle = (row + 1) * (height + label_height) - label_height / 2 + caption_height
@@ -89,15 +90,15 @@ class Strips:
 
 def _render_caption(draw: ImageDraw.ImageDraw, caption: tuple[str, str], width: int, font_file: str | None) -> None:
     line_height = _line_height(width)
-    font, margin = _load_font(font_file, line_height * 3 // 4), line_height // 2
-    prompt, settings = (_one_line(text if font_file else without_accents(text)) for text in caption)
-    lines = [(line, _TEXT) for line in _wrap(draw, prompt, font, width - 2 * margin, _PROMPT_LINES)]
-    lines += [(line, _FAINT) for line in _wrap(draw, settings, font, width - 2 * margin, 1)]
+    font, margin = load_font(font_file, line_height * 3 // 4), line_height // 2
+    prompt, settings = (renderable(text, font_file) for text in caption)
+    lines = [(line, _TEXT) for line in wrap_text(draw, prompt, font, width - 2 * margin, _PROMPT_LINES)]
+    lines += [(line, _FAINT) for line in wrap_text(draw, settings, font, width - 2 * margin, 1)]
     for number, (line, colour) in enumerate(lines):
         draw.text((margin, margin // 2 + (number + 0.5) * line_height), line, colour, font, anchor="lm")
 
 
-def _wrap(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int, line_count: int) -> list[str]:
+def wrap_text(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int, line_count: int = sys.maxsize) -> list[str]:
     """Return `text` in at most `line_count` lines of `width` pixels; a long one ends with "..."."""
     lines: list[str] = []
     while text and len(lines) < line_count:
@@ -131,8 +132,9 @@ def without_accents(text: str) -> str:
     return unicodedata.normalize("NFC", "".join(letter for letter in letters if not unicodedata.combining(letter)))
 
 
-def _one_line(text: str) -> str:
-    """Return `text` without line breaks and characters that cannot be printed."""
+def renderable(text: str, font_file: str | None) -> str:
+    """Return `text` without what the font lacks, line breaks, and characters that cannot be printed."""
+    text = text if font_file else without_accents(text)
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split()))
 
 
@@ -146,7 +148,12 @@ def _label_size(image_size: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _load_font(file: str | None, size: int) -> Font:
+def load_font(file: str | None, size: int) -> Font:
+    """Return a font of `size` pixels; see `Strips.font`.
+
+    Raises:
+        UserError: It is missing or not readable.
+    """
     try:
         return ImageFont.load_default(size) if file is None else ImageFont.truetype(file, size)
     except ImportError as error:

@@ -19,14 +19,15 @@ from typing import Literal, Protocol
 import numpy as np
 
 from dm_generations.archive import Archive, ImageRow
-from dm_generations.archive.records import BadTokensError, tokens_from_blob
+from dm_generations.archive.records import BadTokensError, count_tokens, tokens_from_blob
+from dm_generations.archive.selection import Selection
 from dm_generations.atomic_io import remove_stale_temporaries
 from dm_generations.errors import UserError
 from dm_generations.export.captions import Strips
 from dm_generations.export.journal import Journal, identify
 from dm_generations.export.manifest import Entry, build_manifest, make_entry, manifest_files, write_manifest
 from dm_generations.export.output_file import EncodeContext, Encoding, OutputFile, encode_npy, fill_cells
-from dm_generations.export.plan import GroupPlan, Layout, Selection, Target, check_codec, is_finished, select_groups
+from dm_generations.export.plan import GroupPlan, Layout, Target, check_codec, is_finished, select_groups
 from dm_generations.export.writers import (
     FileWriter,
     Member,
@@ -88,12 +89,14 @@ class ExportReport:
         already_there: Files that were finished before.
         problems: A line for each bad row and each file that could not be written.
         page: To open in a browser.
+        left_out_count: Files in the folder, of other archives or selections, that are not on the page.
     """
 
     written: int = 0
     already_there: int = 0
     problems: list[str] = field(default_factory=list)
     page: Path | None = None
+    left_out_count: int = 0
 
 
 class Decoded(Protocol):
@@ -225,7 +228,7 @@ class Exporter:
         try:
             if self._entries:
                 self.report.page = write_manifest(self.out_dir, self._manifest())
-            self.journal.compact()
+            self.report.left_out_count = len(self.journal.compact() - self._entries.keys())
         except OSError as error:
             raise UserError(f"cannot write the page into {self.out_dir}: {error.strerror}") from error
 
@@ -252,7 +255,7 @@ class Exporter:
     def _find_stale(self) -> Iterator[str]:
         """Yield paths of files whose ranks belong to other images by now."""
         for plan in self.plans if self.layout.has_page and not self.journal.is_empty else ():
-            rows = self.archive.rows(plan.key, plan.count)
+            rows = plan.rows(self.archive)
             for target in plan.targets(self.layout):
                 members = list(islice(rows, len(target.ranks)))
                 if members:
@@ -268,7 +271,7 @@ class Exporter:
     def _find_stale_tokens(self) -> Iterator[str]:
         """Yield paths of files of tokens that differ from those of the image of their rank. They have no journal."""
         for plan in self.plans:
-            rows = self.archive.rows(plan.key, plan.count)
+            rows = plan.rows(self.archive)
             for target, row in zip(plan.targets(self.layout), rows, strict=False):  # fewer if the archive changes
                 with contextlib.suppress(OSError, ValueError, BadTokensError):
                     path, content = utf8_path(self.out_dir, target.path), encode_npy(self._tokens(row, None))
@@ -281,7 +284,7 @@ class Exporter:
         yield self.layout.mode, self.layout.extension, self.layout.shard_size if self.layout.mode == "tar" else None
         for plan in self.plans:
             yield plan.describe()
-            for row in self.archive.rows(plan.key, plan.count):
+            for row in plan.rows(self.archive):
                 yield row.id, row.quantvec_md5, row.clip_score_input, row.clip_score_tokenized
 
     # Read: rows to tokens.
@@ -293,7 +296,7 @@ class Exporter:
         finished_shard: Shard | None = None
         for plan, target, shard in self._files():
             if plan is not current_plan:
-                current_plan, rows = plan, self.archive.rows(plan.key, plan.count)
+                current_plan, rows = plan, plan.rows(self.archive)
             members = list(islice(rows, len(target.ranks)))
             is_due = self._is_due(target, shard)
             if shard is None and members and not is_due:
@@ -335,10 +338,15 @@ class Exporter:
         self._entries[path] = entry = self._entry(plan, target, path, members)
         if self.layout.has_page:
             self.journal.begin(path, identify(entry), self._is_finished(path))
-        grid = (self.layout.cols, self.layout.rows) if self.layout.is_gallery else (1, 1)
+        grid, decoded_grid = (1, 1), (1, 1)
+        if self.layout.is_gallery:
+            decoded_grid = self.layout.cols, self.layout.rows
+            # The script of 2022 filled up with black, and its files stay as they are.
+            is_trimmed = self.archive.version > 0
+            grid = self.layout.trim(len(target.ranks), self.options.strips.captions) if is_trimmed else decoded_grid
         replaced_path = target.incomplete_path if is_whole else None
         file_rows = [(cell, members[cell]) for cell in tokens_by_cell]
-        file = OutputFile(path, replaced_path, plan, target, file_rows, shard, grid)
+        file = OutputFile(path, replaced_path, plan, target, file_rows, shard, grid, decoded_grid)
         if self.layout.is_seamless:
             yield file, None, fill_cells(tokens_by_cell, self.layout.images_per_file)
         else:
@@ -352,8 +360,9 @@ class Exporter:
         if isinstance(decoder, Decoder):
             return tokens_from_blob(row.quantvec, row.quantvec_md5, decoder.token_count, decoder.codebook_size)
         recorded = None if row.codec_id is None else self._models.get(row.codec_id)
-        if recorded is not None and recorded.grid and recorded.codebook_size:
-            return tokens_from_blob(row.quantvec, row.quantvec_md5, recorded.grid**2, recorded.codebook_size)
+        if recorded is not None and recorded.token_shape and recorded.codebook_size:
+            token_count = count_tokens(recorded.token_shape)
+            return tokens_from_blob(row.quantvec, row.quantvec_md5, token_count, recorded.codebook_size)
         return tokens_from_blob(row.quantvec, row.quantvec_md5, None, 1 << 16)
 
     def _entry(self, plan: GroupPlan, target: Target, path: str, members: list[ImageRow]) -> Entry:

@@ -9,6 +9,9 @@ The last line of a path counts. Lines are appended before a file is written, so 
 without a line; when one ends, the journal is written anew with one line a file. An identity of null says that the
 file shows one of two images: a decode that was to replace it may have ended before.
 
+Earlier versions had other lists, and two decodes at the same time could leave them wrong. So where there are such lists
+and no journal, it begins with the path "" and the identity null: all that it does not name is decoded anew.
+
 A folder may come from anyone, so the journal is opened without following links, and only a regular file of bounded
 size is read. While it is open it is locked against a second decode; the lock goes when the process ends.
 """
@@ -19,22 +22,25 @@ import hashlib
 import io
 import json
 import os
-import stat
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dm_generations.atomic_io import write_atomic
+from dm_generations.atomic_io import lock_file, open_regular, write_atomic
 from dm_generations.errors import UserError
-from dm_generations.export.manifest import MANIFEST, MANIFEST_START, Entry, GalleryEntry
+from dm_generations.export.manifest import MANIFEST, Entry, GalleryEntry
 from dm_generations.export.plan import is_finished
 
 JOURNAL = ".journal.jsonl"
 _EARLIER = (".others.json", ".under-way.jsonl")  # with manifest.js, the lists before there was a journal
+_UNNAMED = ""  # stands for all paths that the journal does not name
 
 MAX_BYTES = 1 << 29
-_LOCK_OFFSET = 1 << 30  # Windows locks bytes, and others may not read them: one beyond the end of the file
-_OPEN_FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+MAX_LINES = 1 << 22  # which take 10 s and 1 GB at most
+_MAX_LINE_BYTES = 1 << 13  # two names of 255 bytes, escaped
+
+_LINE = re.compile(rb'\["((?:[ !#-\[\]-~]|\\(?:u[0-9a-f]{4}|["\\bfnrt]))*)",(?:null|"([ !#-\[\]-~]*)")\]\n?')
 
 Identity = str | None
 
@@ -50,7 +56,7 @@ class Journal:
         self._unwritten: list[bytes] = []  # lines for the next `flush`
 
     def open(self, create: bool = False) -> None:
-        """Lock and read the journal, or the lists of earlier versions where there is none.
+        """Lock and read the journal.
 
         Args:
             create: Make the journal if it is missing. Without it, nothing is written.
@@ -64,17 +70,15 @@ class Journal:
             if create or os.path.lexists(self._path):
                 self._file = _open_locked(self._path, create)
                 self._identities = dict(_parse(_lines_of(self._file)))
-            if not self._identities:
-                self._identities = _read_earlier_lists(self._out_dir)
-                if self._file is not None and self._identities:
-                    self._rewrite()
-                    self._file = _open_locked(self._path, create)
+            if not self._identities and any(os.path.lexists(self._out_dir / name) for name in (MANIFEST, *_EARLIER)):
+                self._identities, self._unwritten = {_UNNAMED: None}, [_line(_UNNAMED, None)]
         except BlockingIOError as error:
             raise UserError(
                 f"another decode writes into {self._out_dir}; wait until it ends, or choose another folder "
                 "with --out-dir"
             ) from error
         except OSError as error:
+            self.close()
             raise UserError(
                 f"cannot use {self._path}: {error.strerror}; remove it, or choose another folder with --out-dir"
             ) from error
@@ -86,7 +90,7 @@ class Journal:
 
     def is_stale(self, path: str, identity: str) -> bool:
         """Return whether a file is known to show, or perhaps to show, other images than these."""
-        return path in self._identities and self._identities[path] != identity
+        return self._identities.get(path, self._identities.get(_UNNAMED, identity)) != identity
 
     def begin(self, path: str, identity: str, is_there: bool) -> None:
         """Note which images a file is going to show. Call `flush` before the file is written.
@@ -127,17 +131,21 @@ class Journal:
         """Take a finished file for one that shows these images, unless something else is known of it."""
         self._identities.setdefault(path, identity)
 
-    def compact(self) -> None:
+    def compact(self) -> set[str]:
         """Write the journal anew, with one line for each file that is there, and close it.
+
+        Returns:
+            The paths of these files.
 
         Raises:
             OSError: It cannot be written.
         """
         found = self._identities.items()
-        self._identities = {p: identity for p, identity in found if is_finished(self._out_dir, p)}
+        self._identities = {p: identity for p, identity in found if p == _UNNAMED or is_finished(self._out_dir, p)}
         self._rewrite()
         for name in _EARLIER:
             (self._out_dir / name).unlink(missing_ok=True)
+        return self._identities.keys() - {_UNNAMED}
 
     def close(self) -> None:
         """Write what was noted, if possible, and release the lock."""
@@ -190,31 +198,15 @@ def _line(path: str, identity: Identity) -> bytes:
 def _parse(lines: Iterable[bytes]) -> Iterator[tuple[str, Identity]]:
     """Yield the contents of lines; those that are cut off or not of this format are left out."""
     for line in lines:
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
-            path, identity = json.loads(line)
-            if isinstance(path, str) and isinstance(identity, (str, type(None))):
-                yield path, identity
-
-
-def _open_regular(path: Path, flags: int) -> io.FileIO:
-    """Open a regular file of bounded size without following links. Raises OSError."""
-    if os.path.islink(path):  # where there is no O_NOFOLLOW
-        raise OSError(errno.ELOOP, "it is a symbolic link")
-    file = io.FileIO(os.open(path, flags | _OPEN_FLAGS, 0o666), "r+" if flags & os.O_RDWR else "r")
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "it is not a regular file")
-    if status.st_size > MAX_BYTES:
-        file.close()
-        raise OSError(errno.EFBIG, f"it has more than {MAX_BYTES:,} bytes")
-    return file
+        if match := _LINE.fullmatch(line):
+            path, identity = match[1].decode(), None if match[2] is None else match[2].decode()
+            yield json.loads(f'"{path}"') if "\\" in path else path, identity
 
 
 def _open_locked(path: Path, create: bool) -> io.FileIO:
     """Open the journal for this process alone. Raises OSError; BlockingIOError if another has it open."""
     while True:
-        file = _open_regular(path, os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0))
+        file = open_regular(path, os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0))
         try:
             lock_file(file)
             if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
@@ -227,62 +219,13 @@ def _open_locked(path: Path, create: bool) -> io.FileIO:
         file.close()  # replaced by the decode that ended meanwhile
 
 
-def lock_file(file: io.FileIO) -> None:
-    """Raise BlockingIOError if another process holds the lock. On a file system without locks there is none."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            file.seek(_LOCK_OFFSET)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-            raise BlockingIOError(error.errno, error.strerror) from error
-
-
 def _lines_of(file: io.FileIO) -> Iterator[bytes]:
-    """Yield the lines of an open file, which stays open."""
+    """Yield the lines of an open file, which stays open; too long ones in parts. Raises OSError for too many."""
+    if os.fstat(file.fileno()).st_size > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MAX_BYTES:,} bytes")
     with os.fdopen(os.dup(file.fileno()), "rb") as lines:
         lines.seek(0)
-        yield from lines
-
-
-# The lists of versions before the journal: read once, when a folder has none.
-
-
-def _read_earlier_lists(out_dir: Path) -> dict[str, Identity]:
-    """Return what `.others.json`, `manifest.js` and `.under-way.jsonl` say of files, by path; the last has priority."""
-    others, under_way = (out_dir / name for name in _EARLIER)
-    found: dict[str, Identity] = {}
-    for read, path in ((_read_others, others), (_read_manifest, out_dir / MANIFEST), (_read_under_way, under_way)):
-        with contextlib.suppress(OSError, *_NOT_A_LIST), _open_regular(path, os.O_RDONLY) as file:
-            listed = {name: _digest(values) if values else None for name, values in read(file.readall())}
-            if all(isinstance(name, str) for name in listed):
-                found |= listed
-    return found
-
-
-_NOT_A_LIST = (ValueError, KeyError, AttributeError, TypeError, IndexError, RecursionError)
-
-
-def _read_others(data: bytes) -> Iterator[tuple[str, list]]:
-    for path, values in json.loads(data).items():
-        yield path, list(values)
-
-
-def _read_manifest(data: bytes) -> Iterator[tuple[str, list]]:
-    manifest = json.loads(data.decode("ascii").removeprefix(MANIFEST_START).rstrip(";\n"))
-    for *_, prefix, suffix, files in manifest["groups"]:
-        for middle, _, *rest in files:
-            yield prefix + middle + suffix, rest if manifest["mode"] == "images" else [*rest[0], *rest[1:]]
-
-
-def _read_under_way(data: bytes) -> Iterator[tuple[str, list]]:
-    for line in data.splitlines():
-        with contextlib.suppress(*_NOT_A_LIST):
-            path, values = json.loads(line)
-            yield os.fspath(path), list(values)
+        for count, line in enumerate(iter(lambda: lines.readline(_MAX_LINE_BYTES), b"")):
+            if count == MAX_LINES:
+                raise OSError(errno.EFBIG, f"it has more than {MAX_LINES:,} lines")
+            yield line

@@ -3,27 +3,32 @@
 A page opened from disk may load scripts and images but not JSON, so the manifest is a script of one
 statement, `window.DM_MANIFEST = {...};`, in ASCII:
 
-    version      1
+    version      2
     mode         "images" (a file holds one image) or "gallery" (a file holds many)
-    archive      name of the archive that the images come from, without its folder
+    archives     [names of the archives that the images come from, without their folders]
     prompts      [[prompt_id, prompt or null], ...]            each listed once
     sc_prompts   [[sc_prompt_id, sc_prompt or null], ...]      null: the model's own empty prompt
-    groups       [[prompt, sc_prompt, top_k, top_p, temperature, cond_scale, prefix, suffix, files], ...]
+    seeds        [[key0, key1], ...]                           each listed once, in the order of sampling
+    provenances  [[model, sampler_version, init_count, dtype], ...]    each listed once: the name of the model that
+                 sampled an image, "" for the one that ships and null for one that is not known; which noise it sampled
+                 with; the number of initial tokens; and the dtype of its activations
+    groups       columns: prompt, sc_prompt, top_k, top_p, temperature, cond_scale, prefix, suffix, count
+    images       columns: name, position, score, and of mode "images" seed, provenance, md5, time; group after group
 
-`prompt` and `sc_prompt` are positions in those lists. The path of a file, relative to the manifest and with
-"/" between its parts, is prefix + middle + suffix: they only save repeating what paths share. `files` are
+A column is a list, or one value where all are equal. `prompt`, `sc_prompt`, `seed` and `provenance` are positions in
+the lists above; `count` is the number of files of a group, best first. The path of a file, relative to the manifest and
+with "/" between its parts, is prefix + name + suffix: they only save repeating what paths share.
 
-    images       [middle, rank, score or null, key0, key1]     best first; then what is not "", 1, 0, "float32" of
-                 [model, sampler_version, init_count, dtype], up to the last of them: the name of the model that sampled
-                 the image, "" for the one that ships and null for one that is not known; which noise it sampled with;
-                 the number of initial tokens; and the dtype of its activations
-    gallery      [middle, page, [score or null, ...], identity]    by page; images best first; identity: hex digits
-                 that differ from those of other images, or left out
+    position     rank of the image in its group, or page of the gallery, from 0
+    score        CLIP logits of image and prompt as typed, or null; of a gallery a list of them, best first
+    md5          of the tokens: all digests in base 64, 22 characters each, as one text. Null: not known.
+    time         when sampling ended: {"start": UTC Unix seconds, "seconds": column of whole seconds since, or null}
 
-top_k 0 and top_p 1.0 mean "off"; scores are CLIP logits of image and prompt as typed; numbers that JSON
-has no form for (NaN, infinities) are null.
+top_k 0 and top_p 1.0 mean "off"; numbers that JSON has no form for (NaN, infinities) are null. The page also opens
+version 1, which listed rows in place of columns, without md5 and time.
 """
 
+import base64
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -33,16 +38,16 @@ from pathlib import Path
 from typing import Any
 
 from dm_generations.archive import ImageRow, ModelInfo
+from dm_generations.archive.records import quantvec_md5
 from dm_generations.atomic_io import write_atomic
 from dm_generations.export.plan import GroupPlan, Target
 from dm_generations.export.writers import fingerprint
 from dm_generations.models.loading import is_other_embedded
-from dm_generations.paths import shipped
+from dm_generations.paths import PAGE, shipped
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MANIFEST = "manifest.js"
 MANIFEST_START = "window.DM_MANIFEST = "
-PAGE = "samplebrowser.html"
 
 _SHIPPED = "embedded/"  # so begin the names of models that ship
 _USUAL = ("", 1, 0, "float32")
@@ -65,7 +70,14 @@ class _File:
 
 @dataclass(frozen=True, slots=True)
 class ImageEntry(_File):
-    """One image in a file of its own. `model` is the name of the one that sampled it; None: not known."""
+    """One image in a file of its own.
+
+    Attributes:
+        model: The name of the one that sampled it; None: not known.
+        row_id: In the archive; seeds are listed in this order.
+        md5: Hex, of its tokens.
+        time: When its sampling ended, in UTC Unix seconds.
+    """
 
     rank: int
     score: float | None
@@ -75,6 +87,9 @@ class ImageEntry(_File):
     sampler_version: int | None = None
     init_count: int = 0
     dtype: str | None = None
+    row_id: int = 0
+    md5: str | None = None
+    time: float | None = None
 
     @property
     def position(self) -> int:
@@ -82,7 +97,7 @@ class ImageEntry(_File):
         return self.rank
 
     def facts(self) -> list[Any]:
-        """Return what the manifest says of it, after its path and position."""
+        """Return what tells it from another image; the journals of output folders have digests of it."""
         return [round_score(self.score), self.key0, self.key1, *self._provenance()]
 
     def _provenance(self) -> list[int | str | None]:
@@ -110,7 +125,7 @@ class GalleryEntry(_File):
         return self.page
 
     def facts(self) -> list[Any]:
-        """Return what the manifest says of it, after its path and position."""
+        """Return what tells it from another file; the journals of output folders have digests of it."""
         return [list(map(round_score, self.scores)), *filter(None, [self.identity])]
 
 
@@ -140,7 +155,17 @@ def make_entry(
     provenance: dict[str, Any] = {name: json_value(getattr(row, name)) for name in names}
     generator = None if row.generator_id is None else models.get(row.generator_id)
     model = _find_generator_name(generator)
-    return ImageEntry(*shared, rank=target.ranks.start, score=finite_score(row), model=model, **provenance)
+    time = row.time_end if isinstance(row.time_end, int | float) else None
+    return ImageEntry(
+        *shared,
+        rank=target.ranks.start,
+        score=finite_score(row),
+        model=model,
+        row_id=row.id,
+        md5=quantvec_md5(row.quantvec),
+        time=_finite(time),
+        **provenance,
+    )
 
 
 def finite_score(row: ImageRow) -> float | None:
@@ -187,18 +212,66 @@ def build_manifest(mode: str, archive_name: str, entries: Iterable[Entry]) -> di
 
     prompt_positions = {prompt_id: position for position, prompt_id in enumerate(prompts)}
     sc_prompt_positions = {sc_prompt_id: position for position, sc_prompt_id in enumerate(sc_prompts)}
-    groups = []
+    groups, names, files = [], [], []
     for (prompt_id, sc_prompt_id, *numbers), members in entries_by_group.items():
+        members.sort(key=lambda entry: entry.position)
+        prefix, suffix, middles = _split_paths([entry.file for entry in members])
         positions = (prompt_positions[prompt_id], sc_prompt_positions[sc_prompt_id])
-        groups.append([*positions, *map(_finite, numbers), *_pack(members)])
+        groups.append((*positions, *map(_finite, numbers), prefix, suffix, len(members)))
+        names += middles
+        files += members
+    images = {"name": _column(names), "position": _column([entry.position for entry in files])}
+    lists: dict[str, Any] = {"seeds": [], "provenances": []}
+    if mode == "gallery":
+        images["score"] = [list(map(round_score, entry.scores)) for entry in files]  # type: ignore[union-attr]
+    else:
+        lists, columns = _image_columns(files)  # type: ignore[arg-type]
+        images |= columns
     return {
         "version": MANIFEST_VERSION,
         "mode": mode,
-        "archive": archive_name,
+        "archives": [archive_name],
         "prompts": [[prompt_id, text] for prompt_id, text in prompts.items()],
         "sc_prompts": [[sc_prompt_id, text] for sc_prompt_id, text in sc_prompts.items()],
-        "groups": groups,
+        **lists,
+        "groups": {name: [group[i] for group in groups] for i, name in enumerate(_GROUP_COLUMNS)},
+        "images": images,
     }
+
+
+_GROUP_COLUMNS = ("prompt", "sc_prompt", "top_k", "top_p", "temperature", "cond_scale", "prefix", "suffix", "count")
+
+
+def _image_columns(entries: list[ImageEntry]) -> tuple[dict[str, list], dict[str, Any]]:
+    """Return the lists of keys and provenances, and the columns of single images."""
+    in_order = sorted(entries, key=lambda entry: entry.row_id)
+    keys = list(dict.fromkeys((entry.key0, entry.key1) for entry in in_order))
+    provenances = [(entry.model, entry.sampler_version, entry.init_count, entry.dtype) for entry in entries]
+    known = list(dict.fromkeys(provenances))
+    key_positions = {key: position for position, key in enumerate(keys)}
+    known_positions = {provenance: position for position, provenance in enumerate(known)}
+    digests = [entry.md5 for entry in entries]
+    times = [entry.time for entry in entries]
+    start = math.floor(min((time for time in times if time is not None), default=0))
+    columns = {
+        "score": [round_score(entry.score) for entry in entries],
+        "seed": _column([key_positions[entry.key0, entry.key1] for entry in entries]),
+        "provenance": _column([known_positions[provenance] for provenance in provenances]),
+        "md5": None if None in digests else "".join(map(_base64, digests)),
+        "time": {"start": start, "seconds": _column([None if time is None else int(time - start) for time in times])},
+    }
+    named = [[name and ("" if name.startswith(_SHIPPED) else name), *rest] for name, *rest in known]
+    return {"seeds": [list(key) for key in keys], "provenances": named}, columns
+
+
+def _base64(digest: str | None) -> str:
+    """Return the 22 characters of an MD5 in hex."""
+    return base64.b64encode(bytes.fromhex(digest or "")).decode("ascii").rstrip("=")
+
+
+def _column(values: list) -> Any:
+    """Return a column: one value where all are equal."""
+    return values[0] if values and values.count(values[0]) == len(values) else values
 
 
 def write_manifest(out_dir: Path, manifest: dict[str, Any]) -> Path:
@@ -219,16 +292,12 @@ def manifest_files(manifest: dict[str, Any]) -> dict[str, bytes]:
     return {MANIFEST: text.encode("ascii"), PAGE: shipped(PAGE).read_bytes()}
 
 
-def _pack(members: list[Entry]) -> tuple[str, str, list[list[Any]]]:
-    """Return prefix, suffix and files of one group."""
-    members = sorted(members, key=lambda entry: entry.position)
-    paths = [entry.file for entry in members]
+def _split_paths(paths: list[str]) -> tuple[str, str, list[str]]:
+    """Return prefix and suffix of paths, and what is between them."""
     prefix = commonprefix(paths)
     rests = [path[len(prefix) :] for path in paths]
     suffix = commonprefix([rest[::-1] for rest in rests])[::-1]
-    middles = [rest[: len(rest) - len(suffix)] for rest in rests]
-    files = [[middle, entry.position, *entry.facts()] for middle, entry in zip(middles, members, strict=True)]
-    return prefix, suffix, files
+    return prefix, suffix, [rest[: len(rest) - len(suffix)] for rest in rests]
 
 
 def _finite(number: float | None) -> float | None:

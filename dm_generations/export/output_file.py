@@ -41,7 +41,7 @@ _MAX_SIDES = {"png": (1 << 31) - 1, "webp": (1 << 14) - 1, "jpeg": 65_500}
 # zlib finds no repeats in decoded images, only runs: a quarter of the time of Pillow's default, for the same size.
 _RUNS_ONLY = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 
-_SHARED = ("prompt_id", "prompt", "sc_prompt_id", "sc_prompt", *PARAM_COLUMNS)
+_SHARED = ("prompt_id", "prompt", "sc_prompt_id", "sc_prompt", *PARAM_COLUMNS, "extra_settings")
 _OWN = (
     *("key0", "key1", "sampler_version", "dtype", "init_count", "init_md5"),
     *("log_prob", "clip_score_input", "clip_score_tokenized", "quantvec_md5"),
@@ -125,6 +125,8 @@ def image_record(
     """
     texts = {"prompt_id": row.prompt_id, "prompt": prompt, "sc_prompt_id": row.sc_prompt_id, "sc_prompt": sc_prompt}
     settings = {name: getattr(row.params, name) for name in PARAM_COLUMNS}
+    if row.extra_settings:
+        settings["extra_settings"] = row.extra_settings
     record: Record = {"id": row.id} | {name: json_value(value) for name, value in (texts | settings).items()}
     record |= {"rank": rank} | {name: json_value(getattr(row, name)) for name in _OWN}
     return record | {"generator": _model(row.generator_id, models), "codec": _model(row.codec_id, models)}
@@ -132,7 +134,7 @@ def image_record(
 
 def gallery_record(images: list[Record]) -> Record:
     """Return the record of a gallery of these images, which are of one group, best first."""
-    shared = {name: images[0][name] for name in _SHARED}
+    shared = {name: images[0][name] for name in _SHARED if name in images[0]}
     rest = [{name: value for name, value in record.items() if name not in shared} for record in images]
     return shared | {"images": rest}
 
@@ -207,6 +209,7 @@ class OutputFile:
         rows: The rows on it, with their cells; those that cannot be decoded are left out.
         shard: The file that it is put into; None for one of its own.
         grid: Columns and rows.
+        decoded_grid: Those of the pixels that `place_all` gets; those beyond `grid` are cut off.
         pixels: (rows * H, cols * W, 3) uint8, once an image is placed; tokens (L,) in files of tokens.
     """
 
@@ -217,6 +220,7 @@ class OutputFile:
     rows: list[tuple[int, ImageRow]]
     shard: Shard | None = None
     grid: tuple[int, int] = (1, 1)
+    decoded_grid: tuple[int, int] = (1, 1)
     pixels: np.ndarray | None = None
     placed_count: int = 0
 
@@ -241,9 +245,9 @@ class OutputFile:
     def place_all(self, pixels: np.ndarray) -> None:
         """Put all images at once, (rows * H, cols * W, 3) uint8; cells without an image become black."""
         self.placed_count = len(self.rows)
-        self.pixels = pixels.copy()  # the decoder's are read-only
+        height, width = pixels.shape[0] // self.decoded_grid[1], pixels.shape[1] // self.decoded_grid[0]
         cols, rows = self.grid
-        height, width = pixels.shape[0] // rows, pixels.shape[1] // cols
+        self.pixels = pixels[: rows * height, : cols * width].copy()  # the decoder's are read-only
         for cell in set(range(rows * cols)).difference(cell for cell, _ in self.rows):
             row, col = divmod(cell, cols)
             self.pixels[row * height : (row + 1) * height, col * width : (col + 1) * width] = 0

@@ -9,35 +9,20 @@ import functools
 import math
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dm_generations.archive import Archive, GroupKey, ImageRow, ModelInfo
-from dm_generations.archive.records import BYTES_PER_TOKEN, TOKEN_DTYPE
+from dm_generations.archive import Archive, GroupKey, ImageRow, ModelInfo, quantvec_md5
+from dm_generations.archive.records import BYTES_PER_TOKEN, TOKEN_DTYPE, TokenShape, format_shape, square_side
+from dm_generations.archive.selection import EVERY, Selection, Where, compile_nonempty
 from dm_generations.errors import UserError
 from dm_generations.models.loading import Checkpoint
 from dm_generations.paths import sanitize_file_name, sanitize_name, utf8_path
 
-_MAX_IDS_LISTED = 20
 _SAMPLE_GROUPS, _SAMPLE_ROWS = 64, 8  # enough to tell a wrong codec from a few bad rows
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which images to decode: by default all. Ids and texts of one kind add up; the two kinds both have to match.
-
-    Attributes:
-        n_best: At most so many of each group; None for all.
-    """
-
-    prompt_ids: Sequence[int] = ()
-    prompt_texts: Sequence[str] = ()
-    sc_prompt_ids: Sequence[int] = ()
-    sc_prompt_texts: Sequence[str] = ()
-    n_best: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +68,15 @@ class Layout:
         """Images of one image file; of a full gallery."""
         return self.cols * self.rows if self.is_gallery else 1
 
+    def trim(self, count: int, keeps_cols: bool) -> tuple[int, int]:
+        """Return columns and rows of a gallery of `count` images, without empty ones.
+
+        Args:
+            count: At most `images_per_file`.
+            keeps_cols: Whether empty columns stay, for a caption that needs the width.
+        """
+        return self.cols if keeps_cols else min(self.cols, count), -(-count // self.cols)
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -103,12 +97,17 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
-    """The images of one prompt and one setting, best first, up to `count`."""
+    """The selected images of one prompt and one setting, best first."""
 
     key: GroupKey
     prompt: str | None
     sc_prompt: str | None
     count: int
+    where: Where = EVERY
+
+    def rows(self, archive: Archive, limit: int | None = None) -> Iterator[ImageRow]:
+        """Yield the images, or at most `limit`."""
+        return archive.rows(self.key, self.count if limit is None else min(limit, self.count), self.where)
 
     @property
     def folder(self) -> str:
@@ -122,6 +121,8 @@ class GroupPlan:
             f"Settings(prompt_id={key.prompt_id!r}, sc_prompt_id={key.sc_prompt_id!r}, top_k={params.top_k!r}, "
             f"top_p={params.top_p!r}, temperature={params.temperature!r}, cond_scale={params.cond_scale!r})"
         )
+        if key.extra_settings:
+            settings = f"{settings[:-1]}, extra_settings={key.extra_settings!r})"
         return (
             f"GroupPlan(settings={settings}, prompt={self.prompt!r}, sc_prompt={self.sc_prompt!r}, "
             f"count={self.count!r})"
@@ -131,7 +132,8 @@ class GroupPlan:
         """Yield the files of this group, best images first."""
         folder = self.folder
         fields = (self.key.sc_prompt_id, *astuple(self.key.params), self.sc_prompt)
-        name = functools.partial(make_file_name, *fields, extension=layout.extension)
+        extra = self.key.extra_settings
+        name = functools.partial(make_file_name, *fields, extra_settings=extra, extension=layout.extension)
         for page, first in enumerate(range(0, self.count, layout.images_per_file)):
             ranks = range(first, min(first + layout.images_per_file, self.count))
             if layout.is_gallery:
@@ -145,23 +147,16 @@ def select_groups(archive: Archive, selection: Selection) -> list[GroupPlan]:
     """Return the selected groups, in the order of their ids and settings.
 
     Raises:
-        UserError: An id or a text is not in the archive, or nothing is selected.
+        UserError: An id, a text or a scorer is not in the archive, or nothing is selected.
     """
+    where = compile_nonempty(archive, selection)
     prompts, sc_prompts = archive.prompts(), archive.sc_prompts()
-    prompt_ids = _select_ids("prompt", archive.path, prompts, selection.prompt_ids, selection.prompt_texts)
-    sc_prompt_ids = _select_ids(
-        "sc prompt", archive.path, sc_prompts, selection.sc_prompt_ids, selection.sc_prompt_texts
-    )
-    groups = archive.groups(prompt_ids, sc_prompt_ids)
+    groups = archive.count_groups(where)
     if not groups:
-        found = "no images" if prompt_ids is None and sc_prompt_ids is None else "no images of these prompts"
-        raise UserError(f"{archive.path} holds {found}; `python -m dm_generations info` lists what it holds")
+        raise UserError(f"{archive.path} holds no images; `python -m dm_generations generate` adds some")
     return [
         GroupPlan(
-            group.key,
-            prompts.get(group.key.prompt_id),
-            sc_prompts.get(group.key.sc_prompt_id),
-            group.count if selection.n_best is None else min(group.count, selection.n_best),
+            group.key, prompts.get(group.key.prompt_id), sc_prompts.get(group.key.sc_prompt_id), group.count, where
         )
         for group in groups
     ]
@@ -177,25 +172,6 @@ def is_finished(out_dir: Path, path: str) -> bool:
     except (OSError, ValueError):
         return False
     return stat.S_ISREG(status.st_mode) and status.st_size > 0
-
-
-def _select_ids(
-    kind: str, path: Path, texts: Mapping[int, str | None], ids: Sequence[int], wanted: Sequence[str]
-) -> list[int] | None:
-    """Return the ids that are listed or have a wanted text; None when there is no filter."""
-    if not ids and not wanted:
-        return None
-    if unknown := sorted(set(ids) - texts.keys()):
-        raise UserError(f"{path} has no {kind} with id {_list_ids(unknown)}; its {kind} ids are {_list_ids(texts)}")
-    known_texts, wanted_texts = set(texts.values()), set(wanted)  # a sweep may ask for thousands
-    if unknown_texts := [text for text in wanted if text not in known_texts]:
-        raise UserError(f"{path} has no {kind} {unknown_texts[0]!r:.200}; use the whole text, or its id")
-    return sorted(set(ids) | {text_id for text_id, text in texts.items() if text in wanted_texts})
-
-
-def _list_ids(ids: Sequence[int] | Mapping[int, object]) -> str:
-    listed = ", ".join(str(number) for number in list(ids)[:_MAX_IDS_LISTED])
-    return listed + (f" and {len(ids) - _MAX_IDS_LISTED:,} more" if len(ids) > _MAX_IDS_LISTED else "")
 
 
 # File names.
@@ -217,6 +193,7 @@ def make_file_name(
     rank: int | None = None,
     page: int = 0,
     is_incomplete: bool = False,
+    extra_settings: str = "",
     extension: str = ".png",
 ) -> str:
     """Return the name of an image's or gallery's file, `0001_k=50,p=1.0,t=1.0,c=10.0_00_None.png`.
@@ -229,11 +206,14 @@ def make_file_name(
         rank: The image's rank in its group, from 0; None for a gallery, whose name has none.
         page: Of a gallery, from 0.
         is_incomplete: Whether images are missing in the gallery because of bad rows.
+        extra_settings: Of the group; what stands for them is a part of the MD5 of their JSON.
 
     Returns:
         A name of at most 255 bytes.
     """
     settings = f"{sc_prompt_id:04d}_k={top_k},p={top_p},t={temperature},c={cond_scale}"
+    if extra_settings:  # any text; a hash keeps the name short, and apart from others
+        settings += f",x={quantvec_md5(extra_settings.encode())[:8]}"
     if page:
         settings += f",page={page + 1}"
     if is_incomplete:
@@ -262,10 +242,11 @@ def check_codec(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoint)
             continue
         recorded = models[codec_id]
         is_same = recorded.sha256 == codec.sha256
-        grid = recorded.grid if is_same and recorded.grid else codec.config.grid
+        side = square_side(recorded.token_shape)
+        grid = side if is_same and side else codec.config.grid
         grids.add(grid)
-        if (recorded.grid, recorded.codebook_size) != (grid, codec.config.codebook_size) or len(grids) > 1:
-            theirs = f"{_describe(recorded.grid, recorded.codebook_size)} of {recorded.name!r:.100}"
+        if (side, recorded.codebook_size) != (grid, codec.config.codebook_size) or len(grids) > 1:
+            theirs = f"{_describe(recorded.token_shape, recorded.codebook_size)} of {recorded.name!r:.100}"
             raise _mismatch(archive, codec, theirs)
         if not is_same:
             warnings.append(
@@ -284,7 +265,7 @@ def _find_recorded_codecs(
         return [None]
     if len(codec_ids) == 1:
         return codec_ids
-    named = {row.codec_id for plan in plans for row in archive.rows(plan.key, plan.count)}
+    named = {row.codec_id for plan in plans for row in plan.rows(archive)}
     return [codec_id for codec_id in codec_ids if codec_id in named] + ([None] if None in named else [])
 
 
@@ -311,16 +292,18 @@ def _check_tokens(archive: Archive, plans: Sequence[GroupPlan], codec: Checkpoin
 
 def _read_unrecorded(archive: Archive, plan: GroupPlan) -> list[ImageRow]:
     """Return those of the best rows of a group that name no codec."""
-    return [row for row in archive.rows(plan.key, min(plan.count, _SAMPLE_ROWS)) if row.codec_id is None]
+    return [row for row in plan.rows(archive, _SAMPLE_ROWS) if row.codec_id is None]
 
 
 def _mismatch(archive: Archive, codec: Checkpoint, theirs: str) -> UserError:
-    ours = _describe(codec.config.grid, codec.config.codebook_size)
+    ours = _describe((codec.config.grid, codec.config.grid), codec.config.codebook_size)
     return UserError(
         f"codec {codec.name!r} takes {ours}, but {archive.path} holds {theirs}; "
         "choose the codec that they were made with: --codec FOLDER"
     )
 
 
-def _describe(grid: int | None, codebook_size: int | None) -> str:
-    return f"{grid}x{grid} tokens below {codebook_size:,}"
+def _describe(token_shape: TokenShape | None, codebook_size: int | None) -> str:
+    if token_shape is None or codebook_size is None:
+        return "tokens of an unknown shape"
+    return f"{format_shape(token_shape)} tokens below {codebook_size:,}"

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, Self
 
-from dm_generations.atomic_io import temporary_path, write_atomic
+from dm_generations.atomic_io import TemporaryFile, write_atomic
 from dm_generations.errors import UserError, defer_sigint
 from dm_generations.paths import utf8_path
 
@@ -296,8 +296,8 @@ class _OpenShard:
     def __init__(self, shard: Shard, out_dir: Path, container: Callable[[BinaryIO], Container]):
         self.shard = shard
         self.error: Exception | None = None
-        self._out_dir, self._temporary = out_dir, temporary_path(out_dir)
-        self._file: BinaryIO | None = None
+        self._out_dir = out_dir
+        self._temporary: TemporaryFile | None = None
         self._filled: Container | None = None
         self._try(lambda: self._start(container))
 
@@ -311,19 +311,16 @@ class _OpenShard:
 
     def discard(self) -> None:
         """Leave nothing of it."""
-        if self._file is None:
+        if self._temporary is None:
             return
-        # Both may still have something to write, for which there may be no room.
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # there may be no room for what is still to be written
             if self._filled is not None:
                 self._filled.close()
-        with contextlib.suppress(OSError):
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        self._temporary.discard()
 
     def _start(self, container: Callable[[BinaryIO], Container]) -> None:
-        self._file = open(self._temporary, "xb")  # noqa: SIM115
-        self._filled = container(self._file)
+        self._temporary = TemporaryFile(self._out_dir)
+        self._filled = container(self._temporary.file)
 
     def _add(self, members: list[Member]) -> None:
         assert self._filled is not None, "started"
@@ -331,13 +328,12 @@ class _OpenShard:
             self._filled.add(name, content)
 
     def _close(self) -> None:
-        assert self._file is not None, "started"
+        assert self._temporary is not None, "started"
         assert self._filled is not None, "started"
         self._filled.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())  # else a power cut may leave half of it at its final name
-        self._file.close()
-        os.replace(self._temporary, self._out_dir / self.shard.final_path)
+        self._temporary.file.flush()
+        os.fsync(self._temporary.file.fileno())  # else a power cut may leave half of it at its final name
+        self._temporary.rename(self._out_dir / self.shard.final_path)
         if self.shard.is_whole:
             (self._out_dir / self.shard.incomplete_path).unlink(missing_ok=True)
 

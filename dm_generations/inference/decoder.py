@@ -5,8 +5,10 @@ R, C: rows and columns of images on a sheet
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dm_generations.errors import UserError
-from dm_generations.models.loading import Checkpoint
+from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.registry import get_kind
+from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import (
     WEIGHTS_ADVICE,
     BatchRunner,
@@ -35,6 +38,14 @@ _COPIES = 6  # of the largest array: what a convolution reads, adds and writes, 
 _MEMORY_SHARE = 0.5  # of the free memory; the next batch is under way while the last one is fetched
 
 
+class HasTokens(Protocol):
+    """An image as tokens."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """(L,) whole numbers."""
+
+
 class Decoder:
     """The decoder of an image codec, compiled once, with its batch divided among the local devices.
 
@@ -46,7 +57,10 @@ class Decoder:
         token_count: L.
         codebook_size: Tokens are below it.
         image_size: Pixels a side of an image.
+        name: Of the codec.
     """
+
+    name = "codec"
 
     def __init__(
         self,
@@ -100,7 +114,91 @@ class Decoder:
         grid: int | None = None,
     ) -> "Decoder":
         """Make the decoder of a loaded checkpoint; see `Decoder` for the arguments."""
-        return cls(checkpoint.kind, checkpoint.config, checkpoint.params, batch_size, dtype, grid)
+        decoder = cls(checkpoint.kind, checkpoint.config, checkpoint.params, batch_size, dtype, grid)
+        decoder.name = checkpoint.name
+        return decoder
+
+    @classmethod
+    def load(
+        cls,
+        codec: str | os.PathLike[str] | None = None,
+        batch_size: int | Literal["auto"] = 32,
+        dtype: str = "float32",
+        grid: int | None = None,
+    ) -> "Decoder":
+        """Load a codec from a folder, a file or the Hugging Face hub; None is the one that ships.
+
+        >>> Decoder.load()
+        <Decoder embedded/vqgan: 8x8 tokens below 4,096 to images of 64 px>
+
+        Raises:
+            UserError: The codec is missing or broken, or memory does not hold it.
+        """
+        compile_cache.enable()
+        return cls.from_checkpoint(load_checkpoint(codec, "codec"), batch_size, dtype, grid)
+
+    def __repr__(self) -> str:
+        tokens = f"{self.grid}x{self.grid} tokens below {self.codebook_size:,}"
+        return f"<Decoder {self.name}: {tokens} to images of {self.image_size} px>"
+
+    def __call__(self, tokens: np.ndarray | Sequence) -> np.ndarray:
+        """Decode images.
+
+        >>> Decoder.load()([[7] * 64, [8] * 64]).shape
+        (2, 64, 64, 3)
+
+        Args:
+            tokens: Whole numbers (n, L), or (L,) of one image.
+
+        Returns:
+            (n, H, W, 3) uint8.
+
+        Raises:
+            UserError: The tokens are not of this shape, or one is outside the codebook; or memory is too small.
+        """
+        array = np.atleast_2d(np.asarray(tokens))
+        if array.shape[1:] != self._item_shape or array.dtype.kind not in "iu":
+            raise UserError(
+                f"tokens are {array.dtype} {array.shape}; this codec takes whole numbers (n, {self.token_count})"
+            )
+        if array.size and (array.min() < 0 or array.max() >= self.codebook_size):
+            wrong = int(array.min() if array.min() < 0 else array.max())
+            raise UserError(f"token {wrong:,} is outside the codec's codebook of {self.codebook_size:,}")
+        return self.decode(array.astype(np.uint16))
+
+    def decode_batches(self, images: Iterable[HasTokens]) -> Iterator[tuple[list[HasTokens], np.ndarray]]:
+        """Decode many images in batches, with the next batch under way while the last one is used.
+
+        >>> from dm_generations import Archive
+        >>> decoder = Decoder.load(batch_size=8)
+        >>> with Archive.open("archive/emoji.db") as archive:
+        ...     for images, pixels in decoder.decode_batches(archive.images(prompt="a rocket", cond_scale=3, best=1)):
+        ...         print(len(images), pixels.shape)
+        8 (8, 64, 64, 3)
+        8 (8, 64, 64, 3)
+        2 (2, 64, 64, 3)
+
+        Args:
+            images: Anything with `tokens` (L,): the images of an archive, say, which are read as they are needed.
+
+        Yields:
+            Up to `batch_size` of the images, and their pixels (n, H, W, 3) uint8.
+
+        Raises:
+            UserError: As a call of this decoder.
+        """
+        running: tuple[list[HasTokens], Decoding] | None = None
+        remaining = iter(images)
+        while batch := list(itertools.islice(remaining, self.batch_size)):
+            for image in batch:
+                if image.tokens.shape != self._item_shape:
+                    raise UserError(f"{image!r:.200} has {image.tokens.size:,} tokens, the codec {self.token_count:,}")
+            started = batch, self.start(np.stack([image.tokens for image in batch]).astype(np.uint16))
+            if running is not None:
+                yield running[0], running[1].images()
+            running = started
+        if running is not None:
+            yield running[0], running[1].images()
 
     def tiled(self, rows: int, cols: int) -> "Decoder":
         """Make a decoder for sheets of R x C images, each decoded as one token grid so that there are no seams.

@@ -3,7 +3,9 @@
 n: rows asked for   L: tokens of an image, row-major over its grid
 """
 
+import contextlib
 import functools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +30,9 @@ from dm_generations.sampling.methods import DalleMiniSampler
 from dm_generations.sampling.params import SamplingParams
 from dm_generations.sampling.prng import WORD
 
+_logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_UNKNOWN_TEXT = "\U000f0000"  # for private use: no tokenizer was trained on it
 _TIMED_STEPS = 4
 _LOGITS_COPIES = 8  # halves, guided, filtered, noise and a compiler's temporary copies of them
 
@@ -163,8 +167,21 @@ class Generator:
         self._runner = BatchRunner(wanted, concurrency, message)
 
     def check_texts(self, texts: Sequence[str | None]) -> None:
-        """Raise UserError for a text with a token that the model does not have, as a wrong tokenizer makes."""
-        self._tokenizer.encode(texts, self._model.config.max_text_length)
+        """Warn of texts that the model reads only in part, or not at all.
+
+        Raises:
+            UserError: A text has a token that the model does not have, as a wrong tokenizer makes.
+        """
+        length = self._model.config.max_text_length
+        ids, mask = self._tokenizer.encode(texts, length + 1)
+        if cut := [text for text, is_cut in zip(texts, mask.sum(axis=1) > length, strict=True) if is_cut]:
+            _warn_of("longer than the %s tokens that the model reads, so cut there", cut, length)
+        with contextlib.suppress(UserError):  # a tokenizer may have no token for what it does not know
+            nothing, _ = self._tokenizer.encode(["", _UNKNOWN_TEXT], length)
+            unknown = {*nothing.flat, *getattr(self._tokenizer, "unknown_ids", ())}
+            pairs = zip(texts, ids, strict=True)
+            if unread := [text for text, row in pairs if text and text.strip() and unknown.issuperset(row)]:
+                _warn_of("without a character that the model knows, so these images may show anything", unread)
 
     def generate(
         self,
@@ -430,3 +447,8 @@ def _checked_whole(name: str, values: np.ndarray, lowest: int, highest: int) -> 
     if values.size and not (values.dtype.kind in "iu" and lowest <= values.min() and values.max() <= highest):
         raise ValueError(f"{name} must be whole numbers from {lowest:,} to {highest:,}")
     return values
+
+
+def _warn_of(what: str, texts: Sequence[str | None], *values: object) -> None:
+    subject = "1 prompt " if len(texts) == 1 else f"{len(texts):,} prompts "
+    _logger.warning(f"{subject}{what}: %.60r", *values, texts[0])

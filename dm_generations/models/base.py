@@ -22,7 +22,7 @@ from dm_generations.weights.state_dict import Shape, same_name
 
 # The largest sizes that a config may have, far above those of any model that exists: whoever writes a file of a few
 # bytes must not decide how long it takes to build a network.
-MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS = 256, 1 << 20, 1 << 24, 1 << 16
+MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS = 128, 1 << 20, 1 << 24, 1 << 16
 LAYERS, WIDTH, VOCABULARY, POSITIONS = (
     (1, largest) for largest in (MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS)
 )

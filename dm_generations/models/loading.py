@@ -7,11 +7,10 @@ of mapped files in the dtype of the file; `runtime.device.put_params` puts them 
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +27,7 @@ from dm_generations.models.registry import (
     load_tokenizer,
     parameter_shapes,
 )
+from dm_generations.runtime.device import WEIGHTS_ADVICE, memory_errors
 from dm_generations.weights import hub, native
 from dm_generations.weights.mmap import release
 from dm_generations.weights.native import flatten
@@ -37,6 +37,15 @@ EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 MAX_CODEBOOK_SIZE = 65536  # tokens are uint16
 _EMBEDDED_NAMES = {"generator": "dalle_bart", "codec": "vqgan", "clip": "clip"}
 _NATIVE_FILES = "config.json with model.safetensors"
+# Archives know these embedded weights by the hash of a file with another order of tensors.
+_RECORDED_SHA256 = {
+    "5585f9db34d14bded504d2431ab38cd1f21332b9151f10f056012ba1865a53d1": (
+        "e6291f4e1ed44ed1e7ab13ab315e36eac1bf968fae9aa32ba1c2da93a2cb91a7"
+    ),
+    "2867ebc8d20dfadccc23bc7afbff9b0263de1bc24bf6c1ac6aa5954292454605": (
+        "dc35e4cae8fce58cd9ad2dfe3ebd6cf1a50b6cbad5493d3ecc3368dc201ad120"
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +56,7 @@ class Checkpoint:
     config: Any  # the network's config
     params: dict  # nested, names of the network; NumPy arrays in the dtype of the file, mapped, of native byte order
     name: str  # "embedded/vqgan", the folder's or file's name, or the hub's
-    sha256: str  # hex, of the weight file; of several files, of their digests joined
+    sha256: str  # hex, of the weights, whatever file they lie in: see `native.digest`
     folder: Path  # that of the configs that belong to the weights
     tokenizer: Path | None = None
     text_style: str | None = None
@@ -75,7 +84,8 @@ class Checkpoint:
             config["grid"] = grid
         side = grid or self.config.grid
         image_size = self.config.image_size // self.config.grid * side
-        return ModelInfo(self.role, self.name, self.sha256, config, side, self.config.codebook_size, image_size)
+        shapes = (side, side), self.config.codebook_size, (image_size, image_size)
+        return ModelInfo(self.role, self.name, self.sha256, config, *shapes)
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the tokenizer of its prompts.
@@ -111,7 +121,7 @@ def load_checkpoint(path_or_name: str | os.PathLike | None, role: str) -> Checkp
 
     Args:
         path_or_name: A folder, a file or a name on the Hugging Face hub; None is the embedded model.
-        role: "generator", "codec" or "clip".
+        role: One of `registry.ROLES`; there is no embedded "scorer".
 
     Raises:
         UserError: There is nothing, nothing of a known format or not for this role, or a tensor is missing,
@@ -127,6 +137,7 @@ def load_checkpoint(path_or_name: str | os.PathLike | None, role: str) -> Checkp
     return found
 
 
+@memory_errors(WEIGHTS_ADVICE)
 def find_checkpoint(path_or_name: str | os.PathLike | None, role: str) -> Checkpoint | None:
     """Load as `load_checkpoint` does, but return None for a path that holds nothing for this role."""
     path: Path | None
@@ -145,8 +156,9 @@ def find_checkpoint(path_or_name: str | os.PathLike | None, role: str) -> Checkp
     if path_or_name is not None:  # the embedded models are this package's own, and tracing a network takes a while
         check_names_and_shapes(_expected_shapes(raw, path), raw)
     folder = path if path.is_dir() else path.parent
-    digest = _digest(raw.files)
     params = _to_native_order(raw.params)
+    digest = native.digest(params)
+    digest = _RECORDED_SHA256.get(digest, digest)
     return Checkpoint(raw.kind, raw.config, params, name, digest, folder, raw.tokenizer, raw.text_style)
 
 
@@ -196,12 +208,29 @@ def load_models(
         UserError: One is missing or broken, or they are not compatible.
     """
     generator = load_generator(model, tokenizer, overrides)
-    own_codec = find_checkpoint(model, "codec") if codec is None and model is not None else None
-    codec_from = codec if own_codec is None else model
-    codec_checkpoint = own_codec or load_checkpoint(codec, "codec")
-    _check_compatible(generator, codec_checkpoint)
+    codec_checkpoint, codec_from = load_codec(generator, model, codec)
     clip_checkpoint = load_checkpoint(clip, "clip") if is_scored else None
     return Models(generator, codec_checkpoint, clip_checkpoint, codec_from)
+
+
+def load_codec(generator: Checkpoint, model: str | None, codec: str | None) -> tuple[Checkpoint, str | None]:
+    """Load the codec of a text-to-image model.
+
+    Args:
+        generator: The model.
+        model: Where it came from: a folder, a file or a hub name; None for the embedded one.
+        codec: The codec; None is the model's own if it lies with the model, else the embedded one.
+
+    Returns:
+        The codec, and where it came from.
+
+    Raises:
+        UserError: It is missing or broken, or not compatible with the model.
+    """
+    own_codec = find_checkpoint(model, "codec") if codec is None and model is not None else None
+    checkpoint = own_codec or load_checkpoint(codec, "codec")
+    _check_compatible(generator, checkpoint)
+    return checkpoint, codec if own_codec is None else model
 
 
 def is_other_embedded(name: str, sha256: str, role: str) -> bool:
@@ -269,7 +298,7 @@ def _read_native_kind(folder: Path, kind: ModelKind, values: dict[str, Any]) -> 
     weights, params = folder / native.WEIGHTS_FILE, native.read_params(folder)
     with prefix_errors(folder / native.CONFIG_FILE):
         config = kind.config_class.from_dict(values)
-    if kind.role == "codec":
+    if kind.role in ("codec", "scorer"):
         return RawCheckpoint(kind.name, config, params, (weights,))
     return RawCheckpoint(kind.name, config, params, (weights,), folder, values.get("text_style", kind.name))
 
@@ -333,13 +362,4 @@ def _embedded_name(role: str) -> str:
 
 @functools.cache
 def _embedded_sha256(role: str) -> str:
-    return _digest([EMBEDDED / _EMBEDDED_NAMES[role] / native.WEIGHTS_FILE])
-
-
-def _digest(files: Iterable[Path]) -> str:
-    """SHA-256 of a file, in hex; of several files, that of their digests joined."""
-    digests = []
-    for path in files:
-        with open(path, "rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return load_checkpoint(None, role).sha256

@@ -16,7 +16,7 @@ from dm_generations.errors import UserError
 from dm_generations.models.base import ImageDecoder, NetworkDecoder, RawCheckpoint, Tokenizer
 from dm_generations.weights.state_dict import Shape
 
-ROLES = ("generator", "codec", "clip")
+ROLES = ("generator", "codec", "clip", "scorer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +151,14 @@ KINDS = (
         ),
         tokenizers={"clip": "clip.tokenizer:load_clip_tokenizer"},
     ),
+    ModelKind(
+        name="aesthetic",
+        role="scorer",
+        config="aesthetic.network:AestheticConfig",
+        network="aesthetic.network:AestheticHead",
+        readers=("aesthetic.checkpoint:read_head",),
+        files="a .pth, .pt, .bin or .safetensors file with weight and bias, or layers.0.weight and so on",
+    ),
 )
 
 
@@ -172,7 +180,7 @@ def get_kind(name: str) -> ModelKind:
 
 
 def kinds_of_role(role: str) -> list[ModelKind]:
-    """Return the kinds that serve as a generator, a codec or a CLIP.
+    """Return the kinds that serve as a generator, a codec, a CLIP, or another scorer of images.
 
     Raises:
         ValueError: There is no such role.

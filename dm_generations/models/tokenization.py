@@ -20,13 +20,18 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import models
+from tokenizers import models, pre_tokenizers
 
 from dm_generations.errors import UserError, one_line
+from dm_generations.weights.mmap import refuse_lfs_pointer
 
 MAX_BYTES = 64 << 20  # the largest tokenizers in use have 20 MB
 MAX_ID = int(np.iinfo(np.int32).max)
-MAX_GROWTH = 1000  # how many times longer the replacements of a tokenizer.json may make a text
+MAX_GROWTH = 1000  # how many times longer the steps of a tokenizer.json may make a text
+
+MAX_STEPS = 100  # in a tokenizer.json; those in use have about ten
+_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_NESTED = ("normalizers", "pretokenizers", "processors", "decoders")
 
 # vocab.json and merges.txt, which may share an ending, as min-dalle's vocab_mini.json and merges_mini.txt do.
 VOCAB_OR_MERGES_NAME = re.compile(r"vocab(.*)\.json|merges(.*)\.txt")
@@ -38,7 +43,7 @@ def read_bytes(path: Path) -> bytes:
     """Read a whole file.
 
     Raises:
-        UserError: It is missing, unreadable or far too large for a tokenizer's.
+        UserError: It is missing, unreadable, far too large for a tokenizer's or a pointer of Git LFS.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -49,6 +54,7 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if len(data) > MAX_BYTES:
         raise UserError(f"{path}: more than {MAX_BYTES >> 20} MiB, not a tokenizer's file")
+    refuse_lfs_pointer(path, data)
     return data
 
 
@@ -245,30 +251,49 @@ def _check_memory(document: Any, path: Path) -> None:
     """Refuse a tokenizer.json that would end the process: the library takes any memory that a file asks for.
 
     Raises:
-        UserError: A character map is said to be larger than it is, or a text may grow more than MAX_GROWTH times.
+        UserError: It has more than MAX_STEPS steps, a text may grow more than MAX_GROWTH times, or a character map is
+            said to be larger than it is.
     """
-    growth = 1
-    pending = [document.get("normalizer"), document.get("decoder")] if isinstance(document, dict) else []
+    growth, count = 1, 0
+    pending = [document.get(part) for part in _PARTS] if isinstance(document, dict) else []
     while pending:
         step = pending.pop()
-        if not isinstance(step, dict):
-            continue
-        for nested in (step.get("normalizers"), step.get("decoders")):
-            pending += nested if isinstance(nested, list) else []
-        pattern, content = step.get("pattern"), step.get("content")
-        if isinstance(pattern, dict) and isinstance(content, str):
-            text = pattern.get("String")
-            if isinstance(text, str) and text:
-                growth *= max(1, -(-_byte_count(content) // _byte_count(text)))
-            else:  # a regular expression may match between any two characters
-                growth *= 1 + _byte_count(content)
-        if isinstance(encoded := step.get("precompiled_charsmap"), str):
-            with contextlib.suppress(ValueError):  # the library says what is wrong
-                charsmap = base64.b64decode(encoded)
-                if int.from_bytes(charsmap[:4], "little") > len(charsmap):
-                    raise UserError(f"{path}: damaged, its precompiled_charsmap is cut off")
-    if growth > MAX_GROWTH:
-        raise UserError(f"{path}: can make a text more than {MAX_GROWTH:,} times longer, not a tokenizer's file")
+        if isinstance(step, dict):
+            count += 1
+            growth *= _growth(step, path)
+            lists = (step.get(name) for name in _NESTED)
+            pending += [nested for steps in lists if isinstance(steps, list) for nested in steps]
+        if growth > MAX_GROWTH or count > MAX_STEPS:
+            raise UserError(
+                f"{path}: can make a text more than {MAX_GROWTH:,} times longer, or has more than {MAX_STEPS} steps: "
+                "not a tokenizer's file"
+            )
+
+
+def _growth(step: dict[str, Any], path: Path) -> int:
+    """Return how many times longer a step of a pipeline can make a text, and 1 or more."""
+    pattern, content, added = step.get("pattern"), step.get("content"), step.get("prepend")
+    if isinstance(pattern, dict) and isinstance(content, str):
+        text = pattern.get("String")
+        if isinstance(text, str) and text:
+            return max(1, -(-_byte_count(content) // _byte_count(text)))
+        return 1 + _byte_count(content)  # a regular expression may match between any two characters
+    if isinstance(added, str):
+        return 1 + _byte_count(added)
+    if step.get("type") == "ByteLevel":  # it writes bytes as characters of two bytes
+        return 2
+    if isinstance(encoded := step.get("precompiled_charsmap"), str):
+        with contextlib.suppress(ValueError):  # the library says what is wrong
+            charsmap = base64.b64decode(encoded)
+            trie = int.from_bytes(charsmap[:4], "little")
+            if trie > len(charsmap):
+                raise UserError(f"{path}: damaged, its precompiled_charsmap is cut off")
+            return max(1, *map(len, charsmap[4 + trie :].split(b"\0")))
+    specials, template = step.get("special_tokens"), step.get("single")
+    if isinstance(specials, dict) and isinstance(template, list):
+        ids = (token.get("ids") for token in specials.values() if isinstance(token, dict))
+        return 1 + len(template) * max((len(each) for each in ids if isinstance(each, list)), default=0)
+    return 1
 
 
 def _byte_count(text: str) -> int:
@@ -329,6 +354,7 @@ class PromptTokenizer:
             ends = pipeline.encode("").ids
         if len(ends) != 2:
             raise UserError(f"{self.path}: puts {len(ends)} tokens around a text, expected a start and an end")
+        self.unknown_ids = find_unknown_ids(pipeline)
         self.bos_id: int = ends[0]
         self.eos_id: int = ends[1]
         pad_id: int | None = padding.get("pad_id", pipeline.token_to_id("<pad>"))
@@ -376,6 +402,17 @@ class PromptTokenizer:
         normalize = self._normalize or (lambda text: text)
         normalized = ["" if text is None else normalize(replace_surrogates(text)) for text in texts]
         return [ids[: length - 2] for ids in encode_texts(self._pipeline, normalized, self.path)]
+
+
+def find_unknown_ids(pipeline: tokenizers.Tokenizer) -> set[int]:
+    """Return the ids that stand for parts of unknown characters: the single bytes, of byte-level BPE, beyond ASCII."""
+    vocab = pipeline.get_vocab()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if not vocab.keys() >= set(alphabet):
+        return set()
+    # The characters that stand for bytes: ASCII for itself, spaces and all others for what is beyond.
+    names = [name + end for name in alphabet if not name.isascii() for end in ("", "</w>")]
+    return {vocab[name] for name in names if name in vocab}
 
 
 def encode_texts(

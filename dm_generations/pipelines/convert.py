@@ -14,26 +14,27 @@ from dm_generations.models.kakao_mindalle import checkpoint as kakao_mindalle
 from dm_generations.models.loading import Checkpoint, find_checkpoint
 from dm_generations.models.registry import ROLES
 from dm_generations.models.tokenization import VOCAB_OR_MERGES_NAME
+from dm_generations.runtime.device import memory_errors
 from dm_generations.weights import native
+from dm_generations.weights.mmap import is_apple_double
 from dm_generations.weights.tar import is_archive
 
-# Files of tokenizers, in any of the public models, and of CLIP's preprocessing.
+# Files of tokenizers, in any of the public models, and those that only go with one.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.json",
     "merges.txt",
     "vocab.txt",
-    WORDS_FILE,
     *kakao_mindalle.TOKENIZER_FILES,
     *kakao_mindalle.TOKENIZER_ARCHIVES,
     "bpe_simple_vocab_16e6.txt",
     "bpe_simple_vocab_16e6.txt.gz",
-    "preprocessor_config.json",
-    "processor_config.json",
 )
+_EXTRA_FILES = (WORDS_FILE, "preprocessor_config.json", "processor_config.json")
 _DTYPES: dict[str, type] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
+@memory_errors("convert the model on a machine with more")
 def convert(spec: str, out: Path, tokenizer: Path | None = None, dtype: str | None = None) -> list[str]:
     """Write every model of a checkpoint as folders of our own. `out` appears as a whole or not at all.
 
@@ -86,17 +87,23 @@ def _write(checkpoint: Checkpoint, folder: Path, final: Path, tokenizer: Path | 
         checkpoint.text_style or "",
     )
     source = tokenizer or checkpoint.tokenizer
-    if source is not None:
-        _copy_tokenizer(source, folder)
+    is_complete = checkpoint.text_style is None or (source is not None and _copy_tokenizer(source, folder))
+    missing = "" if is_complete else ", without a tokenizer: it is not in the model's folder, give it with --tokenizer"
     size = (folder / native.WEIGHTS_FILE).stat().st_size
-    return f"{final}: {checkpoint.kind}, {size / 1e6:,.1f} MB"
+    return f"{final}: {checkpoint.kind}, {size / 1e6:,.1f} MB{missing}"
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the files of a tokenizer under the names that loading looks for, with those that belong to a named file."""
+def _copy_tokenizer(source: Path, folder: Path) -> bool:
+    """Copy the files of a tokenizer under the names that loading looks for, with those that belong to a named file.
+
+    Returns:
+        Whether there is one.
+    """
     if source.is_dir():
-        copies = {source / name: name for name in TOKENIZER_FILES}
-        copies |= {extra: extra.name for extra in source.glob("*.model")}  # YouTokenToMe's
+        copies = {source / name: name for name in (*TOKENIZER_FILES, *_EXTRA_FILES)}
+        copies |= {
+            extra: extra.name for extra in source.glob("*.model") if not is_apple_double(extra)
+        }  # YouTokenToMe's
     elif match := VOCAB_OR_MERGES_NAME.fullmatch(source.name):
         ending = match[1] or match[2] or ""  # min-dalle's two sizes in one folder
         copies = {source.with_name(f"vocab{ending}.json"): "vocab.json"}
@@ -109,9 +116,10 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         copies = {source: "tokenizer.json" if source.suffix == ".json" else source.name}
     if not source.is_dir():  # which a model's normaliser looks for in the same folder
         copies[source.with_name(WORDS_FILE)] = WORDS_FILE
-    for original, name in copies.items():
-        if original.is_file():
-            shutil.copyfile(original, folder / name)
+    found = {original: name for original, name in copies.items() if original.is_file()}
+    for original, name in found.items():
+        shutil.copyfile(original, folder / name)
+    return not set(found.values()) <= set(_EXTRA_FILES)
 
 
 def _check_range(checkpoint: Checkpoint) -> None:

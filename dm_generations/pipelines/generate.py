@@ -45,6 +45,9 @@ SMALLER_BATCH = "use a smaller --batch-size"
 
 logger = logging.getLogger(__name__)
 OnProgress = Callable[[int, int], None]  # called with how many images are done, and of how many
+OnUnfinished = Callable[
+    [Sequence[Sample], np.ndarray], None
+]  # called with n samples, and their first tokens (n, count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ class GenerateOptions:
         progressive_dir: Folder for unfinished images.
     """
 
-    db: Path
+    db: Path = Path()
     model: str | None = None
     tokenizer: Path | None = None
     config_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -100,16 +103,20 @@ class GenerateReport:
         existing_count: Skipped, because the archive had them before.
         others_count: Sampled here, but stored by another process in the meantime.
         invalid_count: Left out, because dalle-mini's noise sampled a token outside the codebook.
+        distinct_count: How many of those that were sampled here have different tokens.
         seconds: Time of sampling, scoring and storing.
         codec: Folder, file or hub name of the codec; None is the embedded one.
+        progressive_dir: Folder with unfinished images, if some were written.
     """
 
     added_count: int = 0
     existing_count: int = 0
     others_count: int = 0
     invalid_count: int = 0
+    distinct_count: int = 0
     seconds: float = 0.0
     codec: str | None = None
+    progressive_dir: Path | None = None
 
 
 def generate(
@@ -148,34 +155,39 @@ class Pipeline:
         scorer: Scores images; None if they are not to be scored.
     """
 
-    def __init__(self, models: Models, options: GenerateOptions, init: "InitTokens | None" = None):
+    generator: Generator
+    decoder: Decoder | None
+    scorer: Scorer | None
+
+    def __init__(
+        self,
+        models: Models,
+        options: GenerateOptions,
+        init: "InitTokens | None" = None,
+        loaded: tuple[Generator, Decoder | None, Scorer | None] | None = None,
+        on_unfinished: OnUnfinished | None = None,
+    ):
         """Put the models on the devices.
 
         Args:
             models: The checkpoints.
             options: Batch size, dtype, noise and unfinished images.
             init: Tokens that every image starts with.
+            loaded: What is on the devices already, in place of `models`.
+            on_unfinished: Called every `options.progressive_every` tokens; None writes the images as files.
 
         Raises:
             UserError: A model lacks its tokenizer, or memory does not hold the weights.
         """
         compile_cache.enable()
         self.models = models
-        tokenizer = models.generator.load_tokenizer()
-        self.generator = Generator(
-            models.generator, tokenizer, options.batch_size, dtype=options.dtype, rng=options.rng
-        )
-        self.decoder: Decoder | None = None
-        self.scorer: Scorer | None = None
-        if models.clip is not None or options.progressive_every is not None:
-            self.decoder = Decoder.from_checkpoint(models.codec, options.batch_size, grid=models.grid)
-        if models.clip is not None:
-            self.scorer = Scorer.from_checkpoint(models.clip, options.batch_size)
+        self.generator, self.decoder, self.scorer = loaded or _load(models, options)
         self._sampler_version = SAMPLER_VERSIONS[options.rng]
         self._init = init
         self._init_md5 = "" if init is None else init.md5
         self._options = options
         self._is_compiled = False
+        self._on_unfinished = on_unfinished or self._write_unfinished
 
     def plan(self, sweep: Sweep, archive: Archive | None, shard: Shard = WHOLE_SWEEP) -> Plan:
         """Find the images of `sweep` that the archive lacks from this model."""
@@ -203,10 +215,13 @@ class Pipeline:
             self._compile_scoring(rows[0])  # while the devices sample
             tokens, log_probs = sampling.samples()
         else:
+            last_token = self.generator.codebook_size - 1  # dalle-mini also samples other tokens
             tokens, log_probs = self.generator.sample(
                 *rows,
                 self._options.progressive_every,
-                lambda first, tokens: self._write_unfinished(samples[first : first + len(tokens)], tokens),
+                lambda first, tokens: self._on_unfinished(
+                    samples[first : first + len(tokens)], np.minimum(tokens, last_token).astype(TOKEN_DTYPE)
+                ),
             )
         time_end = time.time()
         images = [
@@ -233,21 +248,26 @@ class Pipeline:
         """Generate all that `plan` lists into `archive`, each batch in a transaction."""
         report = GenerateReport(existing_count=plan.existing_count)
         total, done = plan.missing_count, 0
+        distinct: set[int] = set()  # hashes of tokens
         started = time.monotonic()
         on_progress(done, total)
-        for batch in self._batches(plan.samples()):
+        for batch in self.batches(plan.samples()):
             with memory_errors(SMALLER_BATCH):
                 images = self.sample(batch)
-            added = self._store(archive, images)
+            added = self.store(archive, images)
             report.added_count += added
             report.others_count += len(images) - added
             report.invalid_count += len(batch) - len(images)
+            distinct.update(hash(image.quantvec) for image in images)
             done += len(batch)
             on_progress(done, total)
+        report.distinct_count = len(distinct)
+        if total and self._options.progressive_every is not None:
+            report.progressive_dir = self._options.progressive_dir
         report.seconds = time.monotonic() - started
         return report
 
-    def _batches(self, samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    def batches(self, samples: Iterable[Sample]) -> Iterator[list[Sample]]:
         """Yield samples in order, as many as the generator takes at a time."""
         batch: list[Sample] = []
         room = list(self.generator.capacities)
@@ -263,13 +283,14 @@ class Pipeline:
         if batch:
             yield batch
 
-    def _store(self, archive: Archive, images: Sequence[NewImage]) -> int:
+    def store(self, archive: Archive, images: Sequence[NewImage]) -> int:
         """Add images in one transaction; returns how many were new."""
         models = self.models
         with archive.transaction():
             generator_id = archive.add_model(models.generator.model_info())
             codec_id = archive.add_model(models.codec.model_info(models.grid))
-            clip_id = None if models.clip is None else archive.add_model(models.clip.model_info())
+            clip = None if self.scorer is None else self.scorer.info
+            clip_id = None if clip is None else archive.add_model(clip)
             return archive.add_images(images, generator_id, codec_id, clip_id, self._sampler_version)
 
     def _add_scores(self, images: list[NewImage], tokens: np.ndarray) -> list[NewImage]:
@@ -277,7 +298,7 @@ class Pipeline:
         if self.scorer is None or self.decoder is None or not images:
             return images
         decoding = self.decoder.start(tokens.astype(np.uint16))
-        scores = self.scorer.score(decoding, [image.prompt for image in images])
+        scores = self.scorer.score(decoding, [str(image.prompt) for image in images])
         time_scored = time.time()
         return [
             dataclasses.replace(
@@ -296,12 +317,23 @@ class Pipeline:
             self._is_compiled = True
 
     def _write_unfinished(self, samples: Sequence[Sample], tokens: np.ndarray) -> None:
-        """Write images of the first tokens (n, count) of n samples."""
+        """Write images of the first tokens (n, count) uint16 of n samples."""
         from dm_generations.pipelines.progressive import write_partial_images
 
         assert self.decoder is not None, "made with `progressive_every`"
-        tokens = np.minimum(tokens, self.generator.codebook_size - 1)  # dalle-mini also samples other tokens
-        write_partial_images(self._options.progressive_dir, samples, tokens.astype(np.uint16), self.decoder)
+        write_partial_images(self._options.progressive_dir, samples, tokens, self.decoder)
+
+
+def _load(models: Models, options: GenerateOptions) -> tuple[Generator, Decoder | None, Scorer | None]:
+    """Put the models on the devices; without a decoder if neither scores nor unfinished images are wanted."""
+    tokenizer = models.generator.load_tokenizer()
+    generator = Generator(models.generator, tokenizer, options.batch_size, dtype=options.dtype, rng=options.rng)
+    decoder = scorer = None
+    if models.clip is not None or options.progressive_every is not None:
+        decoder = Decoder.from_checkpoint(models.codec, options.batch_size, grid=models.grid)
+    if models.clip is not None:
+        scorer = Scorer.from_checkpoint(models.clip, options.batch_size)
+    return generator, decoder, scorer
 
 
 def finite_or_none(number: float) -> float | None:

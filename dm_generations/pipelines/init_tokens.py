@@ -5,10 +5,12 @@ They come from an image, through the codec's encoder, or from a file of tokens a
 L: tokens of an image, row-major over its grid   S: pixels a side of the codec's images
 """
 
+import contextlib
 import io
 import logging
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from dm_generations.archive import init_md5
 from dm_generations.archive.records import TOKEN_DTYPE
@@ -171,8 +173,8 @@ def encode_images(pixels: np.ndarray, codec: Checkpoint) -> np.ndarray:
     return jax.device_get(encode(put_params(codec.params), jax.device_put(pixels)))
 
 
-def read_image(path: Path, size: int) -> np.ndarray:
-    """Read the middle square of an image file, resized with a Lanczos filter.
+def read_image(path: Path, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
+    """Read the middle square of an image file, resized.
 
     The image is turned as its EXIF data says, its colours are converted from its colour profile to sRGB, transparent
     pixels become white, and of an animation the first image is used.
@@ -184,13 +186,14 @@ def read_image(path: Path, size: int) -> np.ndarray:
         UserError: Pillow cannot read the file, or it has more pixels than Pillow takes for harmless.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _long_texts():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
                 if opened.mode == "F":  # of no agreed range
                     raise UserError(f"{str(path)!r} has floating-point pixels; save it with 8 or 16 bits a channel")
-                image = _to_rgb(ImageOps.exif_transpose(opened))
+                opened.load()
+                image = _to_rgb(_turn(opened))
     except UserError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -201,20 +204,45 @@ def read_image(path: Path, size: int) -> np.ndarray:
         reason = error.strerror or "it is not an image, or a broken one"
         raise UserError(f"cannot read {str(path)!r}: {reason}") from error
     except Exception as error:  # readers of single formats let errors of all kinds through
+        if "MAX_TEXT" in str(error):
+            raise UserError(
+                f"{str(path)!r} has more than {PngImagePlugin.MAX_TEXT_MEMORY >> 20} MiB of text; save it without"
+            ) from error
         raise UserError(
             f"cannot read {str(path)!r}: it is not an image, or a broken one ({one_line(error)})"
         ) from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))  # first, so that pixels outside it do not count
-    return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
+    return np.asarray(square.resize((size, size), resample))
+
+
+@contextlib.contextmanager
+def _long_texts() -> Iterator[None]:
+    """Let a PNG have as long a text as all texts together may be: programs store their whole workflow in one."""
+    before = PngImagePlugin.MAX_TEXT_CHUNK
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+    try:
+        yield
+    finally:
+        PngImagePlugin.MAX_TEXT_CHUNK = before
+
+
+def _turn(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF data say; one whose data are broken stays as it is."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow has no error of its own for them
+        logger.warning("the EXIF data of the image are not used: %s", one_line(error))
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode but "F" to sRGB of 8 bits, on white."""
     icc_profile = image.info.get("icc_profile")
-    if image.mode.startswith("I"):  # gray of 16 bits, which `convert` would clip
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode.startswith("I"):  # gray of 16 bits, or of 31 if it has larger values, which `convert` would clip
+        gray = np.asarray(image).clip(0)
+        image = Image.fromarray((gray >> (8 if gray.max() < 1 << 16 else 23)).astype(np.uint8))
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     if image.mode not in ("L", "RGB", "CMYK", "LAB"):
         image = image.convert("L" if image.mode in ("1", "LA") else "RGB")

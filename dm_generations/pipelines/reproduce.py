@@ -9,6 +9,7 @@ import numpy as np
 
 from dm_generations.archive import Archive, ImageRow
 from dm_generations.archive.records import BadTokensError, tokens_from_blob
+from dm_generations.archive.selection import EVERY, Where
 from dm_generations.errors import UserError
 from dm_generations.inference.generator import Generator
 from dm_generations.models.loading import Checkpoint
@@ -50,6 +51,7 @@ def reproduce_archive(
     sample_count: int | None = None,
     on_mismatch: Callable[[Mismatch], None] = lambda mismatch: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    where: Where = EVERY,
 ) -> ReproduceReport:
     """Check the rows that a model sampled with this program's own noise, each in the dtype it was sampled in.
 
@@ -61,11 +63,12 @@ def reproduce_archive(
         sample_count: Check at most so many rows, evenly spread; None is all.
         on_mismatch: Called with each mismatch when it is found.
         on_progress: Called with (done, total) rows after every batch.
+        where: Which rows, a compiled selection.
 
     Raises:
         UserError: The archive has no row of this model.
     """
-    ids_by_dtype, other_count = select_ids(archive, checkpoint, sample_count)
+    ids_by_dtype, other_count = select_ids(archive, checkpoint, sample_count, where)
     if other_count:
         logger.warning("%s rows not checked: sampled by another model, or with noise of another program", other_count)
     total = sum(map(len, ids_by_dtype.values()))
@@ -85,13 +88,16 @@ def reproduce_archive(
     return report
 
 
-def select_ids(archive: Archive, checkpoint: Checkpoint, sample_count: int | None) -> tuple[dict[str, list[int]], int]:
+def select_ids(
+    archive: Archive, checkpoint: Checkpoint, sample_count: int | None, where: Where = EVERY
+) -> tuple[dict[str, list[int]], int]:
     """Find the rows that a model sampled with this program's own noise.
 
     Args:
         archive: Only read.
         checkpoint: The text-to-image model.
         sample_count: Return at most so many, evenly spread; None is all.
+        where: Which rows, a compiled selection.
 
     Returns:
         The rows' ids by dtype, and how many other rows there are.
@@ -100,7 +106,7 @@ def select_ids(archive: Archive, checkpoint: Checkpoint, sample_count: int | Non
     own: list[tuple[int, str]] = []
     other_count = 0
     columns = ("id", "generator_id", "sampler_version", "dtype")
-    for row_id, row_generator, sampler_version, dtype in archive.scan(columns):
+    for row_id, row_generator, sampler_version, dtype in archive.scan(columns, where=where):
         if generator_id is not None and (row_generator, sampler_version) == (generator_id, SAMPLER_VERSIONS["rows"]):
             own.append((row_id, dtype or "float32"))
         else:

@@ -39,9 +39,8 @@ def enable() -> None:
     if config.jax_compilation_cache_dir is not None:
         return
     try:
-        folder = cache_dir("xla") / _machine()
-        folder.mkdir(mode=0o700, exist_ok=True)
-        _prune(folder.parent, MAX_BYTES)
+        folder = cache_dir(f"xla/{_machine()}")
+        prune(folder.parent, MAX_BYTES)
         _remove_truncated(folder)
     except (OSError, UserError) as error:
         _logger.warning("compiled programs are not cached: %s", error)
@@ -66,7 +65,7 @@ def _machine() -> str:
     return hashlib.md5(name.encode(), usedforsecurity=False).hexdigest()[:12]
 
 
-def _prune(folder: Path, max_bytes: int) -> None:
+def prune(folder: Path, max_bytes: int) -> None:
     """Delete the least recently used files until the rest have at most `max_bytes`.
 
     JAX's own bound (`jax_compilation_cache_max_size`) needs one more package, filelock.

@@ -70,6 +70,32 @@ def row_key(seed: int, index: int) -> tuple[int, int]:
     return int(words[0]), int(words[1])
 
 
+def key_index(seed: int, key0: int, key1: int) -> int:
+    """Return the index for which `row_key(seed, index)` is this key: threefry, undone.
+
+    >>> key_index(7, *row_key(7, 123))
+    123
+
+    A key that does not belong to the seed has an index too: any of 0 to 2^64 - 1, so hardly ever a small one.
+
+    Args:
+        seed: 0 to 2^64 - 1.
+        key0: 0 to 2^32 - 1.
+        key1: 0 to 2^32 - 1.
+    """
+    high, low = seed >> 32, seed & WORD
+    keys = (high, low, high ^ low ^ _PARITY)
+    x0, x1 = key0, key1
+    for group in reversed(range(_ROUND_GROUPS)):
+        x1 = x1 - keys[(group + 2) % 3] - (group + 1) & WORD
+        x0 = x0 - keys[(group + 1) % 3] & WORD
+        for rotation in reversed(_ROTATIONS[group % 2]):
+            x1 ^= x0
+            x1 = (x1 >> rotation) | (x1 << (32 - rotation) & WORD)
+            x0 = x0 - x1 & WORD
+    return (x0 - high & WORD) << 32 | (x1 - low & WORD)
+
+
 def prng_key(seed: int) -> tuple[int, int]:
     """Return the words of `jax.random.PRNGKey(seed)`, for any whole number.
 

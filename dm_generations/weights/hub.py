@@ -107,7 +107,7 @@ def choose_files(names: Iterable[str], weight_groups: WeightGroups, is_native: b
     Returns:
         Weights, configs and tokenizers; nothing if there are no weights that load.
     """
-    names = list(names)
+    names = [name for name in names if name.isprintable()]  # the library shows them in its bars of progress
     groups = [(WEIGHTS_FILE,)] if is_native else weight_groups
     weights = next((found for group in groups if (found := _match(names, group))), [])
     return weights + [name for name in names if name.endswith(_SMALL)] if weights else []

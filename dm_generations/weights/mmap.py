@@ -58,10 +58,7 @@ class MappedFile:
                 self.content.is_immutable = is_immutable
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
-        if self.content[: len(_LFS_POINTER)] == _LFS_POINTER:
-            raise UserError(
-                f"{self.path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its folder"
-            )
+        refuse_lfs_pointer(self.path, self.content[: len(_LFS_POINTER)])
 
     def array(self, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         """Return a C-ordered array of the file as a read-only view.
@@ -82,6 +79,12 @@ class MappedFile:
         if offset < 0 or not sizes_fit or end > self.size:
             raise UserError(f"{self.path} is damaged: an array of shape {short_shape(shape)} is larger than it")
         return np.ndarray(shape, dtype, self.content, offset)
+
+
+def refuse_lfs_pointer(path: Path, content: bytes) -> None:
+    """Raise UserError for what Git LFS has in place of a large file, which begins with `content`."""
+    if content.startswith(_LFS_POINTER):
+        raise UserError(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its folder")
 
 
 def is_apple_double(path: Path) -> bool:

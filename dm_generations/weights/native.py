@@ -7,9 +7,11 @@ that computes in the system's memory uses them where the file is mapped, without
 in place: a new one replaces it.
 """
 
+import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 
 from dm_generations.atomic_io import replacing, write_atomic
 from dm_generations.errors import UserError, one_line
-from dm_generations.weights.mmap import MappedFile, release
+from dm_generations.weights.mmap import MappedFile, refuse_lfs_pointer, release
 
 FORMAT = "dm-generations"
 CONFIG_FILE, WEIGHTS_FILE, CODEC_FOLDER = "config.json", "model.safetensors", "codec"
 _ALIGNMENT = 64
+_MAX_JSON = 16 << 20  # bytes: the index of a model in many files can have some
 DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # those of weights
 _DTYPES = {
     **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_},
@@ -100,7 +103,12 @@ def read_json_object(path: Path) -> dict:
         UserError: The file cannot be read, or is not a JSON object.
     """
     try:
-        values = json.loads(path.read_text("utf-8"))
+        with open(path, "rb") as file:
+            content = file.read(_MAX_JSON + 1)
+        refuse_lfs_pointer(path, content)
+        if len(content) > _MAX_JSON:
+            raise UserError(f"{path} is longer than {_MAX_JSON >> 20} MiB, not a configuration")
+        values = json.loads(content)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -160,13 +168,18 @@ def save(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_safetensors(folder / WEIGHTS_FILE, flatten(params), dtype)
+    with replacing(folder / WEIGHTS_FILE) as file:
+        for part in serialize(flatten(params), dtype):
+            file.write(part)
     values: dict[str, Any] = {"format": FORMAT, "kind": kind} | ({"text_style": text_style} if text_style else {})
     write_atomic(folder / CONFIG_FILE, (json.dumps(values | config, indent=2) + "\n").encode())
 
 
-def _write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: np.dtype | type | None) -> None:
-    """Write tensors, the largest first, one at a time; the library sorts by name, aligns to 8 bytes and takes all."""
+def serialize(tensors: dict[str, np.ndarray], dtype: np.dtype | type | None = None) -> Iterator[bytes | memoryview]:
+    """Yield what a safetensors file of these tensors consists of, the largest first, one at a time.
+
+    The library sorts by name, aligns to 8 bytes and takes all at once.
+    """
     order = sorted(tensors, key=lambda name: (-np.asarray(tensors[name]).nbytes, name))
     header, offset = {}, 0
     for name in order:
@@ -181,9 +194,23 @@ def _write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: np.dty
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    with replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            array = np.asarray(tensors[name])
-            file.write(np.ascontiguousarray(array, dtype or array.dtype).reshape(-1).view(np.uint8).data)
-            release([array])
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        array = np.asarray(tensors[name])
+        yield np.ascontiguousarray(array, dtype or array.dtype).reshape(-1).view(np.uint8).data
+        release([array])
+
+
+def digest(params: dict) -> str:
+    """Return what the weights of a model are known by, whatever file they lie in.
+
+    Args:
+        params: Nested dict of arrays.
+
+    Returns:
+        Hex SHA-256 of the file that `save` writes of them.
+    """
+    found = hashlib.sha256()
+    for part in serialize(flatten(params)):
+        found.update(part)
+    return found.hexdigest()

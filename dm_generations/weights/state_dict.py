@@ -11,6 +11,9 @@ from dm_generations.errors import UserError
 
 Shape = tuple[int, ...]
 
+# Under what training saves the weights: Lightning and others, DeepSpeed, and last moving averages of them.
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "params", "ema_state_dict", "ema")
+
 
 def get_tensor(state: Mapping[str, Any], name: str, ndim: int, path: Path, prefix: str = "") -> np.ndarray:
     """Look up a tensor.
@@ -59,6 +62,36 @@ def check_tensors(state: Any, path: Path, prefix: str = "") -> dict[str, np.ndar
         if not isinstance(name, str) or not isinstance(value, np.ndarray):
             raise UserError(f"{path}: {prefix + str(name)!r:.200} is not a tensor")
     return dict(state)
+
+
+def find_state(content: Any) -> Any:
+    """Return the state dict in what training saved, without its wrappers.
+
+    Optimizers, counts of epochs and moving averages that lie next to the weights are left behind. Names lose what
+    `torch.compile` and DistributedDataParallel put in them.
+
+    Args:
+        content: What a file holds, of any type.
+
+    Returns:
+        The dict, or `content` if it is not one.
+    """
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            return _unwrap(content)
+        content = inner
+    return content
+
+
+def _unwrap(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Return a state dict without `_orig_mod.` in its names and without `module.` before all of them."""
+    if not state or not all(isinstance(name, str) for name in state):
+        return state
+    unwrapped = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    while all(name.startswith("module.") for name in unwrapped):
+        unwrapped = strip_prefix(unwrapped, "module.")
+    return unwrapped if len(unwrapped) == len(state) else state
 
 
 def strip_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:

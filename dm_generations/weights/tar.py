@@ -3,20 +3,27 @@
 No name or link in the archive decides where anything is written.
 """
 
+import contextlib
 import functools
 import gzip
+import os
 import shutil
+import sys
 import tarfile
 import tempfile
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 from dm_generations.errors import EXIT_CALLBACKS, UserError, one_line
+from dm_generations.weights.mmap import refuse_lfs_pointer
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar")
 MAX_HEADER = 1 << 20  # bytes before the content of a file: names, extended headers and maps of sparse files
+_PREFIX = ".dmg-extracted-"  # of temporary folders, which nothing else has
+_UNLOCKED_S = 60  # a folder as young as that may just be about to be locked
 _FREE_BYTES = 1 << 28  # left on the disk for others
 # What tarfile and the decompressors below it raise for bytes that are no archive, or half of one.
 _DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError, RecursionError)
@@ -67,12 +74,13 @@ def _extract(
     path: Path, _size: int, _mtime_ns: int, wanted: tuple[tuple[str, str], ...], max_bytes: int | None
 ) -> Path:
     """Do the work of `extract`, once for each size and time of change."""
-    targets, folder = dict(wanted), Path(tempfile.mkdtemp(prefix=f"dm-generations-{path.name[:100]}-"))
-    # Mapped files stay readable after this where a file in use can be removed at all.
-    EXIT_CALLBACKS.callback(shutil.rmtree, folder, ignore_errors=True)
+    targets = dict(wanted)
+    folder = _make_temporary_folder(path)
     try:
         with open(path, "rb") as file:
-            is_compressed = file.read(2) == b"\x1f\x8b"
+            head = file.read(100)
+            refuse_lfs_pointer(path, head)
+            is_compressed = head.startswith(b"\x1f\x8b")
             file.seek(0)
             stream = _HeaderLimit(gzip.GzipFile(fileobj=file) if is_compressed else file)  # type: ignore[arg-type]
             with tarfile.open(fileobj=stream, mode="r|") as archive:  # type: ignore[call-overload]
@@ -87,6 +95,43 @@ def _extract(
     except OSError as error:
         raise UserError(f"cannot extract {path} into {folder}: {error.strerror or error}") from error
     return folder
+
+
+def _make_temporary_folder(path: Path) -> Path:
+    """Make a folder that is deleted when the process ends, or else by the next process that calls this.
+
+    A lock on it, which ends with the process however that ends, tells that it is in use.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{path.name[:40]}-"))
+    except OSError as error:
+        raise UserError(f"cannot extract {path}: {error.strerror}; set TMPDIR to a folder with room") from error
+    # Mapped files stay readable after this where a file in use can be removed at all.
+    EXIT_CALLBACKS.callback(shutil.rmtree, folder, ignore_errors=True)
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError):  # a file system without locks: nothing of it is ever removed here
+            _lock(folder)
+        for other in folder.parent.glob(f"{_PREFIX}*"):
+            with contextlib.suppress(OSError):
+                status = other.lstat()
+                if status.st_uid == os.getuid() and time.time() - status.st_mtime > _UNLOCKED_S:
+                    descriptor = _lock(other)
+                    shutil.rmtree(other, ignore_errors=True)
+                    os.close(descriptor)
+    return folder
+
+
+def _lock(folder: Path) -> int:
+    """Return a descriptor that holds the lock on a folder. Raises OSError if another one does."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _check_size(size: int, max_bytes: int | None, folder: Path, name: str) -> None:

@@ -290,7 +290,7 @@ def _calls(file: MappedFile) -> dict[str, Callable[..., Any]]:
     def size(sizes: Any = ()) -> tuple:
         if not isinstance(sizes, tuple) or len(sizes) > MAX_DIMENSIONS or not all(map(_is_size, sizes)):
             raise Malformed("it holds a torch.Size that is not one")
-        return sizes
+        return _Size(sizes)
 
     rebuilds: dict[str, Callable[..., Any]] = {
         "torch._utils._rebuild_tensor": tensor,
@@ -301,6 +301,13 @@ def _calls(file: MappedFile) -> dict[str, Callable[..., Any]]:
     }
     rebuilds |= {f"torch._utils._rebuild_{name}": _refusal(what) for name, what in UNREADABLE.items()}
     return rebuilds | {"torch._tensor._rebuild_from_type_v2": of_type, "torch.Size": size}
+
+
+class _Size(tuple):
+    """A torch.Size, which is no key here: tuples can be chosen so that all have the same hash."""
+
+    __slots__ = ()
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _refusal(what: str) -> Callable[..., NoReturn]:

@@ -21,11 +21,10 @@ MAX_DEPTH = 64  # of containers in containers
 MAX_INT_BYTES = 32
 MAX_NAME = 1000  # characters of a module and class name
 MAX_NAMES = 10_000  # different ones
-MAX_KEY = 100  # values in a tuple that is a key: the unpickler hashes all of them at each use
 
-_MARK = 0  # on the stack of `_check_opcodes`, where other entries are costs of hashing
-_UNUSABLE = MAX_KEY + 1  # the cost of what cannot be a key
-_MAX_KEY_BITS = 60  # larger integers can be chosen so that all have the same hash
+# On the stack of `_check_opcodes`. Large integers, tuples and frozensets can be chosen so that all have the same hash.
+_MARK, _USABLE, _UNUSABLE = range(3)  # as a key
+_MAX_KEY_BITS = 60
 _DAMAGED = (pickle.UnpicklingError, EOFError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _REFUSED = {"PERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
 # Where the keys are in what opcodes take from the stack.
@@ -36,6 +35,7 @@ _KEYS = {
     "ADDITEMS": slice(2, None),
     "FROZENSET": slice(1, None),
 }
+_NO_KEYS = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"}
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
@@ -181,16 +181,13 @@ def _refuse_persistent(_saved_id: Any) -> NoReturn:
 
 def _key(value: Any) -> Any:
     """Return `value` if it can be a key of a dict and its hash costs little."""
-    parts = value if isinstance(value, tuple) else (value,)
-    if len(parts) > MAX_KEY or not all(map(_is_key_part, parts)):
+    if _is_large(value) or not (isinstance(value, (str, bytes, int, float, Opaque, type(None))) or is_class(value)):
         raise Malformed("its pickle has a key that is not a text, a number or a class")
     return value
 
 
-def _is_key_part(value: Any) -> bool:
-    if isinstance(value, int):
-        return value.bit_length() <= _MAX_KEY_BITS
-    return isinstance(value, (str, bytes, float, Opaque, type(None))) or is_class(value)
+def _is_large(value: Any) -> bool:
+    return isinstance(value, int) and value.bit_length() > _MAX_KEY_BITS
 
 
 def _dict(pairs: Any = ()) -> dict:
@@ -221,7 +218,7 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "collections.defaultdict": lambda _factory=None: _Dict(),
     "builtins.dict": _dict,
     "builtins.set": _set,
-    "builtins.frozenset": lambda items=(): frozenset(_set(items)),
+    "builtins.frozenset": _set,
     "builtins.bytes": lambda: b"",
     "copyreg._reconstructor": _reconstruct,
     "_codecs.encode": _encode,
@@ -234,8 +231,7 @@ _PLAIN: dict[str, Callable[..., Any]] = {
 def _check_opcodes(stream: io.BytesIO) -> None:
     """Raise Malformed for a pickle that could take much memory or time; `stream` then stands behind it.
 
-    The stack and the memo are followed with the cost of hashing in place of each value: 1, for a tuple the sum of its
-    values. A tuple hashes all that is in it, at each use and in recursion.
+    The stack and the memo are followed with `_USABLE` or `_UNUSABLE` in place of each value.
     """
     stack: list[int] = []
     memo: dict[int, int] = {}
@@ -255,8 +251,8 @@ def _check_opcodes(stream: io.BytesIO) -> None:
         if name == "FRAME":
             frame_end = stream.tell() + argument
         taken = _take(stack, opcode)
-        if name in _KEYS and any(cost > MAX_KEY for cost in taken[_KEYS[name]]):
-            raise Malformed("its pickle has a key that is too long to be one")
+        if name in _KEYS and _UNUSABLE in taken[_KEYS[name]]:
+            raise Malformed("its pickle has a key that is not a text, a number or a class")
         if name in ("PUT", "BINPUT", "LONG_BINPUT"):
             if argument > count:  # the unpickler makes room for all numbers below it
                 raise Malformed(f"its pickle remembers a value under the number {argument}")
@@ -268,12 +264,10 @@ def _check_opcodes(stream: io.BytesIO) -> None:
             stack.append(memo[argument])
         elif name == "DUP":
             stack += taken * 2
-        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-            stack.append(min(1 + sum(taken), _UNUSABLE))
-        elif type(argument) is int and opcode.stack_after and argument.bit_length() > _MAX_KEY_BITS:
+        elif name in _NO_KEYS or (opcode.stack_after and _is_large(argument)):
             stack.append(_UNUSABLE)
         else:
-            stack += [_MARK if kind is markobject else 1 for kind in opcode.stack_after]
+            stack += [_MARK if kind is markobject else _USABLE for kind in opcode.stack_after]
 
 
 def _take(stack: list[int], opcode: pickletools.OpcodeInfo) -> list[int]:

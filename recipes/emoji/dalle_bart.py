@@ -1,22 +1,22 @@
-"""Train DalleBart: a caption to the codes of its image.
+"""Train DalleBart: a caption to the tokens of its image.
 
     python -m recipes.emoji.dalle_bart --data build/emoji-64.npz --codec build/models/vqgan --run build/dalle_bart
 
 Four things differ from dalle-mini's training, since a small model memorises its images:
 
-- Rows without a caption (`--caption-dropout`) are trained towards equal probabilities of all codes
-  (`--unconditional-smoothing 1`). Super conditioning magnifies log p(code | caption) - log p(code). If the model
-  memorises log p(code) too, that difference is largest for codes that are improbable in both, and they blotch nearly
+- Rows without a caption (`--caption-dropout`) are trained towards equal probabilities of all tokens
+  (`--unconditional-smoothing 1`). Super conditioning magnifies log p(token | caption) - log p(token). If the model
+  memorises log p(token) too, that difference is largest for tokens that are improbable in both, and they blotch nearly
   every second image at a condition scale of 10. With equal probabilities, guidance is close to a temperature of
-  1 / scale. To fine-tune a large model, whose p(code) is worth having, use `--unconditional-smoothing 0.005`.
-- All other rows have a little label smoothing. It keeps the logits of codes that never occur level.
-- A random share of the codes that a row reads is replaced. The model then goes on well after a bad code, and where
-  most codes are wrong it must read the caption. Without this it does not learn the style words.
-- The first codes of an image weigh more in the loss. Only the caption tells them, and the rest depends on them.
+  1 / scale. To fine-tune a large model, whose p(token) is worth having, use `--unconditional-smoothing 0.005`.
+- All other rows have a little label smoothing. It keeps the logits of tokens that never occur level.
+- A random share of the tokens that a row reads is replaced. The model then goes on well after a bad token, and where
+  most tokens are wrong it must read the caption. Without this it does not learn the style words.
+- The first tokens of an image weigh more in the loss. Only the caption tells them, and the rest depends on them.
 
-`--entropy-weight` trains on codes of lower entropy: of nearly equal codes, the more frequent one.
+`--entropy-weight` trains on tokens of lower entropy: of nearly equal tokens, the more frequent one.
 
-B: rows of a batch   T: text tokens   L: codes of an image   V: image vocabulary
+B: rows of a batch   T: text tokens   L: tokens of an image   V: image vocabulary
 """
 
 import argparse
@@ -44,9 +44,9 @@ from recipes.emoji.common import Run, has_bfloat16_units, make_optimizer, to_flo
 from recipes.emoji.data import Emoji, load_dataset
 from recipes.emoji.vqgan import encode_entropy_constrained, encode_images
 
-CORRUPTION_POWER = 4  # the share of replaced codes is u ** 4 with u uniform, a fifth on average
+CORRUPTION_POWER = 4  # the share of replaced tokens is u ** 4 with u uniform, a fifth on average
 LABEL_SMOOTHING = 0.005
-FIRST_CODE_WEIGHT = 4  # added to the weight 1 of the first code; halves with each row of the grid
+FIRST_TOKEN_WEIGHT = 4  # added to the weight 1 of the first token; halves with each row of the grid
 LONG_TEXT_EVERY = 8  # steps; few captions need more than half of the text length, so the other steps are padded to half
 PROBE_ROWS = 256
 
@@ -85,24 +85,24 @@ class Trainer:
     def __init__(
         self,
         model: DalleBart,
-        codes: np.ndarray,
+        tokens: np.ndarray,
         emoji: list[Emoji],
         tokenizer: PromptTokenizer | None,
         args: argparse.Namespace,
     ) -> None:
-        """Weigh the codes of an image by their place.
+        """Weigh the tokens of an image by their place.
 
         Args:
             model: The DalleBart.
-            codes: Codes of the training images (N, L).
+            tokens: Tokens of the training images (N, L).
             emoji: What is known of each image.
             tokenizer: Tokenizer of the captions; None if no batch is made.
             args: Flags of the command.
         """
         self.model, self.config, self.args = model, model.config, args
-        self.codes, self.emoji, self.tokenizer = codes.astype(np.int32), emoji, tokenizer
+        self.tokens, self.emoji, self.tokenizer = tokens.astype(np.int32), emoji, tokenizer
         length = self.config.image_length
-        weights = 1 + FIRST_CODE_WEIGHT * 0.5 ** (np.arange(length) / length**0.5)
+        weights = 1 + FIRST_TOKEN_WEIGHT * 0.5 ** (np.arange(length) / length**0.5)
         self.weights = jnp.asarray(weights / weights.mean(), jnp.float32)
         self.optimizer = make_optimizer(
             args.learning_rate, args.steps, warmup=min(100, args.steps // 10), weight_decay=0.02, adam_share=1.0
@@ -116,11 +116,11 @@ class Trainer:
             params = jax.jit(self.model.init)(jax.random.key(self.args.seed), text, text, image)["params"]
         return {"params": params, "opt": self.optimizer.init(params)}
 
-    def logits(self, params: Any, ids: jax.Array, mask: jax.Array, codes: jax.Array) -> jax.Array:
-        """Compute logits (B, L, V) of each code (B, L), given those before it and the text (B, T)."""
+    def logits(self, params: Any, ids: jax.Array, mask: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Compute logits (B, L, V) of each token (B, L), given those before it and the text (B, T)."""
         assert self.config.decoder_start_token_id is not None
-        start = jnp.full((len(codes), 1), self.config.decoder_start_token_id, jnp.int32)
-        inputs = jnp.concatenate([start, codes[:, :-1]], axis=1)
+        start = jnp.full((len(tokens), 1), self.config.decoder_start_token_id, jnp.int32)
+        inputs = jnp.concatenate([start, tokens[:, :-1]], axis=1)
         apply: Any = self.model.apply
         return apply({"params": params}, ids, mask, inputs)
 
@@ -166,7 +166,7 @@ class Trainer:
         """Make the batch of a step.
 
         Returns:
-            Text ids and mask, int32 (B, T); codes to read and codes to predict, int32 (B, L); label smoothing,
+            Text ids and mask, int32 (B, T); tokens to read and tokens to predict, int32 (B, L); label smoothing,
             float32 (B,).
         """
         rng = np.random.default_rng([self.args.seed, step])
@@ -178,9 +178,9 @@ class Trainer:
         ]
         length = self.config.max_text_length
         ids, mask = self.encode_text(texts, length if step % LONG_TEXT_EVERY == 0 else length // 2)
-        others = self.codes[rng.integers(len(self.emoji), size=count)]
-        targets = self.codes[indices]
-        # Half of the wrong codes are any code, half are those of another image at the same place.
+        others = self.tokens[rng.integers(len(self.emoji), size=count)]
+        targets = self.tokens[indices]
+        # Half of the wrong tokens are any token, half are those of another image at the same place.
         wrong = np.where(
             rng.random(targets.shape) < 0.5,
             rng.integers(self.config.codebook_size, size=targets.shape),
@@ -196,20 +196,20 @@ class Trainer:
         return self.update(state, *self.make_batch(step))
 
     @partial(jax.jit, static_argnums=0)
-    def _nll(self, params: Any, ids: jax.Array, mask: jax.Array, codes: jax.Array) -> jax.Array:
-        log_p = jax.nn.log_softmax(self.logits(params, ids, mask, codes))
-        return -jnp.take_along_axis(log_p, codes[..., None], axis=-1).mean()
+    def _nll(self, params: Any, ids: jax.Array, mask: jax.Array, tokens: jax.Array) -> jax.Array:
+        log_p = jax.nn.log_softmax(self.logits(params, ids, mask, tokens))
+        return -jnp.take_along_axis(log_p, tokens[..., None], axis=-1).mean()
 
-    def nll(self, params: Any, codes: np.ndarray, texts: list[str]) -> float:
-        """Compute the mean negative log-likelihood of codes (B, L), in nats, without corruption."""
-        return float(self._nll(params, *self.encode_text(texts, self.config.max_text_length), codes))
+    def nll(self, params: Any, tokens: np.ndarray, texts: list[str]) -> float:
+        """Compute the mean negative log-likelihood of tokens (B, L), in nats, without corruption."""
+        return float(self._nll(params, *self.encode_text(texts, self.config.max_text_length), tokens))
 
 
 def encode_dataset(args: argparse.Namespace, pixels: np.ndarray) -> tuple[np.ndarray, int]:
     """Encode the images by the codec that the flags name.
 
     Returns:
-        Codes, int32 (N, L), and the size of the codebook.
+        Tokens, int32 (N, L), and the size of the codebook.
 
     Raises:
         SystemExit: The codec or the weight does not allow `--entropy-weight`.
@@ -221,9 +221,9 @@ def encode_dataset(args: argparse.Namespace, pixels: np.ndarray) -> tuple[np.nda
     if not args.entropy_weight:
         return encode_images(model, codec.params, pixels), codec.config.codebook_size
     if codec.config.is_gumbel:
-        raise SystemExit(f"{args.codec} chooses codes by logits, not by distance; use --entropy-weight 0")
-    codes = encode_entropy_constrained(model, codec.params, pixels, args.entropy_weight)
-    return codes, codec.config.codebook_size
+        raise SystemExit(f"{args.codec} chooses tokens by logits, not by distance; use --entropy-weight 0")
+    tokens = encode_entropy_constrained(model, codec.params, pixels, args.entropy_weight)
+    return tokens, codec.config.codebook_size
 
 
 def parse_args() -> argparse.Namespace:
@@ -258,7 +258,7 @@ def parse_args() -> argparse.Namespace:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="share of the codec's squared error given up for a nat of lower entropy (default: 0, the nearest code)",
+        help="share of the codec's squared error given up for a nat of lower entropy (default: 0, the nearest token)",
     )
     add(
         "--bfloat16",
@@ -274,16 +274,16 @@ def main() -> None:
     """Train from the command line."""
     args = parse_args()
     pixels, emoji = load_dataset(args.data, with_tones=False)  # captions do not tell skin tones apart
-    codes, codebook_size = encode_dataset(args, pixels)
+    tokens, codebook_size = encode_dataset(args, pixels)
     tokenizer = PromptTokenizer(args.tokenizer)
     vocab_size = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json")).get_vocab_size()
-    config, params = make_config(codebook_size, codes.shape[1], vocab_size), None
+    config, params = make_config(codebook_size, tokens.shape[1], vocab_size), None
     if args.init:
         loaded = load_checkpoint(args.init, "generator")
         config, params = loaded.config, to_float32(loaded.params)
     is_train = np.array([not one["held_out"] for one in emoji])
     train_emoji = [one for one in emoji if not one["held_out"]]
-    trainer = Trainer(DalleBart(config), codes[is_train], train_emoji, tokenizer, args)
+    trainer = Trainer(DalleBart(config), tokens[is_train], train_emoji, tokenizer, args)
     run = Run(args.run, trainer.init(params), save_every=250, args=args)
 
     seen = np.random.default_rng(0).choice(np.flatnonzero(is_train), PROBE_ROWS, replace=False)
@@ -293,9 +293,9 @@ def main() -> None:
     def evaluate(state: dict[str, Any]) -> dict[str, float]:
         params = state["params"]
         return {
-            "nll_train": trainer.nll(params, codes[seen], [texts[i] for i in seen]),
-            "nll_train_without_caption": trainer.nll(params, codes[seen], [""] * len(seen)),
-            "nll_held_out": trainer.nll(params, codes[unseen], [texts[i] for i in unseen]),
+            "nll_train": trainer.nll(params, tokens[seen], [texts[i] for i in seen]),
+            "nll_train_without_caption": trainer.nll(params, tokens[seen], [""] * len(seen)),
+            "nll_held_out": trainer.nll(params, tokens[unseen], [texts[i] for i in unseen]),
         }
 
     run.train(args.steps, trainer.step, log_every=25, evaluate=evaluate, evaluate_every=250)

@@ -1,13 +1,13 @@
-"""Train the VQGAN: an image to codes and back.
+"""Train the VQGAN: an image to tokens and back.
 
     python -m recipes.emoji.vqgan --data build/emoji-64.npz --run build/vqgan
 
 The first `--continuous-steps` steps do not quantise. Then k-means over the encoder's outputs starts the codebook (a
-random one collapses). From there the codebook is a moving average of the outputs, and dead codes restart: van den Oord
+random one collapses). From there the codebook is a moving average of the outputs, and dead tokens restart: van den Oord
 et al., "Neural Discrete Representation Learning", 2017, https://arxiv.org/abs/1711.00937, appendix A.1. The loss is L1,
 squared error and L1 of the image gradients. There is no discriminator.
 
-B, N: images   S: pixels a side   L: codes of an image   D: width of a code   K: codebook size
+B, N: images   S: pixels a side   L: tokens of an image   D: width of a token   K: codebook size
 """
 
 import argparse
@@ -44,9 +44,9 @@ CODEBOOK = ("quantize", "embedding", "embedding")
 EMA_DECAY = 0.99
 COMMITMENT = 0.25
 KMEANS_IMAGES = 2048
-FIRST_COUNT = 0.05  # count of a code that k-means found, as a share of the mean: one without use restarts soon
-RESTART_BELOW = 0.02  # share of the mean count below which a code restarts from a random output of the batch
-RESTART_COUNT = 0.2  # count of a restarted code, as a share of the mean
+FIRST_COUNT = 0.05  # count of a token that k-means found, as a share of the mean: one without use restarts soon
+RESTART_BELOW = 0.02  # share of the mean count below which a token restarts from a random output of the batch
+RESTART_COUNT = 0.2  # count of a restarted token, as a share of the mean
 MAX_SHIFT = 3  # pixels
 CPU_DEVICES = 2  # each takes half of a batch: layers this small leave one of two cores idle
 CPU_THREADS = 2  # for inference, for the same reason
@@ -152,20 +152,20 @@ class Trainer:
 
     def _loss(self, params: Any, target: jax.Array, is_quantized: jax.Array) -> tuple[jax.Array, tuple]:
         z = apply_model(self.model, params, target, method="encode_continuous")
-        codes = apply_model(self.model, params, z, method=lambda model, z: model.quantize(z))
-        chosen = jnp.where(is_quantized, jax.lax.stop_gradient(get_codebook(params))[codes], z)
+        tokens = apply_model(self.model, params, z, method=lambda model, z: model.quantize(z))
+        chosen = jnp.where(is_quantized, jax.lax.stop_gradient(get_codebook(params))[tokens], z)
         output = apply_model(self.model, params, z + jax.lax.stop_gradient(chosen - z), method="decode")
         commitment = jnp.square(z - chosen).mean()
-        return reconstruction_loss(output, target) + COMMITMENT * commitment, (z, codes, output)
+        return reconstruction_loss(output, target) + COMMITMENT * commitment, (z, tokens, output)
 
     def _move_codebook(
-        self, state: dict[str, Any], z: jax.Array, codes: jax.Array, key: jax.Array
+        self, state: dict[str, Any], z: jax.Array, tokens: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Follow the outputs z (..., D) of codes (...): new counts (K,), new sums (K, D), restarted codes (K,)."""
+        """Follow the outputs z (..., D) of tokens (...): new counts (K,), new sums (K, D), restarted tokens (K,)."""
         size = len(state["counts"])
-        z, codes = z.reshape(-1, z.shape[-1]), codes.reshape(-1)
-        counts = EMA_DECAY * state["counts"] + (1 - EMA_DECAY) * jnp.zeros(size).at[codes].add(1.0)
-        sums = EMA_DECAY * state["sums"] + (1 - EMA_DECAY) * jnp.zeros_like(state["sums"]).at[codes].add(z)
+        z, tokens = z.reshape(-1, z.shape[-1]), tokens.reshape(-1)
+        counts = EMA_DECAY * state["counts"] + (1 - EMA_DECAY) * jnp.zeros(size).at[tokens].add(1.0)
+        sums = EMA_DECAY * state["sums"] + (1 - EMA_DECAY) * jnp.zeros_like(state["sums"]).at[tokens].add(z)
         mean_count = len(z) / size
         is_dead = counts < RESTART_BELOW * mean_count
         fresh = z[jax.random.randint(key, (size,), 0, len(z))]
@@ -180,10 +180,10 @@ class Trainer:
         augment_key, restart_key = jax.random.split(key)
         target = augment(self.pixels[indices], augment_key, MAX_SHIFT, mirror=True)
         gradients_of = jax.value_and_grad(self._loss, has_aux=True)
-        (loss, (z, codes, output)), grads = gradients_of(state["params"], target, is_quantized)
+        (loss, (z, tokens, output)), grads = gradients_of(state["params"], target, is_quantized)
         updates, opt = self.optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        counts, sums, is_dead = self._move_codebook(state, z, codes, restart_key)
+        counts, sums, is_dead = self._move_codebook(state, z, tokens, restart_key)
         codebook = jnp.where(is_quantized, sums / counts[:, None], get_codebook(state["params"]))
         mse = jnp.square(jnp.clip(output, 0, 1) - target).mean(axis=(1, 2, 3))
         metrics = {
@@ -224,7 +224,7 @@ class Trainer:
 
 
 def encode_images(model: VQGAN, params: Any, pixels: np.ndarray) -> np.ndarray:
-    """Encode images, uint8 (N, S, S, 3), to the nearest codes, int32 (N, L)."""
+    """Encode images, uint8 (N, S, S, 3), to the nearest tokens, int32 (N, L)."""
 
     @jax.jit
     def run(params: Any, x: jax.Array) -> jax.Array:
@@ -236,16 +236,16 @@ def encode_images(model: VQGAN, params: Any, pixels: np.ndarray) -> np.ndarray:
 def encode_entropy_constrained(
     model: VQGAN, params: Any, pixels: np.ndarray, entropy_weight: float, rounds: int = 4
 ) -> np.ndarray:
-    """Encode images to codes of lower entropy: of nearly equal codes, the more frequent one.
+    """Encode images to tokens of lower entropy: of nearly equal tokens, the more frequent one.
 
     Each round minimises squared distance + entropy_weight * (mean distance of the nearest) * -log(frequency): Chou,
     Lookabaugh and Gray, "Entropy-Constrained Vector Quantization", 1989, https://doi.org/10.1109/29.17498.
 
     Args:
-        model: A VQGAN that chooses codes by distance.
+        model: A VQGAN that chooses tokens by distance.
         params: Its parameters.
         pixels: uint8 (N, S, S, 3).
-        entropy_weight: Share of the mean squared distance given up for a nat; 0 gives the nearest codes.
+        entropy_weight: Share of the mean squared distance given up for a nat; 0 gives the nearest tokens.
         rounds: How often the frequencies are counted anew.
 
     Returns:
@@ -263,13 +263,13 @@ def encode_entropy_constrained(
 
     z = run_in_batches(partial(run, params), pixels).reshape(len(pixels), -1, codebook.shape[1])
     norms = np.square(codebook).sum(1)
-    codes = run_in_batches(partial(choose, norms), z)
-    scale = entropy_weight * np.square(z - codebook[codes]).sum(-1).mean()
+    tokens = run_in_batches(partial(choose, norms), z)
+    scale = entropy_weight * np.square(z - codebook[tokens]).sum(-1).mean()
     for _ in range(rounds):
-        counts = np.bincount(codes.ravel(), minlength=len(codebook)) + 0.1  # a code without use may come back
+        counts = np.bincount(tokens.ravel(), minlength=len(codebook)) + 0.1  # a token without use may come back
         costs = norms - scale * np.log(counts / counts.sum(), dtype=np.float32)
-        codes = run_in_batches(partial(choose, costs), z)
-    return codes
+        tokens = run_in_batches(partial(choose, costs), z)
+    return tokens
 
 
 def reconstruct(model: VQGAN, params: Any, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -281,16 +281,16 @@ def reconstruct(model: VQGAN, params: Any, pixels: np.ndarray) -> tuple[np.ndarr
         pixels: uint8 (N, S, S, 3).
 
     Returns:
-        The reconstructions, uint8 (N, S, S, 3), and the codes, int32 (N, L).
+        The reconstructions, uint8 (N, S, S, 3), and the tokens, int32 (N, L).
     """
 
     @jax.jit
-    def run(params: Any, codes: jax.Array) -> jax.Array:
-        output = apply_model(model, params, codes, method="decode_code")
+    def run(params: Any, tokens: jax.Array) -> jax.Array:
+        output = apply_model(model, params, tokens, method="decode_code")
         return (jnp.clip(output, 0, 1) * 255).astype(jnp.uint8)
 
-    codes = encode_images(model, params, pixels)
-    return run_in_batches(partial(run, params), codes), codes
+    tokens = encode_images(model, params, pixels)
+    return run_in_batches(partial(run, params), tokens), tokens
 
 
 def run_in_batches(run: Callable[[np.ndarray], jax.Array], rows: np.ndarray, batch_size: int = 32) -> np.ndarray:
@@ -340,18 +340,18 @@ def main() -> None:
     if args.init:
         loaded = load_checkpoint(args.init, "codec")
         config, params = loaded.config, to_float32(loaded.params)
-        args.continuous_steps = -1  # with another codebook, the codes that the text model knows would change meaning
+        args.continuous_steps = -1  # with another codebook, the tokens that the text model knows would change meaning
     if config.resolution != pixels.shape[1]:
         raise SystemExit(f"{args.data} is {pixels.shape[1]} px a side, the model {config.resolution}")
     trainer = Trainer(config, pixels[train], weights[train], args)
     run = Run(args.run, trainer.init(params), save_every=500, args=args)
 
     def evaluate(state: dict[str, Any]) -> dict[str, float]:
-        images, codes = reconstruct(trainer.model, jax.device_get(state["params"]), pixels[held_out])
+        images, tokens = reconstruct(trainer.model, jax.device_get(state["params"]), pixels[held_out])
         pairs = np.stack([pixels[held_out][:32], images[:32]], 1).reshape(-1, *pixels.shape[1:])
         make_grid(pairs, 16).save(args.run / f"held_out-{run.step:05d}.png")
         psnr = compute_psnr(images, pixels[held_out])
-        return {"psnr_held_out": psnr.mean(), "codes_used_held_out": len(np.unique(codes))}
+        return {"psnr_held_out": psnr.mean(), "tokens_used_held_out": len(np.unique(tokens))}
 
     run.train(args.steps, trainer.step, log_every=50, evaluate=evaluate, evaluate_every=500)
     if args.out:

@@ -1,9 +1,21 @@
 """Archives that are added to one."""
 
 import os
+import signal
 
 import pytest
-from archive_kit import CLIP, CODEC, COLUMNS_2022, GENERATOR, archive_2022, archive_v1, execute, fill, new_image
+from archive_kit import (
+    CLIP,
+    CODEC,
+    COLUMNS_2022,
+    GENERATOR,
+    archive_2022,
+    archive_v1,
+    execute,
+    fill,
+    new_image,
+    run_program,
+)
 from helpers import golden
 
 from dm_generations.archive import Archive, ArchiveError, ModelInfo, SourceReport, init_md5, merge, verify
@@ -36,9 +48,9 @@ def test_prompts_get_new_ids_and_images_are_added_once(tmp_path):
     )
     target = tmp_path / "all.db"
     assert merge([a, b, a], target) == [
-        SourceReport(str(a), 2, 2, 0),
-        SourceReport(str(b), 3, 2, 0),
-        SourceReport(str(a), 2, 0, 0),
+        SourceReport(str(a), 2, 2, 0, 0),
+        SourceReport(str(b), 3, 2, 0, 0),
+        SourceReport(str(a), 2, 0, 0, 0),
     ]
     assert [image[:4] for image in images(target)] == [
         *[("x", None, 50, 1), ("y", "blurry", 50, 2), ("z", "dark", 50, 9), ("x", None, 50, 3)]
@@ -64,7 +76,7 @@ def test_missing_scores_are_filled_and_others_stay(tmp_path):
     other_clip = ModelInfo("clip", "other", "e" * 64, {})
     scores = {"clip_score_input": 5.0, "clip_score_tokenized": 4.0, "time_scored": 120.0}
     source = make(tmp_path / "s.db", *(new_image(i, **scores) for i in (1, 2, 3)), clip=other_clip)
-    assert merge([source], target) == [SourceReport(str(source), 3, 1, 1)]
+    assert merge([source], target) == [SourceReport(str(source), 3, 1, 1, 0)]
     query = """SELECT key1, clip_score_input, clip_score_tokenized, time_scored, models.name
         FROM images JOIN models ON models.id = clip_id ORDER BY key1"""
     assert execute(target, query) == [
@@ -78,7 +90,7 @@ def test_scores_of_other_tokens_of_the_same_key_are_not_taken(tmp_path):
     """On other hardware the same key can give another token, and so another image and score."""
     target = make(tmp_path / "t.db", new_image(1))
     source = make(tmp_path / "s.db", new_image(1, quantvec=bytes(8), clip_score_input=5.0))
-    assert merge([source], target) == [SourceReport(str(source), 1, 0, 0)]
+    assert merge([source], target) == [SourceReport(str(source), 1, 0, 0, 0)]
     assert execute(target, "SELECT quantvec, clip_score_input FROM images") == [(new_image(1).quantvec, None)]
 
 
@@ -86,7 +98,7 @@ def test_version_1_is_added_and_does_not_change(tmp_path):
     source = archive_v1(tmp_path / "v1.db", [1, 2])
     before = source.read_bytes()
     target = make(tmp_path / "t.db", new_image(2), new_image(3, dtype="float32"))
-    assert merge([source], target) == [SourceReport(str(source), 2, 1, 0)]
+    assert merge([source], target) == [SourceReport(str(source), 2, 1, 0, 0)]
     merge([source], tmp_path / "new.db")
     assert source.read_bytes() == before
     assert execute(target, "SELECT key1, log_prob, dtype, init_count, init_md5 FROM images") == [
@@ -100,7 +112,7 @@ def test_version_1_is_added_and_does_not_change(tmp_path):
 def test_a_target_of_version_1_is_updated(tmp_path):
     source = make(tmp_path / "s.db", new_image(1), new_image(2, log_prob=-3.0))
     target = archive_v1(tmp_path / "v1.db", [1])
-    assert merge([source], target) == [SourceReport(str(source), 2, 1, 0)]
+    assert merge([source], target) == [SourceReport(str(source), 2, 1, 0, 0)]
     assert execute(target, "SELECT key1, log_prob FROM images") == [(1, None), (2, -3.0)]
 
 
@@ -108,7 +120,7 @@ def test_columns_of_2022_that_share_a_name_with_later_ones_mean_something_else(t
     source = archive_2022(tmp_path / "a.db", f"{COLUMNS_2022}, dtype TEXT, init_count INTEGER, init_md5 TEXT")
     values = "(1, 3, 1, 50, 1.0, 1.0, 1.0, 1, 2, x'0100', NULL, NULL, NULL, 'jpeg', 700, NULL)"
     execute(source, f"INSERT INTO images VALUES {values}")
-    assert merge([source], tmp_path / "b.db") == [SourceReport(str(source), 1, 1, 0)]
+    assert merge([source], tmp_path / "b.db") == [SourceReport(str(source), 1, 1, 0, 0)]
     assert execute(tmp_path / "b.db", "SELECT dtype, init_count, init_md5 FROM images") == [(None, 0, "")]
 
 
@@ -129,8 +141,8 @@ def test_a_2022_archive_is_added_and_does_not_change(tmp_path):
     before = source.read_bytes()
     target = tmp_path / "new.db"
     assert merge([source, source], target) == [
-        SourceReport(str(source), 101, 101, 0),
-        SourceReport(str(source), 101, 0, 0),
+        SourceReport(str(source), 101, 101, 0, 0),
+        SourceReport(str(source), 101, 0, 0, 0),
     ]
     assert images(target) == images(source)
     with Archive.open(target) as archive, Archive.open(source) as original:
@@ -193,3 +205,26 @@ def test_prompts_that_generate_refuses_are_added(tmp_path):
     merge([source], tmp_path / "b.db")
     with Archive.open(tmp_path / "b.db") as archive:
         assert list(archive.prompts().values()) == ["a blue ball", "a red cube", "a\0b"]
+
+
+def test_more_sources_than_files_that_may_be_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    sources = [make(tmp_path / f"{i}.db", new_image(i)) for i in range(80)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        reports = merge(sources, tmp_path / "all.db")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [report.added_count for report in reports] == [1] * 80
+
+
+def test_a_killed_merge_leaves_nothing_that_the_next_one_does_not_remove(tmp_path):
+    source = make(tmp_path / "s.db", *map(new_image, range(50)))
+    status, _, errors = run_program("merge_until_killed.py", 20, "--into", tmp_path / "all.db", source)
+    assert status == -signal.SIGKILL, errors
+    assert len(os.listdir(tmp_path)) > 1
+    assert not (tmp_path / "all.db").exists()
+    merge([source], tmp_path / "all.db")
+    assert sorted(os.listdir(tmp_path)) == ["all.db", "s.db"]
+    assert images(tmp_path / "all.db") == images(source)

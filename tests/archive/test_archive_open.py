@@ -14,7 +14,7 @@ import pytest
 from archive_kit import COLUMNS_2022, archive_2022, execute, fill, leave_log, new_image, run_program
 from helpers import golden
 
-from dm_generations.archive import Archive, ArchiveError, GroupKey, database, verify
+from dm_generations.archive import Archive, ArchiveError, GroupKey, queries, verify
 from dm_generations.sampling.params import SamplingParams
 
 
@@ -59,9 +59,23 @@ def test_other_databases(tmp_path):
 
 
 def test_a_newer_format(ours):
-    execute(ours, "PRAGMA user_version = 3")
+    copy = ours.with_name("copy.db")
+    shutil.copy(ours, copy)
+    execute(ours, "PRAGMA user_version = 4")
+    execute(copy, "UPDATE meta SET version = 4")
+    for path in (ours, copy):
+        for mode in ("r", "w"):
+            assert re.search(r"\b4\b.*\b3\b.*newer", refused(path, mode))
+
+
+@pytest.mark.parametrize("change", ["format = 'another'", "version = 'x'", "version = 0", "version = NULL"])
+def test_a_meta_table_of_something_else(ours, change):
+    execute(ours, "DROP TABLE meta")
+    execute(ours, "CREATE TABLE meta (id, format, version)")
+    execute(ours, "INSERT INTO meta VALUES (1, 'dm-generations', 3)")
+    execute(ours, f"UPDATE meta SET {change}")
     for mode in ("r", "w"):
-        assert re.search(r"\b3\b.*\b2\b.*newer", refused(ours, mode))
+        assert "meta" in refused(ours, mode)
 
 
 def test_a_truncated_file(ours):
@@ -299,7 +313,7 @@ def test_ids_that_do_not_ascend_end_a_scan(ours):
 
 
 def test_large_tokens_are_read_a_few_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(database, "CHUNK_BYTES", 2_000_000)
+    monkeypatch.setattr(queries, "CHUNK_BYTES", 2_000_000)
     path = archive_2022(tmp_path / "a.db")
     insert = "INSERT INTO images VALUES (?, 3, 1, 50, 1.0, 1.0, 10.0, 1, 2, zeroblob(1000000), NULL, ?, NULL)"
     for row_id in range(1, 21):

@@ -133,7 +133,7 @@ def test_bad_texts(tmp_path):
         ("config = '{'", "config"),
         ("config = '[]'", "config"),
         ("sha256 = 'abc'", "sha256"),
-        ("grid = 'x'", "sizes"),
+        ("token_shape = '[0]'", "sizes"),
         ("kind = 'oracle'", "kind"),
     ],
 )
@@ -176,7 +176,14 @@ def test_models_of_wrong_types_are_one_clear_error(ours):
     execute(ours, "DROP TABLE models")
     execute(ours, "ALTER TABLE copy RENAME TO models")
     original = execute(ours, "SELECT * FROM models")
-    for change in ("config = '['", "config = '[]'", "config = NULL", "name = x'ff'", "sha256 = x'05'", "grid = 'x'"):
+    for change in (
+        "config = '['",
+        "config = '[]'",
+        "config = NULL",
+        "name = x'ff'",
+        "sha256 = x'05'",
+        "token_shape = '[0]'",
+    ):
         execute(ours, f"UPDATE models SET {change} WHERE id = 2")
         with Archive.open(ours) as archive, pytest.raises(ArchiveError, match="model 2"):
             archive.models()

@@ -12,7 +12,7 @@ from archive_kit import archive_v1, execute, fill, insert_v1, new_image, run_pro
 from helpers import ROOT
 
 from dm_generations.archive import Archive, ArchiveError, GroupKey, info, verify
-from dm_generations.archive.schema import ADDED
+from dm_generations.archive.schema import ADDED_COLUMNS
 from dm_generations.sampling.params import SamplingParams
 
 GROUP = GroupKey(1, 1, SamplingParams(50, 0.9, 1.0, 3.0))
@@ -42,21 +42,25 @@ def test_opening_to_write_updates_version_1(v1):
     columns = "id, prompt_id, key0, key1, quantvec, quantvec_md5, time_start, generator_id, codec_id, sampler_version"
     before = execute(v1, f"SELECT {columns} FROM images")
     with Archive.open(v1, "w") as archive:
-        assert archive.version == 2
+        assert archive.version == 3
         assert [str(problem) for problem in verify(archive)] == []
         assert fill(archive, new_image(5), new_image(200, log_prob=-1.5)) == 1  # 5 is there
     assert execute(v1, f"SELECT {columns} FROM images WHERE id <= 100") == before
-    assert execute(v1, f"SELECT DISTINCT {', '.join(ADDED)} FROM images") == [(None, None, 0, ""), (-1.5, None, 0, "")]
+    added = ", ".join(ADDED_COLUMNS[2])
+    assert execute(v1, f"SELECT DISTINCT {added} FROM images") == [
+        (None, None, 0, ""),
+        (-1.5, None, 0, ""),
+    ]
     assert execute(v1, "PRAGMA integrity_check") == [("ok",)]
     with Archive.open(v1) as archive:
-        assert (archive.version, archive.count()) == (2, 101)
+        assert (archive.version, archive.count()) == (3, 101)
 
 
 def test_the_steps_lead_to_what_a_new_archive_is(v1, tmp_path):
     Archive.open(v1, "w").close()
     Archive.create(tmp_path / "new.db").close()
     assert execute(v1, SCHEMA) == execute(tmp_path / "new.db", SCHEMA)
-    assert execute(v1, "PRAGMA user_version") == execute(tmp_path / "new.db", "PRAGMA user_version") == [(2,)]
+    assert execute(v1, "PRAGMA user_version") == execute(tmp_path / "new.db", "PRAGMA user_version") == [(3,)]
     assert execute(tmp_path / "new.db", "PRAGMA application_id") == [(0x444D4731,)]
 
 
@@ -88,7 +92,35 @@ def test_a_process_killed_in_an_update_leaves_version_1(tmp_path):
         assert [str(problem) for problem in verify(archive)] == []
     assert os.listdir(tmp_path) == ["v1.db"] and execute(v1, SCHEMA) == schema
     with Archive.open(v1, "w") as archive:
-        assert (archive.version, archive.count()) == (2, 5000)
+        assert (archive.version, archive.count()) == (3, 5000)
+
+
+@pytest.mark.e2e
+def test_an_update_killed_at_any_statement_leaves_version_2(tmp_path):
+    original = archive_v1(tmp_path / "original.db", range(2000), version=2)
+    schema = execute(original, SCHEMA)
+    v2 = tmp_path / "v2.db"
+    for number in range(3, 33):
+        shutil.copy(original, v2)
+        status, _, errors = run_program("upgrade_until_killed.py", v2, number)
+        assert status == -signal.SIGKILL, errors
+        with Archive.open(v2) as archive:
+            assert (archive.version, archive.count()) == (2, 2000)
+            assert [str(problem) for problem in verify(archive)] == []
+        assert execute(v2, SCHEMA) == schema
+
+
+def test_version_2_keeps_its_models_and_groups(tmp_path):
+    v2 = archive_v1(tmp_path / "v2.db", range(100), version=2)
+    with Archive.open(v2) as archive:
+        assert archive.version == 2
+        before = archive.models(), archive.groups(), list(archive.rows(GROUP))
+    with Archive.open(v2, "w") as archive:
+        assert archive.version == 3
+        assert (archive.models(), archive.groups(), list(archive.rows(GROUP))) == before
+        assert [str(problem) for problem in verify(archive)] == []
+    assert execute(v2, "PRAGMA foreign_key_check") == []
+    assert "claims" not in {name for _, name, _ in execute(v2, SCHEMA)}
 
 
 def test_a_step_that_fails_leaves_version_1(v1):
@@ -99,14 +131,14 @@ def test_a_step_that_fails_leaves_version_1(v1):
     assert execute(v1, SCHEMA) == before and execute(v1, "PRAGMA user_version") == [(1,)]
 
 
-def test_many_that_open_at_once_all_find_version_2(tmp_path):
+def test_many_that_open_at_once_all_find_the_newest_version(tmp_path):
     v1 = archive_v1(tmp_path / "v1.db", range(5000))
     openers = [start_program("open_to_write.py", v1, stdin=subprocess.PIPE) for _ in range(4)]
     for opener in openers:
         opener.stdin.write("go\n")
         opener.stdin.flush()
     results = [opener.communicate(timeout=60) for opener in openers]
-    assert results == [("2\n", "")] * 4
+    assert results == [("3\n", "")] * 4
     assert execute(v1, "PRAGMA integrity_check") == [("ok",)]
 
 
@@ -119,7 +151,7 @@ def test_opening_waits_for_another_writer(v1):
     release = threading.Timer(0.3, lambda: holder.execute("ROLLBACK"))
     release.start()
     with Archive.open(v1, "w") as archive:
-        assert archive.version == 2
+        assert archive.version == 3
     release.join()
     holder.close()
 

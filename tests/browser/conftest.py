@@ -66,17 +66,17 @@ def note_request(url: str, trouble: list[str]):
 
 
 @pytest.fixture(scope="session")
-def write_picture():
-    def write_picture(path: Path, shade: int = 0):
+def write_image():
+    def write_image(path: Path, shade: int = 0):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (shade % 256, 90, 160)).save(path)
 
-    return write_picture
+    return write_image
 
 
 @pytest.fixture
-def sweep(tmp_path, make_entry, write_picture) -> Path:
-    """A folder with two prompts, three axes of two or three values with a hole, and two pictures for each."""
+def sweep(tmp_path, make_entry, write_image) -> Path:
+    """A folder with two prompts, three axes of two or three values with a hole, and two images for each."""
     entries = []
     prompts = {1: "rocket", 4: "castle"}
     for prompt_id, top_k, top_p, cond_scale in product(prompts, (50, 256, 0), (0.9, 1.0), (1.0, 10.0)):
@@ -86,7 +86,7 @@ def sweep(tmp_path, make_entry, write_picture) -> Path:
         group |= dict(top_k=top_k, top_p=top_p, cond_scale=cond_scale)
         for rank in range(2):
             file = f"{prompt_id:04d}_{prompts[prompt_id]}/k={top_k},p={top_p},c={cond_scale}_{rank:02d}.png"
-            write_picture(tmp_path / file, shade=40 * rank)
+            write_image(tmp_path / file, shade=40 * rank)
             score = 20.0 + cond_scale - rank - (top_k == 256)
             key = dict(key0=prompt_id, key1=4294967295 - rank)
             entries.append(make_entry(file, **group, rank=rank, score=score, **key))

@@ -1,4 +1,4 @@
-"""The page in a real browser, from disk, over small folders of pictures."""
+"""The page in a real browser, from disk, over small folders of images."""
 
 import base64
 import functools
@@ -6,14 +6,16 @@ import hashlib
 import http.server
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import threading
-from urllib.parse import parse_qs
 
 import pytest
+from helpers import ROOT
+from page_kit import HOSTILE, open_folder, state, texts
 
 from dm_generations.cli import build_parser
 from dm_generations.export.manifest import GalleryEntry, build_manifest, write_manifest
@@ -22,48 +24,17 @@ from dm_generations.pipelines.sweep import parse_key
 
 pytestmark = pytest.mark.browser
 
-HOSTILE = {
-    "markup": "</script><script>window.pwned = 1; alert(1)</script>",
-    "attribute": '"><img src=x onerror="window.pwned = 1"><svg onload=\'window.pwned=1\'>',
-    "javascript": "javascript:window.pwned=1",
-    "template": "${window.pwned = 1} {{pwned}} `$(touch pwned)` ; rm -rf ~ !! %s '\\'' \\",
-    "separators": "a\u2028b\u2029c\nd\re\tf\x1b]0;title\x07\x1b[201~g",
-    "reversed": "safe\u202egnp.exe\u202c \u2066x",
-    "emoji": "🚀 🏳️‍🌈 नमस्ते عربى ﷽",
-    "flag": "--db=elsewhere.db",
-    "assignment": "=ls",
-    "empty": "",
-    "prototype": "__proto__",
-    "nul": "a\x00b",
-    "surrogate": "a\ud800b",
-    "long": "x" * 4_000 + " <b>bold</b> " + "y z " * 1_500,
-}
-
-
-def open_folder(page, folder, hash=""):
-    """Open the page over `folder` from disk and wait until it shows pictures or a message."""
-    page.goto((folder / "samplebrowser.html").as_uri() + hash)
-    page.locator("#browser:not([hidden]), #message:not([hidden])").wait_for()
-
-
-def state(page) -> dict[str, str]:
-    return {name: values[0] for name, values in parse_qs(page.url.partition("#")[2]).items()}
-
 
 def count_broken(page) -> int:
-    """Pictures of the grid that did not load, after asking for all of them."""
+    """Images of the grid that did not load, after asking for all of them."""
     return page.evaluate(
         """async () => {
-          const images = [...document.querySelectorAll("#pictures img")];
+          const images = [...document.querySelectorAll("#images img")];
           images.forEach((image) => { image.loading = "eager"; });
           await Promise.allSettled(images.map((image) => image.decode()));
           return images.filter((image) => !image.naturalWidth).length;
         }"""
     )
-
-
-def texts(page, selector) -> list[str]:
-    return page.locator(selector).all_inner_texts()
 
 
 def test_policy_names_the_script_and_the_style_that_the_page_has():
@@ -76,16 +47,22 @@ def test_policy_names_the_script_and_the_style_that_the_page_has():
         assert f"'sha256-{digest}'" in policy, f"<{tag}> was edited; its hash is now sha256-{digest}"
 
 
+def test_page_is_what_its_parts_make():
+    build = runpy.run_path(str(ROOT / "browser" / "build.py"))["build"]
+    page = (ROOT / "samplebrowser.html").read_text(encoding="utf-8")
+    assert page == build(), "browser/ was edited: run python browser/build.py"
+
+
 def test_page_is_one_file_without_remote_assets():
     source = shipped("samplebrowser.html").read_text(encoding="utf-8")
-    assert not re.search(r"https?:|//cdn|@import|\burl\(", source)
+    assert not re.search(r"https?:|//cdn|@import|\burl\([^)]", source)
 
 
-def test_opens_on_the_best_settings_with_pictures_best_first(page, sweep):
+def test_opens_on_the_best_settings_with_images_best_first(page, sweep):
     open_folder(page, sweep)
     assert texts(page, "#prompts .text") == ["rocket", "castle"]
     assert state(page) == {"prompt": "1", "k": "50", "p": "0.9", "t": "1", "c": "10", "sc": "1"}
-    assert texts(page, "#pictures .score") == ["30.00", "29.00"]
+    assert texts(page, "#images .score") == ["30.00", "29.00"]
     assert count_broken(page) == 0
     assert page.evaluate("violations") == []
 
@@ -104,7 +81,7 @@ def test_arrow_keys_move_a_slider_and_back_and_forward_return(page, sweep):
     page.keyboard.press("ArrowRight")
     assert state(page)["k"] == "256"
     assert page.get_by_label("top k").get_attribute("aria-valuetext") == "256"
-    assert texts(page, "#pictures .score") == ["29.00", "28.00"]
+    assert texts(page, "#images .score") == ["29.00", "28.00"]
     page.get_by_label("top p").focus()
     page.keyboard.press("ArrowRight")
     assert (state(page)["k"], state(page)["p"]) == ("256", "1")
@@ -114,7 +91,7 @@ def test_arrow_keys_move_a_slider_and_back_and_forward_return(page, sweep):
     page.go_back()
     assert state(page)["k"] == "50"
     page.go_forward()
-    assert texts(page, "#pictures .score") == ["29.00", "28.00"]
+    assert texts(page, "#images .score") == ["29.00", "28.00"]
 
 
 def test_missing_combination_goes_to_the_nearest_and_says_so(page, sweep):
@@ -132,14 +109,14 @@ def test_missing_combination_goes_to_the_nearest_and_says_so(page, sweep):
     [
         ("#prompt=4&k=0&p=1&t=1&c=10&sc=1", {"prompt": "4", "k": "0", "p": "1", "c": "10"}),
         ("#prompt=4&k=200&c=9", {"prompt": "4", "k": "256", "c": "10"}),
-        ("#prompt=99&k=<script>&p=NaN&sc=-1&picture=9e9", {"prompt": "1"}),
+        ("#prompt=99&k=<script>&p=NaN&sc=-1&image=9e9", {"prompt": "1"}),
         ("#%E0%A4%A&&==&prompt=%00", {"prompt": "1"}),
     ],
 )
 def test_address_restores_the_state_or_the_nearest_there_is(page, sweep, hash, expected):
     open_folder(page, sweep, hash)
     assert expected.items() <= state(page).items()
-    assert page.locator("#pictures li").count() == 2
+    assert page.locator("#images li").count() == 2
 
 
 def test_search_narrows_the_prompts_and_choosing_one_keeps_the_settings(page, sweep):
@@ -147,50 +124,52 @@ def test_search_narrows_the_prompts_and_choosing_one_keeps_the_settings(page, sw
     page.get_by_label("Search prompts").fill("CAST")
     assert texts(page, "#prompts .text") == ["castle"]
     page.get_by_role("button", name="castle").click()
-    assert state(page) == {"prompt": "4", "k": "256", "p": "1", "t": "1", "c": "1", "sc": "1"}
+    assert state(page) == {"prompt": "4", "k": "256", "p": "1", "t": "1", "c": "1", "sc": "1", "find": "CAST"}
     assert page.locator("#prompt").inner_text() == "castle"
     page.get_by_label("Search prompts").fill("nothing like it")
-    assert texts(page, "#prompts .note") == ["No prompt contains these words."]
+    assert page.locator("#prompts li").count() == 0
+    assert page.locator("#found").inner_text()
 
 
 def test_dialog_shows_the_row_and_back_or_escape_leaves_it(page, sweep):
     open_folder(page, sweep)
-    page.locator("#pictures button").first.click()
-    dialog = page.locator("#dialog")
-    assert dialog.is_visible() and state(page)["picture"] == "1"
+    page.locator("#images button").first.click()
+    dialog = page.locator("#large")
+    dialog.wait_for()
+    assert state(page)["image"] == "1.4294967295"
     page.keyboard.press("ArrowRight")
-    assert state(page)["picture"] == "2"
+    page.wait_for_url("**image=1.4294967294*")
     facts = dict(zip(texts(page, "#facts dt"), texts(page, "#facts dd"), strict=True))
     assert facts["key"] == "1 4294967294" and facts["CLIP score"] == "29.00" and facts["archive"] == "tiny.db"
     assert facts["file"] == "0001_rocket/k=50,p=0.9,c=10.0_01.png"
     page.keyboard.press("Escape")
     dialog.wait_for(state="hidden")
-    page.wait_for_url(lambda url: "picture" not in url)
+    page.wait_for_url(lambda url: "image" not in url)
     page.go_forward()
     dialog.wait_for()
     page.go_back()
     dialog.wait_for(state="hidden")
 
 
-def test_size_and_sharp_pixels_change_the_pictures(page, sweep):
+def test_size_and_sharp_pixels_change_the_images(page, sweep):
     open_folder(page, sweep)
-    picture = page.locator("#pictures img").first
+    image = page.locator("#images img").first
     page.get_by_label("Size").fill("320")
-    assert round(picture.bounding_box()["width"]) in range(316, 321)
+    assert round(image.bounding_box()["width"]) in range(316, 321)
     page.get_by_label("Sharp pixels").check()
-    assert picture.evaluate("(image) => getComputedStyle(image).imageRendering") == "pixelated"
+    assert image.evaluate("(image) => getComputedStyle(image).imageRendering") == "pixelated"
 
 
-def test_every_control_has_a_name_and_every_picture_a_text(page, sweep):
+def test_every_control_has_a_name_and_every_image_a_text(page, sweep):
     open_folder(page, sweep)
-    page.locator("#pictures button").first.click()
+    page.locator("#images button").first.click()
     unnamed = page.evaluate(
         """() => [...document.querySelectorAll("input, button")].filter((node) => !(node.labels?.length
             || node.ariaLabel || node.textContent.trim() || node.querySelector("img[alt]")))
             .map((node) => node.outerHTML)"""
     )
     assert unnamed == []
-    assert page.locator("#pictures img").first.get_attribute("alt") == "Image 1, score 30.00: rocket"
+    assert page.locator("#images img").first.get_attribute("alt") == "Image 1, score 30.00: rocket"
 
 
 @pytest.mark.parametrize("width", [400, 1100])
@@ -206,19 +185,19 @@ def test_nothing_sticks_out_sideways(page, sweep, width):
 
 
 @pytest.fixture
-def hostile(tmp_path, make_entry, write_picture):
-    """One picture for each hostile text, which is prompt, unconditional prompt and archive name at once."""
+def hostile(tmp_path, make_entry, write_image):
+    """One image for each hostile text, which is prompt, unconditional prompt and archive name at once."""
     entries = []
     for number, (name, text) in enumerate(HOSTILE.items(), start=1):
-        write_picture(tmp_path / f"{name}.png")
+        write_image(tmp_path / f"{name}.png")
         settings = dict(prompt_id=number, prompt=text, sc_prompt_id=number, sc_prompt=text)
         entries.append(make_entry(f"{name}.png", **settings))
     write_manifest(tmp_path, build_manifest("images", HOSTILE["markup"], entries))
     return tmp_path
 
 
-def show_picture(page, number: int, name: str):
-    page.evaluate("(number) => { location.hash = `prompt=${number}&picture=1`; }", number)
+def show_image(page, number: int, name: str):
+    page.evaluate("(number) => { location.hash = `prompt=${number}&image=1.2`; }", number)
     page.locator("#facts bdi", has_text=f"{name}.png").wait_for()
 
 
@@ -226,7 +205,7 @@ def test_hostile_text_is_only_text(page, hostile):
     open_folder(page, hostile)
     elements = page.evaluate("document.querySelectorAll('script, style, svg, iframe, a, b').length")
     for number, (name, text) in enumerate(HOSTILE.items(), start=1):
-        show_picture(page, number, name)
+        show_image(page, number, name)
         shown = page.locator("#prompt").text_content()
         if text and text.isprintable():
             assert shown == text
@@ -274,19 +253,20 @@ def test_policy_stops_markup_that_did_get_in(page, sweep, trouble):
 def test_command_means_exactly_the_prompt_to_a_shell(page, hostile, tmp_path):
     open_folder(page, hostile)
     for number, (name, text) in enumerate(HOSTILE.items(), start=1):
-        show_picture(page, number, name)
+        show_image(page, number, name)
         command = page.locator("#command").text_content()
         if name in ("nul", "surrogate"):
             assert command == "" and page.locator("#copy").is_hidden()
             continue
         assert not re.search("[\x00-\x09\x0b-\x1f\u2028\u202e]", command)
-        echo = 'python() { printf "%s\\0" "$@"; }; set -H\n' + command
+        echo = 'python() { printf "%s\\0" "$@" ""; }; set -H\n' + command
         environment = os.environ | {"LC_ALL": "C.UTF-8"}
         printed = subprocess.check_output(["bash", "-c", echo], env=environment, cwd=tmp_path)
-        words = printed.decode().split("\0")[:-1]
-        assert words[:3] == ["-m", "dm_generations", "generate"]
-
-        args = build_parser().parse_args(words[2:])
+        printed_words = printed.decode().removesuffix("\0\0").split("\0\0-m\0")
+        generate, decode = (words.split("\0") for words in printed_words)
+        assert generate[:3] == ["-m", "dm_generations", "generate"] and decode[:2] == ["dm_generations", "decode"]
+        args = build_parser().parse_args(generate[2:])
+        assert build_parser().parse_args(decode[1:]).db == args.db
         assert (args.prompts, args.sc_prompts, args.db.name) == ([text], [text], "regenerated.db")
         settings = (args.top_k, args.top_p, args.temperature, args.cond_scale)
         assert settings == ([50], [0.9], [1.0], [3.0])
@@ -295,9 +275,7 @@ def test_command_means_exactly_the_prompt_to_a_shell(page, hostile, tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_command_draws_as_the_picture_was_drawn_and_none_is_shown_where_none_can(
-    page, tmp_path, make_entry, write_picture
-):
+def test_command_draws_as_the_image_was_drawn_and_none_is_shown_where_none_can(page, tmp_path, make_entry, write_image):
     entries = [
         make_entry("a.png", rank=0, dtype="bfloat16"),
         make_entry("b.png", rank=1, dtype="float32", init_count=7),
@@ -307,14 +285,23 @@ def test_command_draws_as_the_picture_was_drawn_and_none_is_shown_where_none_can
         make_entry("f.png", rank=5, sampler_version=7),
     ]
     for entry in entries:
-        write_picture(tmp_path / entry.file)
+        write_image(tmp_path / entry.file)
     write_manifest(tmp_path, build_manifest("images", "a.db", entries))
     open_folder(page, tmp_path)
     commands, given = [], []
-    for number, entry in enumerate(entries, start=1):
-        page.evaluate("(number) => { location.hash = `prompt=1&picture=${number}`; }", number)
+    # An image is named by its model and key; those of one key are numbered.
+    names = [
+        "m=&image=1.2",
+        "m=&image=1.2.1",
+        "m=&image=1.2.2",
+        "m=my+mega&image=1.2",
+        "m=%3F&image=1.2",
+        "m=&image=1.2.3",
+    ]
+    for name, entry in zip(names, entries, strict=True):
+        page.evaluate("(name) => { location.hash = `prompt=1&${name}`; }", name)
         page.locator("#facts bdi", has_text=entry.file).wait_for()
-        commands.append(page.locator("#command").text_content())
+        commands.append(page.locator("#command").text_content().partition("\npython")[0])
         given.append("initial tokens" in texts(page, "#facts dt"))
     assert commands[0].endswith("--dtype bfloat16") and commands[1] == "" and commands[2].endswith("--keys 1:2")
     words = shlex.split(commands[3].replace("\\\n", ""))
@@ -323,7 +310,7 @@ def test_command_draws_as_the_picture_was_drawn_and_none_is_shown_where_none_can
     assert given == [False, True, *[False] * 4]
 
 
-def test_special_names_load_and_paths_outside_do_not(page, tmp_path, make_entry, write_picture):
+def test_special_names_load_and_paths_outside_do_not(page, tmp_path, make_entry, write_image):
     folder = tmp_path / "out"
     names = [
         "100% #1?a=b&c;d+e'f~.png",
@@ -338,28 +325,28 @@ def test_special_names_load_and_paths_outside_do_not(page, tmp_path, make_entry,
         names = names[1:4]
     outside = ["../outside.png", "/etc/x.png", "//host/share/x.png", "a/../../outside.png", "..\\outside.png"]
     for name in names:
-        write_picture(folder / name)
-    write_picture(tmp_path / "outside.png")
+        write_image(folder / name)
+    write_image(tmp_path / "outside.png")
     entries = [make_entry(name, rank=rank) for rank, name in enumerate([*names, *outside])]
     write_manifest(folder, build_manifest("images", "a.db", entries))
     open_folder(page, folder)
-    assert page.locator("#pictures li").count() == len(entries)
-    assert page.locator("#pictures img[src]").count() == len(names)
-    assert page.locator("#pictures .missing").count() == len(outside)
+    assert page.locator("#images li").count() == len(entries)
+    assert page.locator("#images img[src]").count() == len(names)
+    assert page.locator("#images .missing").count() == len(outside)
     assert count_broken(page) == len(outside)
 
 
-def test_gallery_shows_pages_with_their_scores(page, tmp_path, write_picture):
+def test_gallery_shows_pages_with_their_scores(page, tmp_path, write_image):
     settings = dict(prompt_id=1, prompt="rocket", sc_prompt_id=1, sc_prompt=None, top_k=0, top_p=1.0)
     settings |= dict(temperature=1.0, cond_scale=3.0)
     entries = []
     for number, scores in enumerate([(30.0, 20.0), (None,)]):
-        write_picture(tmp_path / f"g{number}.png")
+        write_image(tmp_path / f"g{number}.png")
         entries.append(GalleryEntry(f"g{number}.png", **settings, scores=scores, page=number))
     write_manifest(tmp_path, build_manifest("gallery", "a.db", entries))
-    open_folder(page, tmp_path, "#picture=1")
-    assert texts(page, "#pictures .score") == ["scores 30.00 to 20.00", "no scores"]
-    assert page.locator("#dialog-title").inner_text() == "Gallery, page 1"
+    open_folder(page, tmp_path, "#image=page+1")
+    assert texts(page, "#images .score") == ["scores 30.00 to 20.00", "no scores"]
+    assert page.locator("#large-title").inner_text() == "Gallery, page 1"
     assert page.locator("#command").text_content().endswith("--n 3")
     assert count_broken(page) == 0
 
@@ -385,7 +372,7 @@ def test_page_finds_the_folder_that_decode_makes_beside_it(page, sweep, tmp_path
     [
         ("{", "The list of images cannot be read"),
         ("{version: 1, mode: 'images'}", "The list of images cannot be read"),
-        ("{version: 2, mode: 'images'}", "This page is older than the images"),
+        ("{version: 3, mode: 'images'}", "This page is older than the images"),
         ("{version: 1, mode: 'images', prompts: [], sc_prompts: [], groups: []}", "No images"),
     ],
 )
@@ -414,7 +401,7 @@ def test_page_works_from_a_server_too(page, sweep):
         server.shutdown()
 
 
-def test_72_000_pictures_load_and_a_large_group_comes_in_parts(page, tmp_path, make_entry):
+def test_72_000_images_load_and_a_large_group_comes_in_parts(page, tmp_path, make_entry):
     def entries():
         for group in range(720):
             prompt_id, top_k = group // 48, group % 48 + 1
@@ -426,9 +413,9 @@ def test_72_000_pictures_load_and_a_large_group_comes_in_parts(page, tmp_path, m
 
     write_manifest(tmp_path, build_manifest("images", "big.db", entries()))
     size = (tmp_path / "manifest.js").stat().st_size
-    assert size < 4_000_000, f"72,900 pictures take {size:,} bytes of manifest"
+    assert size < 4_000_000, f"72,900 images take {size:,} bytes of manifest"
     open_folder(page, tmp_path, "#prompt=0&k=1")
     assert page.locator("#totals").inner_text() == "72,900 images, 15 prompts"
-    assert page.locator("#pictures li").count() == 240
+    assert page.locator("#images li").count() == 240
     page.get_by_role("button", name="Show 240 of 760 more").click()
-    assert page.locator("#pictures li").count() == 480
+    assert page.locator("#images li").count() == 480

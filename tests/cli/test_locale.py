@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
 from tiny import tiny_dalle_bart, tiny_vqgan
+
+from dm_generations.archive import Archive
 
 PROMPT = "émoji 🚀"
 # ASCII, everywhere: without the two variables Python would not use it.
@@ -46,3 +49,26 @@ def test_a_prompt_that_the_locale_cannot_spell_is_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith(b"error: ")
     assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs names that are not UTF-8")
+@pytest.mark.parametrize("locale", [LOCALE, {"LC_ALL": "C.UTF-8"}, {"LC_ALL": "en_US.ISO-8859-1", "PYTHONUTF8": "0"}])
+def test_names_that_are_no_text(tmp_path, locale):
+    db, merged, missing = (
+        os.path.join(os.fsencode(tmp_path), name) for name in (b"\xff\xe9.db", b"\xfe.db", b"\xfd.db")
+    )
+    with Archive.create(Path(os.fsdecode(db))):
+        pass
+    command, environment = [sys.executable, "-m", "dm_generations"], os.environ | {"PYTHONPATH": str(ROOT)} | locale
+    for words, status in (
+        (["info", "--db", db], 0),
+        (["info", "--json", "--db", db], 0),
+        (["verify", "--db", db], 0),
+        (["merge", db, "--into", merged], 0),
+        (["info", "--db", missing], 1),
+    ):
+        done = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True)
+        assert done.returncode == status, done.stderr
+        assert done.stderr.count(b"\n") == status
+        assert (done.stdout + done.stderr).isascii()
+    assert sorted(os.listdir(os.fsencode(tmp_path))) == [b"\xfe.db", b"\xff\xe9.db"]

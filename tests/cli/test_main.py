@@ -8,8 +8,19 @@ from pathlib import Path
 
 import jax
 import pytest
+from decode_kit import read_images
+from helpers import ROOT
+from tiny import IMAGE_SIZE
 
+from dm_generations.archive import Archive
 from dm_generations.cli import COMMANDS, main
+
+# Followed by an unset variable of a shell: not the archive that ships, and not this folder.
+UNSET = [
+    *([command, "--db"] for command in ("info", "verify", "decode", "score")),
+    ["generate", "--prompts", "a", "--db"],
+    ["merge", "x.db", "--into"],
+]
 
 
 @pytest.mark.parametrize(
@@ -20,6 +31,8 @@ from dm_generations.cli import COMMANDS, main
         (["verify", "--batch-size", "0"], ["--batch-size", "0"]),
         (["generate", "--progressive", "0"], ["--progressive", "0"]),
         (["info", "--nonsense"], ["--nonsense"]),
+        *(([*words, ""], [words[-1], "empty"]) for words in UNSET),
+        (["merge", "--into", "x.db", ""], ["FILE", "empty"]),
         ([], ["COMMAND"]),
     ],
 )
@@ -59,12 +72,47 @@ def test_a_reader_that_has_gone_is_no_error():
     assert (run.returncode, run.stderr) == (141, "")
 
 
+CLOSED = {"input": "<&-", "output": ">&-", "errors": "2>&-", "all": "<&- >&- 2>&-"}
+
+
+def run_closed(closed: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run a command whose standard streams are closed. Files that it opens must not get their numbers."""
+    shell = ["sh", "-c", f'exec "$0" -m dm_generations "$@" {CLOSED[closed]}', sys.executable, *map(str, words)]
+    return subprocess.run(shell, capture_output=True, text=True, timeout=100, cwd=ROOT)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
-@pytest.mark.parametrize("command", ["info", "--help"])
-def test_closed_output_is_no_error(command):
-    words = ["sh", "-c", 'exec "$0" -m dm_generations "$1" >&-', sys.executable, command]
-    run = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert (run.returncode, run.stderr) == (0, "")
+@pytest.mark.parametrize("closed", CLOSED)
+def test_closed_streams_are_no_error(closed):
+    for words in (["info"], ["--help"]):
+        run = run_closed(closed, *words)
+        assert (run.returncode, run.stderr) == (0, "")
+        assert bool(run.stdout) == (closed in ("input", "errors"))
+    run = run_closed(closed, "info", "--db", "nowhere")
+    assert (run.returncode, run.stdout, bool(run.stderr)) == (1, "", closed in ("input", "output"))
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_commands_do_their_work_with_closed_streams(models, tmp_path):
+    db, merged, out, model = (tmp_path / name for name in ("a.db", "b.db", "out", "model"))
+    codec = ["--codec", models.vqgan, "--batch-size", 4]
+    made = ["--model", models.dalle_bart, *codec, "--prompts", "a boat", "--n", 4, "--no-score"]
+    for words in (
+        ["generate", "--db", db, *made],
+        ["score", "--db", db, *codec, "--clip", models.clip],
+        ["verify", "--db", db, "--regenerate", "--model", models.dalle_bart, "--batch-size", 4],
+        ["merge", db, "--into", merged],
+        ["decode", "--db", merged, *codec, "--out-dir", out],
+        ["convert", models.vqgan, "--out", model],
+    ):
+        run = run_closed("all", *words)
+        assert (run.returncode, run.stdout, run.stderr) == (0, "", ""), words
+    assert main(["verify", "--db", str(merged)]) == 0
+    with Archive.open(merged) as archive:
+        assert archive.count() == 4
+    assert [image.shape for image in read_images(out).values()] == [(IMAGE_SIZE, IMAGE_SIZE, 3)] * 4
+    assert (model / "model.safetensors").exists()
 
 
 @pytest.fixture

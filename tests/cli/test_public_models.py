@@ -1,4 +1,4 @@
-"""Public checkpoints, as tiny golden files of each format: from text to PNG by the commands of docs/models.md."""
+"""Public checkpoints, as tiny golden files of each format: from text to PNG by the commands of the models page."""
 
 import json
 import re
@@ -92,7 +92,7 @@ def codec_for(model: str | Path, folder: Path) -> Path:
 
 def table_flags() -> list[str]:
     """The flags in the table of models, a row each."""
-    text = (ROOT / "docs" / "models.md").read_text("utf-8")
+    text = (ROOT / "docs" / "reference" / "models.md").read_text("utf-8")
     return re.findall(r"^\|.*\| `(--[^`]+)` \|$", text, flags=re.MULTILINE)
 
 
@@ -178,7 +178,7 @@ def test_codecs_decode_an_archive(codec, tmp_path):
 # Options of single kinds of models
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_the_noise_of_dalle_mini_is_stored_apart_and_repeats(letters, tmp_path):
     """The same keys with other noise are other rows; a key alone generates its row anew."""
     model = DALLE_BARTS[-1]
@@ -259,7 +259,7 @@ def test_the_tokenizer_of_another_model_is_an_error(letters, models, tmp_path, c
     assert not (tmp_path / "a.db").exists()
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_the_condition_scale_of_the_first_token_alone(letters, tmp_path, capsys):
     """With `--cond-scale-of first` the first token is the guided one, and the others follow without the prompt."""
     model = DALLE_PYTORCHES[0] / "dalle.pt"

@@ -68,6 +68,16 @@ def test_missing_scores_are_filled_in(models, tmp_path, capsys, monkeypatch):
         assert list(verify(archive)) == []
 
 
+def test_what_is_selected_is_scored(models, tmp_path, capsys):
+    db = tmp_path / "a.db"
+    assert generate_into(models, db, "--prompts", "a boat", "a cat", "--n", 3, "--no-score") == 0
+    options = ["--codec", models.vqgan, "--clip", models.clip, "--batch-size", 4]
+    assert command("score", db, *options, "--prompt-texts", "a cat", "--n-best", 2) == 0
+    assert rows_of(db, "prompt_id, clip_score_input IS NULL") == [(1, 1)] * 3 + [(2, 0)] * 2 + [(2, 1)]
+    assert command("score", db, *options, "--where", "top_k=7") == 1
+    assert "top_k" in capsys.readouterr().err
+
+
 def test_rows_of_another_codec_and_bad_rows_are_left_and_named(models, tmp_path, capsys):
     db = tmp_path / "a.db"
     other = dataclasses.replace(models, vqgan=tiny_vqgan(tmp_path / "other_codec", seed=1))

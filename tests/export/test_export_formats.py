@@ -29,7 +29,7 @@ ROW = ImageRow(
 )
 MODELS = {
     1: ModelInfo("generator", "mega", "0" * 64, {}),
-    2: ModelInfo("codec", "f16", "1" * 64, {}, grid=16, codebook_size=16384, image_size=256),
+    2: ModelInfo("codec", "f16", "1" * 64, {}, token_shape=(16, 16), codebook_size=16384, image_shape=(256, 256)),
 }
 PROMPTS = {
     "plain": "a boat on a lake",

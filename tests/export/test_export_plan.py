@@ -3,10 +3,10 @@
 import pytest
 from decode_kit import SETTINGS, change, random_tokens, write_archive_2022
 
-from dm_generations.archive import Archive, ImageRow, ModelInfo
+from dm_generations.archive import Archive, ImageRow, ModelInfo, Selection
 from dm_generations.errors import UserError
 from dm_generations.export.manifest import make_entry
-from dm_generations.export.plan import GroupPlan, Layout, Selection, is_finished, select_groups
+from dm_generations.export.plan import GroupPlan, Layout, is_finished, select_groups
 from dm_generations.models.loading import load_checkpoint
 
 PROMPTS = ("a boat", "a cat", "a cat in a boat")

@@ -5,12 +5,15 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from PIL import Image
 
-from dm_generations.atomic_io import remove_stale_temporaries, temporary_path, write_atomic
+from dm_generations import atomic_io
+from dm_generations.atomic_io import remove_stale_temporaries, write_atomic
 from dm_generations.export.output_file import Encoding
 from dm_generations.export.writers import FileWriter
 
@@ -74,18 +77,46 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x.png"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs locks of files, and pipes")
 def test_only_what_dead_processes_left_is_removed(tmp_path):
-    with subprocess.Popen([sys.executable, "--version"], stdout=subprocess.DEVNULL) as dead:
-        dead.wait(60)
-    own = temporary_path(tmp_path).name
-    stale = own.replace(f"-{os.getpid()}-", f"-{dead.pid}-")
-    kept = [
-        own.replace(f"-{os.getpid()}-", f"-{os.getppid()}-"),
-        ".dmg-ffffffff-1-00000000.tmp",
-        ".dmg-mine",
-        "a.png",
-    ]
-    for name in (stale, *kept):
-        (tmp_path / name).touch()
+    """Whether one lives is not told by its number: a process of another container may have the number of a dead one."""
+    program = [sys.executable, str(ROOT / "tests/programs/hold_temporary.py"), str(tmp_path)]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as living:
+        assert living.stdout.readline() == "open\n"
+        (kept,) = os.listdir(tmp_path)
+        stale = [".dmg-0123456789abcdef.tmp", ".dmg-ffffffff-1-00000000.tmp"]  # the second of version 0.1.0
+        others = [".dmg-mine", "a.png", ".dmg-00.tmp"]
+        for name in (*stale, *others[:-1]):
+            (tmp_path / name).touch()
+        os.mkfifo(tmp_path / others[-1])
+        remove_stale_temporaries(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == sorted([kept, *others])
+        living.communicate("\n", timeout=60)
+    assert living.returncode == 0
+    assert sorted(os.listdir(tmp_path)) == sorted(["whole", *others])
+
+
+def test_a_temporary_file_that_is_removed_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+    lock, names = atomic_io.lock_file, []
+
+    def remove_and_lock(file):
+        monkeypatch.setattr(atomic_io, "lock_file", lock)
+        names.extend(os.listdir(tmp_path))
+        remove_stale_temporaries(tmp_path)
+        return lock(file)
+
+    monkeypatch.setattr(atomic_io, "lock_file", remove_and_lock)
+    write_atomic(tmp_path / "x", b"whole")
+    assert len(names) == 1
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks of files")
+def test_where_there_are_no_locks_young_files_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic_io, "lock_file", lambda file: False)
+    for name, age in (("00", 0), ("01", 7200)):
+        path = tmp_path / f".dmg-{name}.tmp"
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
     remove_stale_temporaries(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+    assert os.listdir(tmp_path) == [".dmg-00.tmp"]

@@ -57,14 +57,6 @@ def test_fifty_killed_runs_go_on_to_the_same_tree(command, tmp_path, mode):
     check_kills(command, tmp_path / "cut", whole, flags, kill_count=50, seed=random.randrange(10**6))
 
 
-def test_what_a_killed_run_on_another_machine_left_stays_while_it_is_young(command, tmp_path):
-    foreign = f".dmg-{'0' * 8}-1-{'0' * 8}.tmp"
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / foreign).touch()
-    assert command.run(tmp_path / "out", "--prompt-ids", "1", "--n-best", "1") == 0
-    assert (tmp_path / "out" / foreign).exists()
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_an_interrupted_run_says_so_and_goes_on(command, tmp_path, mode):
     flags, out = MODES[mode], tmp_path / "cut"

@@ -363,3 +363,13 @@ def test_no_rows_give_no_tokens(generator):
 def test_the_loop_copies_nothing_to_the_device_behind_our_back(generator, tokens):
     with jax.transfer_guard("disallow"):
         np.testing.assert_array_equal(generator.generate(*rows([2])), tokens[[2]])
+
+
+def test_prompts_that_the_model_reads_in_part_or_not_at_all_are_named(generator, checkpoint, caplog):
+    generator.check_texts(["a boat", "", None])
+    assert caplog.messages == []
+    length = checkpoint.config.max_text_length
+    generator.check_texts(["a boat", "a" * (length - 2), "b" * (length - 1), "c" * 1000, "\u043a"])
+    cut, unread = caplog.messages
+    assert cut.startswith("2 prompts") and str(length) in cut and "bbb" in cut
+    assert unread.startswith("1 prompt ") and "\u043a" in unread

@@ -1,8 +1,9 @@
-"""Damaged checkpoints, configs and tokenizers of every format: a model or one line, never a traceback or a hang."""
+"""Damaged checkpoints, configs and tokenizers of every format: a model or one line; no traceback, hang or 2 GB."""
 
 import random
 import shutil
 import sys
+import tempfile
 
 import pytest
 from helpers import golden, time_limit
@@ -11,6 +12,7 @@ from dm_generations.errors import UserError
 from dm_generations.models.loading import find_checkpoint
 
 SECONDS = 20
+MAX_BYTES = 2 << 30  # more than the process had before
 VALUES = (b"-1", b"999999999999", b"1e9", b"null", b'"x"', b"[]", b"0")
 FOLDERS = [
     (sorted(file.parent for file in golden(name).glob(f"**/{file_name}"))[0], role)
@@ -24,6 +26,19 @@ FOLDERS = [
         ("clip", "model.safetensors", "clip"),
     )
 ]
+
+
+def list_files(folder):
+    """Names, sizes and times of all files, which tell whether one was touched."""
+    files = [(path, path.stat()) for path in sorted(folder.rglob("*"))]
+    return [(path, status.st_size, status.st_mtime_ns) for path, status in files]
+
+
+def peak_memory():
+    """The most memory that this process has had, in bytes."""
+    import resource  # which Windows lacks
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def mutate(content: bytes, numbers: random.Random) -> bytes:
@@ -52,8 +67,12 @@ def mutate(content: bytes, numbers: random.Random) -> bytes:
 @pytest.mark.parametrize(
     ("seed", "count"), [(0, 60), *(pytest.param(seed, 1000, marks=pytest.mark.slow) for seed in range(1, 5))]
 )
-def test_damage_is_a_model_or_one_line(seed, count, tmp_path):
+def test_damage_is_a_model_or_one_line(seed, count, tmp_path, monkeypatch):
     numbers = random.Random(seed)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    outside = list_files(golden(""))
+    memory = peak_memory()
     for index in range(count):
         source, role = numbers.choice(FOLDERS)
         folder = tmp_path / "model"
@@ -72,3 +91,6 @@ def test_damage_is_a_model_or_one_line(seed, count, tmp_path):
         except UserError as error:
             message = str(error)
         assert "\n" not in message, (seed, index, file.name)
+        assert peak_memory() - memory < MAX_BYTES, (seed, index, file.name)
+        assert {path.name for path in tmp_path.iterdir()} <= {"model"}, (seed, index, file.name)
+    assert list_files(golden("")) == outside

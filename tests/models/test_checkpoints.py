@@ -1,6 +1,7 @@
 """Which model a folder or file is, what is wrong with it, and our own folders."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -19,6 +20,7 @@ from dm_generations.pipelines.convert import convert
 from dm_generations.runtime.device import put_params
 from dm_generations.weights import native
 from dm_generations.weights.native import flatten
+from dm_generations.weights.torch_file import read_torch
 
 CLIP = sorted(golden("clip").rglob("model.safetensors"))[0].parent
 DALLE_MINI = sorted(golden("dalle_bart").glob("*/flax_model.msgpack"))[0].parent
@@ -234,7 +236,7 @@ def test_clip_loads_from_pieces(tmp_path, name):
     index.write_text(json.dumps({"weight_map": {key: file for file, part in files.items() for key in part}}))
     found = load_checkpoint(folder, "clip")
     assert_same(found.params, expected.params)
-    assert found.sha256 != expected.sha256
+    assert found.sha256 == expected.sha256
     if name == "model.safetensors":  # what is wrong is said of the piece that has it
         extra = {key: tensors[key] for key in files[file]} | {"text_model.extra.weight": np.zeros((2, 2), np.float32)}
         safetensors.numpy.save_file(extra, folder / file)
@@ -247,6 +249,100 @@ def test_clip_loads_from_pieces(tmp_path, name):
         index.write_text(json.dumps(broken))
         with pytest.raises(UserError, match=r"index.json does not say which files"):
             load_checkpoint(folder, "clip")
+
+
+def prefixed(prefix):
+    return lambda state: {f"{prefix}{name}": value for name, value in state.items()}
+
+
+WRAPPERS = {
+    "DistributedDataParallel": prefixed("module."),
+    "torch.compile": prefixed("_orig_mod."),
+    "both": prefixed("module._orig_mod."),
+    "the other way round": prefixed("_orig_mod.module."),
+    "in the middle": lambda state: {re.sub(r"^(\w+)\.", r"\1._orig_mod.", name): state[name] for name in state},
+    "a training state": lambda state: {
+        "epoch": 3,
+        "model": prefixed("module._orig_mod.")(state),
+        "optimizer": {"state": {0: {"exp_avg": next(iter(state.values()))}}},
+        "ema": {},
+    },
+}
+TORCH_FILES = [
+    (sorted(golden(name).glob(f"**/{file_name}"))[0].parent, role)
+    for name, file_name, role in (
+        ("taming", "*.ckpt", "codec"),
+        ("mindalle_kakao", "stage2_last.ckpt", "generator"),
+        ("mindalle_kakao", "stage1_last.ckpt", "codec"),
+        ("dalle_pytorch", "dalle.pt", "generator"),
+        ("dalle_pytorch", "dalle.pt", "codec"),
+        ("min_dalle", "encoder.pt", "generator"),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("source", "role", "wrapper"),
+    [(*case, "a training state") for case in TORCH_FILES] + [(*TORCH_FILES[-1], wrapper) for wrapper in WRAPPERS],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_what_training_puts_around_weights_and_names_is_left_behind(tmp_path, source, role, wrapper):
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    expected = load_checkpoint(folder, role)
+    for file in (file for file in folder.rglob("*") if file.suffix in (".pt", ".ckpt")):
+        content = plain(read_torch(file))
+        if "weights" in content:  # dalle.pt, with the config beside them
+            wrapped = content | {"weights": WRAPPERS[wrapper](content["weights"])}
+        else:
+            wrapped = WRAPPERS[wrapper](content.get("state_dict", content))
+        file.unlink()  # the arrays are views of it
+        torch_files.save(file, with_tensors(wrapped))
+    found = load_checkpoint(folder, role)
+    assert (found.sha256, found.config) == (expected.sha256, expected.config)
+
+
+def plain(value):
+    return {name: plain(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+def with_tensors(value):
+    if isinstance(value, dict):
+        return {name: with_tensors(part) for name, part in value.items()}
+    return torch_files.tensor(value) if isinstance(value, np.ndarray) else value
+
+
+def test_clip_loads_from_what_training_wrote(tmp_path):
+    folder = tmp_path / "clip"
+    shutil.copytree(CLIP, folder)
+    expected = load_checkpoint(folder, "clip").sha256
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    safetensors.numpy.save_file(prefixed("_orig_mod.")(tensors), folder / "model.safetensors")
+    assert load_checkpoint(folder, "clip").sha256 == expected
+    (folder / "model.safetensors").unlink()
+    torch_files.save(folder / "pytorch_model.bin", with_tensors(WRAPPERS["a training state"](tensors)))
+    assert load_checkpoint(folder, "clip").sha256 == expected
+
+
+def test_a_pointer_of_git_lfs_is_named_whatever_file_it_stands_for(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    codec = tiny_vqgan(tmp_path / "codec")
+    generator = tiny_dalle_bart(tmp_path / "generator")
+    archive, ckpt, yaml = (tmp_path / name for name in ("model.tar.gz", "last.ckpt", "last.yaml"))
+    for path in (codec / "config.json", generator / "tokenizer.json", archive, yaml, ckpt):
+        path.write_text(pointer)
+    for path in (codec, archive, ckpt):
+        with pytest.raises(UserError, match="git lfs pull"):
+            load_checkpoint(path, "codec")
+    with pytest.raises(UserError, match=r"tokenizer\.json .*git lfs pull"):
+        load_checkpoint(generator, "generator").load_tokenizer()
+
+
+def test_a_config_of_any_size_takes_no_memory(codec):
+    with open(codec / "config.json", "r+b") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_checkpoint(codec, "codec")
 
 
 def test_an_option_that_is_not_supported_is_named_with_its_file(tmp_path):

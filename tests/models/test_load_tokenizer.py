@@ -1,5 +1,6 @@
 """What holds for every kind of tokenizer: the interface, hostile prompts, and files that are damaged or not theirs."""
 
+import base64
 import json
 import shutil
 
@@ -158,6 +159,14 @@ def test_merges_skipped_at_random_in_training_are_not_skipped_here(tmp_path):
         np.testing.assert_array_equal(load_tokenizer(tmp_path, style, 420).encode(texts, 16)[0], expected)
 
 
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+CHARSMAP = base64.b64encode(bytes(4) + b"a" * 2000 + b"\0").decode()
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * 40,
+    "pair": [],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [0] * 40, "tokens": ["<s>"] * 40}, "<pad>": {"ids": 5}},
+}
 REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
 
 
@@ -168,6 +177,12 @@ REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
         ("normalizer", {"type": "Sequence", "normalizers": [REPLACE] * 30}),
         ("normalizer", {**REPLACE, "pattern": {"Regex": ""}, "content": "a" * 100_000}),
         ("decoder", {"type": "Sequence", "decoders": [REPLACE] * 30}),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 40}),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFKD"}, {"type": "NFKC"}] * 1000}),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "a" * 999}, REPLACE]}),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [BYTE_LEVEL] * 40}),
+        ("post_processor", {"type": "Sequence", "processors": [TEMPLATE]}),
     ],
 )
 @pytest.mark.parametrize("style", ["dalle_bart", "clip", "dalle_pytorch"])

@@ -6,7 +6,7 @@ import tiny
 from dm_generations.models.base import ImageCodec, TextToImageModel
 from dm_generations.models.registry import KINDS, ROLES, find_kind, kinds_of_role
 
-PROTOCOLS = {"generator": TextToImageModel, "codec": ImageCodec, "clip": object}
+PROTOCOLS = {"generator": TextToImageModel, "codec": ImageCodec, "clip": object, "scorer": object}
 CONFIG_NAMES = {
     "generator": (
         *("image_length", "codebook_size", "max_text_length", "text_vocab_size", "start_token", "sampling_order"),
@@ -14,6 +14,7 @@ CONFIG_NAMES = {
     ),
     "codec": ("grid", "codebook_size", "image_size"),
     "clip": (),
+    "scorer": ("widths",),
 }
 CONFIGS = {
     "dalle_bart": tiny.DALLE_BART_CONFIG,

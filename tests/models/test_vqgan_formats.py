@@ -137,6 +137,14 @@ def test_what_macos_writes_next_to_files_is_passed_over(tmp_path, flat):
     assert read_taming(tmp_path).config == CONFIG
 
 
+def test_a_second_yaml_that_is_none_is_passed_over(tmp_path, flat):
+    lightning(tmp_path / "a.ckpt", codec_kit.taming_state(flat))
+    (tmp_path / "a.yaml").write_text(YAML)
+    for text in ("model: {params: {ddconfig: [", "a: &a 1\nb: *a", "\0", "- 1"):
+        (tmp_path / "0.yaml").write_text(text)
+        assert read_taming(tmp_path).config == CONFIG
+
+
 def test_of_several_files_the_names_decide(tmp_path, flat):
     """As in the cache of DALLE-pytorch."""
     file = lightning(tmp_path / "vqgan.1024.model.ckpt", codec_kit.taming_state(flat))
@@ -179,7 +187,8 @@ def test_what_is_not_a_vqgan_is_left_to_other_readers(tmp_path):
         ("a: " + "[" * 5000, r"model\.yaml is not YAML"),
         ("n: " + "9" * 5000, r"model\.yaml is not YAML"),
         ("- 1", "must hold a YAML mapping"),
-        ("#" * (1 << 20) + "\na: 1", "too long"),
+        ("#" * (1 << 16) + "\na: 1", "too long"),
+        ("n: 1" + ":59" * 300_000, "too long"),  # a number to the base 60
     ],
 )
 def test_a_yaml_that_does_not_fit_is_one_line(tmp_path, monkeypatch, flat, yaml, message):

@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 from decode_kit import GOLDEN_CODEC
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from dm_generations.errors import UserError
 from dm_generations.export.output_file import encode_npy
@@ -132,6 +132,43 @@ def test_a_photograph_is_turned_as_it_says(tmp_path):
     found = init_tokens.read_image(tmp_path / "p.png", 8)
     assert (found[:4] == 0).all()
     assert (found[4:] == 255).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_undone(tmp_path, orientation):
+    upright = np.zeros((8, 8, 3), np.uint8)
+    upright[:4, :4], upright[:4, 4:] = (250, 0, 0), (0, 250, 0)
+    steps = {2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: lambda x: x.swapaxes(0, 1)}
+    steps |= {6: np.rot90, 7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: lambda x: np.rot90(x, 3)}
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    stored = np.ascontiguousarray(steps.get(orientation, np.array)(upright))
+    Image.fromarray(stored).save(tmp_path / "p.png", exif=tags)
+    np.testing.assert_array_equal(init_tokens.read_image(tmp_path / "p.png", 8), upright)
+
+
+def test_broken_exif_data_do_not_count(tmp_path):
+    Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "p.png", exif=b"Exif\0\0garbage" * 5)
+    assert (init_tokens.read_image(tmp_path / "p.png", 4) == (9, 8, 7)).all()
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0x8040, 128), (-5, 0), (0x4000_0000, 128), (2**31 - 1, 255)])
+def test_gray_of_32_bits_is_scaled(tmp_path, value, expected):
+    Image.fromarray(np.full((4, 4), value, np.int32)).save(tmp_path / "p.tif")
+    assert (init_tokens.read_image(tmp_path / "p.tif", 4) == expected).all()
+
+
+@pytest.mark.parametrize("kind", ["add_text", "add_itxt"])
+@pytest.mark.parametrize("zip", [False, True])
+def test_a_long_text_in_a_png_is_no_damage(tmp_path, kind, zip):
+    """Programs that make images store their workflow there. More than Pillow keeps in all is refused as what it is."""
+    for megabytes in (10, 70):
+        info = PngImagePlugin.PngInfo()
+        getattr(info, kind)("workflow", "x" * (megabytes << 20), zip=zip)
+        Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / f"{megabytes}.png", pnginfo=info)
+    assert (init_tokens.read_image(tmp_path / "10.png", 4) == (9, 8, 7)).all()
+    with pytest.raises(UserError, match=r"70\.png.* MiB of text"):
+        init_tokens.read_image(tmp_path / "70.png", 4)
 
 
 def wide_gamut_profile() -> bytes:

@@ -49,6 +49,8 @@ def test_untouched_rows_are_reproduced_anywhere_in_a_batch(models, db, flag, cap
     assert "36 images" in capsys.readouterr().out
     assert verify(models, db, flag, "--sample", 7) == 0
     assert "7 images" in capsys.readouterr().out
+    assert verify(models, db, flag, "--where", "cond_scale=3", "temperature=0.7..") == 0
+    assert "12 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["--regenerate", "--replay"])

@@ -1,4 +1,4 @@
-"""Updates an archive of version 1 and is killed before it commits."""
+"""Updates an archive of an older version, and is killed before its COMMIT, or before a statement with this number."""
 
 import os
 import signal
@@ -10,6 +10,17 @@ from dm_generations.archive.connection import connect
 
 connection = connect(Path(sys.argv[1]), "w", timeout=10)
 connection.execute("PRAGMA cache_size = 10")  # pages, so that half of the step reaches the file
-with connection.transaction():
-    schema.upgrade(connection)
-    os.kill(os.getpid(), signal.SIGKILL)
+execute, limit, count = connection.execute, int(sys.argv[2]) if len(sys.argv) > 2 else None, 0
+
+
+def execute_until_killed(sql, parameters=()):
+    """Run a statement, or end."""
+    global count
+    count += 1
+    if count == limit or sql == "COMMIT":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return execute(sql, parameters)
+
+
+connection.execute = execute_until_killed
+schema.upgrade(connection)

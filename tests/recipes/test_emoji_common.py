@@ -14,7 +14,7 @@ from dm_generations.models.dalle_mini.network import DalleBart
 from recipes.emoji.common import MUON_RMS, bfloat16_matmul, has_bfloat16_units, make_optimizer, use_bfloat16_dense
 from recipes.emoji.dalle_bart import make_config
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.slow
 
 
 def random(*shape):
@@ -98,10 +98,10 @@ def test_scanned_layers_are_rounded_too():
     """As in DALL-E mega's checkpoint."""
     small = {"d_model": 32, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "use_scan": True}
     model = DalleBart(dataclasses.replace(make_config(64, 4, 400), **small))
-    text, codes = np.ones((2, 8), np.int32), np.ones((2, 4), np.int32)
-    params = model.init(jax.random.key(0), text, text, codes)
-    exact = model.apply(params, text, text, codes)
+    text, tokens = np.ones((2, 8), np.int32), np.ones((2, 4), np.int32)
+    params = model.init(jax.random.key(0), text, text, tokens)
+    exact = model.apply(params, text, text, tokens)
     with nn.intercept_methods(use_bfloat16_dense):
-        found = model.apply(params, text, text, codes)
+        found = model.apply(params, text, text, tokens)
     assert (found != exact).any()
     np.testing.assert_allclose(found, exact, atol=0.01)

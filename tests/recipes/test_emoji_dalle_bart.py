@@ -15,11 +15,11 @@ from dm_generations.sampling import logits as sampling
 from dm_generations.weights import native
 from recipes.emoji.captions import train_tokenizer
 from recipes.emoji.common import to_float32
-from recipes.emoji.dalle_bart import FIRST_CODE_WEIGHT, LABEL_SMOOTHING, Trainer, make_config
+from recipes.emoji.dalle_bart import FIRST_TOKEN_WEIGHT, LABEL_SMOOTHING, Trainer, make_config
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.slow
 
-CODES, LENGTH, STEPS, SMOOTHING = 64, 4, 150, 1.0
+CODEBOOK_SIZE, LENGTH, STEPS, SMOOTHING = 64, 4, 150, 1.0
 EMOJI = [
     {
         "key": name,
@@ -47,8 +47,8 @@ def tokenizer(tmp_path_factory):
 
 def new_trainer(tokenizer, batch_size=16, smoothing=SMOOTHING, bfloat16=True):
     small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    config = dataclasses.replace(make_config(CODES, LENGTH, 400), **small)
-    codes = np.random.default_rng(0).permutation(CODES)[: len(EMOJI) * LENGTH].reshape(len(EMOJI), LENGTH)
+    config = dataclasses.replace(make_config(CODEBOOK_SIZE, LENGTH, 400), **small)
+    tokens = np.random.default_rng(0).permutation(CODEBOOK_SIZE)[: len(EMOJI) * LENGTH].reshape(len(EMOJI), LENGTH)
     args = argparse.Namespace(
         seed=0,
         steps=STEPS,
@@ -58,7 +58,7 @@ def new_trainer(tokenizer, batch_size=16, smoothing=SMOOTHING, bfloat16=True):
         unconditional_smoothing=smoothing,
         bfloat16=bfloat16,
     )
-    return Trainer(DalleBart(config), codes, EMOJI, tokenizer, args)
+    return Trainer(DalleBart(config), tokens, EMOJI, tokenizer, args)
 
 
 def train(tokenizer, smoothing):
@@ -76,9 +76,9 @@ def trained(tokenizer):
 
 
 def log_probs(trainer, params, texts):
-    """Log probabilities (B, L, codebook) of each text, given the codes of its row of EMOJI."""
+    """Log probabilities (B, L, codebook) of each text, given the tokens of its row of EMOJI."""
     ids, mask = trainer.tokenizer.encode(texts, trainer.config.max_text_length)
-    return jax.nn.log_softmax(trainer.logits(params, ids, mask, trainer.codes)[..., :CODES])
+    return jax.nn.log_softmax(trainer.logits(params, ids, mask, trainer.tokens)[..., :CODEBOOK_SIZE])
 
 
 def test_only_rows_without_caption_are_smoothed_strongly(tokenizer):
@@ -93,7 +93,7 @@ def test_only_rows_without_caption_are_smoothed_strongly(tokenizer):
 def test_an_epoch_has_every_image_once(batch_size, tokenizer):
     trainer = new_trainer(tokenizer, batch_size)
     targets = np.concatenate([trainer.make_batch(step)[3] for step in range(3 * len(EMOJI))])
-    is_of = (targets[:, None] == trainer.codes).all(-1)  # (row, image)
+    is_of = (targets[:, None] == trainer.tokens).all(-1)  # (row, image)
     assert (is_of.sum(1) == 1).all()
     epochs = is_of.reshape(-1, len(EMOJI), len(EMOJI))
     assert (epochs.sum(1) == 1).all()
@@ -115,39 +115,39 @@ def test_bfloat16_changes_the_loss_a_little(tokenizer):
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
-def test_the_first_codes_weigh_more(tokenizer):
+def test_the_first_tokens_weigh_more(tokenizer):
     trainer = new_trainer(tokenizer, bfloat16=False)
     params = trainer.init(None)["params"]
-    params["lm_head"]["kernel"] = 10 * params["lm_head"]["kernel"]  # at the start all codes have nearly equal logits
+    params["lm_head"]["kernel"] = 10 * params["lm_head"]["kernel"]  # at the start all tokens have nearly equal logits
     state = trainer.init(params)
     ids, mask, inputs, targets, smoothing = trainer.make_batch(0)
     log_p = np.asarray(jax.nn.log_softmax(trainer.logits(state["params"], ids, mask, inputs)))
     chosen = np.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-    loss = -(1 - smoothing[:, None]) * chosen - smoothing[:, None] * log_p.mean(-1)  # (B, 4): two rows of two codes
-    weights = 1 + FIRST_CODE_WEIGHT / np.array([1, 2**0.5, 2, 2**1.5])
+    loss = -(1 - smoothing[:, None]) * chosen - smoothing[:, None] * log_p.mean(-1)  # (B, 4): two rows of two tokens
+    weights = 1 + FIRST_TOKEN_WEIGHT / np.array([1, 2**0.5, 2, 2**1.5])
     expected = np.average(loss.mean(0), weights=weights)
     assert float(trainer.step(state, 0)[1]["loss"]) == pytest.approx(expected, rel=1e-4)
     assert expected != pytest.approx(loss.mean(), rel=1e-3)
 
 
-def test_without_caption_no_code_is_much_rarer_than_another(tokenizer, trained):
-    """Otherwise guidance, which magnifies log p(code | caption) - log p(code), draws codes that are rare in both."""
+def test_without_caption_no_token_is_much_rarer_than_another(tokenizer, trained):
+    """Otherwise guidance, which magnifies log p(token | caption) - log p(token), draws tokens that are rare in both."""
     trainer, params = trained
     found = log_probs(trainer, params, [None] * len(EMOJI))
-    low, high = found.min() + np.log(CODES), found.max() + np.log(CODES)
+    low, high = found.min() + np.log(CODEBOOK_SIZE), found.max() + np.log(CODEBOOK_SIZE)
     assert low > -2 and high < 2, f"{low:.2f} to {high:.2f} from equal probabilities"
 
     trainer, params = train(tokenizer, LABEL_SMOOTHING)
     assert log_probs(trainer, params, [None] * len(EMOJI)).min() < found.min() - 1
 
 
-def test_at_cond_scale_10_the_right_code_has_nearly_all_the_probability(trained):
+def test_at_cond_scale_10_the_right_token_has_nearly_all_the_probability(trained):
     trainer, params = trained
     cond = log_probs(trainer, params, [row["name"] for row in EMOJI])
     uncond = log_probs(trainer, params, [None] * len(EMOJI))
-    flat = [x.reshape(-1, CODES) for x in (cond, uncond)]
+    flat = [x.reshape(-1, CODEBOOK_SIZE) for x in (cond, uncond)]
     guided = sampling.guide(*flat, jnp.full(len(flat[0]), 10.0))
-    found = sampling.log_prob(guided, jnp.asarray(trainer.codes.reshape(-1)), CODES)
+    found = sampling.log_prob(guided, jnp.asarray(trainer.tokens.reshape(-1)), CODEBOOK_SIZE)
     assert np.exp(found).min() > 0.99
 
 

@@ -17,7 +17,7 @@ from recipes.emoji.__main__ import STEPS
 from recipes.emoji.common import Run
 from recipes.emoji.vqgan import Trainer, encode_entropy_constrained, encode_images, reconstruct
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.slow
 
 CONFIG = VQGANConfig(
     ch=4,
@@ -80,22 +80,22 @@ def test_a_trained_model_loads_and_reconstructs_images(trainer, initial, tmp_pat
     native.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), params, np.float16)
     loaded = load_checkpoint(tmp_path / "model", "codec")
     assert loaded.config == CONFIG
-    images, codes = reconstruct(trainer.model, loaded.params, np.asarray(trainer.pixels))
+    images, tokens = reconstruct(trainer.model, loaded.params, np.asarray(trainer.pixels))
     assert images.shape == (40, 8, 8, 3) and images.dtype == np.uint8
-    assert codes.shape == (40, 16) and codes.max() < 8
+    assert tokens.shape == (40, 16) and tokens.max() < 8
     one_batch = vqgan.apply_model(
         trainer.model, loaded.params, np.asarray(trainer.pixels) / np.float32(255), method="encode"
     )[1]
-    np.testing.assert_array_equal(codes, one_batch)  # in order, without the padding of the last batch
+    np.testing.assert_array_equal(tokens, one_batch)  # in order, without the padding of the last batch
 
 
 def test_an_entropy_weight_lowers_entropy_at_little_cost(trainer, initial, tmp_path):
     params = jax.device_get(train(trainer, initial, tmp_path, 6).state["params"])
 
-    def entropy_and_error(codes):
-        shares = np.bincount(codes.ravel(), minlength=CONFIG.n_embed) / codes.size
+    def entropy_and_error(tokens):
+        shares = np.bincount(tokens.ravel(), minlength=CONFIG.n_embed) / tokens.size
         outputs = trainer.model.apply({"params": params}, trainer.pixels / 255.0, method="encode_continuous")
-        vectors = params["quantize"]["embedding"]["embedding"][codes]
+        vectors = params["quantize"]["embedding"]["embedding"][tokens]
         error = np.square(np.asarray(outputs).reshape(vectors.shape) - vectors).sum(-1).mean()
         return -(shares[shares > 0] * np.log(shares[shares > 0])).sum(), error
 
@@ -107,7 +107,7 @@ def test_an_entropy_weight_lowers_entropy_at_little_cost(trainer, initial, tmp_p
     for weight in (0.3, 1.0):
         low_entropy, high_error = entropy_and_error(encode_entropy_constrained(trainer.model, params, pixels, weight))
         assert low_entropy < entropy
-        # No codes cost less, not even the nearest.
+        # No tokens cost less, not even the nearest.
         assert high_error + weight * error * low_entropy <= error + weight * error * entropy
         costs.append(high_error)
     assert error < costs[0] <= costs[1]

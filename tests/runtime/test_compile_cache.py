@@ -20,7 +20,7 @@ def run(program: str, *arguments: object, **environment: str) -> subprocess.Comp
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("device_count", [1, 4])
+@pytest.mark.parametrize("device_count", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_later_run_samples_the_same_without_compiling(tmp_path, device_count):
     model = tiny_dalle_bart(tmp_path / "model")
     environment = {

@@ -1,10 +1,16 @@
 """Known files of tar archives, some of which mean harm."""
 
 import io
+import os
+import subprocess
+import sys
 import tarfile
+import tempfile
 import tracemalloc
+from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from dm_generations.errors import UserError
 from dm_generations.weights.tar import extract
@@ -73,6 +79,26 @@ def test_a_map_of_a_sparse_file_is_a_header_too(tmp_path):
     path = pack(tmp_path / "a.tar.gz", (member, numbers + bytes(-len(numbers) % 512)), format=tarfile.PAX_FORMAT)
     with pytest.raises(UserError, match=r"a\.tar\.gz is damaged"):
         extract(path, WANTED)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the user's temporary folders are the system's to clean")
+def test_folders_of_killed_processes_are_removed_and_those_in_use_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    path = pack(tmp_path / "a.tar", ("config.yaml", b"a: 1"))
+    program = [sys.executable, ROOT / "tests" / "programs" / "extract_and_wait.py", path]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")}
+    with subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        theirs = Path(process.stdout.readline().strip())
+        os.utime(theirs, (0, 0))
+        own = extract(path, WANTED)
+        assert sorted(theirs.parent.iterdir()) == sorted([own, theirs])
+        process.kill()
+        process.wait()
+        assert theirs.exists()
+        pack(path, ("config.yaml", b"another"))
+        later = extract(path, WANTED)
+        assert sorted(theirs.parent.iterdir()) == sorted([own, later])
 
 
 def test_large_files_are_refused_before_they_are_written(tmp_path):

@@ -164,6 +164,8 @@ def test_doubling_structure_is_small(tmp_path):
     [
         pytest.param(DOUBLING + b"q\x00}h\x00K\x01s.", id="key"),
         pytest.param(DOUBLING + b"q\x00}(h\x00K\x01u.", id="one of several keys"),
+        pytest.param(b"\x80\x02}K\x01K\x02\x86Ns.", id="a pair, which can be chosen to have any hash"),
+        pytest.param(b"\x80\x04}(K\x01\x91Ns.", id="a frozenset, which can be too"),
         pytest.param(DOUBLING + b"q\x00(h\x00K\x01d.", id="key of a dict of protocol 0"),
         pytest.param(DOUBLING + b"q\x00\x8f(h\x00\x90.", id="element of a set"),
         pytest.param(DOUBLING + b"q\x00(h\x00\x91.", id="element of a frozenset"),

@@ -15,7 +15,7 @@ from dm_generations.errors import UserError
 from dm_generations.models.base import RawCheckpoint, prefix_errors
 from dm_generations.models.clip.network import CLIPConfig
 from dm_generations.weights.native import FORMAT, flatten, read_config, read_json_object, read_safetensors
-from dm_generations.weights.state_dict import check_tensors, torch_name
+from dm_generations.weights.state_dict import check_tensors, find_state, torch_name
 from dm_generations.weights.torch_file import read_torch, state_of
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -102,8 +102,8 @@ def _read_index(index: Path) -> tuple[Path, ...]:
 def _read_tensors(file: Path) -> dict[str, np.ndarray]:
     with prefix_errors(file):
         if file.suffix == ".safetensors":
-            return read_safetensors(file)
-        return check_tensors(state_of(read_torch(file)), file)
+            return find_state(read_safetensors(file))
+        return check_tensors(find_state(state_of(read_torch(file))), file)
 
 
 def _rename(path: list[str], array: np.ndarray) -> tuple[list[str], np.ndarray]:

@@ -20,7 +20,7 @@ from dm_generations.models.base import RawCheckpoint, prefix_errors
 from dm_generations.models.dalle_mini.config import DalleBartConfig, config_for_params
 from dm_generations.weights.flax_msgpack import read_flax_msgpack
 from dm_generations.weights.native import FORMAT, read_config, read_json_object, unflatten
-from dm_generations.weights.state_dict import Shape, check_tensors, get_tensor, torch_name
+from dm_generations.weights.state_dict import Shape, check_tensors, find_state, get_tensor, torch_name
 from dm_generations.weights.torch_file import read_torch
 
 FLAX_FILE = "flax_model.msgpack"
@@ -78,7 +78,7 @@ def read_min_dalle(path: Path) -> RawCheckpoint | None:
     files = folder / f"encoder{suffix}.pt", folder / f"decoder{suffix}.pt"
     if not all(file.is_file() for file in files):
         return None
-    contents = [read_torch(file) for file in files]
+    contents = [find_state(read_torch(file)) for file in files]
     if not all(isinstance(state, Mapping) and "embed_tokens.weight" in state for state in contents):
         return None
     encoder, decoder = (check_tensors(state, file) for state, file in zip(contents, files, strict=True))

@@ -34,6 +34,7 @@ from dm_generations.weights.state_dict import (
     Shape,
     check_tensors,
     count_numbered,
+    find_state,
     get_tensor,
     split_list_indices,
     strip_prefix,
@@ -71,7 +72,7 @@ def read_generator(path: Path) -> RawCheckpoint | None:
     angles = state["transformer.pos_emb"].shape if config.rotary_emb else ()
     named = functools.partial(_name_in_file, names=names, config=config, wrappers=_wrappers(state), angles=angles)
     tokenizers = (found for pattern in _TOKENIZERS for found in sorted(file.parent.glob(pattern)))
-    tokenizer = next(tokenizers, None)
+    tokenizer = next((found for found in tokenizers if not is_apple_double(found)), None)
     return RawCheckpoint("dalle_pytorch", config, params, (file,), tokenizer, "dalle_pytorch", name_in_file=named)
 
 
@@ -143,7 +144,7 @@ def _read_content(path: Path) -> tuple[Path, dict[str, Any]] | None:
     for name in ("hparams", "weights"):
         if not isinstance(content[name], Mapping) or not all(isinstance(key, str) for key in content[name]):
             raise UserError(f"{file}: {name} is not a dict with names")
-    return file, dict(content)
+    return file, dict(content) | {"weights": find_state(content["weights"])}
 
 
 def _network_state(content: Mapping[str, Any], file: Path) -> dict[str, np.ndarray]:
@@ -276,8 +277,10 @@ def _parameters(name: str, array: np.ndarray, config: DallePytorchConfig, file: 
         text, image = array.T[..., : config.text_rows], array.T[..., config.text_rows :]
         return {f"to_logits/text/{leaf}": text, f"to_logits/image/{leaf}": image}
     if name == "transformer.pos_emb":
-        angles = array.reshape(array.shape[-2:])[: config.sequence_length].astype(np.float32)
-        return {"transformer/rotary_cos": np.cos(angles), "transformer/rotary_sin": np.sin(angles)}
+        # in float64, so that every machine computes the same float32
+        angles = array.reshape(array.shape[-2:])[: config.sequence_length].astype(np.float64)
+        tables = {"cos": np.cos(angles), "sin": np.sin(angles)}
+        return {f"transformer/rotary_{name}": table.astype(np.float32) for name, table in tables.items()}
     if name in ("text_emb.weight", "image_emb.weight", "text_pos_emb.weight"):
         return {name.replace(".weight", "/embedding"): array}
     return {_HEAD_NORM.get(name, name): array}

@@ -37,6 +37,7 @@ from dm_generations.models.tokenization import (
     read_tokenizer_json,
     replace_surrogates,
 )
+from dm_generations.weights.mmap import is_apple_double
 
 PAD_ID = 0
 ENDINGS = (".json", ".model", ".bpe", ".yttm", ".txt", ".txt.gz")  # of files that may be tokenizers
@@ -228,7 +229,11 @@ def _find_file(folder: Path) -> Path:
         UserError: There is none, or there are several.
     """
     try:
-        files = sorted(path for path in folder.iterdir() if path.name.endswith(ENDINGS) and path.is_file())
+        files = sorted(
+            path
+            for path in folder.iterdir()
+            if path.name.endswith(ENDINGS) and path.is_file() and not is_apple_double(path)
+        )
         files = [path for path in files if path.stat().st_size <= MAX_BYTES and path.name != MERGES_NAME]
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from error

@@ -21,6 +21,7 @@ from dm_generations.weights.state_dict import (
     check_tensors,
     convolution_kernel,
     count_numbered,
+    find_state,
     get_tensor,
     split_list_indices,
     torch_name,
@@ -39,7 +40,7 @@ def read_discrete_vae(path: Path) -> RawCheckpoint | None:
     content = read_torch(file)
     if not isinstance(content, Mapping) or "hparams" not in content or "weights" not in content:
         return None
-    state = content["weights"]
+    state = find_state(content["weights"])
     if not isinstance(state, Mapping) or "codebook.weight" not in state:
         return None
     config = discrete_vae_config(content["hparams"], file)
@@ -185,5 +186,5 @@ def _read_openai_state(file: Path) -> dict[str, np.ndarray] | None:
     if not isinstance(content, dict | Opaque):
         return None
     with prefix_errors(file):
-        state = state_of(content)
+        state = find_state(state_of(content))
     return state if "blocks.input.w" in state else None

@@ -21,6 +21,7 @@ from dm_generations.weights.state_dict import (
     Shape,
     check_tensors,
     count_numbered,
+    find_state,
     join_list_indices,
     split_list_indices,
     torch_name,
@@ -118,8 +119,7 @@ def _section(values: Mapping[str, Any], name: str, folder: Path) -> dict[str, An
 
 
 def _read_state(file: Path) -> dict[str, np.ndarray]:
-    content = read_torch(file)
-    return check_tensors(content.get("state_dict", content) if isinstance(content, Mapping) else content, file)
+    return check_tensors(find_state(read_torch(file)), file)
 
 
 def _transformer_params(state: Mapping[str, np.ndarray], path: Path) -> dict:

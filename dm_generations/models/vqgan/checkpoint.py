@@ -21,13 +21,14 @@ from dm_generations.errors import UserError, one_line, short_repr
 from dm_generations.models.base import RawCheckpoint, prefix_errors
 from dm_generations.models.vqgan.network import VQGANConfig
 from dm_generations.weights.flax_msgpack import read_flax_msgpack
-from dm_generations.weights.mmap import is_apple_double
+from dm_generations.weights.mmap import is_apple_double, refuse_lfs_pointer
 from dm_generations.weights.native import CONFIG_FILE, FORMAT, read_config, unflatten
 from dm_generations.weights.state_dict import (
     Shape,
     check_tensors,
     convolution_kernel,
     count_numbered,
+    find_state,
     get_tensor,
     join_list_indices,
     split_list_indices,
@@ -39,7 +40,8 @@ FLAX_FILE = "flax_model.msgpack"
 DETOKER_FILE = "detoker.pt"
 DETOKER_EPSILON = 1e-5  # PyTorch's default, where the original network has 1e-6
 YAML_SUFFIXES = (".yaml", ".yml")
-_YAML_BYTES = 1 << 20  # a config is some hundred bytes
+# A config is some hundred bytes. A megabyte of a number to base 60 (1:59:...), or of keys of one hash, takes minutes.
+_YAML_BYTES = 1 << 16
 
 # What training saved in addition: losses with their networks, moving averages of the codebook, label colours.
 _SKIPPED = re.compile(r"loss\..*|model_ema\..*|quantize\.embedding\.(cluster_size|embed_avg)|colorize")
@@ -72,7 +74,7 @@ def read_detoker(path: Path) -> RawCheckpoint | None:
     file = path / DETOKER_FILE if path.is_dir() else path
     if file.suffix != ".pt" or not file.is_file():
         return None
-    state = read_torch(file)
+    state = find_state(read_torch(file))
     if not isinstance(state, Mapping) or "embedding.weight" not in state or "post_quant_conv.weight" not in state:
         return None
     get_tensor(state, "embedding.weight", 2, file)
@@ -95,7 +97,17 @@ def read_taming(path: Path) -> RawCheckpoint | None:
     if not found:
         return None
     yamls = _find_yaml_files(path)
-    configs = {file: values for file in yamls if (values := _read_vqgan_values(file)) is not None}
+    configs: dict[Path, dict] = {}
+    errors = []
+    for file in yamls:
+        try:
+            values = _read_vqgan_values(file)
+        except UserError as error:  # it counts if no other file is the config
+            errors.append(error)
+        else:
+            configs |= {} if values is None else {file: values}
+    if not configs and errors:
+        raise errors[0]
     if not configs and (yamls or path.is_dir()):
         return None
     if len(found) > 1:
@@ -238,6 +250,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             content = file.read(_YAML_BYTES + 1)
+        refuse_lfs_pointer(path, content)
         if len(content) > _YAML_BYTES:
             raise UserError(f"{path} is too long for a config: over {_YAML_BYTES:,} bytes")
         values = yaml.load(content, Loader)
@@ -263,9 +276,8 @@ def _read_vqgan_values(file: Path) -> dict | None:
 
 
 def _read_state(file: Path) -> dict[str, Any] | None:
-    """The state dict in a Lightning file, or in one that is a state dict; None if it is not a VQGAN's."""
-    content = read_torch(file)
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    """The state dict in a file of Lightning, or in one that is a state dict; None if it is not a VQGAN's."""
+    state = find_state(read_torch(file))
     if not isinstance(state, Mapping):
         return None
     tops = {name.split(".")[0] for name in state if isinstance(name, str)}

@@ -57,8 +57,9 @@ class VQGANDecoder:
             sharding: where to put them; None is the default device.
         """
         (codebook,) = (part["embedding"] for part in params["quantize"].values() if "embedding" in part)
-        after = {name: np.asarray(leaf, self._wide) for name, leaf in params["post_quant_conv"].items()}
-        rows = np.asarray(codebook, self._wide) @ after["kernel"][0, 0] + after["bias"]
+        after = {name: np.array(leaf, self._wide, order="C") for name, leaf in params["post_quant_conv"].items()}
+        # All are in C order, also views of a file of another order: sums of products are rounded by it.
+        rows = np.array(codebook, self._wide, order="C") @ after["kernel"][0, 0] + after["bias"]
         release([codebook])
         return {
             "codebook": jax.device_put(rows.astype(self.dtype), sharding),
@@ -93,7 +94,7 @@ class VQGANDecoder:
             if isinstance(value, dict):
                 prepared[key] = self._prepare_module(value, f"{name}/{key}", sharding)
                 continue
-            array = np.array(value, self._wide)
+            array = np.array(value, self._wide, order="C")
             release([value])
             if key == "kernel":
                 is_upsampling = name.endswith("/upsample/conv")

@@ -1,0 +1,148 @@
+// One image, large: all that is known of it, its settings to change, its marks, and the commands that make it again.
+
+import {$, attributes, cut, element, promptText, scoreText, shellWord, visible} from "./text.js";
+import {AXES} from "./axes.js";
+import {Sliders} from "./settings.js";
+import {SORT_QUERIES} from "./strip.js";
+import {altOf, titleOf} from "./tile.js";
+
+/** Values of --rng by sampler version. */
+const SAMPLERS = new Map([[1, "rows"], [1001, "dalle-mini"]]);
+
+export const large = {
+  image: null,
+
+  setUp(app) {
+    this.app = app;
+    this.sliders = new Sliders($("large-axes"), null, "large", (axis, value) => app.moveAxis(axis, value, this.image));
+    $("previous").addEventListener("click", () => this.step(-1));
+    $("next").addEventListener("click", () => this.step(1));
+    $("close").addEventListener("click", () => $("large").close());
+    $("copy").addEventListener("click", () => app.copyText($("command").textContent, $("copy"), $("command")));
+    $("large-favourite").addEventListener("click", () => app.toggleFavourite(this.shown));
+    $("large-pin").addEventListener("click", () => app.togglePin(this.shown));
+    $("large").addEventListener("close", () => app.leaveImage());
+    $("large").addEventListener("click", (event) => { if (event.target === $("large")) $("large").close(); });
+  },
+
+  get shown() { return {image: this.image, prompt: this.app.prompt}; },
+
+  /** Show the image that the view names, or close. */
+  async show(app, signal) {
+    const {view, group, source, prompt} = app;
+    if (view.image === null) { this.image = null; if ($("large").open) $("large").close(); return; }
+    const query = {groups: [group], ...SORT_QUERIES[view.sort]};
+    const {images} = (await source.images(query, signal)).get(group.id);
+    if (signal.aborted) return;
+    this.images = images;
+    const position = images.findIndex((image) => image.name === view.image);
+    if (position < 0) { app.imageIsMissing(); return; }
+    this.image = images[position];
+    $("large").classList.toggle("wide", source.mode === "gallery");
+    $("large-title").textContent = titleOf(this.image, source);
+    $("previous").disabled = position === 0;
+    $("next").disabled = position === images.length - 1;
+    attributes($("large-image"), {alt: altOf(this.image, prompt, source)});
+    if (this.image.url) $("large-image").src = this.image.url; else $("large-image").removeAttribute("src");
+    this.sliders.show(app.groups, group, source);
+    $("large-notice").textContent = app.notice;
+    this.showFacts();
+    this.showMarks();
+    this.showCommand();
+    if (!$("large").open) { $("large").showModal(); $("large").scrollTop = 0; }
+  },
+
+  step(by) {
+    const next = this.images[this.images.indexOf(this.image) + by];
+    if (next) this.app.go({image: next.name}, {replace: true});
+  },
+
+  showFacts() {
+    const {source, prompt, group} = this.app;
+    const {image} = this;
+    const facts = [["prompt", visible(promptText(prompt))]];
+    for (const axis of AXES) {
+      const value = group.values[axis.key];
+      if (axis.key === "extra_settings" && !value) continue;
+      facts.push([axis.label, axis.show(value, source)]);
+    }
+    facts.push([source.mode === "images" ? "CLIP score" : "CLIP scores", image.scores.map(scoreText).join(", ")]);
+    if (source.mode === "images" && image.key) facts.push(["key", image.key.join(" ")], ["seed", `#${image.seed + 1}`]);
+    if (image.same > 1) facts.push(["equal images", String(image.same)]);
+    if (image.initCount) facts.push(["initial tokens", String(image.initCount)]);
+    if (image.logProb !== null) facts.push(["log-probability", image.logProb.toFixed(2)]);
+    if (image.time !== null) facts.push(["sampled", new Date(image.time * 1000).toISOString().slice(0, 19).replace("T", " ") + " UTC"]);
+    if (image.md5) facts.push(["MD5 of the tokens", image.md5]);
+    if (image.file !== null) facts.push(["file", visible(image.file)]);
+    $("facts").replaceChildren(...facts.flatMap(([name, value]) => [
+      element("dt", {textContent: name}), element("dd", {}, element("bdi", {textContent: value}))]));
+  },
+
+  /** Show favourite, rating and tags, as buttons that change them. */
+  showMarks() {
+    const {app} = this;
+    const isImages = app.source.mode === "images";
+    $("large-favourite").hidden = $("large-pin").hidden = $("marks").hidden = !isImages;
+    if (!isImages) return;
+    const mark = app.judge.markOf(this.image, app.prompt.text) ?? {favourite: false, score: null, tags: new Set()};
+    $("large-favourite").textContent = mark.favourite ? "♥" : "♡";
+    attributes($("large-favourite"), {"aria-pressed": mark.favourite, "aria-label": "Favourite"});
+    attributes($("large-pin"), {"aria-pressed": app.isPinned(this.shown)});
+    const rating = Array.from({length: 10}, (_, i) => {
+      const button = element("button", {type: "button", className: "rate", textContent: String(i + 1)});
+      button.addEventListener("click", () => app.rate(this.shown, i + 1));
+      return attributes(button, {"aria-pressed": mark.score === i + 1, "aria-label": `Rate ${i + 1}`});
+    });
+    const tags = [...mark.tags].map((tag) => {
+      const button = element("button", {type: "button", className: "tag", textContent: `${cut(tag, 60)} ×`, title: "Remove this tag"});
+      button.addEventListener("click", () => app.tag(this.shown, tag, false));
+      return button;
+    });
+    const add = element("button", {type: "button", className: "tag", textContent: "+ tag", title: "Add a tag (t)"});
+    add.addEventListener("click", () => app.askTag(this.shown));
+    $("marks").replaceChildren(element("span", {className: "rates"}, ...rating), ...tags, add);
+  },
+
+  /** Show the commands that generate this image again and decode it; all images of a gallery's group. */
+  showCommand() {
+    const {source, prompt, group} = this.app;
+    const {image} = this;
+    const isImage = source.mode === "images";
+    const flags = [["--prompts", prompt.text]];
+    for (const axis of AXES.filter(({flag}) => flag)) {
+      const value = group.values[axis.key];
+      if (axis.key !== "sc_prompt") flags.push([axis.flag, value]);
+      else if ((source.scPrompts.get(value) ?? null) !== null) flags.push([axis.flag, source.scPrompts.get(value)]);
+    }
+    flags.push(isImage ? ["--keys", image.key?.join(":") ?? null] : ["--n", group.count]);
+    const model = source.models[group.values.model];
+    const isKnown = !isImage || (model !== null && SAMPLERS.has(image.sampler));
+    if (isImage && isKnown) {
+      if (model !== "") flags.push(["--model", model]);
+      if (image.sampler !== 1) flags.push(["--rng", SAMPLERS.get(image.sampler)]);
+      if ((image.dtype ?? "float32") !== "float32") flags.push(["--dtype", image.dtype]);
+    }
+    const lines = flags.map(([flag, value]) => {
+      const word = value === null ? null : shellWord(String(value));
+      // A text that begins with "-" would be taken for another flag.
+      return word && flag + (String(value).startsWith("-") ? "=" : " ") + word;
+    });
+    const isPossible = lines.every((line) => line !== null) && !image.initCount && isKnown && !group.values.extra_settings;
+    $("copy").hidden = $("command").hidden = !isPossible;
+    $("again-label").textContent = isPossible
+      ? (isImage ? "Generate this image again and decode it (bash, zsh)" : "Generate images with these settings (bash, zsh)")
+      : !isKnown ? "The archive does not say how this image was sampled, so no command can generate it again."
+      : image.initCount ? "This image continues tokens that only the archive has. To generate it again, use verify --regenerate."
+        : "A command line cannot hold this prompt or these settings.";
+    $("command").textContent = !isPossible ? ""
+      : ["python -m dm_generations generate --db regenerated.db", ...lines].join(" \\\n  ")
+        + (isImage ? "\npython -m dm_generations decode --db regenerated.db --out-dir regenerated" : "");
+  },
+
+  key(event) {
+    if (event.target.type === "range") return false;
+    if (event.key === "ArrowLeft") { this.step(-1); return true; }
+    if (event.key === "ArrowRight") { this.step(1); return true; }
+    return false;
+  },
+};

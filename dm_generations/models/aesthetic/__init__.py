@@ -1,0 +1,1 @@
+"""Aesthetic heads: one number of a CLIP's image vector."""
