@@ -52,7 +52,7 @@ def test_a_sweep_is_stored_whole_and_a_second_run_adds_nothing(models, tmp_path,
     words += ["--top-k", 0, 5, "--cond-scale", 1, 3]
     assert generate_into(models, db, *words) == 0
     assert "Added 32 images" in (printed := capsys.readouterr().out)
-    assert f"decode {db}" in printed
+    assert f"decode --db {db}" in printed
     with Archive.open(db) as archive:
         assert list(verify(archive)) == []
         assert list(archive.prompts().values()) == ["a boat", "a cat"]

@@ -26,7 +26,7 @@ def png_names(folder) -> list[str]:
     return sorted(os.fsdecode(path.relative_to(folder)) for path in folder.rglob("*.png"))
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_files_have_the_same_names_as_in_a_utf_8_locale(tmp_path):
     model, codec = tiny_dalle_bart(tmp_path / "model"), tiny_vqgan(tmp_path / "codec")
     sweep, db, partial, out = (tmp_path / name for name in ("sweep.toml", "a.db", "partial", "out"))

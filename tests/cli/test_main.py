@@ -92,7 +92,7 @@ def test_closed_streams_are_no_error(closed):
     assert (run.returncode, run.stdout, bool(run.stderr)) == (1, "", closed in ("input", "output"))
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 def test_commands_do_their_work_with_closed_streams(models, tmp_path):
     db, merged, out, model = (tmp_path / name for name in ("a.db", "b.db", "out", "model"))

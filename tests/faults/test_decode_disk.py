@@ -16,7 +16,7 @@ pytestmark = pytest.mark.e2e
         pytest.param(("--mode", "gallery", "--gallery-cols", "2"), id="gallery", marks=pytest.mark.slow),
         pytest.param(("--mode", "npy"), id="npy", marks=pytest.mark.slow),
         pytest.param(("--mode", "tar", "--shard-size", "64"), id="tar", marks=pytest.mark.slow),
-        pytest.param(("--mode", "zip"), id="zip"),
+        pytest.param(("--mode", "zip"), id="zip", marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_keeps_whole_files_and_the_next_run_goes_on(command, tmp_path, flags):

@@ -88,7 +88,10 @@ def peak_memory(command, out) -> int:
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="ru_maxrss is in KB on Linux only")
 @pytest.mark.parametrize(
     ("image_count", "allowed"),
-    [pytest.param(8_192, 30e6, marks=pytest.mark.slow), pytest.param(71_680, 100e6, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])],
+    [
+        pytest.param(8_192, 30e6, marks=pytest.mark.slow),
+        pytest.param(71_680, 100e6, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+    ],
 )
 def test_memory_is_flat(large, tmp_path, image_count, allowed):
     few = peak_memory(large(1_024), tmp_path / "few")

@@ -76,7 +76,7 @@ def test_two_shards_fill_one_archive(arguments, environment, tmp_path):
     assert stored_tokens(tmp_path / "a.db") == stored_tokens(alone)
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_two_processes_without_shards_store_every_image_once(arguments, environment, tmp_path):
     outputs = run_together([arguments, arguments], environment)
     assert sum(added(output) for output in outputs) == COUNT

@@ -19,8 +19,8 @@ def run(program: str, *arguments: object, **environment: str) -> subprocess.Comp
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 
 
-@pytest.mark.e2e
-@pytest.mark.parametrize("device_count", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("device_count", [1, 4])
 def test_a_later_run_samples_the_same_without_compiling(tmp_path, device_count):
     model = tiny_dalle_bart(tmp_path / "model")
     environment = {
