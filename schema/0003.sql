@@ -93,7 +93,7 @@ CREATE TABLE ratings (
     other_id INTEGER REFERENCES images (id),
     value NOT NULL CHECK (
         CASE kind
-            WHEN 'pair' THEN value IN ('first', 'second', 'tie', 'both bad')
+            WHEN 'pair' THEN value IN ('first', 'second', 'tie', 'bad')
             WHEN 'score' THEN typeof(value) = 'integer' AND value BETWEEN 1 AND 10
             WHEN 'favourite' THEN typeof(value) = 'integer' AND value IN (0, 1)
             ELSE typeof(value) = 'text' AND length(value) > 0

@@ -13,7 +13,7 @@ from dm_generations.archive.schema import ADDED_TABLES
 from dm_generations.archive.scores import READS, scorer_id
 from dm_generations.archive.selection import Where
 
-PAIR_VALUES: Final = ("first", "second", "tie", "both bad")
+PAIR_VALUES: Final = ("first", "second", "tie", "bad")
 RATING_KINDS: Final = ("pair", "score", "favourite", "tag")
 SCORER_KINDS: Final = ("clip", "scorer")  # of models
 TABLES: Final = ("scores", "vectors", "ratings")

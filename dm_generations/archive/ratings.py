@@ -50,8 +50,6 @@ WHERE prompt_id = (SELECT id FROM prompts WHERE desc = :prompt)
 ORDER BY images.id
 """
 _COLUMNS: Final = ("rater", "kind", "image_id", "other_id", "value", "time")
-_TO_VALUE: Final = {"bad": "both bad"}
-_FROM_VALUE: Final = {"both bad": "bad"}
 _SWAPPED: Final = {"first": "second", "second": "first"}
 
 
@@ -95,7 +93,6 @@ def parse_judgement(judgement: object) -> Rating:
     elif kind == "favourite" and isinstance(value, bool):
         value = int(value)
     elif kind == "pair" and isinstance(value, str):
-        value = _TO_VALUE.get(value, value)
         order = judgement.get("order")
         if order not in ([0, 1], [1, 0]):
             raise ArchiveError(f"order is {short_repr(order)}, not [0, 1] or [1, 0]")
@@ -261,9 +258,7 @@ def read_judgements(archive: Archive, kinds: Sequence[str] = (), last: int | Non
             shown = [images.get(row_id) for row_id in (image_id, other_id) if row_id is not None]
             if None in shown:
                 continue
-            if kind == "pair":
-                value = _FROM_VALUE.get(value, value)
-            elif kind == "favourite":
+            if kind == "favourite":
                 value = bool(value)
             elif kind == "tag":
                 value = {"name": value, "on": True}

@@ -37,7 +37,7 @@ JUDGEMENTS = [
     (judgement("pair", "first", order=[1, 0]), ("ann", "pair", 2, 1, "second", 5.0)),
     (judgement("pair", "second", order=[1, 0]), ("ann", "pair", 2, 1, "first", 5.0)),
     (judgement("pair", "tie", order=[1, 0]), ("ann", "pair", 2, 1, "tie", 5.0)),
-    (judgement("pair", "bad"), ("ann", "pair", 1, 2, "both bad", 5.0)),
+    (judgement("pair", "bad"), ("ann", "pair", 1, 2, "bad", 5.0)),
 ]
 
 

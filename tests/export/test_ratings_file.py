@@ -16,7 +16,7 @@ RATINGS = [
     Rating("ann", "pair", 1, "first", 1.0, 2),
     Rating("ann", "pair", 2, "second", 2.5, 1),
     Rating('bob, "b"\n', "pair", 1, "tie", 3.0, 2),
-    Rating("bob", "pair", 1, "both bad", 4.0, 3),
+    Rating("bob", "pair", 1, "bad", 4.0, 3),
     Rating("bob", "tag", 1, "<b>", 5.0),
     Rating("bob", "favourite", 1, 1, 5.0),
     Rating("bob", "score", 3, 9, 5.0),

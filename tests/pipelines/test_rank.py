@@ -81,7 +81,7 @@ def judged(tmp_path):
     with Archive.create(tmp_path / "a.db") as archive:
         fill(archive, *(new_image(key, top_k=k) for k in (5, 9) for key in (1, 2)))
         fill(archive, new_image(1, prompt="a cat"))
-        values = [(1, 3, "first"), (3, 2, "second"), (2, 4, "tie"), (4, 1, "tie"), (1, 2, "first"), (2, 3, "both bad")]
+        values = [(1, 3, "first"), (3, 2, "second"), (2, 4, "tie"), (4, 1, "tie"), (1, 2, "first"), (2, 3, "bad")]
         add_ratings(archive, [Rating("ann", "pair", a, value, float(i), b) for i, (a, b, value) in enumerate(values)])
         yield archive
 
