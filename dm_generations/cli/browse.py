@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dm_generations.archive import Archive
-from dm_generations.cli.common import prepare_device, printable
+from dm_generations.cli.common import add_archive, archive_path, prepare_device, print_line
 from dm_generations.errors import UserError, one_line
 from dm_generations.paths import shipped
 
@@ -38,7 +38,7 @@ _LOOPBACK = "127.0.0.1"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     add = parser.add_argument
-    add("--db", metavar="FILE", type=Path, help="archive (default: the emoji archive that ships)")
+    add_archive(parser, "archive to look at")
     add("--codec", metavar="PATH", help="codec that the images were made with (default: the embedded one)")
     add("--port", type=_port, default=_PORT, metavar="N", help=f"port to listen on, 0 for any (default: {_PORT})")
     add(
@@ -57,13 +57,14 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn
     except ImportError as error:
         raise UserError("browse needs a web server: pip install 'dm-generations[browse]'") from error
-    path = args.db or shipped("archive/emoji.db")
+    path = archive_path(args)
     Archive.open(path).close()  # before anything takes time
     with contextlib.closing(_listen(args.host or _LOOPBACK, args.port)) as listener:
         codec = None if args.codec is None else _load_codec(args)  # a wrong one is an error before all else
         token = secrets.token_urlsafe(24)
         address = _address(args.host, listener, token)
-        print(f"Serving {printable(str(path), 1000)} at {address} (Ctrl-C stops)", flush=True)
+        print_line(f"Serving {path} at {address} (Ctrl-C stops)")
+        sys.stdout.flush()
         if not args.no_open and _has_browser():
             # Its request waits in the socket's queue while the rest is loaded.
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()

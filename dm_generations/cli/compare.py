@@ -11,7 +11,7 @@ from dm_generations.archive import Archive, ArchiveError
 from dm_generations.archive.records import PARAM_COLUMNS
 from dm_generations.archive.scores import find_scorer
 from dm_generations.archive.vectors import find_vector_model
-from dm_generations.cli.common import prepare_device
+from dm_generations.cli.common import add_archive, archive_path, prepare_device
 from dm_generations.cli.table import FORMATS, print_rows
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
-    add("--db", metavar="FILE", type=Path, required=True, help="archive to compare")
+    add_archive(parser, "archive to compare", has_default=False)
     add("--with", dest="other", metavar="FILE|FOLDER", type=Path, help="another archive, or a folder of images")
     add(
         "--rank-by",
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
     from dm_generations.pipelines.compare import Vectors, compare
 
-    with Archive.open(args.db) as archive:
+    with Archive.open(archive_path(args)) as archive:
         scorer = None if args.rank_by is None else find_scorer(archive, args.rank_by)
         clip = None
         if args.clip is not None or (args.other is not None and args.other.is_dir()):

@@ -11,7 +11,7 @@ from typing import Any
 from dm_generations.archive import Archive
 from dm_generations.archive.records import PARAM_COLUMNS
 from dm_generations.archive.vectors import find_vector_model, read_vectors
-from dm_generations.cli.common import at_least_one, prepare_device
+from dm_generations.cli.common import add_archive, archive_path, at_least_one, prepare_device
 from dm_generations.cli.table import FORMATS, print_rows
 from dm_generations.errors import UserError
 
@@ -33,7 +33,7 @@ _ROW_COLUMNS = ("id", "similarity", "prompt", *PARAM_COLUMNS, "clip_score_input"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
-    add("--db", metavar="FILE", type=Path, required=True, help="archive to search")
+    add_archive(parser, "archive to search", has_default=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--like", metavar="FILE|TEXT", help="what to look for: an image file if there is one, else a text"
@@ -64,7 +64,7 @@ _cosine.__name__ = "number"  # as argparse names it when float() fails
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
-    with Archive.open(args.db) as archive:
+    with Archive.open(archive_path(args)) as archive:
         if args.duplicates:
             columns, rows = ("set", *_ROW_COLUMNS), list(_duplicates(archive, args))
         else:

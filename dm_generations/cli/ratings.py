@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dm_generations.archive import Archive
 from dm_generations.archive.ratings import add_ratings
-from dm_generations.cli.common import counted, printable
+from dm_generations.cli.common import add_archive, archive_path, counted, print_line, printable
 
 if TYPE_CHECKING:
     from dm_generations.pipelines.rank import Strength
@@ -31,7 +31,7 @@ _SHOWN_PROMPT = 60
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     add = parser.add_argument
-    add("--db", metavar="FILE", type=Path, required=True, help="archive")
+    add_archive(parser, "archive", has_default=False)
     actions = parser.add_mutually_exclusive_group(required=True)
     actions.add_argument(
         "--import",
@@ -61,22 +61,22 @@ def run(args: argparse.Namespace) -> int:
     if args.rank:
         from dm_generations.pipelines.rank import rank_ratings
 
-        with Archive.open(args.db) as archive:
+        with Archive.open(archive_path(args)) as archive:
             _print_ranking(rank_ratings(archive, args.by), args.format)
         return 0
     from dm_generations.export.ratings_file import read_ratings_file, write_ratings_file
 
     if args.export:
-        with Archive.open(args.db) as archive:
+        with Archive.open(archive_path(args)) as archive:
             count = write_ratings_file(archive, args.export)
-        print(f"Wrote {counted(count, 'rating')} to {printable(str(args.export), 1000)}")
+        print_line(f"Wrote {counted(count, 'rating')} to {args.export}")
         return 0
     ratings = read_ratings_file(args.import_file)
-    with Archive.open(args.db, "w") as archive:
+    with Archive.open(archive_path(args), "w") as archive:
         changed_count = add_ratings(archive, ratings)
     skipped = len(ratings) - changed_count
     note = f" ({skipped:,} skipped, already present)" if skipped > 0 else ""
-    print(f"Added {counted(changed_count, 'rating')} to {printable(str(args.db), 1000)}{note}")
+    print_line(f"Added {counted(changed_count, 'rating')} to {archive_path(args)}{note}")
     return 0
 
 
@@ -92,10 +92,10 @@ def _print_ranking(ranking: "list[Strength]", output: str) -> None:
         writer.writerows([*(row[name] for name in columns), *row["item"].values()] for row in rows)
         return
     if not rows:
-        print("No pairs were judged that can be ranked")
+        print_line("No pairs were judged that can be ranked")
         return
-    print("strength   95% interval      pairs")
+    print_line("strength   95% interval      pairs")
     for one in ranking:
         texts = (f"{name} {printable(str(value), _SHOWN_PROMPT)}" for name, value in one.item.items() if value != "")
         interval = f"{one.low:+.2f} to {one.high:+.2f}"
-        print(f"{one.strength:+8.2f}   {interval:<16}{one.pair_count:>7,}   {', '.join(texts)}")
+        print_line(f"{one.strength:+8.2f}   {interval:<16}{one.pair_count:>7,}   {', '.join(texts)}")
