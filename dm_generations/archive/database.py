@@ -407,7 +407,7 @@ class Archive:
                 if not is_canonical(image.extra_settings):
                     raise ArchiveError(f"extra settings {image.extra_settings!r:.100} are not canonical JSON")
                 yield (
-                    *GroupKey(prompt_id, sc_prompt_id, image.params).values()[:-1],
+                    *(prompt_id, sc_prompt_id, *image.params.values()),
                     *(image.key0, image.key1, quantvec, quantvec_md5(quantvec)),
                     *(image.clip_score_input, image.clip_score_tokenized),
                     *(image.time_start, image.time_end, image.time_scored),
