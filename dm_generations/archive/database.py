@@ -129,9 +129,10 @@ class Archive:
         path = Path(path)
         connection = connect(path, mode, timeout)
         try:
-            check_to_read(connection)
-            version = read_version(connection)
-            check_tables(connection, needed_columns(version) if version else legacy_2022.NEEDED_COLUMNS)
+            with connection.snapshot():  # another program may be updating it to the newest version
+                check_to_read(connection)
+                version = read_version(connection)
+                check_tables(connection, needed_columns(version) if version else legacy_2022.NEEDED_COLUMNS)
             archive = cls(path, connection, mode, version)
             if mode == "w":
                 archive._prepare_to_write()
