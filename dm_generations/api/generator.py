@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,10 +16,11 @@ from dm_generations.errors import UserError, printable
 from dm_generations.inference import generator as inference_generator
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.scorer import Scorer
+from dm_generations.models.base import extra_settings_of
 from dm_generations.models.loading import Checkpoint, Models, load_codec, load_generator
-from dm_generations.pipelines.generate import SMALLER_BATCH, GenerateOptions, Pipeline
+from dm_generations.pipelines.generate import SMALLER_BATCH, GenerateOptions, Pipeline, default_params_of
 from dm_generations.pipelines.progressive import pad_tokens
-from dm_generations.pipelines.sweep import DEFAULT_PARAMS, DEFAULT_SEED, Sample, Sweep
+from dm_generations.pipelines.sweep import DEFAULT_SEED, Sample, Sweep
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors
 
@@ -93,10 +94,11 @@ class Generator(inference_generator.Generator):
         seed: int = DEFAULT_SEED,
         *,
         sc_prompts: str | Sequence[str | None] | None = None,
-        top_k: int | Sequence[int] = DEFAULT_PARAMS.top_k,
-        top_p: float | Sequence[float] = DEFAULT_PARAMS.top_p,
-        temperature: float | Sequence[float] = DEFAULT_PARAMS.temperature,
-        cond_scale: float | Sequence[float] = DEFAULT_PARAMS.cond_scale,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
+        temperature: float | Sequence[float] | None = None,
+        cond_scale: float | Sequence[float] | None = None,
+        extra_settings: Mapping[str, float | Sequence[float]] | None = None,
         same_seeds: bool = True,
         keys: Sequence[tuple[int, int]] | None = None,
         scorer: Scorer | None = None,
@@ -111,10 +113,12 @@ class Generator(inference_generator.Generator):
             n: Images of each combination. Image i has the same key under all settings.
             seed: 0 to 2^64 - 1.
             sc_prompts: Unconditional prompts; None is the model's own empty one.
-            top_k: See `SamplingParams`; one value, or several, as the next three.
+            top_k: See `SamplingParams`; one value, or several, as the next three. None is what `generate` takes for
+                this model.
             top_p: See `SamplingParams`.
             temperature: See `SamplingParams`.
             cond_scale: See `SamplingParams`.
+            extra_settings: Settings that only this model has, by name, with one value each, or several.
             same_seeds: False gives each combination its own keys.
             keys: (key0, key1) of the images of each combination, in place of `n` and `seed`.
             scorer: Scores the images, whose scores `save` stores too.
@@ -129,18 +133,20 @@ class Generator(inference_generator.Generator):
         Raises:
             UserError: A value is out of range, or memory does not hold one image.
         """
+        defaults = default_params_of(self.config)
         sweep = Sweep(
             prompts=_listed(prompts),
             sc_prompts=_listed(sc_prompts),
-            top_k=_listed(top_k),
-            top_p=_listed(top_p),
-            temperature=_listed(temperature),
-            cond_scale=_listed(cond_scale),
+            top_k=_listed(defaults.top_k if top_k is None else top_k),
+            top_p=_listed(defaults.top_p if top_p is None else top_p),
+            temperature=_listed(defaults.temperature if temperature is None else temperature),
+            cond_scale=_listed(defaults.cond_scale if cond_scale is None else cond_scale),
+            extra_settings={name: _listed(values) for name, values in (extra_settings or {}).items()},
             count=n,
             seed=seed,
             same_seeds=same_seeds,
             row_keys=keys,
-        )
+        ).with_extra_settings(extra_settings_of(self.config))
         if every is not None and every < 1:
             raise UserError(f"every (={every}) must be at least 1")
         every = None if on_unfinished is None else every or max(1, self.token_count // 8)

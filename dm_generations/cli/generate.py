@@ -162,6 +162,13 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
         f"off (default: {DEFAULT_PARAMS.cond_scale:g})",
     )
     add(
+        "--extra-settings",
+        nargs="+",
+        metavar="NAME=N[,N]",
+        help="settings that only the model has, each with one or more values, as steps=8,12 of aMUSEd; the models page "
+        "lists them (default: the model's)",
+    )
+    add(
         "--sc-prompts",
         nargs="+",
         metavar="TEXT",

@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -19,19 +19,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dm_generations.archive import DTYPES
 from dm_generations.errors import UserError
-from dm_generations.models.base import Tokenizer
+from dm_generations.models.base import Tokenizer, extra_settings_of
 from dm_generations.models.dalle_mini.config import DalleBartConfig
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import BatchRunner, Work, batch_concurrency, free_bytes_of_each, put_params
 from dm_generations.sampling import decode_loop as loop
 from dm_generations.sampling.batching import Row, RowInputs, pack_batch, sequence_count, take_until_full
-from dm_generations.sampling.methods import DalleMiniSampler
-from dm_generations.sampling.params import SamplingParams
+from dm_generations.sampling.methods import DalleMiniSampler, TokenSampler
+from dm_generations.sampling.params import SamplingParams, complete_extra_settings
 from dm_generations.sampling.prng import WORD
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
+ExtraSettings = Mapping[str, float] | Sequence[Mapping[str, float]]
 _UNKNOWN_TEXT = "\U000f0000"  # for private use: no tokenizer was trained on it
 _TIMED_STEPS = 4
 _LOGITS_COPIES = 8  # halves, guided, filtered, noise and a compiler's temporary copies of them
@@ -60,6 +61,7 @@ class Generator:
     """A text-to-image model on the local devices, and the program that samples batches with it.
 
     Attributes:
+        config: Of the model.
         token_count: L.
         codebook_size: Tokens are below it.
         dtype: Of activations and caches.
@@ -97,9 +99,11 @@ class Generator:
                 f"--rng dalle-mini repeats DALL-E mini and mega; {checkpoint.name!r} is another kind of model"
             )
         config, params = checkpoint.config, checkpoint.params
+        self.config = config
         self.token_count = config.image_length
         self.codebook_size = config.codebook_size
         self.dtype = dtype
+        self._extra_settings = extra_settings_of(config)
         self._name = checkpoint.name
         self._tokenizer = tokenizer
         config, params = checkpoint.network_class.prepare_params(config, params)
@@ -108,6 +112,11 @@ class Generator:
         if rng == "dalle-mini":
             columns = config.image_vocab_size + 1
             self._sampler = DalleMiniSampler(columns, config.eos_token_id, config.pad_token_id)
+        elif schedule := getattr(config, "masking_schedule", None):
+            from dm_generations.sampling.masked import MaskedSampler
+
+            order = config.sampling_order
+            self._sampler = MaskedSampler(self.codebook_size, order, self.token_count, config.start_token, schedule)
         else:
             self._sampler = loop.GumbelSampler(self.codebook_size, config.sampling_order)
         self._devices = jax.local_devices()
@@ -191,9 +200,11 @@ class Generator:
         sc_prompts: Sequence[str | None] | None = None,
         init_tokens: np.ndarray | None = None,
         init_count: np.ndarray | int = 0,
+        extra_settings: ExtraSettings | None = None,
     ) -> np.ndarray:
         """Return tokens (n, L) of n rows; see `sample`."""
-        return self.sample(prompts, settings, keys, sc_prompts, init_tokens, init_count).tokens
+        rows = prompts, settings, keys, sc_prompts, init_tokens, init_count, extra_settings
+        return self.start(*rows).samples().tokens
 
     def sample(
         self,
@@ -203,6 +214,7 @@ class Generator:
         sc_prompts: Sequence[str | None] | None = None,
         init_tokens: np.ndarray | None = None,
         init_count: np.ndarray | int = 0,
+        extra_settings: ExtraSettings | None = None,
         every: int | None = None,
         on_tokens: Callable[[int, np.ndarray], None] = lambda first_row, tokens: None,
     ) -> Samples:
@@ -215,6 +227,8 @@ class Generator:
             sc_prompts: n texts, or None for the model's own empty prompt; None for all.
             init_tokens: (n, L), of which the first `init_count` of each row are copied; the rest is sampled.
             init_count: (n,), or one number for all.
+            extra_settings: Of each row, or one for all; see `models.base.extra_settings_of`. What they lack, and None,
+                is the model's default.
             every: Steps after which `on_tokens` is called; None for never.
             on_tokens: Called with the number of the first row and the tokens so far, (m, count), of the m rows that
                 are sampled together.
@@ -224,10 +238,11 @@ class Generator:
                 one image.
             ValueError: Arguments do not match each other, or are out of range.
         """
+        arguments = prompts, settings, keys, sc_prompts, init_tokens, init_count, extra_settings
         if every is None:
-            return self.start(prompts, settings, keys, sc_prompts, init_tokens, init_count).samples()
-        _check_every(every)
-        rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
+            return self.start(*arguments).samples()
+        self._check_every(every)
+        rows = self._rows(*arguments)
 
         def sample(batch: _Batch) -> Samples:
             for samples in self._stream(batch.rows, every):
@@ -244,14 +259,15 @@ class Generator:
         sc_prompts: Sequence[str | None] | None = None,
         init_tokens: np.ndarray | None = None,
         init_count: np.ndarray | int = 0,
+        extra_settings: ExtraSettings | None = None,
     ) -> "Sampling":
         """Start sampling; does not wait for the tokens. The arguments and errors are those of `sample`."""
-        rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
+        rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count, extra_settings)
 
         def sample(batch: _Batch) -> tuple[loop.DecodeState, list[int]]:
             inputs = self._inputs(batch.rows)
-            state = self._advance(inputs, self._init_cache(self._params, inputs), 0, self.token_count)
-            return state, list(map(len, batch.rows))
+            state = self._init_cache(self._params, inputs)
+            return self._advance(inputs, state, 0, self._step_count(batch.rows)), list(map(len, batch.rows))
 
         batches = self._in_batches(rows, sample, "sample")
         return Sampling(lambda: self._joined(self._samples(state, counts) for state, counts in batches))
@@ -274,7 +290,7 @@ class Generator:
             UserError: As `sample`, and for more rows than one batch holds.
             ValueError: As `sample`.
         """
-        _check_every(every)
+        self._check_every(every)
         rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
         batch = self._next_batch(rows, self.batch_size)
         if sum(map(len, batch)) < len(rows):
@@ -294,7 +310,12 @@ class Generator:
 
         Every step reads these tokens, whatever would have been sampled. NaN where the model gives no numbers, 0 for
         the first `init_count` tokens, which were not sampled. Other arguments are those of `sample`.
+
+        Raises:
+            UserError: As `sample`, and for masked decoding, of which the tokens do not tell the steps.
         """
+        if not isinstance(self._sampler, TokenSampler):
+            raise UserError(f"model {self._name!r} samples all tokens at once, which cannot be replayed: regenerate")
         rows = self._rows(prompts, settings, keys, sc_prompts, tokens, self.token_count)
 
         def measure(batch: _Batch) -> np.ndarray:
@@ -309,10 +330,11 @@ class Generator:
 
     def measure_seconds(self) -> float:
         """Return how long batches of these `capacities` take, from a few steps of them. Compiles what that needs."""
+        steps = self._step_count([self._rows([""], SamplingParams(), np.zeros((1, 2), np.uint32))])
 
         def seconds(_: int) -> float:
             encoding, step = self.measure_steps(_TIMED_STEPS)
-            return encoding + step * self.token_count
+            return encoding + step * steps
 
         self.measure_steps(_TIMED_STEPS)  # compiled, and warm
         with ThreadPoolExecutor(self.concurrency) as pool:
@@ -324,7 +346,7 @@ class Generator:
         Every step reads the whole cache, so all take the same time.
         """
         count = self.batch_size * len(self._devices)
-        rows = self._rows([""] * count, SamplingParams(cond_scale=3.0), np.zeros((count, 2), np.uint32), None, None, 0)
+        rows = self._rows([""] * count, SamplingParams(cond_scale=3.0), np.zeros((count, 2), np.uint32))
         inputs = self._inputs(self._next_batch(rows, self.batch_size))
         started = time.perf_counter()
         state = jax.block_until_ready(self._init_cache(self._params, inputs))
@@ -338,15 +360,18 @@ class Generator:
         JAX traces the program for it, and reuses that for the first batch.
         """
         length = self._model.config.max_text_length
-        inputs = pack_batch([], 2 * batch_size, self._tokenizer, length, self.token_count)
+        inputs = pack_batch([], 2 * batch_size, self._tokenizer, length, self.token_count, len(self._extra_settings))
         init_cache = functools.partial(loop.init_cache, self._model, self._sampler, None)
         state = jax.eval_shape(init_cache, self._params, inputs)
         cached = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        return cached + 2 * batch_size * self._sampler.columns * 4 * _LOGITS_COPIES
+        places = 1 if isinstance(self._sampler, TokenSampler) else self.token_count
+        return cached + 2 * batch_size * places * self._sampler.columns * 4 * _LOGITS_COPIES
 
     # Implementation.
 
-    def _rows(self, prompts, settings, keys, sc_prompts, init_tokens, init_count) -> list[Row]:
+    def _rows(
+        self, prompts, settings, keys, sc_prompts=None, init_tokens=None, init_count=0, extra_settings=None
+    ) -> list[Row]:
         count = len(prompts)
         if isinstance(settings, SamplingParams):
             settings = [settings] * count
@@ -369,8 +394,17 @@ class Generator:
             if init_tokens.shape != (count, self.token_count):
                 raise ValueError(f"init_tokens are {init_tokens.shape}, not {(count, self.token_count)}")
         sc_prompts = [None] * count if sc_prompts is None else sc_prompts
-        values = zip(prompts, sc_prompts, settings, keys, init_tokens, init_count, strict=True)
+        if extra_settings is None or isinstance(extra_settings, Mapping):
+            extra_settings = [extra_settings or {}] * count
+        extra = [tuple(complete_extra_settings(self._extra_settings, each).values()) for each in extra_settings]
+        values = zip(prompts, sc_prompts, settings, keys, init_tokens, init_count, extra, strict=True)
         return [Row(*row) for row in values]
+
+    def _check_every(self, every: int) -> None:
+        if every < 1:
+            raise ValueError(f"every (={every}) must be at least 1")
+        if not isinstance(self._sampler, TokenSampler):
+            raise UserError(f"model {self._name!r} samples all tokens at once, so it shows no unfinished images")
 
     def _in_batches(
         self, rows: list[Row], compute: Callable[[_Batch], _T], program: str, in_turn: bool = False
@@ -395,11 +429,17 @@ class Generator:
 
     def _inputs(self, batch: list[Sequence[Row]]) -> RowInputs:
         text_length = self._model.config.max_text_length
-        parts = [
-            pack_batch(rows, 2 * self.batch_size, self._tokenizer, text_length, self.token_count) for rows in batch
-        ]
+        sizes = text_length, self.token_count, len(self._extra_settings)
+        parts = [pack_batch(rows, 2 * self.batch_size, self._tokenizer, *sizes) for rows in batch]
         inputs = parts[0] if len(parts) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
         return jax.device_put(inputs, self._shard_batch)
+
+    def _step_count(self, batch: Sequence[Sequence[Row]]) -> int:
+        """Return the steps of a batch: as many as its images have tokens, or in masked decoding the most of a row."""
+        if isinstance(self._sampler, TokenSampler):
+            return self.token_count
+        number = list(self._extra_settings).index("steps")
+        return max(int(row.extra[number]) for rows in batch for row in rows)
 
     def _advance(self, inputs: RowInputs, state: loop.DecodeState, first: int, end: int) -> loop.DecodeState:
         steps = jax.device_put((np.int32(first), np.int32(end)), self._replicate)
@@ -434,11 +474,6 @@ class Generator:
     @property
     def _token_dtype(self) -> type:
         return np.int32 if isinstance(self._sampler, DalleMiniSampler) else np.uint16
-
-
-def _check_every(every: int) -> None:
-    if every < 1:
-        raise ValueError(f"every (={every}) must be at least 1")
 
 
 def _checked_whole(name: str, values: np.ndarray, lowest: int, highest: int) -> np.ndarray:

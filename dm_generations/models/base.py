@@ -18,6 +18,7 @@ import numpy as np
 
 from dm_generations.errors import UserError, short_repr
 from dm_generations.runtime.device import matmul_precision, put_params
+from dm_generations.sampling.params import ExtraSetting
 from dm_generations.weights.state_dict import Shape, same_name
 
 # The largest sizes that a config may have, far above those of any model that exists: whoever writes a file of a few
@@ -123,11 +124,18 @@ class GeneratorConfig(Protocol):
         """Order of temperature and filters, see `sampling.filter_logits`."""
 
 
+def extra_settings_of(config: Any) -> Mapping[str, ExtraSetting]:
+    """Return the settings that a text-to-image model has beyond `SamplingParams`: its config's `extra_settings`."""
+    return getattr(config, "extra_settings", {})
+
+
 @runtime_checkable
 class TextToImageModel(Protocol):
     """A network that turns prompts into image tokens: a Linen module whose methods go through `apply`.
 
-    Generation is `encode_prompt`, `init_cache`, then `decode_step` for steps 0 to L - 1.
+    Generation is `encode_prompt`, `init_cache`, then `decode_step` for steps 0 to L - 1. In masked decoding (a config
+    with a `masking_schedule`), `decode_step` reads all tokens (B, L), gives logits (B, L, V), and is called as often as
+    the extra setting `steps` says. `init_cache` of a model with extra settings also takes their values, (B, E) float32.
     """
 
     config: Any  # a GeneratorConfig

@@ -103,6 +103,19 @@ KINDS = (
         tokenizers={"dalle_pytorch": "dalle_pytorch.tokenizer:DallePytorchTokenizer"},
     ),
     ModelKind(
+        name="amused",
+        role="generator",
+        config="amused.config:AmusedConfig",
+        network="amused.network:Amused",
+        readers=("amused.checkpoint:read_generator",),
+        files="the folders of aMUSEd's pipeline in diffusers, transformer/ among them",
+        hub_files=(
+            ("diffusion_pytorch_model.safetensors", "model.safetensors"),
+            ("diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"),
+        ),
+        tokenizers={"amused": "amused.tokenizer:load_amused_tokenizer"},
+    ),
+    ModelKind(
         name="vqgan",
         role="codec",
         config="vqgan.network:VQGANConfig",
@@ -112,11 +125,25 @@ KINDS = (
             "vqgan.checkpoint:read_detoker",
             "kakao_mindalle.checkpoint:read_codec",
             "dalle_pytorch.checkpoint:read_codec",  # of any kind that a dalle.pt can hold
+            "amused.checkpoint:read_codec",
             "vqgan.checkpoint:read_taming",
         ),
-        files="config.json with flax_model.msgpack, detoker.pt, a .ckpt with its .yaml, dalle.pt",
-        hub_files=(("flax_model.msgpack",), ("detoker.pt",), ("stage1_last.ckpt",), ("dalle.pt",), ("*.ckpt",)),
+        files="config.json with flax_model.msgpack, detoker.pt, a .ckpt with its .yaml, dalle.pt, vqvae/ of diffusers",
+        hub_files=(
+            *(("flax_model.msgpack",), ("detoker.pt",), ("stage1_last.ckpt",), ("dalle.pt",), ("*.ckpt",)),
+            ("diffusion_pytorch_model.safetensors",),
+            ("diffusion_pytorch_model.fp16.safetensors",),
+        ),
         decoder="vqgan.fast_decoder:VQGANDecoder",
+    ),
+    ModelKind(
+        name="open_magvit2",
+        role="codec",
+        config="open_magvit2.network:OpenMagvit2Config",
+        network="open_magvit2.network:OpenMagvit2",
+        readers=("open_magvit2.checkpoint:read_tokenizer",),
+        files="a .ckpt with its .yaml",
+        hub_files=(("*.ckpt",),),
     ),
     ModelKind(
         name="discrete_vae",

@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
     "bpe_simple_vocab_16e6.txt",
     "bpe_simple_vocab_16e6.txt.gz",
 )
-_EXTRA_FILES = (WORDS_FILE, "preprocessor_config.json", "processor_config.json")
+_EXTRA_FILES = (WORDS_FILE, "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
 _DTYPES: dict[str, type] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 

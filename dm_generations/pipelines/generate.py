@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dm_generations.archive import Archive, NewImage
-from dm_generations.archive.records import TOKEN_DTYPE
+from dm_generations.archive.records import TOKEN_DTYPE, parse_settings
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
 from dm_generations.inference.scorer import Scorer
+from dm_generations.models.base import extra_settings_of
 from dm_generations.models.loading import Models, load_models
 from dm_generations.pipelines.sweep import (
     DEFAULT_BATCH_SIZE,
@@ -209,6 +210,7 @@ class Pipeline:
             [combination.sc_prompt for combination in combinations],
             None if self._init is None else np.tile(self._init.tokens, (count, 1)),
             init_count,
+            [parse_settings(combination.extra_settings) for combination in combinations],
         )
         if self._options.progressive_every is None:
             sampling = self.generator.start(*rows)
@@ -238,6 +240,7 @@ class Pipeline:
                 dtype=self.generator.dtype,
                 init_count=init_count,
                 init_md5=self._init_md5,
+                extra_settings=sample.combination.extra_settings,
             )
             for sample, row, log_prob in zip(samples, tokens, log_probs, strict=True)
         ]
@@ -368,15 +371,21 @@ def prepare(sweep: Sweep, options: GenerateOptions, mode: Literal["r", "w"]) -> 
             "trained with",
             *(codec.name, f"{codec.config.codebook_size:,}", models.generator.name, f"{config.codebook_size:,}"),
         )
+    sweep = sweep.with_extra_settings(extra_settings_of(config))
     pipeline = Pipeline(models, options, _load_init_tokens(models, options))
     generator = pipeline.generator
     generator.check_texts([*sweep.prompts, *sweep.sc_prompts])
     if generator.batch_size < options.batch_size:
         logger.warning("memory holds batches of %s images, not of %s", generator.batch_size, options.batch_size)
+    defaults = default_params_of(config)
     if options.rng == "dalle-mini":  # whose `generate` has its defaults from config.json
         defaults = SamplingParams(config.top_k, config.top_p, config.temperature, DEFAULT_PARAMS.cond_scale)
-        sweep = sweep.with_defaults(defaults)
-    return pipeline, sweep
+    return pipeline, sweep.with_defaults(defaults)
+
+
+def default_params_of(config: Any) -> SamplingParams:
+    """Return the settings of a text-to-image model for what the user leaves open."""
+    return getattr(config, "default_params", DEFAULT_PARAMS)
 
 
 def _load_init_tokens(models: Models, options: GenerateOptions) -> "InitTokens | None":

@@ -4,17 +4,20 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from dm_generations.archive import Archive, ImageRow
-from dm_generations.archive.records import BadTokensError, tokens_from_blob
+from dm_generations.archive.records import BadTokensError, parse_settings, tokens_from_blob
 from dm_generations.archive.selection import EVERY, Where
 from dm_generations.errors import UserError
 from dm_generations.inference.generator import Generator
+from dm_generations.models.base import extra_settings_of
 from dm_generations.models.loading import Checkpoint
 from dm_generations.pipelines.generate import SAMPLER_VERSIONS
 from dm_generations.runtime import compile_cache
+from dm_generations.sampling.params import complete_extra_settings
 
 logger = logging.getLogger(__name__)
 
@@ -144,10 +147,12 @@ def find_mismatches(
     compile_cache.enable()
     generator = Generator(checkpoint, checkpoint.load_tokenizer(), batch_size, dtype=dtype)
     prompts, sc_prompts = archive.prompts(), archive.sc_prompts()
+    known = extra_settings_of(checkpoint.config)
     rows = archive.read_rows(ids)
     while batch := list(itertools.islice(rows, sum(generator.capacities))):
         found: list[Mismatch] = []
         usable: list[ImageRow] = []
+        extra: list[dict[str, Any]] = []
         tokens: list[np.ndarray] = []
         for row in batch:
             try:
@@ -155,11 +160,13 @@ def find_mismatches(
                     row.quantvec, row.quantvec_md5, generator.token_count, generator.codebook_size
                 )
                 row.params.validate()
+                extra_settings = complete_extra_settings(known, parse_settings(row.extra_settings))
             except (BadTokensError, UserError) as error:
                 found.append(Mismatch(row.id, 0, str(error)))
                 continue
             usable.append(row)
             tokens.append(row_tokens)
+            extra.append(extra_settings)
         if usable:
             stored = np.stack(tokens)
             params = [row.params for row in usable]
@@ -168,7 +175,7 @@ def find_mismatches(
             sc_texts = [sc_prompts[row.sc_prompt_id] for row in usable]
             init_counts = np.array([row.init_count for row in usable])
             if max_margin is None:
-                sampled = generator.generate(texts, params, keys, sc_texts, stored, init_counts)
+                sampled = generator.generate(texts, params, keys, sc_texts, stored, init_counts, extra)
                 found += _compare_tokens(usable, stored, sampled)
             else:
                 margins = generator.teacher_forced_margins(texts, params, keys, stored, sc_texts, init_counts)

@@ -17,13 +17,14 @@ import json
 import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dm_generations.archive import Archive, GroupKey
+from dm_generations.archive.records import canonical_settings
 from dm_generations.errors import UserError, one_line
-from dm_generations.sampling.params import SamplingParams, check_range
+from dm_generations.sampling.params import ExtraSetting, SamplingParams, check_range, complete_extra_settings
 from dm_generations.sampling.prng import row_key
 
 DEFAULT_PARAMS = SamplingParams(top_k=256, cond_scale=3.0)
@@ -42,6 +43,7 @@ SWEEP_KEYS: dict[str, tuple[tuple[type, ...], bool]] = {
     "top_p": ((int, float), True),
     "temperature": ((int, float), True),
     "cond_scale": ((int, float), True),
+    "extra_settings": ((str,), True),
     "keys": ((str,), True),
     "n": ((int,), False),
     "seed": ((int,), False),
@@ -58,6 +60,7 @@ class Combination:
     prompt: str
     sc_prompt: str | None  # None: the model's own empty prompt
     params: SamplingParams
+    extra_settings: str = ""  # as an archive stores them
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class Sweep:
     dropped. An empty text among `sc_prompts` is the model's own empty prompt.
 
     Attributes:
+        extra_settings: Values of the model's extra settings by name, each an axis too; see `with_extra_settings`.
         row_keys: The keys of the images of each combination; they replace `count` and `seed`.
         unset: Names of settings that the user left open, for which a model can have defaults of its own.
 
@@ -122,6 +126,7 @@ class Sweep:
     top_p: Sequence[float] = (DEFAULT_PARAMS.top_p,)
     temperature: Sequence[float] = (DEFAULT_PARAMS.temperature,)
     cond_scale: Sequence[float] = (DEFAULT_PARAMS.cond_scale,)
+    extra_settings: Mapping[str, Sequence[float]] = field(default_factory=dict)
     count: int = DEFAULT_COUNT
     seed: int = DEFAULT_SEED
     same_seeds: bool = True
@@ -173,8 +178,8 @@ class Sweep:
 
     def combinations(self) -> Iterator[Combination]:
         """Yield the combinations in the order of the archive's groups: the last axis changes fastest."""
-        for prompt, sc_prompt, *values in itertools.product(*self._axes()):
-            yield Combination(prompt, sc_prompt, SamplingParams(*values))
+        for prompt, sc_prompt, *values, extra_settings in itertools.product(*self._axes()):
+            yield Combination(prompt, sc_prompt, SamplingParams(*values), extra_settings)
 
     def keys(self, combination: Combination) -> Sequence[tuple[int, int]]:
         """Return (key0, key1) of each image of a combination, by its index."""
@@ -187,8 +192,25 @@ class Sweep:
         changes: dict[str, Any] = {name: (getattr(defaults, name),) for name in self.unset}
         return dataclasses.replace(self, **changes)
 
+    def with_extra_settings(self, known: Mapping[str, ExtraSetting]) -> "Sweep":
+        """Return this sweep with all extra settings of a model: its values, and the model's defaults of the others.
+
+        Raises:
+            UserError: The model has no such setting, or a value is out of its range.
+        """
+        for name, values in self.extra_settings.items():
+            if not values:
+                raise UserError(f"{name} needs at least one value")
+            for value in values:
+                complete_extra_settings(known, {name: value})
+        values = {name: self.extra_settings.get(name, (setting.default,)) for name, setting in known.items()}
+        return dataclasses.replace(self, extra_settings=values)
+
     def _axes(self) -> tuple[Sequence[Any], ...]:
-        return self.prompts, self.sc_prompts, self.top_k, self.top_p, self.temperature, self.cond_scale
+        names = sorted(self.extra_settings)
+        values = itertools.product(*(dict.fromkeys(self.extra_settings[name]) for name in names))
+        extra = [canonical_settings(dict(zip(names, each, strict=True))) for each in values]
+        return self.prompts, self.sc_prompts, self.top_k, self.top_p, self.temperature, self.cond_scale, extra
 
 
 @dataclass(frozen=True)
@@ -234,6 +256,8 @@ def load_sweep(flags: Mapping[str, Any], sweep_file: Path | None = None, prompts
         values["row_keys"] = [parse_key(text) for text in values.pop("keys")]
     if "n" in values:
         values["count"] = values.pop("n")
+    if "extra_settings" in values:
+        values["extra_settings"] = parse_extra_settings(values.pop("extra_settings"))
     return Sweep(prompts, unset=unset, **values)
 
 
@@ -282,6 +306,30 @@ def parse_key(text: str) -> tuple[int, int]:
     return key0, key1
 
 
+def parse_extra_settings(texts: Sequence[str]) -> dict[str, list[int | float]]:
+    """Read extra settings written as "name=value" or "name=value,value".
+
+    >>> parse_extra_settings(["steps=8,12", "aesthetic_score=5.5"])
+    {'steps': [8, 12], 'aesthetic_score': [5.5]}
+
+    Raises:
+        UserError: A text is something else, or has the name of another one.
+    """
+    found: dict[str, list[int | float]] = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        try:
+            numbers = [json.loads(value) for value in values.split(",")]
+        except (ValueError, RecursionError):
+            numbers = [None]
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise UserError(f"--extra-settings {text!r:.60} is not NAME=NUMBER or NAME=NUMBER,NUMBER, as steps=8,12")
+        if name in found:
+            raise UserError(f"--extra-settings has {name!r:.60} twice: write steps=8,12")
+        found[name] = numbers
+    return found
+
+
 def plan_sweep(
     sweep: Sweep,
     archive: Archive | None,
@@ -315,7 +363,7 @@ def plan_sweep(
         indices: Sequence[int] = of_shard
         if archive is not None and combination.prompt in prompt_ids and combination.sc_prompt in sc_prompt_ids:
             ids = prompt_ids[combination.prompt], sc_prompt_ids[combination.sc_prompt]
-            group_key = GroupKey(*ids, combination.params)
+            group_key = GroupKey(*ids, combination.params, combination.extra_settings)
             existing = archive.existing_keys(group_key, generator_id, sampler_version, init_md5)
             keys = sweep.keys(combination) if existing else ()
             indices = [index for index in of_shard if keys[index] not in existing] if existing else of_shard
@@ -333,6 +381,7 @@ def _derive_keys(seed: int, count: int) -> tuple[tuple[int, int], ...]:
 def _derive_seed(seed: int, combination: Combination) -> int:
     """Return a seed for one combination, which the other values of a sweep do not change. See `schema/sampling.md`."""
     values = [seed, combination.prompt, combination.sc_prompt, *dataclasses.astuple(combination.params)]
+    values += [combination.extra_settings] if combination.extra_settings else []
     text = json.dumps(values, separators=(",", ":"))
     return int.from_bytes(hashlib.sha256(text.encode("ascii")).digest()[:8], "big")
 

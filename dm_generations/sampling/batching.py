@@ -4,7 +4,7 @@ A row needs one sequence of tokens under its prompt, and a second one under its 
 cond_scale is 1. Rows are packed into a fixed number of sequences, so that one program serves every mix.
 
 S: sequences of one device's batch   R: rows at most, S   N: texts at most, S in whole batches of TEXT_BATCH
-T: text tokens   L: tokens of an image
+T: text tokens   L: tokens of an image   E: extra settings of the model
 """
 
 import itertools
@@ -42,6 +42,7 @@ class RowInputs(NamedTuple):
     cond_scale: jax.Array
     init_tokens: jax.Array  # (R, L) int32
     init_count: jax.Array  # (R,) int32, how many of them are used
+    extra: jax.Array  # (R, E) float32, the model's extra settings in its order
 
 
 OF_ROWS = RowInputs._fields[RowInputs._fields.index("cond") :]  # with one entry for each row
@@ -56,6 +57,7 @@ class Row(NamedTuple):
     key: tuple[int, int]
     init_tokens: np.ndarray | None  # (L,)
     init_count: int
+    extra: tuple[float, ...] = ()
 
 
 def sequence_count(cond_scale: float) -> int:
@@ -78,7 +80,9 @@ def take_until_full(rows: Sequence[_T], sequences: Sequence[int], capacity: int)
     return rows[: max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= capacity, used)))]
 
 
-def pack_batch(rows: Sequence[Row], capacity: int, tokenizer: "Tokenizer", text_length: int, length: int) -> RowInputs:
+def pack_batch(
+    rows: Sequence[Row], capacity: int, tokenizer: "Tokenizer", text_length: int, length: int, extra_count: int = 0
+) -> RowInputs:
     """Pack rows into the arrays of one device's batch.
 
     Args:
@@ -87,6 +91,7 @@ def pack_batch(rows: Sequence[Row], capacity: int, tokenizer: "Tokenizer", text_
         tokenizer: For the prompts.
         text_length: T.
         length: L.
+        extra_count: E.
 
     Returns:
         NumPy arrays.
@@ -125,5 +130,6 @@ def pack_batch(rows: Sequence[Row], capacity: int, tokenizer: "Tokenizer", text_
         column([row.params.cond_scale for row in rows], np.float32),
         init_tokens,
         column([row.init_count for row in rows], np.int32),
+        column(np.array([row.extra for row in rows], np.float32).reshape(-1, extra_count), np.float32),
     ]
     return RowInputs(*arrays)

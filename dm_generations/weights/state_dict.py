@@ -1,7 +1,7 @@
 """PyTorch state dicts: tensors looked up, renamed and laid out as Flax has them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ Shape = tuple[int, ...]
 
 # Under what training saves the weights: Lightning and others, DeepSpeed, and last moving averages of them.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "params", "ema_state_dict", "ema")
+_AVERAGES = "model_ema."
 
 
 def get_tensor(state: Mapping[str, Any], name: str, ndim: int, path: Path, prefix: str = "") -> np.ndarray:
@@ -92,6 +93,43 @@ def _unwrap(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
     while all(name.startswith("module.") for name in unwrapped):
         unwrapped = strip_prefix(unwrapped, "module.")
     return unwrapped if len(unwrapped) == len(state) else state
+
+
+def choose_averages(
+    state: Mapping[str, Any], path: Path, name_in_file: Callable[[str, Shape], tuple[str, Shape]]
+) -> tuple[dict[str, Any], Callable[[str, Shape], tuple[str, Shape]]]:
+    """Replace weights by the moving averages that lie next to them, as `LitEma` of latent-diffusion stores them.
+
+    The average of `encoder.conv_in.weight` is `model_ema.encoderconv_inweight`. Losses have none.
+
+    Args:
+        state: A state dict.
+        path: The file, for messages.
+        name_in_file: Path and shape of a parameter to name and shape of the weight.
+
+    Returns:
+        The averages under the names of the weights, and `name_in_file` for them; the arguments if there are none.
+
+    Raises:
+        UserError: Some weights have an average and others not.
+    """
+    averages = strip_prefix(state, _AVERAGES)
+    if not averages:
+        return dict(state), name_in_file
+
+    def name_of_average(parameter: str, shape: Shape) -> tuple[str, Shape]:
+        name, shape = name_in_file(parameter, shape)
+        return _AVERAGES + name.replace(".", ""), shape
+
+    chosen = {}
+    for name in map(str, state):
+        if name.startswith((_AVERAGES, "loss.")):
+            continue
+        chosen[name] = averages.get(name.replace(".", ""))
+        if chosen[name] is None:
+            average = _AVERAGES + name.replace(".", "")
+            raise UserError(f"{path} lacks {average}, the moving average of {name}: download the file again")
+    return chosen, name_of_average
 
 
 def strip_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def read_transformers(path: Path) -> RawCheckpoint | None:
     tensors: dict[str, np.ndarray] = {}
     file_by_prefix: dict[str, Path] = {}
     for file in files:
-        found = _read_tensors(file)
+        found = read_tensors(file)
         tensors |= found
         if len(files) > 1:
             file_by_prefix |= dict.fromkeys(flatten(flax_from_torch(found)), file)
@@ -99,7 +99,12 @@ def _read_index(index: Path) -> tuple[Path, ...]:
     return files
 
 
-def _read_tensors(file: Path) -> dict[str, np.ndarray]:
+def read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """Read a file of weights, of safetensors or PyTorch.
+
+    Raises:
+        UserError: It is damaged, or holds something else.
+    """
     with prefix_errors(file):
         if file.suffix == ".safetensors":
             return find_state(read_safetensors(file))

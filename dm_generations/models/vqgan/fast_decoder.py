@@ -127,7 +127,9 @@ class VQGANDecoder:
 
     def _mid(self, weights: dict, x: jax.Array) -> jax.Array:
         x = self._res_block(weights["block_1"], x)
-        return self._res_block(weights["block_2"], self._attention(weights["attn_1"], x))
+        if "attn_1" in weights:
+            x = self._attention(weights["attn_1"], x)
+        return self._res_block(weights["block_2"], x)
 
     def _level(self, weights: dict, x: jax.Array, is_last: bool) -> jax.Array:
         for j in range(self.config.num_res_blocks + 1):

@@ -1,7 +1,8 @@
 """VQGAN: an image to a grid of codebook indices, and back.
 
 Module and parameter names are those of vqgan-jax (`VQModel`), so its checkpoints load without renaming. The VQGANs of
-taming-transformers (`VQModel`, `GumbelVQ`) and of its descendants are the same network under other options.
+taming-transformers (`VQModel`, `GumbelVQ`) and of its descendants (Chameleon, IBQ, diffusers' `VQModel` of aMUSEd) are
+the same network under other options.
 Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021, https://arxiv.org/abs/2012.09841
 
 B: batch   H, W: pixels   h, w: token grid   L: tokens, h * w, row-major   C: channels   D: codebook width
@@ -30,6 +31,7 @@ from dm_generations.models.base import (
 MAX_LEVELS = 16
 _BOUNDS: Bounds = {
     "ch": WIDTH,
+    "conv_in_ch": WIDTH,
     "ch_mult": (1, 1024),
     "num_res_blocks": (1, MAX_LAYERS),
     "attn_resolutions": POSITIONS,
@@ -63,6 +65,10 @@ class VQGANConfig:
     group_norm_eps: float = 1e-6
     is_signed: bool = False  # inside, pixels are in [-1, 1]: taming's; vqgan-jax keeps them in [0, 1]
     is_gumbel: bool = False  # tokens are the argmax of logits, not the nearest codebook row
+    is_dot_product: bool = False  # the row with the largest dot product, not the nearest one: IBQ's
+    conv_in_ch: int | None = None  # channels of the encoder's first convolution; None is `ch`
+    has_mid_attention: bool = True
+    rounds_pixels: bool = False  # to the nearest of 0 to 255; others truncate
 
     def __post_init__(self) -> None:
         """Raise UserError for sizes that no network can have."""
@@ -205,7 +211,8 @@ class Mid(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x (B, H, W, C) to the same shape."""
         x = ResBlock(self.config, x.shape[-1], self.dtype, name="block_1")(x)
-        x = AttnBlock(self.config, self.dtype, name="attn_1")(x)
+        if self.config.has_mid_attention:
+            x = AttnBlock(self.config, self.dtype, name="attn_1")(x)
         return ResBlock(self.config, x.shape[-1], self.dtype, name="block_2")(x)
 
 
@@ -224,7 +231,7 @@ class Encoder(nn.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Map (B, H, W, 3) to (B, h, w, z_channels)."""
         config, last = self.config, len(self.config.ch_mult) - 1
-        x = _conv(config.ch, 3, self.dtype, "conv_in")(pixels)
+        x = _conv(config.conv_in_ch or config.ch, 3, self.dtype, "conv_in")(pixels)
         for i, mult in enumerate(config.ch_mult):
             resample = "downsample" if i != last else None
             attention = _has_attention(config, i)
@@ -264,7 +271,10 @@ class Decoder(nn.Module):
 
 
 class Quantize(nn.Module):
-    """The codebook: a vector to the index of its nearest row (first on ties), and back."""
+    """The codebook: a vector to the index of its nearest row, or of the largest dot product, and back.
+
+    The first of equals counts.
+    """
 
     config: VQGANConfig
     dtype: jnp.dtype
@@ -278,6 +288,8 @@ class Quantize(nn.Module):
         codebook = self.embedding.embedding
         z = z.astype(jnp.float32)
         products = jnp.einsum("...d,nd->...n", z, codebook)
+        if self.config.is_dot_product:
+            return jnp.argmax(products, axis=-1).astype(jnp.int32)
         distances = jnp.sum(z**2, -1, keepdims=True) + jnp.sum(codebook**2, -1) - 2 * products
         return jnp.argmin(distances, axis=-1).astype(jnp.int32)
 
