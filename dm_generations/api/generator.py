@@ -11,13 +11,13 @@ import numpy as np
 from dm_generations import archive as store
 from dm_generations.api.images import SCORES, ImageList, ImageRecord, ListedImages
 from dm_generations.archive import ModelInfo, NewImage, quantvec_md5
-from dm_generations.archive.records import TOKEN_DTYPE
+from dm_generations.archive.records import TOKEN_DTYPE, ClassLabel
 from dm_generations.errors import UserError, printable
 from dm_generations.inference import generator as inference_generator
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.scorer import Scorer
 from dm_generations.models.loading import Checkpoint, Models, load_codec, load_generator
-from dm_generations.pipelines.generate import SMALLER_BATCH, GenerateOptions, Pipeline
+from dm_generations.pipelines.generate import SMALLER_BATCH, GenerateOptions, Pipeline, fit_sweep
 from dm_generations.pipelines.progressive import pad_tokens
 from dm_generations.pipelines.sweep import DEFAULT_PARAMS, DEFAULT_SEED, Sample, Sweep
 from dm_generations.runtime import compile_cache
@@ -88,15 +88,15 @@ class Generator(inference_generator.Generator):
 
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | int | Sequence[str | int],
         n: int = 1,
         seed: int = DEFAULT_SEED,
         *,
         sc_prompts: str | Sequence[str | None] | None = None,
-        top_k: int | Sequence[int] = DEFAULT_PARAMS.top_k,
-        top_p: float | Sequence[float] = DEFAULT_PARAMS.top_p,
-        temperature: float | Sequence[float] = DEFAULT_PARAMS.temperature,
-        cond_scale: float | Sequence[float] = DEFAULT_PARAMS.cond_scale,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
+        temperature: float | Sequence[float] | None = None,
+        cond_scale: float | Sequence[float] | None = None,
         same_seeds: bool = True,
         keys: Sequence[tuple[int, int]] | None = None,
         scorer: Scorer | None = None,
@@ -107,11 +107,12 @@ class Generator(inference_generator.Generator):
         """Generate images: every prompt with every setting, as the command `generate` does with the same values.
 
         Args:
-            prompts: One text, or several.
+            prompts: One text, or several; of a model that draws classes their numbers.
             n: Images of each combination. Image i has the same key under all settings.
             seed: 0 to 2^64 - 1.
             sc_prompts: Unconditional prompts; None is the model's own empty one.
-            top_k: See `SamplingParams`; one value, or several, as the next three.
+            top_k: See `SamplingParams`; one value, or several; None is the default of `generate`. So are the next
+                three.
             top_p: See `SamplingParams`.
             temperature: See `SamplingParams`.
             cond_scale: See `SamplingParams`.
@@ -129,13 +130,13 @@ class Generator(inference_generator.Generator):
         Raises:
             UserError: A value is out of range, or memory does not hold one image.
         """
+        settings = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "cond_scale": cond_scale}
+        chosen = {name: getattr(DEFAULT_PARAMS, name) if value is None else value for name, value in settings.items()}
         sweep = Sweep(
-            prompts=_listed(prompts),
+            prompts=[ClassLabel("", each) if isinstance(each, int) else each for each in _listed(prompts)],
             sc_prompts=_listed(sc_prompts),
-            top_k=_listed(top_k),
-            top_p=_listed(top_p),
-            temperature=_listed(temperature),
-            cond_scale=_listed(cond_scale),
+            **{name: _listed(value) for name, value in chosen.items()},
+            unset=frozenset(name for name, value in settings.items() if value is None),
             count=n,
             seed=seed,
             same_seeds=same_seeds,
@@ -154,6 +155,7 @@ class Generator(inference_generator.Generator):
         on_unfinished: Callable[[ImageList], None],
         every: int | None,
     ) -> "GeneratedImages":
+        sweep = fit_sweep(sweep, self.models.generator.config)
         self.check_texts([*sweep.prompts, *sweep.sc_prompts])
         options = GenerateOptions(batch_size=self.batch_size, dtype=self.dtype, progressive_every=every)
         unfinished: dict[Sample, ImageRecord] = {}
@@ -179,7 +181,7 @@ class Generator(inference_generator.Generator):
         models, quantvec = self.models, tokens.astype(TOKEN_DTYPE).tobytes()
         prompt, sc_prompt, params = sample.combination.prompt, sample.combination.sc_prompt, sample.combination.params
         return ImageRecord(
-            *(None, prompt, sc_prompt, params, (sample.key0, sample.key1), {}, None, self.dtype),
+            *(None, str(prompt), sc_prompt, params, (sample.key0, sample.key1), {}, None, self.dtype),
             *(models.generator.model_info(), models.codec.model_info(models.grid), quantvec, quantvec_md5(quantvec)),
             find_decoder=lambda codec, token_count: self.decoder,
         )
@@ -208,7 +210,14 @@ class GeneratedImages(ImageList):
         image = self._images[index]
         scores = {name: score for name in SCORES if (score := getattr(image, name)) is not None}
         return ImageRecord(
-            *(None, str(image.prompt), image.sc_prompt, image.params, (image.key0, image.key1), scores),
+            *(
+                None,
+                self._pipeline.texts([image.prompt])[0],
+                image.sc_prompt,
+                image.params,
+                (image.key0, image.key1),
+                scores,
+            ),
             *(image.log_prob, image.dtype, self._model, self._codec, image.quantvec, quantvec_md5(image.quantvec)),
             find_decoder=self._find_decoder,
         )

@@ -97,10 +97,12 @@ class Decoder:
         with memory_errors(WEIGHTS_ADVICE):
             self._params = decoder.prepare_params(params, NamedSharding(self._mesh, PartitionSpec()))
 
+        half = 0.5 if getattr(config, "rounds_pixels", False) else 0.0
+
         def to_uint8(params, tokens):  # (b, L) or grids (b, h, w), uint16 -> (b, H, W, 3) uint8, of one device
             pixels = decoder.decode(params, tokens.astype(jnp.int32))
-            # Truncated, not rounded: what the 2022 script wrote.
-            return (jnp.clip(pixels, 0.0, 1.0) * jnp.float32(255)).astype(jnp.uint8)
+            # Truncated, what the 2022 script wrote, or rounded.
+            return (jnp.clip(pixels, 0.0, 1.0) * jnp.float32(255) + jnp.float32(half)).astype(jnp.uint8)
 
         self._set_function(to_uint8)
         self.set_batch_size(self._auto_batch_size() if batch_size == "auto" else batch_size)

@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -18,8 +18,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dm_generations.archive import DTYPES
+from dm_generations.archive.records import ClassLabel
 from dm_generations.errors import UserError
-from dm_generations.models.base import Tokenizer
+from dm_generations.models.base import Tokenizer, class_count_of, extra_settings_of
 from dm_generations.models.dalle_mini.config import DalleBartConfig
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.runtime import compile_cache
@@ -27,11 +28,13 @@ from dm_generations.runtime.device import BatchRunner, Work, batch_concurrency, 
 from dm_generations.sampling import decode_loop as loop
 from dm_generations.sampling.batching import Row, RowInputs, pack_batch, sequence_count, take_until_full
 from dm_generations.sampling.methods import DalleMiniSampler
-from dm_generations.sampling.params import SamplingParams
+from dm_generations.sampling.params import SamplingParams, complete_extra_settings
 from dm_generations.sampling.prng import WORD
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
+Prompt = str | ClassLabel
+ExtraSettings = Mapping[str, float] | Sequence[Mapping[str, float]]
 _UNKNOWN_TEXT = "\U000f0000"  # for private use: no tokenizer was trained on it
 _TIMED_STEPS = 4
 _LOGITS_COPIES = 8  # halves, guided, filtered, noise and a compiler's temporary copies of them
@@ -100,6 +103,7 @@ class Generator:
         self.token_count = config.image_length
         self.codebook_size = config.codebook_size
         self.dtype = dtype
+        self._extra_settings = extra_settings_of(config)
         self._name = checkpoint.name
         self._tokenizer = tokenizer
         config, params = checkpoint.network_class.prepare_params(config, params)
@@ -166,12 +170,16 @@ class Generator:
         )
         self._runner = BatchRunner(wanted, concurrency, message)
 
-    def check_texts(self, texts: Sequence[str | None]) -> None:
+    def check_texts(self, texts: Sequence[Prompt | None]) -> None:
         """Warn of texts that the model reads only in part, or not at all.
 
         Raises:
-            UserError: A text has a token that the model does not have, as a wrong tokenizer makes.
+            UserError: A text has a token that the model does not have, as a wrong tokenizer makes; or it is a class and
+                the model reads texts, or the other way round, or the model has no such class.
         """
+        self._check_kind([text for text in texts if text is not None])
+        if class_count_of(self._model.config):
+            return
         length = self._model.config.max_text_length
         ids, mask = self._tokenizer.encode(texts, length + 1)
         if cut := [text for text, is_cut in zip(texts, mask.sum(axis=1) > length, strict=True) if is_cut]:
@@ -185,36 +193,41 @@ class Generator:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
         init_tokens: np.ndarray | None = None,
         init_count: np.ndarray | int = 0,
+        extra_settings: ExtraSettings | None = None,
     ) -> np.ndarray:
         """Return tokens (n, L) of n rows; see `sample`."""
-        return self.sample(prompts, settings, keys, sc_prompts, init_tokens, init_count).tokens
+        rows = prompts, settings, keys, sc_prompts, init_tokens, init_count, extra_settings
+        return self.start(*rows).samples().tokens
 
     def sample(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
         init_tokens: np.ndarray | None = None,
         init_count: np.ndarray | int = 0,
+        extra_settings: ExtraSettings | None = None,
         every: int | None = None,
         on_tokens: Callable[[int, np.ndarray], None] = lambda first_row, tokens: None,
     ) -> Samples:
         """Sample tokens of n rows, with their log-probabilities.
 
         Args:
-            prompts: n texts.
+            prompts: n texts, or classes of a model that draws these.
             settings: Of each row, or one for all.
             keys: (n, 2) uint32, of `sampling.prng.row_key`.
             sc_prompts: n texts, or None for the model's own empty prompt; None for all.
             init_tokens: (n, L), of which the first `init_count` of each row are copied; the rest is sampled.
             init_count: (n,), or one number for all.
+            extra_settings: Of each row, or one for all; see `models.base.extra_settings_of`. What they lack, and None,
+                is the model's default.
             every: Steps after which `on_tokens` is called; None for never.
             on_tokens: Called with the number of the first row and the tokens so far, (m, count), of the m rows that
                 are sampled together.
@@ -224,10 +237,11 @@ class Generator:
                 one image.
             ValueError: Arguments do not match each other, or are out of range.
         """
+        arguments = prompts, settings, keys, sc_prompts, init_tokens, init_count, extra_settings
         if every is None:
-            return self.start(prompts, settings, keys, sc_prompts, init_tokens, init_count).samples()
+            return self.start(*arguments).samples()
         _check_every(every)
-        rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
+        rows = self._rows(*arguments)
 
         def sample(batch: _Batch) -> Samples:
             for samples in self._stream(batch.rows, every):
@@ -238,15 +252,16 @@ class Generator:
 
     def start(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
         init_tokens: np.ndarray | None = None,
         init_count: np.ndarray | int = 0,
+        extra_settings: ExtraSettings | None = None,
     ) -> "Sampling":
         """Start sampling; does not wait for the tokens. The arguments and errors are those of `sample`."""
-        rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
+        rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count, extra_settings)
 
         def sample(batch: _Batch) -> tuple[loop.DecodeState, list[int]]:
             inputs = self._inputs(batch.rows)
@@ -258,7 +273,7 @@ class Generator:
 
     def stream(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         every: int,
@@ -283,19 +298,20 @@ class Generator:
 
     def teacher_forced_margins(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         tokens: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
         init_count: np.ndarray | int = 0,
+        extra_settings: ExtraSettings | None = None,
     ) -> np.ndarray:
         """Return by how much each of `tokens` (n, L) missed being sampled, float32 (n, L); see `sampling.margin`.
 
         Every step reads these tokens, whatever would have been sampled. NaN where the model gives no numbers, 0 for
         the first `init_count` tokens, which were not sampled. Other arguments are those of `sample`.
         """
-        rows = self._rows(prompts, settings, keys, sc_prompts, tokens, self.token_count)
+        rows = self._rows(prompts, settings, keys, sc_prompts, tokens, self.token_count, extra_settings)
 
         def measure(batch: _Batch) -> np.ndarray:
             inputs = self._inputs(batch.rows)
@@ -324,7 +340,8 @@ class Generator:
         Every step reads the whole cache, so all take the same time.
         """
         count = self.batch_size * len(self._devices)
-        rows = self._rows([""] * count, SamplingParams(cond_scale=3.0), np.zeros((count, 2), np.uint32), None, None, 0)
+        prompt = ClassLabel("", 0) if class_count_of(self._model.config) else ""
+        rows = self._rows([prompt] * count, SamplingParams(cond_scale=3.0), np.zeros((count, 2), np.uint32))
         inputs = self._inputs(self._next_batch(rows, self.batch_size))
         started = time.perf_counter()
         state = jax.block_until_ready(self._init_cache(self._params, inputs))
@@ -338,7 +355,7 @@ class Generator:
         JAX traces the program for it, and reuses that for the first batch.
         """
         length = self._model.config.max_text_length
-        inputs = pack_batch([], 2 * batch_size, self._tokenizer, length, self.token_count)
+        inputs = pack_batch([], 2 * batch_size, self._tokenizer, length, self.token_count, len(self._extra_settings))
         init_cache = functools.partial(loop.init_cache, self._model, self._sampler, None)
         state = jax.eval_shape(init_cache, self._params, inputs)
         cached = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -346,8 +363,11 @@ class Generator:
 
     # Implementation.
 
-    def _rows(self, prompts, settings, keys, sc_prompts, init_tokens, init_count) -> list[Row]:
+    def _rows(
+        self, prompts, settings, keys, sc_prompts=None, init_tokens=None, init_count=0, extra_settings=None
+    ) -> list[Row]:
         count = len(prompts)
+        self._check_kind(prompts)
         if isinstance(settings, SamplingParams):
             settings = [settings] * count
         if len(settings) != count:
@@ -369,8 +389,25 @@ class Generator:
             if init_tokens.shape != (count, self.token_count):
                 raise ValueError(f"init_tokens are {init_tokens.shape}, not {(count, self.token_count)}")
         sc_prompts = [None] * count if sc_prompts is None else sc_prompts
-        values = zip(prompts, sc_prompts, settings, keys, init_tokens, init_count, strict=True)
+        if extra_settings is None or isinstance(extra_settings, Mapping):
+            extra_settings = [extra_settings or {}] * count
+        extra = [tuple(complete_extra_settings(self._extra_settings, each).values()) for each in extra_settings]
+        values = zip(prompts, sc_prompts, settings, keys, init_tokens, init_count, extra, strict=True)
         return [Row(*row) for row in values]
+
+    def _check_kind(self, prompts: Sequence[Prompt | None]) -> None:
+        """Raise UserError for a class where the model reads texts, a text where it draws classes, or no such class."""
+        class_count = class_count_of(self._model.config)
+        for prompt in prompts:
+            if isinstance(prompt, ClassLabel) != bool(class_count):
+                reads = (
+                    f"draws {class_count:,} classes: give --classes, not a text"
+                    if class_count
+                    else ("reads texts: give --prompts, not a class")
+                )
+                raise UserError(f"{str(prompt)!r:.60}: model {self._name!r} {reads}")
+            if isinstance(prompt, ClassLabel) and not 0 <= prompt.label < class_count:
+                raise UserError(f"model {self._name!r} has no class {prompt.label}: they are 0 to {class_count - 1:,}")
 
     def _in_batches(
         self, rows: list[Row], compute: Callable[[_Batch], _T], program: str, in_turn: bool = False
@@ -395,9 +432,8 @@ class Generator:
 
     def _inputs(self, batch: list[Sequence[Row]]) -> RowInputs:
         text_length = self._model.config.max_text_length
-        parts = [
-            pack_batch(rows, 2 * self.batch_size, self._tokenizer, text_length, self.token_count) for rows in batch
-        ]
+        sizes = text_length, self.token_count, len(self._extra_settings)
+        parts = [pack_batch(rows, 2 * self.batch_size, self._tokenizer, *sizes) for rows in batch]
         inputs = parts[0] if len(parts) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
         return jax.device_put(inputs, self._shard_batch)
 
@@ -449,6 +485,6 @@ def _checked_whole(name: str, values: np.ndarray, lowest: int, highest: int) -> 
     return values
 
 
-def _warn_of(what: str, texts: Sequence[str | None], *values: object) -> None:
+def _warn_of(what: str, texts: Sequence[Prompt | None], *values: object) -> None:
     subject = "1 prompt " if len(texts) == 1 else f"{len(texts):,} prompts "
     _logger.warning(f"{subject}{what}: %.60r", *values, texts[0])

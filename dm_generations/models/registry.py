@@ -103,6 +103,18 @@ KINDS = (
         tokenizers={"dalle_pytorch": "dalle_pytorch.tokenizer:DallePytorchTokenizer"},
     ),
     ModelKind(
+        name="llamagen",
+        role="generator",
+        config="llamagen.network:LlamaGenConfig",
+        network="llamagen.network:LlamaGen",
+        readers=("llamagen.checkpoint:read_generator",),
+        files="c2i_*.pt or t2i_*.pt",
+        tokenizers={
+            "llamagen_class": "llamagen.tokenizer:ClassTokenizer",
+            "llamagen_caption": "llamagen.tokenizer:CaptionTokenizer",
+        },
+    ),
+    ModelKind(
         name="vqgan",
         role="codec",
         config="vqgan.network:VQGANConfig",
@@ -113,8 +125,9 @@ KINDS = (
             "kakao_mindalle.checkpoint:read_codec",
             "dalle_pytorch.checkpoint:read_codec",  # of any kind that a dalle.pt can hold
             "vqgan.checkpoint:read_taming",
+            "llamagen.checkpoint:read_codec",
         ),
-        files="config.json with flax_model.msgpack, detoker.pt, a .ckpt with its .yaml, dalle.pt",
+        files="config.json with flax_model.msgpack, detoker.pt, a .ckpt with its .yaml, dalle.pt, vq_ds16_*.pt",
         hub_files=(("flax_model.msgpack",), ("detoker.pt",), ("stage1_last.ckpt",), ("dalle.pt",), ("*.ckpt",)),
         decoder="vqgan.fast_decoder:VQGANDecoder",
     ),

@@ -180,6 +180,9 @@ def _guided(model: nn.Module, rows: RowInputs, logits: jax.Array, step: jax.Arra
     guided = sampling.guide(cond, uncond, rows.cond_scale)
     if getattr(model.config, "guides_first_code_alone", False):
         guided = jnp.where(((step > 0) & (rows.cond_scale != 1))[:, None], uncond, guided)
+    if "cfg_interval" in (names := list(getattr(model.config, "extra_settings", ()))):
+        interval = rows.extra[:, names.index("cfg_interval")]
+        guided = jnp.where(((interval >= 0) & (step > interval + 1))[:, None], cond, guided)
     return guided
 
 

@@ -138,7 +138,7 @@ def config_from_yaml_values(values: Mapping[str, Any], is_gumbel: bool = False) 
     sizes = values.get("ddconfig", values.get("hparams"))
     if not isinstance(sizes, Mapping):
         raise UserError("VQGAN config: ddconfig is missing")
-    own = {"num_groups", "group_norm_eps", "is_signed", "is_gumbel"}  # ours alone
+    own = {"num_groups", "group_norm_eps", "is_signed", "is_gumbel", "is_normalized", "rounds_pixels"}  # ours alone
     sizes = {"ch_mult": _DEFAULT_CH_MULT} | {name: value for name, value in sizes.items() if name not in own}
     sizes |= {name: values[name] for name in ("embed_dim", "n_embed") if name in values}
     for name in (*_REQUIRED, "embed_dim", "n_embed"):

@@ -28,6 +28,7 @@ from dm_generations.models.base import (
 )
 
 MAX_LEVELS = 16
+_SHORTEST = 1e-12  # length that a vector is divided by at least, as PyTorch's normalize
 _BOUNDS: Bounds = {
     "ch": WIDTH,
     "ch_mult": (1, 1024),
@@ -63,6 +64,8 @@ class VQGANConfig:
     group_norm_eps: float = 1e-6
     is_signed: bool = False  # inside, pixels are in [-1, 1]: taming's; vqgan-jax keeps them in [0, 1]
     is_gumbel: bool = False  # tokens are the argmax of logits, not the nearest codebook row
+    is_normalized: bool = False  # codebook rows and vectors get length 1 wherever they are used: LlamaGen's
+    rounds_pixels: bool = False  # to the nearest of 256 levels: LlamaGen's; others cut off
 
     def __post_init__(self) -> None:
         """Raise UserError for sizes that no network can have."""
@@ -263,6 +266,11 @@ class Decoder(nn.Module):
         return _conv(config.out_ch, 3, self.dtype, "conv_out")(x)
 
 
+def normalized(rows: jax.Array) -> jax.Array:
+    """Vectors (..., D) divided by their length."""
+    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), _SHORTEST)
+
+
 class Quantize(nn.Module):
     """The codebook: a vector to the index of its nearest row (first on ties), and back."""
 
@@ -275,15 +283,17 @@ class Quantize(nn.Module):
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """Map (..., D) to indices (...), int32."""
-        codebook = self.embedding.embedding
-        z = z.astype(jnp.float32)
+        codebook, z = self.embedding.embedding, z.astype(jnp.float32)
+        if self.config.is_normalized:
+            codebook, z = normalized(codebook), normalized(z)
         products = jnp.einsum("...d,nd->...n", z, codebook)
         distances = jnp.sum(z**2, -1, keepdims=True) + jnp.sum(codebook**2, -1) - 2 * products
         return jnp.argmin(distances, axis=-1).astype(jnp.int32)
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Codebook rows (..., D) of indices (...)."""
-        return self.embedding(indices)
+        rows = self.embedding(indices)
+        return normalized(rows) if self.config.is_normalized else rows
 
 
 class GumbelQuantize(nn.Module):
