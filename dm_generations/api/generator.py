@@ -11,16 +11,15 @@ import numpy as np
 from dm_generations import archive as store
 from dm_generations.api.images import SCORES, ImageList, ImageRecord, ListedImages
 from dm_generations.archive import ModelInfo, NewImage, quantvec_md5
-from dm_generations.archive.records import TOKEN_DTYPE
+from dm_generations.archive.records import TOKEN_DTYPE, ClassLabel
 from dm_generations.errors import UserError, printable
 from dm_generations.inference import generator as inference_generator
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.scorer import Scorer
-from dm_generations.models.base import extra_settings_of
 from dm_generations.models.loading import Checkpoint, Models, load_codec, load_generator
-from dm_generations.pipelines.generate import SMALLER_BATCH, GenerateOptions, Pipeline, default_params_of
+from dm_generations.pipelines.generate import SMALLER_BATCH, GenerateOptions, Pipeline, fit_sweep
 from dm_generations.pipelines.progressive import pad_tokens
-from dm_generations.pipelines.sweep import DEFAULT_SEED, Sample, Sweep
+from dm_generations.pipelines.sweep import DEFAULT_SEED, Sample, Sweep, combine_settings
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors
 
@@ -89,7 +88,7 @@ class Generator(inference_generator.Generator):
 
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | int | Sequence[str | int],
         n: int = 1,
         seed: int = DEFAULT_SEED,
         *,
@@ -109,12 +108,11 @@ class Generator(inference_generator.Generator):
         """Generate images: every prompt with every setting, as the command `generate` does with the same values.
 
         Args:
-            prompts: One text, or several.
+            prompts: One text, or several; of a model that draws classes their numbers.
             n: Images of each combination. Image i has the same key under all settings.
             seed: 0 to 2^64 - 1.
             sc_prompts: Unconditional prompts; None is the model's own empty one.
-            top_k: See `SamplingParams`; one value, or several, as the next three. None is what `generate` takes for
-                this model.
+            top_k: See `SamplingParams`; one value, or several; None is the default of `generate`, as of the next three.
             top_p: See `SamplingParams`.
             temperature: See `SamplingParams`.
             cond_scale: See `SamplingParams`.
@@ -133,33 +131,34 @@ class Generator(inference_generator.Generator):
         Raises:
             UserError: A value is out of range, or memory does not hold one image.
         """
-        defaults = default_params_of(self.config)
+        extra = {name: _listed(values) for name, values in (extra_settings or {}).items()}
+        settings = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "cond_scale": cond_scale}
+        given = {name: _listed(value) for name, value in settings.items() if value is not None}
         sweep = Sweep(
-            prompts=_listed(prompts),
+            prompts=[ClassLabel("", each) if isinstance(each, int) else each for each in _listed(prompts)],
             sc_prompts=_listed(sc_prompts),
-            top_k=_listed(defaults.top_k if top_k is None else top_k),
-            top_p=_listed(defaults.top_p if top_p is None else top_p),
-            temperature=_listed(defaults.temperature if temperature is None else temperature),
-            cond_scale=_listed(defaults.cond_scale if cond_scale is None else cond_scale),
-            extra_settings={name: _listed(values) for name, values in (extra_settings or {}).items()},
+            **given,
+            extra_settings=combine_settings(extra),
+            unset=frozenset(settings.keys() - given.keys()),
             count=n,
             seed=seed,
             same_seeds=same_seeds,
             row_keys=keys,
-        ).with_extra_settings(extra_settings_of(self.config))
-        if every is not None and every < 1:
-            raise UserError(f"every (={every}) must be at least 1")
-        every = None if on_unfinished is None else every or max(1, self.token_count // 8)
-        return self._draw(sweep, scorer, on_progress, on_unfinished or (lambda images: None), every)
+        )
+        return self._draw(sweep, scorer, on_progress, on_unfinished, every)
 
     def _draw(
         self,
         sweep: Sweep,
         scorer: Scorer | None,
         on_progress: Callable[[int, int], None],
-        on_unfinished: Callable[[ImageList], None],
+        on_unfinished: Callable[[ImageList], None] | None,
         every: int | None,
     ) -> "GeneratedImages":
+        if every is not None and every < 1:
+            raise UserError(f"every (={every}) must be at least 1")
+        every = None if on_unfinished is None else every or max(1, self.token_count // 8)
+        sweep = fit_sweep(sweep, self.models.generator.config)
         self.check_texts([*sweep.prompts, *sweep.sc_prompts])
         options = GenerateOptions(batch_size=self.batch_size, dtype=self.dtype, progressive_every=every)
         unfinished: dict[Sample, ImageRecord] = {}
@@ -167,6 +166,7 @@ class Generator(inference_generator.Generator):
         def show(samples: Sequence[Sample], tokens: np.ndarray) -> None:
             made = [self._unfinished(*each) for each in zip(samples, pad_tokens(tokens, self.token_count), strict=True)]
             unfinished.update(zip(samples, made, strict=True))
+            assert on_unfinished is not None, "there is an `every`"
             on_unfinished(ListedImages(list(unfinished.values())))
 
         loaded = self, None if scorer is None else self.decoder, scorer
@@ -185,7 +185,7 @@ class Generator(inference_generator.Generator):
         models, quantvec = self.models, tokens.astype(TOKEN_DTYPE).tobytes()
         prompt, sc_prompt, params = sample.combination.prompt, sample.combination.sc_prompt, sample.combination.params
         return ImageRecord(
-            *(None, prompt, sc_prompt, params, (sample.key0, sample.key1), {}, None, self.dtype),
+            *(None, str(prompt), sc_prompt, params, (sample.key0, sample.key1), {}, None, self.dtype),
             *(models.generator.model_info(), models.codec.model_info(models.grid), quantvec, quantvec_md5(quantvec)),
             find_decoder=lambda codec, token_count: self.decoder,
         )
@@ -214,7 +214,14 @@ class GeneratedImages(ImageList):
         image = self._images[index]
         scores = {name: score for name in SCORES if (score := getattr(image, name)) is not None}
         return ImageRecord(
-            *(None, str(image.prompt), image.sc_prompt, image.params, (image.key0, image.key1), scores),
+            *(
+                None,
+                self._pipeline.texts([image.prompt])[0],
+                image.sc_prompt,
+                image.params,
+                (image.key0, image.key1),
+                scores,
+            ),
             *(image.log_prob, image.dtype, self._model, self._codec, image.quantvec, quantvec_md5(image.quantvec)),
             find_decoder=self._find_decoder,
         )

@@ -311,21 +311,12 @@ def canonical_settings(settings: Mapping[str, Any]) -> str:
     raise ArchiveError(f"extra settings {short_repr(settings)} have a name that is not a text")
 
 
-def parse_settings(text: str) -> dict[str, Any]:
-    """Read extra settings as `canonical_settings` writes them.
-
-    Raises:
-        ArchiveError: They are not a JSON object.
-    """
-    return parse_config(text) if text else {}
-
-
 def is_canonical(text: object) -> bool:
     """Return whether extra settings are stored as `canonical_settings` writes them."""
     if not isinstance(text, str):
         return False
     try:
-        return canonical_settings(parse_settings(text)) == text
+        return not text or canonical_settings(parse_config(text)) == text
     except ArchiveError:
         return False
 

@@ -18,20 +18,22 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dm_generations.archive import DTYPES
+from dm_generations.archive.records import ClassLabel
 from dm_generations.errors import UserError
-from dm_generations.models.base import Tokenizer, extra_settings_of
+from dm_generations.models.base import Tokenizer, class_count_of, extra_settings_of
 from dm_generations.models.dalle_mini.config import DalleBartConfig
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import BatchRunner, Work, batch_concurrency, free_bytes_of_each, put_params
 from dm_generations.sampling import decode_loop as loop
 from dm_generations.sampling.batching import Row, RowInputs, pack_batch, sequence_count, take_until_full
-from dm_generations.sampling.methods import DalleMiniSampler, TokenSampler
+from dm_generations.sampling.methods import DalleMiniSampler, TokenSampler, make_sampler
 from dm_generations.sampling.params import SamplingParams, complete_extra_settings
 from dm_generations.sampling.prng import WORD
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
+Prompt = str | ClassLabel
 ExtraSettings = Mapping[str, float] | Sequence[Mapping[str, float]]
 _UNKNOWN_TEXT = "\U000f0000"  # for private use: no tokenizer was trained on it
 _TIMED_STEPS = 4
@@ -61,7 +63,6 @@ class Generator:
     """A text-to-image model on the local devices, and the program that samples batches with it.
 
     Attributes:
-        config: Of the model.
         token_count: L.
         codebook_size: Tokens are below it.
         dtype: Of activations and caches.
@@ -99,7 +100,6 @@ class Generator:
                 f"--rng dalle-mini repeats DALL-E mini and mega; {checkpoint.name!r} is another kind of model"
             )
         config, params = checkpoint.config, checkpoint.params
-        self.config = config
         self.token_count = config.image_length
         self.codebook_size = config.codebook_size
         self.dtype = dtype
@@ -108,17 +108,7 @@ class Generator:
         self._tokenizer = tokenizer
         config, params = checkpoint.network_class.prepare_params(config, params)
         self._model = checkpoint.network_class(config, jnp.dtype(dtype))
-        self._sampler: loop.Sampler
-        if rng == "dalle-mini":
-            columns = config.image_vocab_size + 1
-            self._sampler = DalleMiniSampler(columns, config.eos_token_id, config.pad_token_id)
-        elif schedule := getattr(config, "masking_schedule", None):
-            from dm_generations.sampling.masked import MaskedSampler
-
-            order = config.sampling_order
-            self._sampler = MaskedSampler(self.codebook_size, order, self.token_count, config.start_token, schedule)
-        else:
-            self._sampler = loop.GumbelSampler(self.codebook_size, config.sampling_order)
+        self._sampler = make_sampler(config, self.codebook_size, is_dalle_mini=rng == "dalle-mini")
         self._devices = jax.local_devices()
         self._mesh = Mesh(self._devices, (loop.AXIS,)) if len(self._devices) > 1 else None
         self._shard_batch, self._replicate = (
@@ -175,12 +165,16 @@ class Generator:
         )
         self._runner = BatchRunner(wanted, concurrency, message)
 
-    def check_texts(self, texts: Sequence[str | None]) -> None:
+    def check_texts(self, texts: Sequence[Prompt | None]) -> None:
         """Warn of texts that the model reads only in part, or not at all.
 
         Raises:
-            UserError: A text has a token that the model does not have, as a wrong tokenizer makes.
+            UserError: A text has a token that the model does not have, as a wrong tokenizer makes; or it is a class and
+                the model reads texts, or the other way round, or the model has no such class.
         """
+        self._check_kind([text for text in texts if text is not None])
+        if class_count_of(self._model.config):
+            return
         length = self._model.config.max_text_length
         ids, mask = self._tokenizer.encode(texts, length + 1)
         if cut := [text for text, is_cut in zip(texts, mask.sum(axis=1) > length, strict=True) if is_cut]:
@@ -194,7 +188,7 @@ class Generator:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
@@ -208,7 +202,7 @@ class Generator:
 
     def sample(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
@@ -221,7 +215,7 @@ class Generator:
         """Sample tokens of n rows, with their log-probabilities.
 
         Args:
-            prompts: n texts.
+            prompts: n texts, or classes of a model that draws these.
             settings: Of each row, or one for all.
             keys: (n, 2) uint32, of `sampling.prng.row_key`.
             sc_prompts: n texts, or None for the model's own empty prompt; None for all.
@@ -253,7 +247,7 @@ class Generator:
 
     def start(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
@@ -274,7 +268,7 @@ class Generator:
 
     def stream(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         every: int,
@@ -299,12 +293,13 @@ class Generator:
 
     def teacher_forced_margins(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         tokens: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
         init_count: np.ndarray | int = 0,
+        extra_settings: ExtraSettings | None = None,
     ) -> np.ndarray:
         """Return by how much each of `tokens` (n, L) missed being sampled, float32 (n, L); see `sampling.margin`.
 
@@ -316,7 +311,7 @@ class Generator:
         """
         if not isinstance(self._sampler, TokenSampler):
             raise UserError(f"model {self._name!r} samples all tokens at once, which cannot be replayed: regenerate")
-        rows = self._rows(prompts, settings, keys, sc_prompts, tokens, self.token_count)
+        rows = self._rows(prompts, settings, keys, sc_prompts, tokens, self.token_count, extra_settings)
 
         def measure(batch: _Batch) -> np.ndarray:
             inputs = self._inputs(batch.rows)
@@ -346,7 +341,8 @@ class Generator:
         Every step reads the whole cache, so all take the same time.
         """
         count = self.batch_size * len(self._devices)
-        rows = self._rows([""] * count, SamplingParams(cond_scale=3.0), np.zeros((count, 2), np.uint32))
+        prompt = ClassLabel("", 0) if class_count_of(self._model.config) else ""
+        rows = self._rows([prompt] * count, SamplingParams(cond_scale=3.0), np.zeros((count, 2), np.uint32))
         inputs = self._inputs(self._next_batch(rows, self.batch_size))
         started = time.perf_counter()
         state = jax.block_until_ready(self._init_cache(self._params, inputs))
@@ -373,6 +369,7 @@ class Generator:
         self, prompts, settings, keys, sc_prompts=None, init_tokens=None, init_count=0, extra_settings=None
     ) -> list[Row]:
         count = len(prompts)
+        self._check_kind(prompts)
         if isinstance(settings, SamplingParams):
             settings = [settings] * count
         if len(settings) != count:
@@ -405,6 +402,20 @@ class Generator:
             raise ValueError(f"every (={every}) must be at least 1")
         if not isinstance(self._sampler, TokenSampler):
             raise UserError(f"model {self._name!r} samples all tokens at once, so it shows no unfinished images")
+
+    def _check_kind(self, prompts: Sequence[Prompt | None]) -> None:
+        """Raise UserError for a class where the model reads texts, a text where it draws classes, or no such class."""
+        class_count = class_count_of(self._model.config)
+        for prompt in prompts:
+            if isinstance(prompt, ClassLabel) != bool(class_count):
+                reads = (
+                    f"draws {class_count:,} classes: give --classes, not a text"
+                    if class_count
+                    else ("reads texts: give --prompts, not a class")
+                )
+                raise UserError(f"{str(prompt)!r:.60}: model {self._name!r} {reads}")
+            if isinstance(prompt, ClassLabel) and not 0 <= prompt.label < class_count:
+                raise UserError(f"model {self._name!r} has no class {prompt.label}: they are 0 to {class_count - 1:,}")
 
     def _in_batches(
         self, rows: list[Row], compute: Callable[[_Batch], _T], program: str, in_turn: bool = False
@@ -484,6 +495,6 @@ def _checked_whole(name: str, values: np.ndarray, lowest: int, highest: int) -> 
     return values
 
 
-def _warn_of(what: str, texts: Sequence[str | None], *values: object) -> None:
+def _warn_of(what: str, texts: Sequence[Prompt | None], *values: object) -> None:
     subject = "1 prompt " if len(texts) == 1 else f"{len(texts):,} prompts "
     _logger.warning(f"{subject}{what}: %.60r", *values, texts[0])

@@ -18,7 +18,7 @@ import numpy as np
 
 from dm_generations.errors import UserError, short_repr
 from dm_generations.runtime.device import matmul_precision, put_params
-from dm_generations.sampling.params import ExtraSetting
+from dm_generations.sampling.params import ExtraSetting, SamplingParams
 from dm_generations.weights.state_dict import Shape, same_name
 
 # The largest sizes that a config may have, far above those of any model that exists: whoever writes a file of a few
@@ -129,6 +129,16 @@ def extra_settings_of(config: Any) -> Mapping[str, ExtraSetting]:
     return getattr(config, "extra_settings", {})
 
 
+def default_params_of(config: Any) -> SamplingParams | None:
+    """Return the settings of a model's own sampling program; None where this program has its own defaults."""
+    return getattr(config, "default_params", None)
+
+
+def class_count_of(config: Any) -> int:
+    """Return how many classes a text-to-image model draws; 0 for one that reads texts."""
+    return getattr(config, "num_classes", 0)
+
+
 @runtime_checkable
 class TextToImageModel(Protocol):
     """A network that turns prompts into image tokens: a Linen module whose methods go through `apply`.
@@ -232,9 +242,13 @@ class NetworkDecoder:
 
 
 class Tokenizer(Protocol):
-    """Turns prompts into the ids that a model reads."""
+    """Turns prompts into the ids that a model reads.
 
-    def encode(self, texts: Sequence[str | None], length: int) -> tuple[np.ndarray, np.ndarray]:
+    Where the unconditional prompt depends on the prompt, `unconditional_by_prompt` is true, and `encode` takes
+    `sampling.params.Unconditional`. That of a model of classes takes `archive.records.ClassLabel`.
+    """
+
+    def encode(self, texts: Sequence[Any], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and attention mask, both int32 (B, length). None is the model's unconditional prompt."""
 
 

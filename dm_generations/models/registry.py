@@ -103,6 +103,18 @@ KINDS = (
         tokenizers={"dalle_pytorch": "dalle_pytorch.tokenizer:DallePytorchTokenizer"},
     ),
     ModelKind(
+        name="llamagen",
+        role="generator",
+        config="llamagen.network:LlamaGenConfig",
+        network="llamagen.network:LlamaGen",
+        readers=("llamagen.checkpoint:read_generator",),
+        files="c2i_*.pt or t2i_*.pt",
+        tokenizers={
+            "llamagen_class": "llamagen.tokenizer:ClassTokenizer",
+            "llamagen_caption": "llamagen.tokenizer:CaptionTokenizer",
+        },
+    ),
+    ModelKind(
         name="amused",
         role="generator",
         config="amused.config:AmusedConfig",
@@ -127,8 +139,10 @@ KINDS = (
             "dalle_pytorch.checkpoint:read_codec",  # of any kind that a dalle.pt can hold
             "amused.checkpoint:read_codec",
             "vqgan.checkpoint:read_taming",
+            "llamagen.checkpoint:read_codec",
         ),
-        files="config.json with flax_model.msgpack, detoker.pt, a .ckpt with its .yaml, dalle.pt, vqvae/ of diffusers",
+        files="config.json with flax_model.msgpack, detoker.pt, a .ckpt with its .yaml, dalle.pt, vqvae/ of diffusers, "
+        "vq_ds16_*.pt",
         hub_files=(
             *(("flax_model.msgpack",), ("detoker.pt",), ("stage1_last.ckpt",), ("dalle.pt",), ("*.ckpt",)),
             ("diffusion_pytorch_model.safetensors",),

@@ -4,12 +4,11 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from dm_generations.archive import Archive, ImageRow
-from dm_generations.archive.records import BadTokensError, parse_settings, tokens_from_blob
+from dm_generations.archive.records import BadTokensError, parse_config, tokens_from_blob
 from dm_generations.archive.selection import EVERY, Where
 from dm_generations.errors import UserError
 from dm_generations.inference.generator import Generator
@@ -146,31 +145,30 @@ def find_mismatches(
     """
     compile_cache.enable()
     generator = Generator(checkpoint, checkpoint.load_tokenizer(), batch_size, dtype=dtype)
-    prompts, sc_prompts = archive.prompts(), archive.sc_prompts()
-    known = extra_settings_of(checkpoint.config)
-    rows = archive.read_rows(ids)
+    prompts, sc_prompts, classes = archive.prompts(), archive.sc_prompts(), archive.classes()
+    rows, known = archive.read_rows(ids), extra_settings_of(checkpoint.config)
     while batch := list(itertools.islice(rows, sum(generator.capacities))):
         found: list[Mismatch] = []
         usable: list[ImageRow] = []
-        extra: list[dict[str, Any]] = []
         tokens: list[np.ndarray] = []
+        extra: list[dict[str, int | float]] = []
         for row in batch:
             try:
                 row_tokens = tokens_from_blob(
                     row.quantvec, row.quantvec_md5, generator.token_count, generator.codebook_size
                 )
                 row.params.validate()
-                extra_settings = complete_extra_settings(known, parse_settings(row.extra_settings))
+                extra_settings = complete_extra_settings(known, parse_config(row.extra_settings or "{}"))
             except (BadTokensError, UserError) as error:
                 found.append(Mismatch(row.id, 0, str(error)))
                 continue
             usable.append(row)
-            tokens.append(row_tokens)
             extra.append(extra_settings)
+            tokens.append(row_tokens)
         if usable:
             stored = np.stack(tokens)
             params = [row.params for row in usable]
-            texts = [prompts[row.prompt_id] or "" for row in usable]
+            texts = [classes.get(row.prompt_id) or prompts[row.prompt_id] or "" for row in usable]
             keys = np.array([(row.key0, row.key1) for row in usable], np.uint32)
             sc_texts = [sc_prompts[row.sc_prompt_id] for row in usable]
             init_counts = np.array([row.init_count for row in usable])
@@ -178,7 +176,7 @@ def find_mismatches(
                 sampled = generator.generate(texts, params, keys, sc_texts, stored, init_counts, extra)
                 found += _compare_tokens(usable, stored, sampled)
             else:
-                margins = generator.teacher_forced_margins(texts, params, keys, stored, sc_texts, init_counts)
+                margins = generator.teacher_forced_margins(texts, params, keys, stored, sc_texts, init_counts, extra)
                 found += _compare_margins(usable, margins, max_margin)
         yield len(batch), found
 

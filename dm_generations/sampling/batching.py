@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from dm_generations.sampling.params import SamplingParams
+from dm_generations.archive.records import ClassLabel
+from dm_generations.sampling.params import SamplingParams, Unconditional
 
 if TYPE_CHECKING:
     from dm_generations.models.base import Tokenizer
@@ -51,7 +52,7 @@ OF_ROWS = RowInputs._fields[RowInputs._fields.index("cond") :]  # with one entry
 class Row(NamedTuple):
     """One image to sample."""
 
-    prompt: str | None
+    prompt: str | ClassLabel | None
     sc_prompt: str | None
     params: SamplingParams
     key: tuple[int, int]
@@ -96,14 +97,16 @@ def pack_batch(
     Returns:
         NumPy arrays.
     """
-    texts: dict[str | None, int] = {}
+    texts: dict[str | ClassLabel | Unconditional | None, int] = {}
+    depends_on_prompt = getattr(tokenizer, "unconditional_by_prompt", False)
     sequences: list[tuple[int, int]] = []  # text, row
     cond, uncond = [], []
     for number, row in enumerate(rows):
         cond.append(len(sequences))
         sequences.append((texts.setdefault(row.prompt, len(texts)), number))
         if sequence_count(row.params.cond_scale) == 2:
-            sequences.append((texts.setdefault(row.sc_prompt or None, len(texts)), number))
+            own = Unconditional(str(row.prompt or "")) if depends_on_prompt else None
+            sequences.append((texts.setdefault(row.sc_prompt or own, len(texts)), number))
         uncond.append(len(sequences) - 1)
     padding = [None] * (-(-capacity // TEXT_BATCH) * TEXT_BATCH - len(texts))
     init_tokens = np.zeros((capacity, length), np.int32)

@@ -47,7 +47,7 @@ def init_cache(model: nn.Module, sampler: Sampler, mesh: Mesh | None, params: di
     """
 
     def on_one_device(params, rows):
-        inputs = (_encode_prompts(model, params, rows),)
+        inputs: tuple[Any, ...] = (_encode_prompts(model, params, rows),)
         if rows.extra.shape[1]:  # a model without extra settings takes none
             inputs += (rows.extra[rows.row_of_sequence],)
         return DecodeState(
@@ -161,6 +161,9 @@ def _guided(model: nn.Module, rows: RowInputs, logits: jax.Array, step: jax.Arra
     guided = sampling.guide(cond, uncond, scale)
     if getattr(model.config, "guides_first_code_alone", False):
         guided = jnp.where(((step > 0) & (rows.cond_scale != 1))[:, None], uncond, guided)
+    if "cfg_interval" in (names := list(getattr(model.config, "extra_settings", ()))):
+        interval = rows.extra[:, names.index("cfg_interval")]
+        guided = jnp.where(((interval >= 0) & (step > interval + 1))[:, None], cond, guided)
     return guided
 
 

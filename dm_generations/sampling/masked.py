@@ -63,9 +63,8 @@ class MaskedSampler:
     ) -> RowState:
         """Advance as `advance` does, with Gumbel noise from the caller: of tokens (R, L, V), and of places (R, L)."""
         tokens, is_masked = last.token, last.token == self.mask_token
-        flat, settings = guided.reshape(-1, guided.shape[-1]), (rows.top_k, rows.top_p, rows.temperature)
-        settings = tuple(jnp.repeat(setting, self.length) for setting in settings)
-        flat_noise = noise.reshape(-1, self.columns)
+        flat, flat_noise = guided.reshape(-1, guided.shape[-1]), noise.reshape(-1, self.columns)
+        settings = (jnp.repeat(setting, self.length) for setting in (rows.top_k, rows.top_p, rows.temperature))
         sampled = logits.sample_with_noise(flat, flat_noise, *settings, self.columns, self.order)
         sampled = jnp.where(is_masked, sampled.reshape(tokens.shape), tokens)
         can_sample = logits.can_sample(flat, self.columns).reshape(tokens.shape)

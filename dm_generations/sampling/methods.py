@@ -135,6 +135,24 @@ def row_settings(rows: RowInputs) -> tuple[jax.Array, jax.Array, jax.Array, jax.
     return rows.keys, rows.top_k, rows.top_p, rows.temperature
 
 
+def make_sampler(config: Any, codebook_size: int, is_dalle_mini: bool) -> Sampler:
+    """Return the sampler of a text-to-image model.
+
+    Args:
+        config: Of the model.
+        codebook_size: Only tokens below it are sampled.
+        is_dalle_mini: Whether to sample as dalle-mini's `generate` does.
+    """
+    if is_dalle_mini:
+        return DalleMiniSampler(config.image_vocab_size + 1, config.eos_token_id, config.pad_token_id)
+    if schedule := getattr(config, "masking_schedule", None):
+        from dm_generations.sampling.masked import MaskedSampler
+
+        places = config.image_length, config.start_token
+        return MaskedSampler(codebook_size, config.sampling_order, *places, schedule)
+    return GumbelSampler(codebook_size, config.sampling_order)
+
+
 class Noise(NamedTuple):
     """State of the sampler."""
 

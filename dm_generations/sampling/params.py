@@ -97,3 +97,10 @@ def check_range(name: str, value: float, lowest: int, highest: float) -> None:
     is_long = isinstance(value, int) and abs(value) >= 10**_MAX_DIGITS
     found = f"a number of more than {_MAX_DIGITS} digits" if is_long else value
     raise UserError(f"{name} must be from {lowest} to {limit}, not {found}")
+
+
+@dataclass(frozen=True, slots=True)
+class Unconditional:
+    """The model's own unconditional prompt, for models where it depends on the prompt: on its length, say."""
+
+    prompt: str

@@ -96,7 +96,7 @@ class ConvBlock(nn.Module):
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         """Map x (B, h, w, C), with condition (B, D), to the same shape."""
         width, dtype = x.shape[-1], self.dtype
-        grouped = {"padding": 1, "feature_group_count": width, "use_bias": False}
+        grouped: dict[str, Any] = {"padding": 1, "feature_group_count": width, "use_bias": False}
         y = nn.Conv(width, (3, 3), dtype=dtype, name="depthwise", **grouped)(x)
         y = _dense(4 * width, dtype, "channelwise_linear_1")(_norm(self.config, dtype, "norm")(y))
         y = GlobalResponseNorm(name="channelwise_norm")(nn.gelu(y, approximate=False))
@@ -168,7 +168,7 @@ class Resample(nn.Module):
         x = _norm(self.config, self.dtype, "norm")(x)
         if self.doubles:
             return TransposedKernel(name="conv")(x).reshape(batch, 2 * height, 2 * width, channels)
-        options = {"padding": "VALID", "use_bias": False, "dtype": self.dtype}
+        options: dict[str, Any] = {"padding": "VALID", "use_bias": False, "dtype": self.dtype}
         return nn.Conv(channels, (2, 2), (2, 2), name="conv", **options)(x)
 
 
@@ -182,8 +182,9 @@ class AdaptiveNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         """Map x (B, N, D), with condition (B, D), to the same shape."""
+        norm: nn.LayerNorm | nn.RMSNorm
         if self.subtracts_mean:
-            options = {"dtype": self.dtype, "use_bias": False, "use_fast_variance": False}
+            options: dict[str, Any] = {"dtype": self.dtype, "use_bias": False, "use_fast_variance": False}
             norm = nn.LayerNorm(self.config.layer_norm_eps, name="norm", **options)
         else:
             norm = _norm(self.config, self.dtype, "norm")

@@ -15,6 +15,7 @@ from dm_generations.models.open_magvit2.network import OpenMagvit2Config
 from dm_generations.models.vqgan.checkpoint import read_lightning
 from dm_generations.weights.native import unflatten
 from dm_generations.weights.state_dict import (
+    NameInFile,
     Shape,
     check_tensors,
     choose_averages,
@@ -33,7 +34,7 @@ def read_tokenizer(path: Path) -> RawCheckpoint | None:
     if found is None:
         return None
     state = {name: value for name, value in found.state.items() if str(name).startswith((*_PARTS, "model_ema."))}
-    name_in_file = _name_in_file
+    name_in_file: NameInFile = _name_in_file
     if found.values.get("use_ema"):
         state, name_in_file = choose_averages(state, found.file, _name_in_file)
     state = {name: value for name, value in state.items() if name.startswith(_PARTS)}

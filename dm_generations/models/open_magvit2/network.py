@@ -71,7 +71,9 @@ class OpenMagvit2Config:
             UserError: A value is bad.
         """
         known: dict[str, Any] = select_fields(cls, values)
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+        for name, value in known.items():
+            known[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**known)
 
     @property
     def grid(self) -> int:

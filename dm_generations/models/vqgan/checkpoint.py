@@ -26,6 +26,7 @@ from dm_generations.weights.flax_msgpack import read_flax_msgpack
 from dm_generations.weights.mmap import is_apple_double, refuse_lfs_pointer
 from dm_generations.weights.native import CONFIG_FILE, FORMAT, read_config, unflatten
 from dm_generations.weights.state_dict import (
+    NameInFile,
     Shape,
     check_tensors,
     choose_averages,
@@ -54,7 +55,7 @@ _EMBEDDINGS = ("embedding", "embed")
 _DEFAULT_CH_MULT = (1, 2, 4, 8)
 _REQUIRED = ("ch", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")
 _OURS = {"num_groups", "group_norm_eps", "is_signed", "is_gumbel", "is_dot_product", "conv_in_ch"}
-_OURS |= {"has_mid_attention", "rounds_pixels"}  # fields that no file of the family has
+_OURS |= {"has_mid_attention", "is_normalized", "rounds_pixels"}  # fields that no file of the family has
 _UNSUPPORTED = ("double_z", "give_pre_end")  # they change the network, and no published VQGAN has them on
 
 
@@ -102,7 +103,7 @@ def read_taming(path: Path) -> RawCheckpoint | None:
     if found is None:
         return None
     file, state, yaml, class_name, values = found
-    name_in_file = vqgan_name_in_file
+    name_in_file: NameInFile = vqgan_name_in_file
     if class_name is not None and values.get("use_ema"):  # of Lightning's command line, not of taming's own
         state, name_in_file = choose_averages(state, file, vqgan_name_in_file)
     with prefix_errors(yaml):

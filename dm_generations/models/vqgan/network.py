@@ -29,6 +29,7 @@ from dm_generations.models.base import (
 )
 
 MAX_LEVELS = 16
+_SHORTEST = 1e-12  # length that a vector is divided by at least, as PyTorch's normalize
 _BOUNDS: Bounds = {
     "ch": WIDTH,
     "conv_in_ch": WIDTH,
@@ -68,7 +69,8 @@ class VQGANConfig:
     is_dot_product: bool = False  # the row with the largest dot product, not the nearest one: IBQ's
     conv_in_ch: int | None = None  # channels of the encoder's first convolution; None is `ch`
     has_mid_attention: bool = True
-    rounds_pixels: bool = False  # to the nearest of 0 to 255; others truncate
+    rounds_pixels: bool = False  # to the nearest of 256 levels; others cut off
+    is_normalized: bool = False  # codebook rows and vectors get length 1 wherever they are used: LlamaGen's
 
     def __post_init__(self) -> None:
         """Raise UserError for sizes that no network can have."""
@@ -270,6 +272,11 @@ class Decoder(nn.Module):
         return _conv(config.out_ch, 3, self.dtype, "conv_out")(x)
 
 
+def normalized(rows: jax.Array) -> jax.Array:
+    """Vectors (..., D) divided by their length."""
+    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), _SHORTEST)
+
+
 class Quantize(nn.Module):
     """The codebook: a vector to the index of its nearest row, or of the largest dot product, and back.
 
@@ -285,8 +292,9 @@ class Quantize(nn.Module):
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """Map (..., D) to indices (...), int32."""
-        codebook = self.embedding.embedding
-        z = z.astype(jnp.float32)
+        codebook, z = self.embedding.embedding, z.astype(jnp.float32)
+        if self.config.is_normalized:
+            codebook, z = normalized(codebook), normalized(z)
         products = jnp.einsum("...d,nd->...n", z, codebook)
         if self.config.is_dot_product:
             return jnp.argmax(products, axis=-1).astype(jnp.int32)
@@ -295,7 +303,8 @@ class Quantize(nn.Module):
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Codebook rows (..., D) of indices (...)."""
-        return self.embedding(indices)
+        rows = self.embedding(indices)
+        return normalized(rows) if self.config.is_normalized else rows
 
 
 class GumbelQuantize(nn.Module):
