@@ -1,12 +1,13 @@
 """Folders of aMUSEd: the golden ones, with random weights where a checkout has only their names and shapes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 from helpers import golden_dirs
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 CASES = sorted(file.parent for file in golden_dirs("amused")[0].glob("*/golden.npz"))
 WEIGHTS = {"transformer": "transformer_shapes.json", "vqvae": "vqvae_shapes.json"}
@@ -41,3 +42,14 @@ def rewrite_json(file: Path, **changes) -> None:
     """Change values of a JSON file; None takes one away."""
     values = json.loads(file.read_text("utf-8")) | changes
     file.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
+def small(folder: Path, seed: int = 0) -> Path:
+    """Write a model with one layer and one block of each kind: for tests of what goes around it."""
+    complete(CASES[-1], folder, seed)
+    rewrite_json(folder / "transformer" / "config.json", num_hidden_layers=1, num_res_blocks=1)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    is_more = re.compile(r".*(res_blocks|attention_blocks|transformer_layers)\.[1-9].*")
+    save_file({name: array for name, array in tensors.items() if not is_more.fullmatch(name)}, file)
+    return folder

@@ -5,7 +5,7 @@ import sqlite3
 
 import numpy as np
 import pytest
-from amused_kit import CASES, complete, rewrite_json
+from amused_kit import rewrite_json, small
 from PIL import Image
 
 from dm_generations import Generator, cli
@@ -18,7 +18,7 @@ PROMPT = "a red cat"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return complete(CASES[-1], tmp_path_factory.mktemp("amused") / "model")
+    return small(tmp_path_factory.mktemp("amused") / "model")
 
 
 def run(*words) -> int:
@@ -43,7 +43,7 @@ def test_from_text_to_archive_to_page_and_again(model, tmp_path, capsys):
     assert run(*sweep, "--n", 2, "--steps", 12) == 0  # they are there
     assert rows_of(db) == stored
 
-    assert run("verify", db, "--regenerate", "--model", model, "--batch-size", 3, "--cpu-only") == 0
+    assert run("verify", db, "--regenerate", "--model", model, *WORDS[1:]) == 0
     assert run("decode", "--db", db, "--codec", model, "--out-dir", out, "--cpu-only") == 0
     assert (out / "samplebrowser.html").is_file()
     codec = load_checkpoint(model, "codec")
@@ -95,7 +95,7 @@ def test_other_models_do_not_have_its_settings(models, tmp_path, capsys):
 @pytest.mark.e2e
 def test_the_codec_of_another_model_is_refused(model, tmp_path, capsys):
     """With fewer tokens than the model samples: no image of such an archive could be decoded."""
-    other = complete(CASES[-1], tmp_path / "other", seed=1)
+    other = small(tmp_path / "other", seed=1)
     config = json.loads((other / "transformer" / "config.json").read_text())
     rewrite_json(other / "vqvae" / "config.json", num_vq_embeddings=config["codebook_size"] - 1)
     words = ["--model", model, "--codec", other, "--prompts", PROMPT, *WORDS]
