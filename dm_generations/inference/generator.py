@@ -186,6 +186,18 @@ class Generator:
             if unread := [text for text, row in pairs if text and text.strip() and unknown.issuperset(row)]:
                 _warn_of("without a character that the model knows, so these images may show anything", unread)
 
+    def check_every(self, every: int) -> None:
+        """Check that unfinished images can be had after every `every` tokens.
+
+        Raises:
+            UserError: The model samples all tokens at once.
+            ValueError: `every` is below 1.
+        """
+        if every < 1:
+            raise ValueError(f"every (={every}) must be at least 1")
+        if not isinstance(self._sampler, TokenSampler):
+            raise UserError(f"model {self._name!r} samples all tokens at once, so it shows no unfinished images")
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -235,7 +247,7 @@ class Generator:
         arguments = prompts, settings, keys, sc_prompts, init_tokens, init_count, extra_settings
         if every is None:
             return self.start(*arguments).samples()
-        self._check_every(every)
+        self.check_every(every)
         rows = self._rows(*arguments)
 
         def sample(batch: _Batch) -> Samples:
@@ -284,7 +296,7 @@ class Generator:
             UserError: As `sample`, and for more rows than one batch holds.
             ValueError: As `sample`.
         """
-        self._check_every(every)
+        self.check_every(every)
         rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
         batch = self._next_batch(rows, self.batch_size)
         if sum(map(len, batch)) < len(rows):
@@ -396,12 +408,6 @@ class Generator:
         extra = [tuple(complete_extra_settings(self._extra_settings, each).values()) for each in extra_settings]
         values = zip(prompts, sc_prompts, settings, keys, init_tokens, init_count, extra, strict=True)
         return [Row(*row) for row in values]
-
-    def _check_every(self, every: int) -> None:
-        if every < 1:
-            raise ValueError(f"every (={every}) must be at least 1")
-        if not isinstance(self._sampler, TokenSampler):
-            raise UserError(f"model {self._name!r} samples all tokens at once, so it shows no unfinished images")
 
     def _check_kind(self, prompts: Sequence[Prompt | None]) -> None:
         """Raise UserError for a class where the model reads texts, a text where it draws classes, or no such class."""

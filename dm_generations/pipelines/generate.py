@@ -186,6 +186,8 @@ class Pipeline:
         self.models = models
         self._vocabulary = class_vocabulary(class_count_of(models.generator.config))
         self.generator, self.decoder, self.scorer = loaded or _load(models, options)
+        if options.progressive_every is not None:
+            self.generator.check_every(options.progressive_every)
         self._sampler_version = SAMPLER_VERSIONS[options.rng]
         self._init = init
         self._init_md5 = "" if init is None else init.md5
