@@ -158,12 +158,7 @@ def read_generator(path: Path) -> RawCheckpoint | None:
     if _CAPTION not in state:
         config = _config(state, file, num_classes=get_tensor(state, _CLASSES, 2, file).shape[0] - 1)
         return RawCheckpoint(
-            "llamagen",
-            config,
-            unflatten(params, file),
-            (file,),
-            file,
-            "llamagen_class",
+            *("llamagen", config, unflatten(params, file), (file,), file.parent, "llamagen_class"),
             name_in_file=_NAMES.name_in_file,
         )
     width, uncond = get_tensor(state, _CAPTION, 2, file).shape[1], get_tensor(state, _UNCOND, 2, file)
