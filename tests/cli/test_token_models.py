@@ -103,20 +103,16 @@ def test_a_changed_token_is_found(db, tmp_path):
     assert run("verify", copy, "--regenerate", *CLASS_MODEL, *BATCH) == 1
 
 
-def test_to_files_and_the_page(db, codec, tmp_path):
-    assert run("decode", db, "--codec", codec, "--out-dir", tmp_path, "--cpu-only") == 0
-    assert len(list(tmp_path.rglob("*.png"))) == 12
-    assert (tmp_path / "samplebrowser.html").is_file()
-
-
-def test_one_array_for_an_fid(db, codec, tmp_path):
+def test_to_files_the_page_and_one_array(db, codec, tmp_path):
     assert run("export", db, "--codec", codec, "--fid", tmp_path / "all.npz", "--batch-size", 5, "--cpu-only") == 0
     with np.load(tmp_path / "all.npz") as file:
         assert file.files == ["arr_0"]
         found = file["arr_0"]
     assert (found.shape, found.dtype) == ((12, 2 * SIDE, 2 * SIDE, 3), np.uint8)
-    assert run("decode", db, "--codec", codec, "--out-dir", tmp_path / "png", "--cpu-only") == 0
-    files = {np.asarray(Image.open(path)).tobytes() for path in (tmp_path / "png").rglob("*.png")}
+    folder = tmp_path / "png"
+    assert run("decode", db, "--codec", codec, "--out-dir", folder, "--batch-size", 5, "--cpu-only") == 0
+    assert (folder / "samplebrowser.html").is_file()
+    files = {np.asarray(Image.open(path)).tobytes() for path in folder.rglob("*.png")}
     assert files == {image.tobytes() for image in found}
 
 
@@ -147,8 +143,7 @@ def test_a_damaged_image_leaves_no_array(db, codec, tmp_path, capsys):
 def test_bad_classes(words, named, codec, tmp_path, capsys):
     path = tmp_path / "new.db"
     assert run("generate", "--db", path, *CLASS_MODEL, *words, "--codec", codec, "--no-score", *BATCH) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert named in error
     assert not path.exists()
 
@@ -181,7 +176,7 @@ def test_prompts_with_janus(codec, tmp_path):
     assert rows[1] <= rows[0]
 
 
-@pytest.mark.parametrize("path", golden("llamagen").glob("**/t2i_*.pt"), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", sorted(golden("llamagen").glob("**/t2i_*.pt")), ids=lambda path: path.parent.name)
 def test_captions_with_llamagen(path, tmp_path, capsys):
     gpt = json.loads((path.parent / "settings.json").read_text())["gpt"]
     model = ["--model", path.parent, "--heads", gpt["n_head"], "--grid", int(gpt["block_size"] ** 0.5)]

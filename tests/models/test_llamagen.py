@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from dm_generations.models.loading import Checkpoint, find_checkpoint, load_chec
 from dm_generations.models.registry import parameter_shapes
 from dm_generations.models.vqgan.network import VQGAN
 from dm_generations.sampling.params import Unconditional
-from dm_generations.weights.native import flatten
+from dm_generations.weights.native import flatten, unflatten
 from dm_generations.weights.torch_file import read_torch
 
 CASES = sorted(path.parent for path in golden("llamagen").glob("**/settings.json"))
@@ -112,7 +113,7 @@ def test_the_codec_decodes_and_encodes_as_the_original(case):
     rows, tokens = encode(variables, (arrays["input_nchw"].transpose(0, 2, 3, 1) + 1) / 2)
     np.testing.assert_array_equal(tokens, arrays["indices"])
     np.testing.assert_allclose(rows.transpose(0, 3, 1, 2), arrays["quant_nchw"], atol=1e-4)
-    decoder = Decoder.from_checkpoint(checkpoint, len(pixels), grid=settings_of(case)["gpt"]["block_size"] ** 0.5 // 1)
+    decoder = Decoder.from_checkpoint(checkpoint, len(pixels), grid=math.isqrt(settings_of(case)["gpt"]["block_size"]))
     difference = decoder(arrays["codes"]).astype(int) - arrays["pixels_uint8_nhwc"]
     assert np.abs(difference).max() <= 1
     assert (difference != 0).mean() < 0.001
@@ -200,6 +201,7 @@ def test_grouped_queries_are_seen_in_the_shapes(tmp_path):
     assert (config.sizes.heads, config.sizes.kv_heads) == (OPTIONS["n_head"], 1)
 
 
+@pytest.mark.e2e
 def test_one_head_of_keys_for_all_is_as_equal_heads():
     """Attention with grouped queries equals attention with repeated keys."""
     small = LlamaGenConfig(
@@ -214,11 +216,9 @@ def test_one_head_of_keys_for_all_is_as_equal_heads():
             q, k, v = np.split(array, (16, 24), axis=1)
             repeated = [np.repeat(part.reshape(16, 2, 4), 2, axis=1).reshape(16, 16) for part in (k, v)]
             full[name] = np.concatenate([q, *repeated], axis=1)
-    from dm_generations.weights.native import unflatten
-
     inputs = np.array([[1]]), np.array([[1]]), np.array([[3, 1, 4, 1]])
     logits = [
-        LlamaGen(config).apply({"params": unflatten(params)}, *inputs)
+        jax.jit(LlamaGen(config).apply)({"params": unflatten(params)}, *inputs)
         for config, params in ((small, flat), (LlamaGenConfig(**{**vars(small), "kv_dim": 16}), full))
     ]
     np.testing.assert_allclose(*logits, atol=1e-5)
