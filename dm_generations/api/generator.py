@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, overload
 
 import numpy as np
@@ -49,6 +50,7 @@ class Generator(inference_generator.Generator):
         dtype: str = "float32",
         codec: str | os.PathLike[str] | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
+        overrides: Mapping[str, Any] = MappingProxyType({}),
     ) -> "Generator":
         """Load a model from a folder, a file or the Hugging Face hub; None is the one that ships.
 
@@ -59,13 +61,14 @@ class Generator(inference_generator.Generator):
             codec: What decodes its tokens; None is the model's own, else the one that ships. It is loaded when the
                 generator is first called.
             tokenizer: File or folder of its tokenizer; None is the model's own.
+            overrides: Entries of the model's config that its files lack or have wrong.
 
         Raises:
             UserError: The model is missing or broken.
         """
         compile_cache.enable()
         model, codec = (None if path is None else os.fspath(path) for path in (model, codec))
-        checkpoint = load_generator(model, None if tokenizer is None else Path(tokenizer))
+        checkpoint = load_generator(model, None if tokenizer is None else Path(tokenizer), overrides)
         generator = cls(checkpoint, checkpoint.load_tokenizer(), batch_size, dtype=dtype)
         generator._source = checkpoint, model, codec
         return generator

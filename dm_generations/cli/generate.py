@@ -256,7 +256,7 @@ def run(args: argparse.Namespace) -> int:
         print_line(f"error: {what}: dalle-mini's noise also samples the start token", to_stderr=True)
         status = 1
     if args.output == "npy":
-        status |= _write_token_files(args.db, sweep.prompts, args.out_dir, args.json)
+        status |= _write_token_files(args.db, list(map(str, sweep.prompts)), args.out_dir, args.json)
     return status
 
 

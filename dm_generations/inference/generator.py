@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dm_generations.archive import DTYPES
 from dm_generations.archive.records import ClassLabel
 from dm_generations.errors import UserError
-from dm_generations.models.base import Tokenizer, class_count_of, extra_settings_of
+from dm_generations.models.base import Tokenizer, check_prompt_kinds, class_count_of, extra_settings_of
 from dm_generations.models.dalle_mini.config import DalleBartConfig
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.runtime import compile_cache
@@ -172,17 +172,18 @@ class Generator:
             UserError: A text has a token that the model does not have, as a wrong tokenizer makes; or it is a class and
                 the model reads texts, or the other way round, or the model has no such class.
         """
-        self._check_kind([text for text in texts if text is not None])
+        check_prompt_kinds([text for text in texts if text is not None], self._model.config, self._name)
         if class_count_of(self._model.config):
             return
         length = self._model.config.max_text_length
-        ids, mask = self._tokenizer.encode(texts, length + 1)
-        if cut := [text for text, is_cut in zip(texts, mask.sum(axis=1) > length, strict=True) if is_cut]:
+        read = cast(Sequence[str | None], texts)
+        ids, mask = self._tokenizer.encode(read, length + 1)
+        if cut := [text for text, is_cut in zip(read, mask.sum(axis=1) > length, strict=True) if is_cut]:
             _warn_of("longer than the %s tokens that the model reads, so cut there", cut, length)
         with contextlib.suppress(UserError):  # a tokenizer may have no token for what it does not know
             nothing, _ = self._tokenizer.encode(["", _UNKNOWN_TEXT], length)
             unknown = {*nothing.flat, *getattr(self._tokenizer, "unknown_ids", ())}
-            pairs = zip(texts, ids, strict=True)
+            pairs = zip(read, ids, strict=True)
             if unread := [text for text, row in pairs if text and text.strip() and unknown.issuperset(row)]:
                 _warn_of("without a character that the model knows, so these images may show anything", unread)
 
@@ -381,7 +382,7 @@ class Generator:
         self, prompts, settings, keys, sc_prompts=None, init_tokens=None, init_count=0, extra_settings=None
     ) -> list[Row]:
         count = len(prompts)
-        self._check_kind(prompts)
+        check_prompt_kinds([prompt for prompt in prompts if prompt is not None], self._model.config, self._name)
         if isinstance(settings, SamplingParams):
             settings = [settings] * count
         if len(settings) != count:
@@ -408,20 +409,6 @@ class Generator:
         extra = [tuple(complete_extra_settings(self._extra_settings, each).values()) for each in extra_settings]
         values = zip(prompts, sc_prompts, settings, keys, init_tokens, init_count, extra, strict=True)
         return [Row(*row) for row in values]
-
-    def _check_kind(self, prompts: Sequence[Prompt | None]) -> None:
-        """Raise UserError for a class where the model reads texts, a text where it draws classes, or no such class."""
-        class_count = class_count_of(self._model.config)
-        for prompt in prompts:
-            if isinstance(prompt, ClassLabel) != bool(class_count):
-                reads = (
-                    f"draws {class_count:,} classes: give --classes, not a text"
-                    if class_count
-                    else ("reads texts: give --prompts, not a class")
-                )
-                raise UserError(f"{str(prompt)!r:.60}: model {self._name!r} {reads}")
-            if isinstance(prompt, ClassLabel) and not 0 <= prompt.label < class_count:
-                raise UserError(f"model {self._name!r} has no class {prompt.label}: they are 0 to {class_count - 1:,}")
 
     def _in_batches(
         self, rows: list[Row], compute: Callable[[_Batch], _T], program: str, in_turn: bool = False

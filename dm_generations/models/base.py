@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from dm_generations.archive.records import ClassLabel
 from dm_generations.errors import UserError, short_repr
 from dm_generations.runtime.device import matmul_precision, put_params
 from dm_generations.sampling.params import ExtraSetting, SamplingParams
@@ -137,6 +138,27 @@ def default_params_of(config: Any) -> SamplingParams | None:
 def class_count_of(config: Any) -> int:
     """Return how many classes a text-to-image model draws; 0 for one that reads texts."""
     return getattr(config, "num_classes", 0)
+
+
+def check_prompt_kinds(prompts: Sequence[str | ClassLabel], config: Any, name: str) -> None:
+    """Check that prompts are what a model takes.
+
+    Args:
+        prompts: Texts or classes.
+        config: Of the model.
+        name: Of the model.
+
+    Raises:
+        UserError: One is a class and the model reads texts, or the other way round, or the model has no such class.
+    """
+    count = class_count_of(config)
+    for prompt in prompts:
+        if isinstance(prompt, ClassLabel) and not count:
+            raise UserError(f"model {name!r} reads texts: give --prompts, not --classes")
+        if isinstance(prompt, str) and count:
+            raise UserError(f"model {name!r} draws {count:,} classes: give --classes, not the text {prompt!r:.60}")
+        if isinstance(prompt, ClassLabel) and not 0 <= prompt.label < count:
+            raise UserError(f"model {name!r} has no class {prompt.label}: they are 0 to {count - 1:,}")
 
 
 @runtime_checkable

@@ -169,7 +169,9 @@ def find_checkpoint(
     if overrides:
         raw = dataclasses.replace(raw, config=_override(raw, name, overrides))
     if path_or_name is not None:  # the embedded models are this package's own, and tracing a network takes a while
-        check_names_and_shapes(_expected_shapes(raw, path), raw)
+        with prefix_errors(raw.files[0]):
+            expected = _expected_shapes(raw, path)
+        check_names_and_shapes(expected, raw)
     folder = path if path.is_dir() else path.parent
     params = _to_native_order(raw.params)
     digest = native.digest(params)

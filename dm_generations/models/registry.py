@@ -67,6 +67,12 @@ class ModelKind:
         return _load_attribute(self.decoder)(config, dtype, platform)
 
 
+_TRANSFORMERS_FILES = (
+    ("model.safetensors",),
+    ("model-*-of-*.safetensors",),
+    ("pytorch_model.bin",),
+    ("pytorch_model-*-of-*.bin",),
+)
 KINDS = (
     ModelKind(
         name="dalle_bart",
@@ -128,6 +134,16 @@ KINDS = (
         tokenizers={"amused": "amused.tokenizer:load_amused_tokenizer"},
     ),
     ModelKind(
+        name="janus",
+        role="generator",
+        config="janus.network:JanusConfig",
+        network="janus.network:Janus",
+        readers=("janus.checkpoint:read_generator",),
+        files="config.json with model.safetensors or pytorch_model.bin",
+        hub_files=_TRANSFORMERS_FILES,
+        tokenizers={"janus": "janus.tokenizer:JanusTokenizer"},
+    ),
+    ModelKind(
         name="vqgan",
         role="codec",
         config="vqgan.network:VQGANConfig",
@@ -140,6 +156,7 @@ KINDS = (
             "amused.checkpoint:read_codec",
             "vqgan.checkpoint:read_taming",
             "llamagen.checkpoint:read_codec",
+            "janus.checkpoint:read_codec",
         ),
         files="config.json with flax_model.msgpack, detoker.pt, a .ckpt with its .yaml, dalle.pt, vqvae/ of diffusers, "
         "vq_ds16_*.pt",
@@ -147,6 +164,7 @@ KINDS = (
             *(("flax_model.msgpack",), ("detoker.pt",), ("stage1_last.ckpt",), ("dalle.pt",), ("*.ckpt",)),
             ("diffusion_pytorch_model.safetensors",),
             ("diffusion_pytorch_model.fp16.safetensors",),
+            *_TRANSFORMERS_FILES,
         ),
         decoder="vqgan.fast_decoder:VQGANDecoder",
     ),
@@ -184,12 +202,7 @@ KINDS = (
         network="clip.network:CLIP",
         readers=("clip.checkpoint:read_transformers",),
         files="config.json with model.safetensors or pytorch_model.bin, whole or in several files",
-        hub_files=(
-            ("model.safetensors",),
-            ("model-*-of-*.safetensors",),
-            ("pytorch_model.bin",),
-            ("pytorch_model-*-of-*.bin",),
-        ),
+        hub_files=_TRANSFORMERS_FILES,
         tokenizers={"clip": "clip.tokenizer:load_clip_tokenizer"},
     ),
     ModelKind(

@@ -21,7 +21,7 @@ from dm_generations.archive.vocabulary import class_text
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
 from dm_generations.inference.scorer import Scorer
-from dm_generations.models.base import class_count_of, default_params_of, extra_settings_of
+from dm_generations.models.base import check_prompt_kinds, class_count_of, default_params_of, extra_settings_of
 from dm_generations.models.labels import class_vocabulary
 from dm_generations.models.loading import Models, load_models
 from dm_generations.pipelines.sweep import (
@@ -384,6 +384,8 @@ def prepare(sweep: Sweep, options: GenerateOptions, mode: Literal["r", "w"]) -> 
             *(codec.name, f"{codec.config.codebook_size:,}", models.generator.name, f"{config.codebook_size:,}"),
         )
     sweep = fit_sweep(sweep, config)
+    texts = [text for text in sweep.sc_prompts if text is not None]
+    check_prompt_kinds([*sweep.prompts, *texts], config, models.generator.name)  # before it is put on the devices
     pipeline = Pipeline(models, options, _load_init_tokens(models, options))
     generator = pipeline.generator
     generator.check_texts([*sweep.prompts, *sweep.sc_prompts])

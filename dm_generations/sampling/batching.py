@@ -133,6 +133,6 @@ def pack_batch(
         column([row.params.cond_scale for row in rows], np.float32),
         init_tokens,
         column([row.init_count for row in rows], np.int32),
-        column(np.array([row.extra for row in rows], np.float32).reshape(-1, extra_count), np.float32),
+        column(np.array([row.extra for row in rows], np.float32).reshape(len(rows), extra_count), np.float32),
     ]
     return RowInputs(*arrays)

@@ -64,8 +64,8 @@ class MaskedSampler:
         """Advance as `advance` does, with Gumbel noise from the caller: of tokens (R, L, V), and of places (R, L)."""
         tokens, is_masked = last.token, last.token == self.mask_token
         flat, flat_noise = guided.reshape(-1, guided.shape[-1]), noise.reshape(-1, self.columns)
-        settings = (jnp.repeat(setting, self.length) for setting in (rows.top_k, rows.top_p, rows.temperature))
-        sampled = logits.sample_with_noise(flat, flat_noise, *settings, self.columns, self.order)
+        top_k, top_p, heat = (jnp.repeat(each, self.length) for each in (rows.top_k, rows.top_p, rows.temperature))
+        sampled = logits.sample_with_noise(flat, flat_noise, top_k, top_p, heat, self.columns, self.order)
         sampled = jnp.where(is_masked, sampled.reshape(tokens.shape), tokens)
         can_sample = logits.can_sample(flat, self.columns).reshape(tokens.shape)
         log_prob = logits.log_prob(flat, sampled.reshape(-1), self.columns).reshape(tokens.shape)

@@ -6,9 +6,8 @@ LlamaGen's programs have by default: images of 256 px, or what the name of the f
 token. A model of captions needs T5's encoder, the folder of google/flan-t5-xl next to its file.
 """
 
-import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +84,16 @@ def read_codec(path: Path) -> RawCheckpoint | None:
     if found is None:
         return None
     file, state = found
-    return codec_of_state(taming_names(state), file, _vq_name_in_file, rounds_pixels=True)
+    return codec_of_state(taming_names(state), file, vq_name_in_file, rounds_pixels=True)
 
 
 def codec_of_state(
-    state: Mapping[str, np.ndarray], file: Path, name_in_file: Any, grid: int = 0, rounds_pixels: bool = False
+    state: Mapping[str, np.ndarray],
+    file: Path,
+    name_in_file: Callable[[str, Shape, int], tuple[str, Shape]],
+    grid: int = 0,
+    prefix: str = "",
+    rounds_pixels: bool = False,
 ) -> RawCheckpoint:
     """Return the codec of LlamaGen or Janus.
 
@@ -98,14 +102,19 @@ def codec_of_state(
         file: The file.
         name_in_file: Turns a parameter's path and shape and the number of levels into name and shape in the file.
         grid: Tokens a side; 0 for images of 256 px.
+        prefix: What precedes the names in the file.
         rounds_pixels: See `VQGANConfig`.
     """
     levels = count_numbered(state, "decoder.up.{}.block.0.conv1.weight")
     resolution = grid * 2 ** (levels - 1) or _PIXELS
     config = config_from_shapes(
-        state, file, resolution, is_signed=True, is_normalized=True, rounds_pixels=rounds_pixels
+        state, file, resolution, prefix, is_signed=True, is_normalized=True, rounds_pixels=rounds_pixels
     )
-    named = functools.partial(name_in_file, levels=levels)
+
+    def named(path: str, shape: Shape) -> tuple[str, Shape]:
+        name, shape = name_in_file(path, shape, levels)
+        return prefix + name, shape
+
     return RawCheckpoint("vqgan", config, vqgan_params(state, file), (file,), name_in_file=named)
 
 
@@ -128,7 +137,8 @@ def name_levels(name: str, levels: int) -> str:
     return re.sub(r"decoder\.level\.(\d+)", lambda match: f"decoder.up.{levels - 1 - int(match[1])}", name)
 
 
-def _vq_name_in_file(path: str, shape: Shape, levels: int) -> tuple[str, Shape]:
+def vq_name_in_file(path: str, shape: Shape, levels: int) -> tuple[str, Shape]:
+    """Return name and shape in LlamaGen's file of a parameter of the codec with so many levels."""
     name, shape = vqgan_name_in_file(path, shape)
     name = re.sub(r"decoder\.up\.(\d+)", lambda match: f"decoder.conv_blocks.{levels - 1 - int(match[1])}", name)
     name = re.sub(r"encoder\.down\.", "encoder.conv_blocks.", name)
@@ -148,12 +158,7 @@ def read_generator(path: Path) -> RawCheckpoint | None:
     if _CAPTION not in state:
         config = _config(state, file, num_classes=get_tensor(state, _CLASSES, 2, file).shape[0] - 1)
         return RawCheckpoint(
-            "llamagen",
-            config,
-            unflatten(params, file),
-            (file,),
-            file,
-            "llamagen_class",
+            *("llamagen", config, unflatten(params, file), (file,), file.parent, "llamagen_class"),
             name_in_file=_NAMES.name_in_file,
         )
     width, uncond = get_tensor(state, _CAPTION, 2, file).shape[1], get_tensor(state, _UNCOND, 2, file)

@@ -29,7 +29,12 @@ MAX_CAPTION = 4096  # characters that are read: far more than 120 tokens, and so
 
 _FILES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 _DOMAINS = "com|co|ru|net|org|edu|gov|it"
-_DASHES = "-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d"
+_DASHES = "".join(
+    (
+        "-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a",
+        "\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d",
+    )
+)
 _MARKS = "#®•©™&@·º½¾¿¡§~"
 
 _BEFORE_MARKUP = [

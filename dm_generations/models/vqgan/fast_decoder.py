@@ -61,7 +61,7 @@ class VQGANDecoder:
         # All are in C order, also views of a file of another order: sums of products are rounded by it.
         rows = np.array(codebook, self._wide, order="C")
         if self.config.is_normalized:
-            rows = np.asarray(normalized(rows))
+            rows = np.asarray(normalized(jnp.asarray(rows)))
         rows = rows @ after["kernel"][0, 0] + after["bias"]
         release([codebook])
         return {
