@@ -8,7 +8,7 @@ import tomllib
 from helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-MODULES = {"pillow": "PIL", "pyyaml": "yaml"}  # by distribution, where its name is another
+MODULES = {"beautifulsoup4": "bs4", "pillow": "PIL", "pyyaml": "yaml"}  # by distribution, where its name is another
 
 
 def modules(requirements) -> set[str]:

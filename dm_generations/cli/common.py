@@ -174,7 +174,7 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
             type=Path,
             help="tokenizer of the prompts, a file or folder, if it is not in the model's folder",
         )
-        add_dalle_pytorch_options(add)
+        add_checkpoint_options(add)
     codec_default = " (default: the model's own if it has one, else the embedded one)" if generates else ""
     add("--codec", metavar="PATH", help=f"codec that decodes tokens to pixels{codec_default}")
     add("--clip", metavar="PATH", help="CLIP that scores the images")
@@ -198,8 +198,8 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
     add("--cpu-only", action="store_true", help="do not use accelerators")
 
 
-def add_dalle_pytorch_options(add: Callable[..., argparse.Action]) -> None:
-    """Add options for what a `dalle.pt` lacks or has wrong; `add` is the method of a parser or a group."""
+def add_checkpoint_options(add: Callable[..., argparse.Action]) -> None:
+    """Add options for what the file of a model lacks or has wrong; `add` is the method of a parser or a group."""
     add(
         "--conv-like",
         choices=["causal", "centred"],
@@ -212,13 +212,29 @@ def add_dalle_pytorch_options(add: Callable[..., argparse.Action]) -> None:
         help="of a dalle.pt, which tokens --cond-scale guides: all, or only the first, and the rest are sampled "
         "without the prompt, as DALLE-pytorch's own program does by mistake (default: all)",
     )
+    add(
+        "--heads",
+        type=at_least_one,
+        metavar="N",
+        help="of a LlamaGen model, its attention heads (default: 64 channels each, or what its size is known to have)",
+    )
+    add(
+        "--grid",
+        type=at_least_one,
+        metavar="N",
+        help="of a LlamaGen model, tokens a side (default: by the pixels in the name of its file, 16 a token, else 16)",
+    )
 
 
-def dalle_pytorch_overrides(args: argparse.Namespace) -> dict[str, str | bool]:
+def config_overrides(args: argparse.Namespace) -> dict[str, str | bool | int]:
     """Return those of these options that are set, as entries of the model's config."""
-    overrides: dict[str, str | bool] = {} if args.conv_like is None else {"conv_like": args.conv_like}
+    overrides: dict[str, str | bool | int] = {} if args.conv_like is None else {"conv_like": args.conv_like}
     if args.cond_scale_of is not None:
         overrides["guides_first_code_alone"] = args.cond_scale_of == "first"
+    if args.heads is not None:
+        overrides["n_head"] = args.heads
+    if args.grid is not None:
+        overrides["block_size"] = args.grid**2
     return overrides
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dm_generations.errors import UserError
-from dm_generations.models.loading import Checkpoint, load_checkpoint
+from dm_generations.models.loading import MAX_CODEBOOK_SIZE, Checkpoint, load_checkpoint
 from dm_generations.models.registry import get_kind
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import (
@@ -97,10 +97,13 @@ class Decoder:
         with memory_errors(WEIGHTS_ADVICE):
             self._params = decoder.prepare_params(params, NamedSharding(self._mesh, PartitionSpec()))
 
-        def to_uint8(params, tokens):  # (b, L) or grids (b, h, w), uint16 -> (b, H, W, 3) uint8, of one device
+        rounds_pixels = getattr(config, "rounds_pixels", False)  # others are truncated, as the 2022 script did it
+        self._token_dtype = np.uint16 if self.codebook_size <= MAX_CODEBOOK_SIZE else np.uint32
+
+        def to_uint8(params, tokens):  # (b, L) or grids (b, h, w), unsigned -> (b, H, W, 3) uint8, of one device
             pixels = decoder.decode(params, tokens.astype(jnp.int32))
-            # Truncated, not rounded: what the 2022 script wrote.
-            return (jnp.clip(pixels, 0.0, 1.0) * jnp.float32(255)).astype(jnp.uint8)
+            pixels = jnp.clip(pixels, 0.0, 1.0) * jnp.float32(255)
+            return (jnp.round(pixels) if rounds_pixels else pixels).astype(jnp.uint8)
 
         self._set_function(to_uint8)
         self.set_batch_size(self._auto_batch_size() if batch_size == "auto" else batch_size)
@@ -164,7 +167,7 @@ class Decoder:
         if array.size and (array.min() < 0 or array.max() >= self.codebook_size):
             wrong = int(array.min() if array.min() < 0 else array.max())
             raise UserError(f"token {wrong:,} is outside the codec's codebook of {self.codebook_size:,}")
-        return self.decode(array.astype(np.uint16))
+        return self.decode(array.astype(self._token_dtype))
 
     def decode_batches(self, images: Iterable[HasTokens]) -> Iterator[tuple[list[HasTokens], np.ndarray]]:
         """Decode many images in batches, with the next batch under way while the last one is used.
@@ -193,7 +196,7 @@ class Decoder:
             for image in batch:
                 if image.tokens.shape != self._item_shape:
                     raise UserError(f"{image!r:.200} has {image.tokens.size:,} tokens, the codec {self.token_count:,}")
-            started = batch, self.start(np.stack([image.tokens for image in batch]).astype(np.uint16))
+            started = batch, self.start(np.stack([image.tokens for image in batch]).astype(self._token_dtype))
             if running is not None:
                 yield running[0], running[1].images()
             running = started
@@ -251,7 +254,8 @@ class Decoder:
         """Start decoding; does not wait for the images.
 
         Args:
-            tokens: (n, L) uint16, for any n; of a tiled decoder (n, R * C, L).
+            tokens: (n, L) uint16, or uint32 of a codebook of more than 65,536; for any n. Of a tiled decoder
+                (n, R * C, L).
 
         Raises:
             UserError: A token is outside the codebook (the network would make an image of NaN), or memory is too
@@ -262,7 +266,7 @@ class Decoder:
 
         def take(first: int, size: int) -> tuple[np.ndarray, int]:
             part = tokens[first : first + size]
-            padded = np.zeros((size, *self._item_shape), np.uint16)  # new: the device may read it later
+            padded = np.zeros((size, *self._item_shape), self._token_dtype)  # new: the device may read it later
             padded[: len(part)] = part
             return padded, first + len(part)
 
@@ -286,7 +290,7 @@ class Decoder:
         return self._to_uint8(self._params, jax.device_put(tokens, self._shard_batch))
 
     def _batch_shape(self, batch_size: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch_size, *self._item_shape), np.uint16, sharding=self._shard_batch)
+        return jax.ShapeDtypeStruct((batch_size, *self._item_shape), self._token_dtype, sharding=self._shard_batch)
 
     def _set_function(self, to_uint8: Callable) -> None:
         """Take (params, tokens of a batch) -> images, of one device, as what this decoder computes."""

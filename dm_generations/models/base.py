@@ -16,8 +16,10 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from dm_generations.archive.records import ClassLabel
 from dm_generations.errors import UserError, short_repr
 from dm_generations.runtime.device import matmul_precision, put_params
+from dm_generations.sampling.params import ExtraSetting, SamplingParams
 from dm_generations.weights.state_dict import Shape, same_name
 
 # The largest sizes that a config may have, far above those of any model that exists: whoever writes a file of a few
@@ -123,11 +125,49 @@ class GeneratorConfig(Protocol):
         """Order of temperature and filters, see `sampling.filter_logits`."""
 
 
+def extra_settings_of(config: Any) -> Mapping[str, ExtraSetting]:
+    """Return the settings that a text-to-image model has beyond `SamplingParams`: its config's `extra_settings`."""
+    return getattr(config, "extra_settings", {})
+
+
+def default_params_of(config: Any) -> SamplingParams | None:
+    """Return the settings of a model's own sampling program; None where this program has its own defaults."""
+    return getattr(config, "default_params", None)
+
+
+def class_count_of(config: Any) -> int:
+    """Return how many classes a text-to-image model draws; 0 for one that reads texts."""
+    return getattr(config, "num_classes", 0)
+
+
+def check_prompt_kinds(prompts: Sequence[str | ClassLabel], config: Any, name: str) -> None:
+    """Check that prompts are what a model takes.
+
+    Args:
+        prompts: Texts or classes.
+        config: Of the model.
+        name: Of the model.
+
+    Raises:
+        UserError: One is a class and the model reads texts, or the other way round, or the model has no such class.
+    """
+    count = class_count_of(config)
+    for prompt in prompts:
+        if isinstance(prompt, ClassLabel) and not count:
+            raise UserError(f"model {name!r} reads texts: give --prompts, not --classes")
+        if isinstance(prompt, str) and count:
+            raise UserError(f"model {name!r} draws {count:,} classes: give --classes, not the text {prompt!r:.60}")
+        if isinstance(prompt, ClassLabel) and not 0 <= prompt.label < count:
+            raise UserError(f"model {name!r} has no class {prompt.label}: they are 0 to {count - 1:,}")
+
+
 @runtime_checkable
 class TextToImageModel(Protocol):
     """A network that turns prompts into image tokens: a Linen module whose methods go through `apply`.
 
-    Generation is `encode_prompt`, `init_cache`, then `decode_step` for steps 0 to L - 1.
+    Generation is `encode_prompt`, `init_cache`, then `decode_step` for steps 0 to L - 1. In masked decoding (a config
+    with a `masking_schedule`), `decode_step` reads all tokens (B, L), gives logits (B, L, V), and is called as often as
+    the extra setting `steps` says. `init_cache` of a model with extra settings also takes their values, (B, E) float32.
     """
 
     config: Any  # a GeneratorConfig
@@ -224,9 +264,13 @@ class NetworkDecoder:
 
 
 class Tokenizer(Protocol):
-    """Turns prompts into the ids that a model reads."""
+    """Turns prompts into the ids that a model reads.
 
-    def encode(self, texts: Sequence[str | None], length: int) -> tuple[np.ndarray, np.ndarray]:
+    Where the unconditional prompt depends on the prompt, `unconditional_by_prompt` is true, and `encode` takes
+    `sampling.params.Unconditional`. That of a model of classes takes `archive.records.ClassLabel`.
+    """
+
+    def encode(self, texts: Sequence[Any], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and attention mask, both int32 (B, length). None is the model's unconditional prompt."""
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from amused_kit import CASES as AMUSEDS
+from amused_kit import complete
 from decode_kit import random_tokens, write_archive_2022
 from helpers import ROOT, golden_dirs
 from PIL import Image
@@ -17,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from dm_generations import Decoder, Generator, cli
 from dm_generations.archive import Archive, ImageRow
 from dm_generations.archive.records import TOKEN_DTYPE
+from dm_generations.models.base import default_params_of
 from dm_generations.models.loading import Models, load_checkpoint, load_models
 from dm_generations.pipelines.generate import GenerateOptions, prepare
 from dm_generations.pipelines.sweep import DEFAULT_PARAMS, DEFAULT_SEED, load_sweep
@@ -115,6 +118,9 @@ def write_models(flags: dict[str, str], letters: Path) -> None:
         "dalle.pt": (smallest_dalle_pytorch(), ()),
     }
     model = Path(flags["--model"])
+    if flags["--model"].startswith("amused/"):
+        complete(AMUSEDS[-1], model)
+        return
     source, names = sources[flags["--model"]]
     (shutil.copytree if source.is_dir() else shutil.copyfile)(source, model)
     for name in names:
@@ -131,7 +137,8 @@ def generate_in_python(models: Models) -> tuple[np.ndarray, np.ndarray]:
     """Return the tokens (1, L) and images (1, H, W, 3) of the first seed."""
     generator = Generator(models.generator, models.generator.load_tokenizer(), batch_size=1)
     keys = np.array([row_key(DEFAULT_SEED, 0)], np.uint32)
-    tokens = generator.generate([PROMPT], DEFAULT_PARAMS, keys)
+    params = default_params_of(models.generator.config) or DEFAULT_PARAMS
+    tokens = generator.generate([PROMPT], params, keys)
     return tokens, Decoder.from_checkpoint(models.codec, batch_size=1, grid=models.grid).decode(tokens)
 
 

@@ -48,6 +48,7 @@ MISSING = {
     "browse": ["--db", NAME, "--no-open"],
     "demo": ["a", "--db", f"{NAME}/a.db", "--no-open"],
     "view": [NAME, "--no-open"],
+    "export": [NAME, "--fid", "new.npz"],
     "plot": [NAME],
     "ratings": ["--db", NAME, "--rank"],
     "merge": ["--into", "new.db", NAME],
