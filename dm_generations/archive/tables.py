@@ -248,6 +248,8 @@ class TableWriter:
 
     def _prompt_id(self, text: str | None, vocabulary: str | None, label: int | None) -> int:
         if vocabulary is None or label is None:
+            if (vocabulary, label) != (None, None):
+                raise ArchiveError(f"vocabulary is {vocabulary!r:.100}, class_label {label!r:.40}: one is missing")
             return self._text_id("prompts", text or "")
         return self._archive.prompt_id(ClassLabel(vocabulary, label))
 

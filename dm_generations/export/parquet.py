@@ -75,8 +75,7 @@ def write_parquet(
     Raises:
         UserError: Nothing is selected, a row is damaged, the folder has a data set, or the disk takes no more.
     """
-    if not _LICENCE.fullmatch(options.licence):
-        raise UserError(f"--license {options.licence!r:.80} is not a licence as the hub names it, as cc0-1.0 or mit")
+    check_folder(options)
     where = compile_nonempty(archive, options.selection)
     reader, total = TableReader(archive, where), archive.count(where)
     if not total:
@@ -84,8 +83,6 @@ def write_parquet(
     schema = make_schema(reader.facts(), make_images is not None)
     folder = options.folder / FOLDER
     try:
-        if any(folder.glob("*.parquet")) or (options.folder / CARD).exists():
-            raise UserError(f"{options.folder} has a data set already; choose another folder with --out")
         folder.mkdir(parents=True, exist_ok=True)
         remove_stale_temporaries(folder)
         with contextlib.closing(_Files(folder, schema, options.file_bytes)) as files:
@@ -104,6 +101,19 @@ def write_parquet(
             folder.rmdir()
             options.folder.rmdir()
     return count
+
+
+def check_folder(options: ParquetOptions) -> None:
+    """Check what can be known before any row is read.
+
+    Raises:
+        UserError: pyarrow is not installed, the licence is not the name of one, or the folder has a data set.
+    """
+    import_pyarrow()
+    if not _LICENCE.fullmatch(options.licence):
+        raise UserError(f"--license {options.licence!r:.80} is not a licence as the hub names it, as cc0-1.0 or mit")
+    if any((options.folder / FOLDER).glob("*.parquet")) or (options.folder / CARD).exists():
+        raise UserError(f"{options.folder} has a data set already; choose another folder with --out")
 
 
 class _Files:
