@@ -138,10 +138,13 @@ class TableReader:
                 raise self._error(row_id, str(error)) from error
 
     def _look_up(self, values: Mapping[Any, Any], columns: dict[str, Any], name: str) -> list[Any]:
+        ids = columns[name]
         try:
-            return [values[row_id] for row_id in columns[name]]
+            if ids.count(ids[0]) == len(ids):  # as of most models
+                return [values[ids[0]]] * len(ids)
+            return [values[row_id] for row_id in ids]
         except KeyError:
-            row_id, wrong = next((i, v) for i, v in zip(columns["id"], columns[name], strict=True) if v not in values)
+            row_id, wrong = next((i, v) for i, v in zip(columns["id"], ids, strict=True) if v not in values)
             raise self._error(row_id, f"{name} {wrong!r:.40} has no row") from None
 
     def _read_scores(self, first_id: int, last_id: int) -> dict[int, list[dict[str, Any]]]:

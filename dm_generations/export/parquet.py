@@ -9,6 +9,7 @@ Files get their names when all of them are whole; the names tell how many there 
 import contextlib
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -19,7 +20,7 @@ from dm_generations.archive.arrow import import_pyarrow, make_schema, to_arrow
 from dm_generations.archive.selection import ALL, Selection, compile_nonempty
 from dm_generations.archive.tables import Table, TableReader
 from dm_generations.atomic_io import TemporaryFile, remove_stale_temporaries, write_atomic
-from dm_generations.errors import UserError, printable
+from dm_generations.errors import UserError, defer_sigint, printable
 
 if TYPE_CHECKING:
     import pyarrow
@@ -85,13 +86,20 @@ def write_parquet(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_stale_temporaries(folder)
-        with contextlib.closing(_Files(folder, schema, options.file_bytes)) as files:
-            done = 0
+        done = 0
+        with contextlib.closing(_Files(folder, schema, options.file_bytes)) as files, ThreadPoolExecutor(1) as thread:
+            written: Future | None = None  # while the next rows are read
             for table in reader.read(_ROWS if make_images is None else _ROWS_WITH_IMAGES):
                 images = () if make_images is None else make_images(table)
-                files.add(to_arrow(table, schema, images))
+                arrow = to_arrow(table, schema, images)
+                if written is not None:
+                    written.result()
+                with defer_sigint():
+                    written = thread.submit(files.add, arrow)
                 done += len(table["id"])
                 on_progress(done, total)
+            if written is not None:
+                written.result()
             count = files.publish()
         write_atomic(options.folder / CARD, _card(archive, reader, options, done).encode("utf-8", "replace"))
     except OSError as error:
