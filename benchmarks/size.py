@@ -1,10 +1,10 @@
-"""How small an archive could be: its tokens packed by the width of the codebook, and compressed in blocks sorted by prompt.
+"""How small an archive could be: tokens packed by the width of the codebook, and compressed in blocks sorted by prompt.
 
     python benchmarks/size.py archive/emoji.db
     python benchmarks/size.py
 
-Without an archive it makes tokens of a full-size model, 256 an image below 16,384: evenly drawn, and as unevenly as words
-of a language (Zipf).
+Without an archive it makes tokens of a full-size model, below 16,384: evenly drawn, and as unevenly as words of a
+language (Zipf).
 """
 
 import argparse

@@ -16,6 +16,8 @@ from dm_generations.models.loading import load_checkpoint
 from dm_generations.pipelines.import_files import ImportOptions, import_files
 
 GRID, CODEBOOK_SIZE = 8, 4096  # of the codec that ships
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 LENGTH = GRID**2
 TOKENS = np.random.default_rng(0).integers(0, CODEBOOK_SIZE, (3, LENGTH))
 PROMPTS = ("a red cube", 'd\u00e9j\u00e0, "vu"', "")
@@ -55,6 +57,12 @@ def samples(folder):
     return write_tar(folder / "a.tar", members), None
 
 
+def table(folder):
+    columns = {"prompt": list(PROMPTS), "tokens": TOKENS.tolist(), "other": [1, 2, 3]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
+    return folder / "a.parquet", None
+
+
 def folder_of_arrays(folder):
     rows = []
     for place, dtype in enumerate(("<i8", ">u2", "<i4")):
@@ -75,7 +83,7 @@ def tensors(folder):
     return folder / "a.safetensors", write_labels(folder / "labels.csv", [{"prompt": prompt} for prompt in PROMPTS])
 
 
-@pytest.mark.parametrize("write", [json_lines, samples, folder_of_arrays, one_array, tensors])
+@pytest.mark.parametrize("write", [json_lines, samples, table, folder_of_arrays, one_array, tensors])
 def test_tokens_and_prompts_are_stored_with_the_codec(write, tmp_path):
     path, labels = write(tmp_path)
     report = import_files([path], tmp_path / "new.db", ImportOptions(None, labels))
