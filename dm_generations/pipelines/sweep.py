@@ -332,7 +332,7 @@ def _derive_keys(seed: int, count: int) -> tuple[tuple[int, int], ...]:
 
 def _derive_seed(seed: int, combination: Combination) -> int:
     """Return a seed for one combination, which the other values of a sweep do not change. See `schema/sampling.md`."""
-    values = [seed, combination.prompt, combination.sc_prompt, *dataclasses.astuple(combination.params)]
+    values = [seed, combination.prompt, combination.sc_prompt, *combination.params.values()]
     text = json.dumps(values, separators=(",", ":"))
     return int.from_bytes(hashlib.sha256(text.encode("ascii")).digest()[:8], "big")
 

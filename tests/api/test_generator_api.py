@@ -106,6 +106,7 @@ def test_hostile_prompts_are_shown_as_text(generator):
     assert "\x1b" not in repr(generator("\x1b[31m")[0])
 
 
+@pytest.mark.e2e
 def test_the_best_are_those_with_the_highest_scores(generator, scorer):
     results = generator("a boat", n=5, scorer=scorer)
     scores = [image.scores["clip_score_input"] for image in results]

@@ -167,6 +167,7 @@ def test_no_same_seeds_gives_every_combination_its_own_keys(models, tmp_path):
     assert len(set(rows_of(db, "key0, key1"))) == 10
 
 
+@pytest.mark.e2e
 def test_images_continue_initial_tokens_and_can_be_checked(models, tmp_path, capsys):
     db, init = tmp_path / "a.db", tmp_path / "init.npy"
     np.save(init, np.arange(GRID**2, dtype=np.int64).reshape(GRID, GRID))

@@ -163,6 +163,7 @@ def test_the_table_names_a_command_for_every_role():
     assert flags == {"--model", "--codec", "--clip"}
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("codec", CODECS, ids=lambda path: path.name)
 def test_codecs_decode_an_archive(codec, tmp_path):
     checkpoint = load_checkpoint(codec, "codec")

@@ -6,6 +6,7 @@ import re
 import sqlite3
 
 import numpy as np
+import pytest
 from tiny import tiny_clip, tiny_vqgan
 
 from dm_generations.archive import Archive, verify
@@ -29,6 +30,7 @@ def rows_of(db, columns="*", order="id"):
         return connection.execute(f"SELECT {columns} FROM images ORDER BY {order}").fetchall()
 
 
+@pytest.mark.e2e
 def test_missing_scores_are_filled_in(models, tmp_path, capsys, monkeypatch):
     scored, unscored = tmp_path / "scored.db", tmp_path / "unscored.db"
     words = ["--prompts", "A Boat", "a cat", "--n", 3]
@@ -78,6 +80,7 @@ def test_what_is_selected_is_scored(models, tmp_path, capsys):
     assert "top_k" in capsys.readouterr().err
 
 
+@pytest.mark.e2e
 def test_rows_of_another_codec_and_bad_rows_are_left_and_named(models, tmp_path, capsys):
     db = tmp_path / "a.db"
     other = dataclasses.replace(models, vqgan=tiny_vqgan(tmp_path / "other_codec", seed=1))

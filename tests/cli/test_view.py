@@ -70,6 +70,7 @@ def test_hints_use_the_name_the_program_was_started_by(started, expected, monkey
     assert f"  {' '.join(expected)} " in capsys.readouterr().out.rpartition("\nexample")[2]
 
 
+@pytest.mark.e2e
 def test_galleries_are_trimmed_and_what_a_page_leaves_out_is_counted(archive, models, tmp_path, capsys):
     out = tmp_path / "out"
     gallery = ["decode", archive, "--codec", models.vqgan, "--mode", "gallery", "--out-dir", out]
@@ -99,6 +100,7 @@ def test_view_decodes_and_opens_the_page(archive, models, opened, tmp_path, caps
     assert "empty" in capsys.readouterr().err
 
 
+@pytest.mark.e2e
 def test_reports_as_json(archive, models, tmp_path, capsys):
     flags = ["--model", models.dalle_bart, "--codec", models.vqgan, "--no-score", "--json"]
     db = tmp_path / "a.db"

@@ -57,6 +57,7 @@ def image(model):
     return model.generate_image("a boat", seed=7, grid_size=2)
 
 
+@pytest.mark.e2e
 def test_the_snippet_of_its_readme_runs_with_the_embedded_model(capsys):
     """Without its folder of downloads, and without `device="cuda"`, which is a warning where there is no GPU."""
     model = MinDalle(dtype=Torch("torch.float32"), is_mega=True, is_reusable=True)
@@ -132,6 +133,7 @@ def test_streams_of_arrays(model, image):
     np.testing.assert_array_equal(images[2], raw[:IMAGE_SIZE, IMAGE_SIZE:])
 
 
+@pytest.mark.e2e
 def test_settings_reach_the_sampling_loop(model, models, decoder):
     image = model.generate_image("a cat", 2**64 - 1, temperature=0.5, top_k=0, supercondition_factor=3)
     keys = np.array([row_key(2**64 - 1, 0)], np.uint32)

@@ -53,6 +53,7 @@ def decode(codec_folder, tmp_path):
     return run
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_sheet_is_one_image_of_one_grid(kind):
     """The grids laid side by side here, one by one, and given to the network as it is written."""
@@ -69,6 +70,7 @@ def test_a_sheet_is_one_image_of_one_grid(kind):
     assert np.abs(found.astype(int) - expected).max() <= 1
 
 
+@pytest.mark.e2e
 def test_images_of_a_sheet_run_into_each_other(tiny_codec):
     """Across the middle, alone and as one: only the decoder that sees both sides changes what is near the seam."""
     tokens = random_tokens(2, tiny_codec.token_count, CODEBOOK_SIZE)

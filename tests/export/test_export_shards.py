@@ -134,6 +134,7 @@ def test_a_run_goes_on_by_whole_shards(decode, tmp_path, monkeypatch):
     assert sum(started) == 12 and all_files(tmp_path / "out") == before
 
 
+@pytest.mark.e2e
 def test_another_selection_or_archive_goes_beside(decode, archive, tmp_path):
     """And does not pass for what is there."""
     first_names = set()

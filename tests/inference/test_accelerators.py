@@ -79,6 +79,7 @@ def is_rounded(dtype, precision) -> bool:
     return dtype == np.float32 and precision != (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sampling(models, recorder, dtype):
     checkpoint = load_checkpoint(models.dalle_bart, "generator")

@@ -60,6 +60,7 @@ def test_more_tokens_than_a_batch_are_decoded_in_parts(codec):
     assert codec.decode(tokens[:0]).shape == (0, codec.image_size, codec.image_size, 3)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("dtype", "largest", "mean"), [("bfloat16", 40, 4), ("float16", 6, 0.6)])
 def test_half_precision_is_near(codec, dtype, largest, mean):
     rounded = Decoder.from_checkpoint(load_checkpoint(GOLDEN_CODEC, "codec"), batch_size=4, dtype=dtype)
@@ -101,6 +102,7 @@ def failing(codec, monkeypatch, largest: int, when_fetched: bool = False) -> lis
     return tried
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("when_fetched", [False, True])
 def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch, when_fetched):
     codec = Decoder.from_checkpoint(load_checkpoint(GOLDEN_CODEC, "codec"), batch_size=16)
@@ -139,6 +141,7 @@ def test_no_memory_for_one_image_is_an_error(monkeypatch):
         codec.decode(random_tokens(1, codec.token_count, codec.codebook_size))
 
 
+@pytest.mark.e2e
 def test_several_devices_share_a_batch(codec, tmp_path):
     tokens = random_tokens(11, codec.token_count, codec.codebook_size)
     np.save(tmp_path / "tokens.npy", tokens)

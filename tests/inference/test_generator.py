@@ -117,6 +117,7 @@ def test_sampling_is_batch_invariant(generator, tokens, indices):
     np.testing.assert_array_equal(generator.generate(*rows(indices)), tokens[indices])
 
 
+@pytest.mark.e2e
 def test_one_program_serves_every_prompt_setting_and_number_of_rows(checkpoint, monkeypatch):
     """Traces are counted: one program, which samples the rows one half after the other."""
     traced, guide = [], sampling.guide
@@ -165,6 +166,7 @@ def test_images_of_scale_1_take_one_sequence_each(checkpoint, tokens, monkeypatc
     assert sorted(batches[1:]) == [3, 7]  # at the same time
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 16])
 def test_a_row_gives_the_same_tokens_in_batches_of_another_size(checkpoint, tokens, batch_size):
     """Of this model; sums of longer rows may be rounded in another order."""
@@ -201,6 +203,7 @@ def test_settings_can_be_the_same_for_all_rows(generator):
     np.testing.assert_array_equal(generator.generate(["a boat", "a cat"], settings, KEYS[:2]), expected)
 
 
+@pytest.mark.e2e
 def test_a_batch_that_does_not_fit_is_halved(checkpoint, tokens, monkeypatch):
     limit, sizes = [6], []
 
@@ -292,6 +295,7 @@ def test_an_error_in_one_of_two_concurrent_batches_is_raised(checkpoint, monkeyp
         small_generator.generate(*rows(list(range(6))))
 
 
+@pytest.mark.e2e
 def test_margins_of_concurrent_batches_are_those_of_one(checkpoint, generator, tokens):
     small_generator = make_small_generator(checkpoint)
     arguments = rows(list(range(6)))
@@ -302,6 +306,7 @@ def test_margins_of_concurrent_batches_are_those_of_one(checkpoint, generator, t
         )
 
 
+@pytest.mark.e2e
 def test_four_devices_sample_what_one_samples(checkpoint, tokens, tmp_path):
     """Four devices, in a process of its own: the host's CPU divided."""
     np.save(tmp_path / "expected.npy", tokens)

@@ -54,6 +54,7 @@ def images():
     return np.random.default_rng(0).integers(0, 256, (5, 48, 40, 3), np.uint8)
 
 
+@pytest.mark.e2e
 def test_score_is_the_logit_of_image_and_prompt(scorer, checkpoint, tokenizer, images):
     score_input, score_tokenized = scorer.score(images, PROMPTS)
     texts = [*PROMPTS, *(tokenizer.round_trip(prompt, 14) for prompt in PROMPTS)]

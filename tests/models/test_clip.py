@@ -203,6 +203,7 @@ def test_impossible_config_is_refused(values, message):
         CLIPConfig.from_dict(values)
 
 
+@pytest.mark.e2e
 def test_resize_is_the_processors(processor):
     size = processor["resized_cropped_uint8"].shape[0]
     square = resize_and_crop(processor["image_uint8"][None], size)

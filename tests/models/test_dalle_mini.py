@@ -134,6 +134,7 @@ def test_outputs_are_those_of_dalle_mini_and_steps_repeat_them(variant):
         np.testing.assert_allclose(stepped, logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("variant", HALF_CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("32", 1e-4), ("16", 0.05)])
 def test_float16_weights(variant, dtype, tolerance):
@@ -182,6 +183,7 @@ def test_padding_is_not_seen():
     assert np.isfinite(no_text).all()
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("name", "use_scan"), [("dropout", True), ("attention_dropout", False), ("activation_dropout", False)]
 )
@@ -199,6 +201,7 @@ def test_each_dropout_acts_in_training(name, use_scan):
     assert np.abs(first - second).max() > 1e-3
 
 
+@pytest.mark.e2e
 def test_every_parameter_is_trained():
     model, inputs = DalleBart(SMALL), small_inputs()
     params = {"params": random_params(SMALL)}

@@ -101,6 +101,7 @@ def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found[seen], expected[seen], rtol=0, atol=1e-4)
 
 
+@pytest.mark.e2e
 @EVERY_CASE
 def test_logits_are_those_of_the_original(case):
     numbers = arrays(case)
@@ -115,6 +116,7 @@ def test_logits_are_those_of_the_original(case):
         assert_same(run(full_logits, case, *prompts[name]), numbers[name])
 
 
+@pytest.mark.e2e
 @EVERY_CASE
 def test_cached_steps_give_the_uncached_logits(case):
     numbers, config = arrays(case), source(case).config
@@ -249,6 +251,7 @@ def test_masks_follow_the_rules(attn_type, text_seq_len, side, conv_like):
 MIXED = ("axial_col", "conv_like", "axial_row", "full")
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("options", "dtype", "tolerance"),
     [
@@ -478,6 +481,7 @@ def test_shared_ids_are_texts_in_files_of_the_trainer(monkeypatch):
         dataclasses.replace(SMALL, shared_ff_ids=(0.5,))
 
 
+@pytest.mark.e2e
 def test_padding_is_read_by_position():
     """A zero is the padding id of its place."""
     model = DallePytorch(SMALL)

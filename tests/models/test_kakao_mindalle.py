@@ -88,6 +88,7 @@ def test_filtered_logits_give_the_probabilities_that_the_original_sampled_from(c
         np.testing.assert_allclose(probabilities, arrays[f"{name}__probs"], atol=1e-4, err_msg=name)
 
 
+@pytest.mark.e2e
 @every_case
 def test_the_codec_decodes_and_encodes_as_the_original(case):
     checkpoint, arrays = loaded(case, "codec"), arrays_of(case, "stage1.npz")
@@ -114,6 +115,7 @@ def test_weights_are_views_of_the_files(case):
             assert not array.flags.owndata and not array.flags.writeable, name
 
 
+@pytest.mark.e2e
 def test_bfloat16_is_near_float32():
     checkpoint, arrays = loaded(CASE, "generator"), arrays_of(CASE, "stage2.npz")
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), checkpoint.params)

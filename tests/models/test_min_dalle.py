@@ -150,6 +150,7 @@ def test_the_config_of_dalle_mini_decides_where_it_lies_beside(folder):
         read_min_dalle(folder)
 
 
+@pytest.mark.e2e
 def test_names_of_the_hub_and_saved_norm_scales(folder):
     """`encoder_mini.pt` and its sibling; files saved after loading have all scales, each of them 1."""
     for part in ("encoder", "decoder"):

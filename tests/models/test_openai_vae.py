@@ -151,6 +151,7 @@ def test_pickled_modules_give_their_own_arrays(folder, flat):
         assert dict(named) == {name: array.shape for name, array in state.items()}
 
 
+@pytest.mark.e2e
 def test_the_decoder_alone_is_a_codec(folder):
     (folder / "encoder.pkl").unlink()
     model = load_checkpoint(folder, "codec")

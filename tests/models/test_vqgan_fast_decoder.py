@@ -60,6 +60,7 @@ def platform(request, monkeypatch):
     return "gpu" if request.param == "elsewhere" else "cpu"
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_equals_the_network(config, platform):
     params, tokens = params_of(config), tokens_of(config, 3)
@@ -83,6 +84,7 @@ def test_decodes_the_golden_tokens(platform):
         assert np.abs(pixels - arrays["decoded"]).max() < 5e-5
 
 
+@pytest.mark.e2e
 def test_images_do_not_depend_on_the_batch(monkeypatch):
     """On a CPU: bit for bit, so that a run with another batch size writes the same files."""
     monkeypatch.setattr(fast_decoder, "WINOGRAD_CH", 1)

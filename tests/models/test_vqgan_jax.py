@@ -32,6 +32,7 @@ def test_decodes_as_the_original(case, suffix):
     codec_kit.assert_close(pixels, arrays[f"decoded{suffix}"])
 
 
+@pytest.mark.e2e
 def test_encodes_as_the_original(case):
     model, arrays = case
     continuous = codec_kit.applied(model, "encode_continuous", arrays["pixels"])

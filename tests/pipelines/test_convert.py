@@ -38,6 +38,7 @@ def test_every_model_of_a_folder_is_known_by_the_same_hash(source, tmp_path):
     assert infos and all(before.matches(after) for before, after in infos)
 
 
+@pytest.mark.e2e
 def test_other_weights_have_another_hash(tmp_path):
     hashes = set()
     for change in ("nothing", "value", "name", "dtype"):

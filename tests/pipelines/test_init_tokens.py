@@ -268,6 +268,7 @@ def test_encodes_as_the_original_did(codec):
         np.testing.assert_array_equal(found[is_clear], arrays["indices"][is_clear])
 
 
+@pytest.mark.e2e
 def test_the_embedded_codec_decodes_what_it_encoded():
     """The tokens need not be the same, because many give nearly the same pixels."""
     embedded = load_checkpoint(None, "codec")
@@ -331,6 +332,7 @@ def test_flags_together(codec, tmp_path):
         init_tokens.load_init_tokens(None, None, 5, *sizes)
 
 
+@pytest.mark.e2e
 def test_a_generator_continues_the_initial_tokens(models, tmp_path):
     """The whole way: an image, its tokens, the first of them used and the rest sampled."""
     codec = load_checkpoint(models.vqgan, "codec")

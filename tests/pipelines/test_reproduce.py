@@ -43,6 +43,7 @@ def change_token(db, row_id: int, position: int) -> None:
         connection.execute("UPDATE images SET quantvec = ?, quantvec_md5 = ? WHERE id = ?", values)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("flag", ["--regenerate", "--replay"])
 def test_untouched_rows_are_reproduced_anywhere_in_a_batch(models, db, flag, capsys):
     assert verify(models, db, flag) == 0

@@ -34,6 +34,7 @@ def test_a_later_run_samples_the_same_without_compiling(tmp_path, device_count):
     assert first.stdout == later.stdout
 
 
+@pytest.mark.e2e
 def test_a_truncated_entry_is_replaced(tmp_path):
     """A run that is killed while JAX writes an entry leaves one, of which JAX would warn at every later start."""
 

@@ -91,6 +91,7 @@ def test_keys_and_noise_are_those_of_dalle_mini(case):
             np.testing.assert_allclose(np.stack(noise, axis=1), arrays["steps_gumbel"], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_tokens_are_those_that_dalle_mini_drew(case):
     for name, values, arrays in read(case)[1]:
@@ -105,6 +106,7 @@ def test_golden_cases_hold_an_end_and_ids_above_the_codebook():
     assert any((tokens > config["eos_token_id"]).any() for config, tokens in drawn)
 
 
+@pytest.mark.e2e
 def test_rows_with_keys_of_their_own_are_calls_with_one_prompt():
     case = CASES[0]
     count = len(np.load(case / "forward.npz")["input_ids"])

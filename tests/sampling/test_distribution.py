@@ -84,6 +84,7 @@ def sample_many(number, sample_count, row_count=1 << 14):
     return np.concatenate(tokens)[:sample_count]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("number", range(4))
 def test_samples_follow_the_filtered_distribution(number):
     """Chi-square of 65,536 samples. 1e-3 in all, over 4 tests."""

@@ -178,6 +178,7 @@ def odd_logits(random, row_count, code_count):
     return jnp.asarray(rows, jnp.float32)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("filters", ["none", "top_k", "top_p", "both"])
 def test_shortcuts_change_no_result(filters):
     random = np.random.default_rng(5)
