@@ -437,10 +437,11 @@ def check_image(
     found = quantvec_md5(quantvec)
     if md5 not in (None, found):
         raise ArchiveError("quantvec_md5 is not the MD5 of the tokens")
-    if not isinstance(init_count, int):
-        raise ArchiveError(f"init_count is {init_count!r:.40}, not a whole number")
-    check_init(quantvec, init_count, initial_md5)
-    if not is_canonical(extra_settings):
+    if (init_count, initial_md5) != (0, ""):
+        if not isinstance(init_count, int):
+            raise ArchiveError(f"init_count is {init_count!r:.40}, not a whole number")
+        check_init(quantvec, init_count, initial_md5)
+    if extra_settings != "" and not is_canonical(extra_settings):
         raise ArchiveError("extra_settings are not canonical JSON")
     return found
 
