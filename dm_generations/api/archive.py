@@ -63,7 +63,8 @@ class Archive(store.Archive):
 
         Args:
             source: A path; `https://...`; `hf://datasets/OWNER/NAME/FILE.db` on the Hugging Face hub, with `@REVISION`
-                after NAME if it is to be a certain one; or None for the emoji archive that ships.
+                after NAME if it is to be a certain one; or None for the emoji archive that ships. An address may end in
+                `#sha256=` and the hash that the file has to have.
             folder: Where a file from `https://` is stored. It is made if there is none. A file of this name that is
                 there already is opened in place of a download.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dm_generations.archive import Archive
-from dm_generations.cli.common import add_archive, archive_path, prepare_device, print_line
+from dm_generations.cli.common import add_archive, archive_path, given_archive, prepare_device, print_line
 from dm_generations.errors import UserError, one_line
 from dm_generations.paths import shipped
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 HELP = "look at an archive in a browser, and judge its images"
 DESCRIPTION = """\
 Serve the page of an archive to a browser on this machine. Images are decoded when they are looked at, and what you say
-of them is stored in the archive. Images that are added meanwhile appear. Ctrl-C stops it.
+of them is stored in the archive, unless that was downloaded. Images that are added meanwhile appear. Ctrl-C stops it.
 """
 EPILOG = """\
 example:
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             # Its request waits in the socket's queue while the rest is loaded.
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         config = uvicorn.Config(
-            _make_app(path, codec or _load_codec(args), token, args.host),
+            _make_app(path, codec or _load_codec(args), token, args.host, isinstance(given_archive(args), str)),
             loop="asyncio",
             http="h11",
             ws="none",
@@ -92,12 +92,12 @@ def _load_codec(args: argparse.Namespace) -> "Checkpoint":
     return load_checkpoint(args.codec, "codec")
 
 
-def _make_app(path: Path, codec: "Checkpoint", token: str, host: str | None) -> "Starlette":
+def _make_app(path: Path, codec: "Checkpoint", token: str, host: str | None, is_download: bool) -> "Starlette":
     from dm_generations.server.app import PageServer
     from dm_generations.server.data import ServedArchive
     from dm_generations.server.images import ImageCache, ImageService
 
-    archive = ServedArchive(path, codec)
+    archive = ServedArchive(path, codec, is_writable=not is_download)
     images = ImageService(codec, lambda md5s: archive.call(archive.load_tokens, md5s), ImageCache(codec.sha256))
     page = shipped("samplebrowser.html").read_text(encoding="utf-8")
     return PageServer(archive, images, page, token, needs_token=host is not None).make_app(host)

@@ -42,34 +42,46 @@ def at_least_one(text: str) -> int:
 at_least_one.__name__ = "whole number"  # as argparse names it when int() fails
 
 
-def add_archive(parser: argparse.ArgumentParser, what: str, has_default: bool = True) -> None:
+def add_archive(parser: argparse.ArgumentParser, what: str, has_default: bool = True, is_changed: bool = False) -> None:
     """Add the archive of a command, which `archive_path` returns: an argument, or the flag --db.
 
     Args:
         parser: Of the command.
         what: Explains it.
         has_default: Whether the emoji archive that ships stands for one that is left out.
+        is_changed: Whether the command writes to it; then it has to be a file.
     """
     default = " (default: the emoji archive that ships)" if has_default else ""
+    what += "" if is_changed else ", a file or an https:// or hf:// address, which is downloaded once"
+    read = file_path if is_changed else _file_or_address
     group = parser.add_mutually_exclusive_group(required=not has_default)
     group.add_argument(
         "archive",
         nargs="?",
         metavar="ARCHIVE",
-        type=file_path,
+        type=read,
         help=f"{what}{default}; it stands before lists of values",
     )
-    group.add_argument("--db", metavar="FILE", type=file_path, help="the same as ARCHIVE")
+    group.add_argument("--db", metavar="FILE", type=read, help="the same as ARCHIVE")
 
 
 def archive_path(args: argparse.Namespace) -> Path:
-    """Return the archive of a command."""
-    return given_archive(args) or shipped("archive/emoji.db")
+    """Return the archive of a command, which is downloaded if an address was given."""
+    given = given_archive(args)
+    if isinstance(given, str):
+        from dm_generations.api.download import find_archive
+
+        return find_archive(given)
+    return given or shipped("archive/emoji.db")
 
 
-def given_archive(args: argparse.Namespace) -> Path | None:
-    """Return the archive that was named; None for the one that ships."""
+def given_archive(args: argparse.Namespace) -> Path | str | None:
+    """Return the archive that was named, a path or an address; None for the one that ships."""
     return args.archive if args.db is None else args.db
+
+
+def _file_or_address(text: str) -> Path | str:
+    return text if "://" in text else file_path(text)
 
 
 def is_decode_script() -> bool:

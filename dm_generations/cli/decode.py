@@ -173,15 +173,20 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
     return 1 if write_files(archive, options).problems else 0
 
 
-def find_out_dir(archive: Path | None, mode: str = "images") -> Path:
+def find_out_dir(archive: Path | str | None, mode: str = "images") -> Path:
     """Return the folder that an archive is decoded into by default.
 
     Args:
-        archive: None is the one that ships, whose folder has the mode's name, as all had for the script of 2022.
+        archive: A path or an address. None is the one that ships, whose folder has the mode's name, as all had for
+            the script of 2022.
         mode: Of decode.
     """
     if archive is None or is_decode_script():
         return Path(mode)
+    if isinstance(archive, str):
+        from dm_generations.api.download import archive_name
+
+        archive = Path(archive_name(archive))
     name = archive.stem if mode == "images" and archive.suffix else f"{archive.stem}-{mode}"
     return Path(sanitize_name(name) or mode)
 

@@ -40,7 +40,7 @@ _MAX_BAD_ROWS = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
-    add_archive(parser, "archive to score; it is changed", has_default=False)
+    add_archive(parser, "archive to score; it is changed", has_default=False, is_changed=True)
     add("--all", action="store_true", help="also score images that another CLIP scored, and replace its scores")
     add(
         "--aesthetic",

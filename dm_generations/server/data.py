@@ -44,9 +44,10 @@ class ServedArchive:
         revision: A number that grows when images or scores were added.
     """
 
-    def __init__(self, path: Path, codec: Checkpoint):
-        """Take an archive and the codec that decodes its images."""
+    def __init__(self, path: Path, codec: Checkpoint, is_writable: bool = True):
+        """Take an archive, the codec that decodes its images, and whether judgements may be stored in it."""
         self.path = path
+        self._is_writable = is_writable
         self.revision = 0
         self._codec = codec
         self._archive: Archive | None = None
@@ -246,6 +247,8 @@ class ServedArchive:
             BadRequestError: One is wrong, or its image is not in the archive.
             ArchiveError: The archive cannot be written at the moment.
         """
+        if not self._is_writable:
+            raise BadRequestError("this archive was downloaded; browse a copy of the file to store judgements")
         if not isinstance(judgements, list):
             raise BadRequestError("the body is not a list of judgements")
         try:

@@ -41,6 +41,8 @@ MISSING = {
     "list": [NAME],
     "verify": ["--db", NAME],
     "decode": ["--db", NAME],
+    "export": [NAME, "--to", "npy", "--out", "new.npy"],
+    "import": [NAME, "--into", "new.db"],
     "score": ["--db", NAME],
     "find": ["--db", NAME, "--duplicates"],
     "compare": ["--db", NAME],

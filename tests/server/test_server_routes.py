@@ -14,6 +14,7 @@ from PIL import Image
 from dm_generations.archive import Archive, verify
 from dm_generations.archive.ratings import read_ratings
 from dm_generations.inference.decoder import Decoder
+from dm_generations.server.data import BadRequestError, ServedArchive
 
 from .conftest import GENERATOR, OTHER_GENERATOR, PROMPTS, TOKEN, add, new_images, tokens_of
 
@@ -383,4 +384,13 @@ def test_an_archive_of_2022(make_client, tmp_path, codec):
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(answer.content))), decoded(codec, 2)[0])
     assert client.get("/api/judgements").json() == []
     assert is_an_error(judge(client, judgement(found[0], "a boat")), 503)
+    assert path.read_bytes() == before
+
+
+def test_judgements_of_a_download_are_refused(path, codec):
+    before = path.read_bytes()
+    served = ServedArchive(path, codec, is_writable=False)
+    with pytest.raises(BadRequestError):
+        served.add_judgements([])
+    served.close()
     assert path.read_bytes() == before
