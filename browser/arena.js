@@ -52,6 +52,7 @@ export const arena = {
     for (let i = 0; i < TRIES; i += 1) {
       const two = [randomOf(own), randomOf(own)];
       if (own.length > 1 && two[0] === two[1]) continue;
+      if (two[0].values.archive !== two[1].values.archive) continue; // an archive stores pairs of its own images
       const images = [];
       for (const group of two) {
         const offset = Math.floor(Math.random() * group.count);

@@ -29,6 +29,7 @@
 //            counts: a histogram over 24 equal bins of scoreRange. difference: {n, mean, sd} of the scores minus those
 //            of the value with the highest mean, over images that differ in this axis alone; null where none pair.
 //   judge([judgement, ...])    judgements()    -> see judge.js
+//   zip([md5, ...])            of a server: -> Blob, a zip of these images
 //   onChange(callback)         called when images were added; the page then asks again
 //
 // ---- The server ----
@@ -57,6 +58,7 @@
 //   GET  image/CODEC/MD5     the image, WebP or PNG, immutable. What scrolls out of sight is no longer waited for.
 //   GET  api/judgements      [judgement, ...], newest last, at most 100,000
 //   POST api/judgements      [judgement, ...] with the header X-Token: TOKEN; answers {stored: N}; all or none
+//   POST api/zip             [MD5, ...] (at most 2,000) with the header X-Token; answers these images as a zip
 //   GET  api/changes         {revision}; asked every 3 s while the page is in sight
 //
 // An error is a status of 400 or more and {error: "one line: what, where, what to do"}.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dm_generations.archive import DTYPES, Selection
 from dm_generations.archive.selection import WHERE_NAMES, parse_where
+from dm_generations.errors import UserError
 from dm_generations.errors import printable as printable
 from dm_generations.paths import shipped
 from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
@@ -60,6 +61,34 @@ def add_archive(parser: argparse.ArgumentParser, what: str, has_default: bool = 
         help=f"{what}{default}; it stands before lists of values",
     )
     group.add_argument("--db", metavar="FILE", type=file_path, help="the same as ARCHIVE")
+
+
+def add_archives(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the archives of a command, which `archive_paths` returns: arguments, or the flag --db, once for each."""
+    parser.add_argument(
+        "archive",
+        nargs="*",
+        metavar="ARCHIVE",
+        type=file_path,
+        help=f"{what}, or several side by side (default: the emoji archive that ships); they stand before lists of "
+        "values",
+    )
+    parser.add_argument(
+        "--db", metavar="FILE", type=file_path, action="append", default=[], help="the same as ARCHIVE; can be repeated"
+    )
+
+
+def archive_paths(args: argparse.Namespace) -> list[Path]:
+    """Return the archives of a command.
+
+    Raises:
+        UserError: One is named twice.
+    """
+    paths = [*args.archive, *args.db] or [shipped("archive/emoji.db")]
+    for path in paths:
+        if [other.absolute() for other in paths].count(path.absolute()) > 1:
+            raise UserError(f"{path} is named twice; name each archive once")
+    return paths
 
 
 def archive_path(args: argparse.Namespace) -> Path:
