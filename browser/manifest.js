@@ -71,6 +71,11 @@ class ManifestImage {
   get key() { return this.source.seeds[this.seed] ?? null; }
   get file() { return this.group.prefix + at(this.source.columns.name, this.row) + this.group.suffix; }
   get url() { return fileUrl(this.source.folder, this.file); }
+  get thumbnail() {
+    const {thumbnails, folder} = this.source;
+    const parts = this.file.split("/");
+    return thumbnails && fileUrl(folder, [...parts.slice(0, -1), thumbnails.folder, parts.at(-1)].join("/"));
+  }
   get digest() {
     const {md5} = this.source.columns;
     const digest = md5?.slice(this.row * DIGEST, (this.row + 1) * DIGEST);
@@ -94,6 +99,8 @@ export class ManifestSource {
       manifest.version === 1 ? upgrade(manifest) : manifest;
     Object.assign(this, {folder, mode: manifest.mode, isLive: false, seeds, provenances, columns: images});
     this.archives = archives.map(String);
+    const {folder: thumbs, side} = manifest.thumbnails ?? {};
+    this.thumbnails = typeof thumbs === "string" && side > 0 ? {folder: thumbs, side: Number(side)} : null;
     this.scPrompts = new Map(scPrompts);
     this.models = [...new Set(provenances.map(([model]) => model))];
     if (!this.models.length) this.models = [null];

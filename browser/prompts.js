@@ -83,7 +83,7 @@ export const promptList = {
   add(position, prompt) {
     const text = promptText(prompt);
     const button = element("button", {type: "button", title: cut(text, 600)});
-    const url = this.app.source.mode === "images" && prompt.best?.url;
+    const url = this.app.source.mode === "images" && (prompt.best?.thumbnail ?? prompt.best?.url);
     button.append(url ? element("img", {loading: "lazy", decoding: "async", alt: "", src: url}) : element("span", {className: "blank"}),
       element("span", {className: "text", dir: "auto", textContent: cut(text, 300)}),
       element("span", {className: "count", textContent: prompt.count.toLocaleString("en")}));

@@ -7,10 +7,11 @@
 //            `id` is opaque. `values` has the value of each axis of AXES: numbers, ids of `scPrompts`, positions in
 //            `models` and `archives`. `scored` images have a score; mean, sd and best are theirs, or null.
 //   Image    {name, group, rank, score, scores, key: [key0, key1] or null, seed, md5, time, sampler, initCount, dtype,
-//            logProb, same, url, file, problem}
+//            logProb, same, url, thumbnail, file, problem}
 //            `name` tells it from the others of its group: "key0.key1", with ".1", ".2", ... for more images of one
 //            key; "page 3" for a gallery. `rank` counts from 0, best first. `seed` is the position of its key in
 //            `seeds`, or -1. `same` is how many images of the group have the same tokens, this one included.
+//            `thumbnail` is the URL of a smaller file, if there is one, with `thumbnails.side` of the source as its width.
 //            `url` is null, and `problem` may say why, where there is nothing to show.
 //
 //   mode              "images" or "gallery"

@@ -18,6 +18,10 @@ export function picture(image, prompt, app, loading = "lazy") {
   const node = element("img", {decoding: "async", alt: altOf(image, prompt, app.source)});
   node.loading = loading;
   node.addEventListener("error", () => node.parentElement?.classList.add("missing"));
+  if (image.thumbnail && loading === "lazy") { // the browser takes the one that is large enough for its place
+    const {side} = app.source.thumbnails;
+    Object.assign(node, {sizes: "auto, 160px", srcset: `${image.thumbnail} ${side}w, ${image.url} ${2 * side}w`});
+  }
   if (image.url) node.src = image.url;
   return node;
 }

@@ -12,7 +12,7 @@ from typing import Any, Final
 from dm_generations.archive.browse import AXES, MAX_SEEDS, Browser, Query, Question, statistics
 from dm_generations.errors import UserError
 from dm_generations.models.loading import Checkpoint
-from dm_generations.paths import sanitize_name
+from dm_generations.paths import label_paths, sanitize_name
 from dm_generations.server.data import (
     MAX_JUDGEMENTS,
     SUMMARY_VERSION,
@@ -63,7 +63,7 @@ class ServedArchives(ArchiveThread):
         """Take archives, and the codec that decodes their images."""
         super().__init__()
         self._archives = [ServedArchive(path, codec) for path in paths]
-        self._names = label_archives(paths)
+        self._names = label_paths(paths)
         self._revisions: list[int] = []
         self._prompts, self._sc_prompts, self._models = _Ids(1), _Ids(1), _Ids(0)
         self._model_names: list[str | None] = []
@@ -269,13 +269,6 @@ class ServedArchives(ArchiveThread):
         if len(named) != 1 or not named <= set(self._names):
             raise BadRequestError(f"judgements are of images of one of these archives: {', '.join(self._names)}")
         return self._archives[self._names.index(named.pop())].add_judgements(judgements)
-
-
-def label_archives(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each archive: that of its file, with its folder or a number where names are equal."""
-    names = [path.name for path in paths]
-    names = [f"{path.parent.name}/{path.name}" if names.count(path.name) > 1 else path.name for path in paths]
-    return [f"{name} ({names[:i].count(name) + 1})" if names[:i].count(name) else name for i, name in enumerate(names)]
 
 
 def _score(image: list[Any]) -> float:

@@ -46,6 +46,7 @@ MISSING = {
     "compare": ["--db", NAME],
     "contact-sheet": ["--db", NAME, "--rows", "prompt", "--cols", "top_k"],
     "browse": ["--db", NAME, "--no-open"],
+    "export-site": ["--db", NAME, "--out-dir", "site"],
     "demo": ["a", "--db", f"{NAME}/a.db", "--no-open"],
     "view": [NAME, "--no-open"],
     "plot": [NAME],
