@@ -60,7 +60,7 @@ function upgrade(manifest) {
 const at = (column, i) => (Array.isArray(column) ? column[i] : column);
 
 /** One image; what is rarely asked for is worked out when it is. */
-class ManifestImage {
+export class ManifestImage {
   constructor(source, group, row, name, rank) {
     Object.assign(this, {source, group, row, name, rank, same: 1, logProb: null, problem: null});
     const score = source.columns.score[row];
@@ -93,11 +93,11 @@ class ManifestImage {
 }
 
 export class ManifestSource {
-  constructor(manifest, folder) {
+  constructor(manifest, folder, imageClass = ManifestImage) {
     if (!["images", "gallery"].includes(manifest.mode)) throw new TypeError("unknown mode");
     const {archives, prompts, sc_prompts: scPrompts, seeds, provenances, groups, images} =
       manifest.version === 1 ? upgrade(manifest) : manifest;
-    Object.assign(this, {folder, mode: manifest.mode, isLive: false, seeds, provenances, columns: images});
+    Object.assign(this, {imageClass, folder, mode: manifest.mode, isLive: false, seeds, provenances, columns: images});
     this.archives = archives.map(String);
     const {folder: thumbs, side} = manifest.thumbnails ?? {};
     this.thumbnails = typeof thumbs === "string" && side > 0 ? {folder: thumbs, side: Number(side)} : null;
@@ -210,7 +210,7 @@ export class ManifestSource {
         const key = this.mode === "images" ? (this.seeds[at(this.columns.seed, row)] ?? []).join(".") : `page ${position + 1}`;
         const before = seen.get(key) ?? 0;
         seen.set(key, before + 1);
-        return new ManifestImage(this, group, row, before ? `${key}.${before}` : key, position);
+        return new this.imageClass(this, group, row, before ? `${key}.${before}` : key, position);
       }));
     }
     return this.imagesByGroup.get(group.id);

@@ -65,8 +65,9 @@ async function saveZip(app, choice, report) {
   return 1;
 }
 
-async function pixels(image) {
+async function pixels(image, source) {
   try {
+    if (source.decode) return await createImageBitmap(await source.decode(image));
     if (folderFiles) {
       const file = image.file === null ? null : folderFiles.get(image.file);
       return file ? await createImageBitmap(file) : null;
@@ -188,7 +189,7 @@ async function draw(sheet, app) {
       lines.forEach((line, i) => context.fillText(line, x, y + i * LEAD));
       continue;
     }
-    const bitmap = await pixels(image);
+    const bitmap = await pixels(image, app.source);
     if (!bitmap) { context.strokeStyle = style.getPropertyValue("--line"); context.strokeRect(x + .5, y + .5, side, side); continue; }
     const scale = side / Math.max(bitmap.width, bitmap.height);
     context.drawImage(bitmap, x, y, bitmap.width * scale, bitmap.height * scale);

@@ -1,6 +1,7 @@
-// Where the page gets its data: from manifest.js beside decoded images (ManifestSource), or from a server (LiveSource).
+// Where the page gets its data: from manifest.js beside decoded images (ManifestSource), from an archive that it decodes
+// itself (SiteSource), or from a server (LiveSource).
 //
-// Both have the members below, and the page uses nothing else. A server is written from this comment alone.
+// All have the members below, and the page uses nothing else. A server is written from this comment alone.
 //
 //   Prompt   {id, text or null, count, best: Image or null}
 //   Group    the images of one prompt and one setting: {id, prompt, values, count, scored, mean, sd, best}
@@ -30,6 +31,7 @@
 //            counts: a histogram over 24 equal bins of scoreRange. difference: {n, mean, sd} of the scores minus those
 //            of the value with the highest mean, over images that differ in this axis alone; null where none pair.
 //   judge([judgement, ...])    judgements()    -> see judge.js
+//   show(node, image), decode(image)   of a site: show an image in an <img>; its PNG as a Blob
 //   zip([md5, ...])            of a server: -> Blob, a zip of these images
 //   onChange(callback)         called when images were added; the page then asks again
 //
@@ -66,11 +68,15 @@
 
 import {ManifestSource, loadManifest} from "./manifest.js";
 import {LiveSource} from "./live.js";
+import {SiteSource} from "./site.js";
+
+export const isSite = () => document.querySelector('meta[name="site"]').content !== "";
 
 /** Return {source}, or {problem, file, version}: "missing", "broken" or "newer". */
 export async function openSource() {
   const token = document.querySelector('meta[name="live"]').content;
   if (token) return {source: await LiveSource.open(token)};
+  if (isSite()) return {source: await SiteSource.open(document.querySelector('meta[name="site"]').content)};
   const loaded = await loadManifest();
   if (loaded.problem) return loaded;
   try {
