@@ -21,7 +21,7 @@ from dm_generations.archive import Archive, merge
 from dm_generations.archive.ratings import model_label
 from dm_generations.archive.selection import ALL, Selection
 from dm_generations.atomic_io import remove_stale_temporaries, write_atomic
-from dm_generations.errors import UserError
+from dm_generations.errors import UserError, one_line
 from dm_generations.export.npm import read_scripts
 from dm_generations.export.plan import check_codec, is_finished, select_groups
 from dm_generations.export.site import INDEX
@@ -103,7 +103,7 @@ def export_codec(checkpoint: Checkpoint, grid: int) -> bytes:
     """Return the decoder of a codec as ONNX: tokens (1, L) int32 to pixels (1, H, W, 3) float32 from 0 to 1.
 
     Raises:
-        UserError: The library for it is missing.
+        UserError: The library for it is missing, or cannot convert this network.
     """
     try:
         from jax2onnx import to_onnx
@@ -119,4 +119,8 @@ def export_codec(checkpoint: Checkpoint, grid: int) -> bytes:
         return jnp.clip(network.apply({"params": params}, tokens, method="decode_code"), 0.0, 1.0)
 
     tokens = jax.ShapeDtypeStruct((1, grid**2), np.int32)
-    return to_onnx(decode, inputs=[tokens], model_name="codec").SerializeToString()
+    try:
+        return to_onnx(decode, inputs=[tokens], model_name="codec").SerializeToString()
+    except Exception as error:  # whatever it meets in a network that it does not know
+        reason = f"codec {checkpoint.name!r} cannot be converted to ONNX: {one_line(error)}"
+        raise UserError(f"{reason}; export the site without --live") from error
