@@ -44,6 +44,7 @@ export const large = {
     $("next").disabled = position === images.length - 1;
     attributes($("large-image"), {alt: altOf(this.image, prompt, source)});
     showImage($("large-image"), this.image, source);
+    $("large-problem").textContent = this.image.problem ? `Not decoded: ${cut(this.image.problem, 400)}` : "";
     this.sliders.show(app.groups, group, source);
     $("large-notice").textContent = app.notice;
     this.showFacts();
@@ -72,7 +73,6 @@ export const large = {
     if (image.initCount) facts.push(["initial tokens", String(image.initCount)]);
     if (image.logProb !== null) facts.push(["log-probability", image.logProb.toFixed(2)]);
     if (image.time !== null) facts.push(["sampled", new Date(image.time * 1000).toISOString().slice(0, 19).replace("T", " ") + " UTC"]);
-    if (image.problem) facts.push(["not decoded", cut(image.problem, 400)]);
     if (image.md5) facts.push(["MD5 of the tokens", image.md5]);
     if (image.file !== null) facts.push(["file", visible(image.file)]);
     $("facts").replaceChildren(...facts.flatMap(([name, value]) => [

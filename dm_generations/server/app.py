@@ -31,7 +31,7 @@ from dm_generations.errors import UserError, one_line
 from dm_generations.export.writers import Zip
 from dm_generations.server.archives import ServedArchives
 from dm_generations.server.data import BadRequestError, ServedArchive
-from dm_generations.server.images import ImageService, UndecodableError, draw_notice
+from dm_generations.server.images import ImageService, UndecodableError, UnknownImageError, draw_notice
 
 MAX_BODY_BYTES: Final = 4 << 20
 MAX_PROMPTS: Final = 2000  # of one answer
@@ -307,6 +307,8 @@ class PageServer:
             headers = {"Cache-Control": "private, max-age=31536000, immutable"}
             try:
                 return Response(image.result(), media_type="image/webp", headers=headers)
+            except UnknownImageError as error:
+                raise HTTPException(404, str(error)) from error
             except UndecodableError as error:
                 notice = draw_notice(str(error))
                 return Response(notice, 422, {"Cache-Control": "no-store"}, "image/webp")

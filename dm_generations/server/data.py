@@ -32,7 +32,7 @@ from dm_generations.errors import UserError
 from dm_generations.export.output_file import EXTENSIONS
 from dm_generations.export.plan import make_file_name, make_folder_name
 from dm_generations.models.loading import Checkpoint
-from dm_generations.server.images import HASH_DIGITS, UndecodableError, read_tokens
+from dm_generations.server.images import HASH_DIGITS, UndecodableError, UnknownImageError, read_tokens
 
 LOCK_TIMEOUT: Final = 3.0  # seconds; a request waits so long for another program's lock
 MAX_JUDGEMENTS: Final = 100_000
@@ -236,7 +236,7 @@ class ServedArchive(ArchiveThread):
         found: dict[str, np.ndarray | UserError] = {}
         for md5, row in self._find_rows(md5s).items():
             if row is None:
-                found[md5] = UserError(f"no image of {self.path} has tokens with the MD5 {md5}")
+                found[md5] = UnknownImageError(f"no image of {self.path} has tokens with the MD5 {md5}")
                 continue
             try:
                 found[md5] = read_tokens(row, models, self._codec)

@@ -43,6 +43,10 @@ _NOTICE_COLOURS: Final = (238, 238, 240), (70, 70, 76)  # of the ground and the 
 _logger = logging.getLogger(__name__)
 
 
+class UnknownImageError(UserError):
+    """An image that is not in the archive."""
+
+
 class UndecodableError(UserError):
     """An image that is in the archive, with tokens that this codec does not decode."""
 

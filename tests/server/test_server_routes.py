@@ -379,7 +379,7 @@ def test_an_image_that_no_one_was_told_of_is_found(make_client, codec, listed):
     another = make_client()  # a server that was started anew
     md5 = listed[0][IMAGE.index("md5")]
     assert another.get(f"/image/{codec.sha256[:16]}/{md5}").status_code == 200
-    assert is_an_error(another.get(f"/image/{codec.sha256[:16]}/{'0' * 32}"), 503)
+    assert is_an_error(another.get(f"/image/{codec.sha256[:16]}/{'0' * 32}"), 404)
 
 
 def test_an_empty_archive(make_client, tmp_path):
