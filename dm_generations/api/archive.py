@@ -143,10 +143,10 @@ class Archive(store.Archive):
         1 RGB
 
         Args:
-            rows: An axis: prompt, sc_prompt, top_k, top_p, temperature, cond_scale, extra_settings, model or key.
+            rows: An axis: prompt, sc_prompt, top_k, top_p, temperature, cond_scale, extra_settings, model or seed.
             cols: Another one.
             pages: Another one, of whose values each gets a page.
-            cell: "best1", "best4" or "best9" by `clip_score_input`, or "same-seed": the same key in all cells.
+            cell: "best1", "best4" or "best9" by `clip_score_input`, or "same-seed": the same seed in all cells.
             scores: Whether to write them below the images.
             theme: "light" or "dark".
             font: A font file; None is Pillow's, which has no accents and no other scripts.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dm_generations.archive import Archive
-from dm_generations.cli.common import add_archive, archive_path, given_archive, prepare_device, print_line
+from dm_generations.cli.common import add_archives, archive_paths, given_archives, prepare_device, print_line
 from dm_generations.errors import UserError, one_line
 from dm_generations.paths import shipped
 
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 HELP = "look at an archive in a browser, and judge its images"
 DESCRIPTION = """\
-Serve the page of an archive to a browser on this machine. Images are decoded when they are looked at, and what you say
-of them is stored in the archive, unless that was downloaded. Images that are added meanwhile appear. Ctrl-C stops it.
+Serve the page of an archive, or of several side by side, to a browser on this machine. Images are decoded when they are
+looked at, and what you say of them is stored in their archive. Images that are added meanwhile appear. Ctrl-C stops it.
 """
 EPILOG = """\
 example:
   python -m dm_generations browse --db mine.db
+  python -m dm_generations browse before.db after.db
 """
 _PORT = 8765
 _LOOPBACK = "127.0.0.1"
@@ -38,7 +39,7 @@ _LOOPBACK = "127.0.0.1"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     add = parser.add_argument
-    add_archive(parser, "archive to look at")
+    add_archives(parser, "archive to look at")
     add("--codec", metavar="PATH", help="codec that the images were made with (default: the embedded one)")
     add("--port", type=_port, default=_PORT, metavar="N", help=f"port to listen on, 0 for any (default: {_PORT})")
     add(
@@ -57,19 +58,21 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn
     except ImportError as error:
         raise UserError("browse needs a web server: pip install 'dm-generations[browse]'") from error
-    path = archive_path(args)
-    Archive.open(path).close()  # before anything takes time
+    paths = archive_paths(args)
+    archives = {path: isinstance(given, Path) for path, given in zip(paths, given_archives(args), strict=True)}
+    for path in paths:
+        Archive.open(path).close()  # before anything takes time
     with contextlib.closing(_listen(args.host or _LOOPBACK, args.port)) as listener:
         codec = None if args.codec is None else _load_codec(args)  # a wrong one is an error before all else
         token = secrets.token_urlsafe(24)
         address = _address(args.host, listener, token)
-        print_line(f"Serving {path} at {address} (Ctrl-C stops)")
+        print_line(f"Serving {', '.join(map(str, paths))} at {address} (Ctrl-C stops)")
         sys.stdout.flush()
         if not args.no_open and _has_browser():
             # Its request waits in the socket's queue while the rest is loaded.
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         config = uvicorn.Config(
-            _make_app(path, codec or _load_codec(args), token, args.host, isinstance(given_archive(args), str)),
+            _make_app(archives, codec or _load_codec(args), token, args.host),
             loop="asyncio",
             http="h11",
             ws="none",
@@ -92,12 +95,15 @@ def _load_codec(args: argparse.Namespace) -> "Checkpoint":
     return load_checkpoint(args.codec, "codec")
 
 
-def _make_app(path: Path, codec: "Checkpoint", token: str, host: str | None, is_download: bool) -> "Starlette":
+def _make_app(archives: dict[Path, bool], codec: "Checkpoint", token: str, host: str | None) -> "Starlette":
+    """Make the server of archives; with each is whether judgements may be stored in it."""
     from dm_generations.server.app import PageServer
+    from dm_generations.server.archives import ServedArchives
     from dm_generations.server.data import ServedArchive
     from dm_generations.server.images import ImageCache, ImageService
 
-    archive = ServedArchive(path, codec, is_writable=not is_download)
+    served = [ServedArchive(path, codec, is_writable) for path, is_writable in archives.items()]
+    archive = ServedArchives(served) if len(served) > 1 else served[0]
     images = ImageService(codec, lambda md5s: archive.call(archive.load_tokens, md5s), ImageCache(codec.sha256))
     page = shipped("samplebrowser.html").read_text(encoding="utf-8")
     return PageServer(archive, images, page, token, needs_token=host is not None).make_app(host)

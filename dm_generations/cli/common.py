@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dm_generations.archive import DTYPES, Selection
 from dm_generations.archive.selection import WHERE_NAMES, parse_where
+from dm_generations.errors import UserError
 from dm_generations.errors import printable as printable
 from dm_generations.paths import shipped
 from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
@@ -65,19 +66,60 @@ def add_archive(parser: argparse.ArgumentParser, what: str, has_default: bool = 
     group.add_argument("--db", metavar="FILE", type=read, help="the same as ARCHIVE")
 
 
+def add_archives(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the archives of a command, which `archive_paths` returns: arguments, or the flag --db, once for each."""
+    parser.add_argument(
+        "archive",
+        nargs="*",
+        metavar="ARCHIVE",
+        type=_file_or_address,
+        help=f"{what}, a file or an https:// or hf:// address, or several side by side (default: the emoji archive"
+        " that ships); they stand before lists of values",
+    )
+    parser.add_argument(
+        "--db",
+        metavar="FILE",
+        type=_file_or_address,
+        action="append",
+        default=[],
+        help="the same as ARCHIVE; can be repeated",
+    )
+
+
+def archive_paths(args: argparse.Namespace) -> list[Path]:
+    """Return the archives of a command; those with an address are downloaded.
+
+    Raises:
+        UserError: One is named twice.
+    """
+    paths = [_local_path(given) for given in given_archives(args)]
+    for path in paths:
+        if [other.absolute() for other in paths].count(path.absolute()) > 1:
+            raise UserError(f"{path} is named twice; name each archive once")
+    return paths
+
+
+def given_archives(args: argparse.Namespace) -> list[Path | str]:
+    """Return the archives that were named, paths or addresses, or the one that ships."""
+    return [*args.archive, *args.db] or [shipped("archive/emoji.db")]
+
+
 def archive_path(args: argparse.Namespace) -> Path:
     """Return the archive of a command, which is downloaded if an address was given."""
-    given = given_archive(args)
-    if isinstance(given, str):
-        from dm_generations.api.download import find_archive
-
-        return find_archive(given)
-    return given or shipped("archive/emoji.db")
+    return _local_path(given_archive(args) or shipped("archive/emoji.db"))
 
 
 def given_archive(args: argparse.Namespace) -> Path | str | None:
     """Return the archive that was named, a path or an address; None for the one that ships."""
     return args.archive if args.db is None else args.db
+
+
+def _local_path(given: Path | str) -> Path:
+    if isinstance(given, Path):
+        return given
+    from dm_generations.api.download import find_archive
+
+    return find_archive(given)
 
 
 def _file_or_address(text: str) -> Path | str:

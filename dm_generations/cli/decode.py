@@ -100,7 +100,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     add("--format", choices=["png", "webp", "jpeg"], help="of the images (default: png)")
     add(
         "--quality",
-        type=_quality,
+        type=quality,
         metavar="N",
         help="1 to 100, of jpeg (default: 90) and webp (default: lossless, of about the size of a png)",
     )
@@ -253,12 +253,13 @@ def _batch_size(text: str) -> int | None:
     return None if text == "auto" else at_least_one(text)
 
 
-def _quality(text: str) -> int:
+def quality(text: str) -> int:
+    """Convert the flag --quality. Raises ArgumentTypeError or ValueError."""
     number = int(text)
     if not 1 <= number <= 100:
         raise argparse.ArgumentTypeError(f"{number} is not between 1 and 100")
     return number
 
 
-_quality.__name__ = "whole number"  # argparse names the type when int() fails
+quality.__name__ = "whole number"  # argparse names the type when int() fails
 _batch_size.__name__ = "whole number or auto"

@@ -27,8 +27,8 @@ HELP = "write the images of an archive as a data set for other tools"
 DESCRIPTION = """\
 Write images with their prompts, settings, keys, scores, models and tokens as a data set. Parquet is a folder that the
 Hugging Face hub takes as it is, and `import` makes the same archive of it. The others are one file: JSON lines and CSV
-have the same columns, npz has the numbers, prompts and tokens, and npy the tokens alone. --fid writes what evaluators of
-FID take: the images as one array arr_0, (n, H, W, 3) uint8, in a .npz file. Nothing is left of a set that is stopped.
+have the same columns, npz has the numbers, prompts and tokens, and npy the tokens alone. --fid writes what evaluators
+of FID take: the images as one array arr_0, (n, H, W, 3) uint8, in a .npz file. Nothing is left of what is stopped.
 """
 EPILOG = """\
 example:

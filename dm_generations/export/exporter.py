@@ -14,19 +14,34 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from dm_generations.archive import Archive, ImageRow
 from dm_generations.archive.records import BadTokensError, count_tokens, tokens_from_blob
 from dm_generations.archive.selection import Selection
-from dm_generations.atomic_io import remove_stale_temporaries
+from dm_generations.atomic_io import remove_stale_temporaries, write_atomic
 from dm_generations.errors import UserError
 from dm_generations.export.captions import Strips
 from dm_generations.export.journal import Journal, identify
-from dm_generations.export.manifest import Entry, build_manifest, make_entry, manifest_files, write_manifest
-from dm_generations.export.output_file import EncodeContext, Encoding, OutputFile, encode_npy, fill_cells
+from dm_generations.export.manifest import (
+    THUMBNAILS,
+    Entry,
+    build_manifest,
+    make_entry,
+    manifest_files,
+    thumbnail_path,
+    write_manifest,
+)
+from dm_generations.export.output_file import (
+    EncodeContext,
+    Encoding,
+    OutputFile,
+    encode_npy,
+    fill_cells,
+    thumbnail_side,
+)
 from dm_generations.export.plan import GroupPlan, Layout, Target, check_codec, is_finished, select_groups
 from dm_generations.export.writers import (
     FileWriter,
@@ -38,9 +53,9 @@ from dm_generations.export.writers import (
     fingerprint,
     make_folder,
 )
-from dm_generations.inference.decoder import Decoder
+from dm_generations.inference.decoder import Decoded, Decoder, PassthroughDecoder, TokenDecoder
 from dm_generations.models.loading import load_checkpoint
-from dm_generations.paths import utf8_path
+from dm_generations.paths import PAGE, utf8_path
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import core_count
 
@@ -65,6 +80,8 @@ class ExportOptions:
         encoding: Of image files, whose names end in its extension.
         has_metadata: Whether image files carry their rows.
         strips: The text on galleries.
+        has_thumbnails: Whether each image file gets a smaller one, at its `thumbnail_path`.
+        page: The name of the page.
     """
 
     out_dir: Path
@@ -78,6 +95,8 @@ class ExportOptions:
     encoding: Encoding = field(default_factory=Encoding)
     has_metadata: bool = False
     strips: Strips = field(default_factory=Strips)
+    has_thumbnails: bool = False
+    page: str = PAGE
 
 
 @dataclass
@@ -89,6 +108,7 @@ class ExportReport:
         already_there: Files that were finished before.
         problems: A line for each bad row and each file that could not be written.
         page: To open in a browser.
+        manifest: What the page shows.
         left_out_count: Files in the folder, of other archives or selections, that are not on the page.
     """
 
@@ -96,42 +116,8 @@ class ExportReport:
     already_there: int = 0
     problems: list[str] = field(default_factory=list)
     page: Path | None = None
+    manifest: dict[str, Any] | None = None
     left_out_count: int = 0
-
-
-class Decoded(Protocol):
-    """Images that are being decoded."""
-
-    def images(self) -> np.ndarray:
-        """Wait for the images (n, H, W, 3) uint8."""
-
-
-class TokenDecoder(Protocol):
-    """What turns tokens into images: a codec, or PassthroughDecoder."""
-
-    @property
-    def batch_size(self) -> int:
-        """How many images `start` should get at a time."""
-
-    def start(self, tokens: np.ndarray) -> Decoded:
-        """Start decoding (n, L) uint16."""
-
-
-@dataclass
-class PassthroughDecoder:
-    """Stands for a codec where tokens are written as they are: its images are their tokens (n, L)."""
-
-    batch_size = 1  # rows of an archive may differ in length
-    tokens: np.ndarray | None = None
-
-    def start(self, tokens: np.ndarray) -> "PassthroughDecoder":
-        """Take tokens (n, L)."""
-        return PassthroughDecoder(tokens)
-
-    def images(self) -> np.ndarray:
-        """Return the tokens."""
-        assert self.tokens is not None, "started"
-        return self.tokens
 
 
 def export_archive(
@@ -155,6 +141,8 @@ def export_archive(
     """
     plans = select_groups(archive, options.selection)
     folders = [] if options.layout.is_sharded else sorted({plan.folder for plan in plans})
+    if options.has_thumbnails:
+        folders += [f"{folder}/{THUMBNAILS}" for folder in folders]
     check_folders(options.out_dir, folders)
     with Journal(options.out_dir) as journal:
         if options.layout.has_page:
@@ -215,7 +203,15 @@ class Exporter:
                 for file in files:
                     self.journal.flush()
                     done = self._when_written(file)
-                    writer.submit(utf8_path(self.out_dir, file.path), partial(file.encode, self._context), done)
+                    writer.submit(utf8_path(self.out_dir, file.path), partial(self._encode, file), done)
+
+    def _encode(self, file: OutputFile) -> bytes:
+        """Return the bytes of a file; its thumbnail is written before it, so that a finished file has one."""
+        if self.options.has_thumbnails:
+            path = utf8_path(self.out_dir, thumbnail_path(file.path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, file.encode_thumbnail())
+        return file.encode(self._context)
 
     def write_page(self) -> None:
         """Write `manifest.js`, the page and the compacted journal, for the files that are there.
@@ -227,7 +223,8 @@ class Exporter:
             return
         try:
             if self._entries:
-                self.report.page = write_manifest(self.out_dir, self._manifest())
+                self.report.manifest = self._manifest()
+                self.report.page = write_manifest(self.out_dir, self.report.manifest, self.options.page)
             self.report.left_out_count = len(self.journal.compact() - self._entries.keys())
         except OSError as error:
             raise UserError(f"cannot write the page into {self.out_dir}: {error.strerror}") from error
@@ -250,7 +247,9 @@ class Exporter:
 
     def _is_finished(self, path: str) -> bool:
         """Return whether a file was there before this export; asks the disk only where the file's folder was."""
-        return path.rpartition("/")[0] not in self._new_folders and is_finished(self.out_dir, path)
+        if path.rpartition("/")[0] in self._new_folders or not is_finished(self.out_dir, path):
+            return False
+        return not self.options.has_thumbnails or is_finished(self.out_dir, thumbnail_path(path))
 
     def _find_stale(self) -> Iterator[str]:
         """Yield paths of files whose ranks belong to other images by now."""
@@ -413,7 +412,11 @@ class Exporter:
 
     def _manifest(self) -> dict:
         mode = "gallery" if self.layout.is_gallery else "images"
-        return build_manifest(mode, self.archive.path.name, self._entries.values())
+        manifest = build_manifest(mode, self.archive.path.name, self._entries.values())
+        if self.options.has_thumbnails:
+            side = thumbnail_side(utf8_path(self.out_dir, thumbnail_path(next(iter(self._entries)))))
+            manifest["thumbnails"] = {"folder": THUMBNAILS, "side": side}
+        return manifest
 
     def _last_members(self) -> list[Member]:
         """Return the page for a zip, which is the tree that separate files would be."""

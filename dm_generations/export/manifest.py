@@ -12,7 +12,9 @@ statement, `window.DM_MANIFEST = {...};`, in ASCII:
     provenances  [[model, sampler_version, init_count, dtype], ...]    each listed once: the name of the model that
                  sampled an image, "" for the one that ships and null for one that is not known; which noise it sampled
                  with; the number of initial tokens; and the dtype of its activations
-    groups       columns: prompt, sc_prompt, top_k, top_p, temperature, cond_scale, prefix, suffix, count
+    thumbnails   if there are any {"folder": beside the images, "side": their pixels a side}; they have the same names
+    groups       columns: prompt, sc_prompt, top_k, top_p, temperature, cond_scale, prefix, suffix, count; of several
+                 archives also archive, a position in `archives`
     images       columns: name, position, score, and of mode "images" seed, provenance, md5, time; group after group
 
 A column is a list, or one value where all are equal. `prompt`, `sc_prompt`, `seed` and `provenance` are positions in
@@ -47,6 +49,7 @@ from dm_generations.paths import PAGE, shipped
 
 MANIFEST_VERSION = 2
 MANIFEST = "manifest.js"
+THUMBNAILS = "thumbs"
 MANIFEST_START = "window.DM_MANIFEST = "
 
 _SHIPPED = "embedded/"  # so begin the names of models that ship
@@ -274,22 +277,33 @@ def _column(values: list) -> Any:
     return values[0] if values and values.count(values[0]) == len(values) else values
 
 
-def write_manifest(out_dir: Path, manifest: dict[str, Any]) -> Path:
+def write_manifest(out_dir: Path, manifest: dict[str, Any], page: str = PAGE) -> Path:
     """Write `manifest.js` and the page into an existing folder; return the path of the page to open.
+
+    Args:
+        out_dir: The folder.
+        manifest: See above.
+        page: The name of the page.
 
     Raises:
         OSError: They cannot be written.
         UserError: The page is missing from the installation.
     """
-    for name, content in manifest_files(manifest).items():
+    for name, content in manifest_files(manifest, page).items():
         write_atomic(out_dir / name, content)
-    return out_dir / PAGE
+    return out_dir / page
 
 
-def manifest_files(manifest: dict[str, Any]) -> dict[str, bytes]:
+def manifest_files(manifest: dict[str, Any], page: str = PAGE) -> dict[str, bytes]:
     """Return `manifest.js` and the page, content by name. Raises UserError if the page is not installed."""
     text = f"{MANIFEST_START}{_script_json(manifest)};\n"
-    return {MANIFEST: text.encode("ascii"), PAGE: shipped(PAGE).read_bytes()}
+    return {MANIFEST: text.encode("ascii"), page: shipped(PAGE).read_bytes()}
+
+
+def thumbnail_path(path: str) -> str:
+    """Return where the thumbnail of an image is, in a folder beside it."""
+    folder, _, name = path.rpartition("/")
+    return f"{folder}/{THUMBNAILS}/{name}"
 
 
 def _split_paths(paths: list[str]) -> tuple[str, str, list[str]]:

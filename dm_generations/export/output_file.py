@@ -15,6 +15,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ Record = dict[str, Any]
 EXTENSIONS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 PNG_EFFORTS = ("default", "small")
 JPEG_QUALITY = 90
+_THUMBNAIL_QUALITY = 80
 SOFTWARE = f"dm_generations {__version__}"
 
 # Pixels on the longer side that each format takes.
@@ -262,6 +264,14 @@ class OutputFile:
             pixels = context.strips.add(pixels, *self.grid, self._caption(), self._labels())
         return context.encoding.encode(pixels, self._record(context) if context.has_metadata else None)
 
+    def encode_thumbnail(self) -> bytes:
+        """Return a WebP file of the image at half its size."""
+        assert self.pixels is not None, "filled"
+        image = Image.fromarray(self.pixels).reduce(2)
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=_THUMBNAIL_QUALITY)
+        return buffer.getvalue()
+
     def encode_members(self, context: EncodeContext) -> list[Member]:
         """Return what goes into the shard: the file, and in a tar also its row as JSON and its prompt."""
         image = self.encode(context)
@@ -296,6 +306,15 @@ class OutputFile:
         score_by_cell = {cell: finite_score(row) for cell, row in self.rows}
         scores = [score_by_cell.get(cell) for cell in range(len(self.target.ranks))]
         return ["" if score is None else f"{score:.2f}" for score in scores]
+
+
+def thumbnail_side(path: Path) -> int:
+    """Return the width of a thumbnail; 0 if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.width
+    except (OSError, ValueError):
+        return 0
 
 
 def fill_cells(tokens_by_cell: Mapping[int, np.ndarray], cell_count: int) -> np.ndarray:

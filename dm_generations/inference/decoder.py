@@ -8,6 +8,7 @@ import copy
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import jax
@@ -358,6 +359,41 @@ class Decoding:
             count = min(left, len(images))
             left -= count
             yield images, count
+
+
+class Decoded(Protocol):
+    """Images that are being decoded."""
+
+    def images(self) -> np.ndarray:
+        """Wait for the images (n, H, W, 3) uint8."""
+
+
+class TokenDecoder(Protocol):
+    """What turns tokens into images: a codec, or PassthroughDecoder."""
+
+    @property
+    def batch_size(self) -> int:
+        """How many images `start` should get at a time."""
+
+    def start(self, tokens: np.ndarray) -> Decoded:
+        """Start decoding (n, L) uint16."""
+
+
+@dataclass
+class PassthroughDecoder:
+    """Stands for a codec where tokens are written as they are: its images are their tokens (n, L)."""
+
+    batch_size = 1  # rows of an archive may differ in length
+    tokens: np.ndarray | None = None
+
+    def start(self, tokens: np.ndarray) -> "PassthroughDecoder":
+        """Take tokens (n, L)."""
+        return PassthroughDecoder(tokens)
+
+    def images(self) -> np.ndarray:
+        """Return the tokens."""
+        assert self.tokens is not None, "started"
+        return self.tokens
 
 
 def _on_each_device(function: Callable, mesh: Mesh) -> Callable:

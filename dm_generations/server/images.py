@@ -6,8 +6,10 @@ L: tokens of an image   n: images of a batch   H, W: pixels of an image
 import asyncio
 import concurrent.futures
 import contextlib
+import io
 import logging
 import os
+import textwrap
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +17,12 @@ from typing import Any, Final
 
 import jax
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from dm_generations.archive import ModelInfo
 from dm_generations.archive.records import BadTokensError, format_shape, square_side, tokens_from_blob
 from dm_generations.atomic_io import remove_stale_temporaries, write_atomic
-from dm_generations.errors import UserError, one_line
+from dm_generations.errors import UserError, one_line, printable
 from dm_generations.export.output_file import Encoding
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import Checkpoint
@@ -35,7 +38,18 @@ COLLECT_S: Final = 0.008  # requests that arrive within this time are decoded to
 _CPU_BATCH_PIXELS: Final = 1 << 14
 _MAX_BATCH: Final = 16
 _PRUNE_AFTER: Final = 64 << 20  # bytes written
+_NOTICE_SIDE: Final = 256  # pixels
+_NOTICE_COLOURS: Final = (238, 238, 240), (70, 70, 76)  # of the ground and the text
 _logger = logging.getLogger(__name__)
+
+
+class UnknownImageError(UserError):
+    """An image that is not in the archive."""
+
+
+class UndecodableError(UserError):
+    """An image that is in the archive, with tokens that this codec does not decode."""
+
 
 # The tokens (L,) uint16 of images by MD5; an exception in place of those that cannot be shown.
 LoadTokens = Callable[[list[str]], Awaitable[Mapping[str, "np.ndarray | UserError"]]]
@@ -237,6 +251,18 @@ class ImageService:
         decoder = Decoder.from_checkpoint(self.codec, "auto", grid=grid)
         decoder.set_batch_size(min(decoder.batch_size, _MAX_BATCH))
         return decoder
+
+
+def draw_notice(text: str) -> bytes:
+    """Return a WebP image that says why there is no other one; `text` may be of others."""
+    ground, ink = _NOTICE_COLOURS
+    image = Image.new("RGB", (_NOTICE_SIDE, _NOTICE_SIDE), ground)
+    font = ImageFont.load_default(15)
+    lines = textwrap.wrap(printable(text, 400), 30, max_lines=12)
+    ImageDraw.Draw(image).multiline_text((14, 14), "\n".join(lines), ink, font)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=True)
+    return buffer.getvalue()
 
 
 def _fail(job: _Job, error: Exception) -> None:
