@@ -90,6 +90,12 @@ class ImageRow:
     time_end: float | None = None
     extra_settings: str = ""
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """`key0` and `key1` as words of 32 bits; 0 for what a damaged file has in place of a number."""
+        key0, key1 = (word & 0xFFFFFFFF if isinstance(word, int) else 0 for word in (self.key0, self.key1))
+        return key0, key1
+
 
 @dataclass(frozen=True, slots=True)
 class ClassLabel:

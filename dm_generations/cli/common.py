@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING
 
 from dm_generations.archive import DTYPES, Selection
 from dm_generations.archive.selection import WHERE_NAMES, parse_where
+from dm_generations.errors import UserError
 from dm_generations.errors import printable as printable
 from dm_generations.paths import shipped
 from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
+from dm_generations.sampling.params import DECODER_STEPS
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+    from dm_generations.inference.diffusion import Diffusion
 
 MAX_LINE = 10_000  # characters of what is printed at once
 PROGRESS_LINE_S = 10.0
@@ -198,6 +202,69 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
     add("--cpu-only", action="store_true", help="do not use accelerators")
 
 
+def add_decoder_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add a group of options about a diffusion decoder, which `load_diffusion` reads, and return it."""
+    group = parser.add_argument_group(
+        "diffusion decoder", "takes the place of the codec's own decoder, and begins with noise from each image's key"
+    )
+    add = group.add_argument
+    add(
+        "--decoder",
+        metavar="PATH",
+        help="a model-latest.pt or ema_*.pt of DALL-3's decoder, or a folder that convert made of one; --codec is the "
+        "codec that made the tokens",
+    )
+    add(
+        "--decoder-steps",
+        metavar="N",
+        help="steps and their sampler: 250 is DDPM, ddim50 is DDIM and dpm25 is DPM-Solver++; more take longer "
+        f"(default: {DECODER_STEPS})",
+    )
+    add("--eta", type=_eta, metavar="X", help="noise of the steps of ddimN, 0 to 1 (default: 0)")
+    add("--clip-denoised", action="store_true", help="clip what is predicted at each step to the range of pixels")
+    add(
+        "--decoder-seed",
+        type=_decoder_seed,
+        metavar="N",
+        help="of the noise; another one gives other details (default: 0)",
+    )
+    return group
+
+
+def load_diffusion(args: argparse.Namespace) -> "Diffusion | None":
+    """Load the decoder that the options of `add_decoder_options` ask for, after `prepare_device`; None for none.
+
+    Raises:
+        UserError: It is missing or broken, or an option has no effect.
+    """
+    if args.decoder is None:
+        for name in ("decoder_steps", "eta", "clip_denoised", "decoder_seed", "decoder_n"):
+            if getattr(args, name, None):
+                raise UserError(f"--{name.replace('_', '-')} has no effect here: it is for --decoder")
+        return None
+    from dm_generations.inference.diffusion import Diffusion
+
+    steps = args.decoder_steps or DECODER_STEPS
+    return Diffusion.load(args.decoder, steps, args.eta, args.clip_denoised, args.decoder_seed or 0)
+
+
+def _eta(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{number} is not between 0 and 1")
+    return number
+
+
+def _decoder_seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 1 << 32:
+        raise argparse.ArgumentTypeError(f"{number} is not between 0 and 4,294,967,295")
+    return number
+
+
+_eta.__name__, _decoder_seed.__name__ = "number", "whole number"
+
+
 def add_dalle_pytorch_options(add: Callable[..., argparse.Action]) -> None:
     """Add options for what a `dalle.pt` lacks or has wrong; `add` is the method of a parser or a group."""
     add(
@@ -265,6 +332,13 @@ class Progress:
             if done < total:
                 self._print_due_line(now)
 
+    def on_step(self, done: int, total: int) -> None:
+        """Show that `done` of `total` steps of a batch are taken."""
+        with self._lock:
+            self._stage = f"step {done:,} of {total:,}"
+            if self._bar is not None:
+                self._bar.set_description_str(self._stage)
+
     def _show_bar(self, total: int | None) -> None:
         """Show a bar on a terminal; without a total only what is done at the moment."""
         if not sys.stderr.isatty():
@@ -293,7 +367,7 @@ class Progress:
             print_line(f"{self._stage}: {now - self._started:,.0f} s so far", to_stderr=True)
             return
         since, count = self._first
-        line = f"{self._done:,} of {self._total:,} images"
+        line = f"{self._done:,} of {self._total:,} images" + (f", {self._stage}" if self._stage else "")
         if self._done > count and now > since:
             speed = (self._done - count) / (now - since)
             line += f", {rate(speed)}, {(self._total - self._done) / speed:,.0f} s left"

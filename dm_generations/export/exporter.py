@@ -12,9 +12,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -25,8 +25,24 @@ from dm_generations.atomic_io import remove_stale_temporaries
 from dm_generations.errors import UserError
 from dm_generations.export.captions import Strips
 from dm_generations.export.journal import Journal, identify
-from dm_generations.export.manifest import Entry, build_manifest, make_entry, manifest_files, write_manifest
-from dm_generations.export.output_file import EncodeContext, Encoding, OutputFile, encode_npy, fill_cells
+from dm_generations.export.manifest import (
+    Entry,
+    build_manifest,
+    describe_decoder,
+    make_entry,
+    manifest_files,
+    write_manifest,
+)
+from dm_generations.export.output_file import (
+    Decoded,
+    EncodeContext,
+    Encoding,
+    OutputFile,
+    PassthroughDecoder,
+    TokenDecoder,
+    encode_npy,
+    fill_cells,
+)
 from dm_generations.export.plan import GroupPlan, Layout, Target, check_codec, is_finished, select_groups
 from dm_generations.export.writers import (
     FileWriter,
@@ -38,18 +54,22 @@ from dm_generations.export.writers import (
     fingerprint,
     make_folder,
 )
-from dm_generations.inference.decoder import Decoder
+from dm_generations.inference.decoder import Decoder, RowKey
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.paths import utf8_path
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import core_count
 
+if TYPE_CHECKING:
+    from dm_generations.inference.diffusion import Diffusion
+
 _logger = logging.getLogger(__name__)
 _MAX_FILE_PIXELS = 1 << 28  # 800 MB in memory, and each worker may hold several
 _LEAST_BATCH = 64  # a larger one is cut down to the power of two that holds all images
 
-# What is decoded as one: its file, its cell there and its tokens (L,) uint16; or no cell, and those of all (cells, L).
-Item = tuple[OutputFile, int | None, np.ndarray]
+# What is decoded as one: its file, its cell there, its tokens (L,) uint16 and the key of its row; or no cell, and all
+# tokens (cells, L).
+Item = tuple[OutputFile, int | None, np.ndarray, RowKey]
 
 
 @dataclass(frozen=True)
@@ -58,6 +78,7 @@ class ExportOptions:
 
     Attributes:
         codec: A folder, a file or a name on the hub; None is the embedded one.
+        diffusion: What decodes in place of the codec's own decoder.
         dtype: Of the decoder's activations.
         batch_size: Images decoded at a time; None is as many as the device has memory for.
         num_workers: Threads that encode; None is one for each core.
@@ -71,6 +92,7 @@ class ExportOptions:
     layout: Layout = field(default_factory=lambda: Layout("images", 8, 4))
     selection: Selection = field(default_factory=Selection)
     codec: str | None = None
+    diffusion: "Diffusion | None" = None
     dtype: str = "float32"
     batch_size: int | None = 32
     num_workers: int | None = None
@@ -99,43 +121,11 @@ class ExportReport:
     left_out_count: int = 0
 
 
-class Decoded(Protocol):
-    """Images that are being decoded."""
-
-    def images(self) -> np.ndarray:
-        """Wait for the images (n, H, W, 3) uint8."""
-
-
-class TokenDecoder(Protocol):
-    """What turns tokens into images: a codec, or PassthroughDecoder."""
-
-    @property
-    def batch_size(self) -> int:
-        """How many images `start` should get at a time."""
-
-    def start(self, tokens: np.ndarray) -> Decoded:
-        """Start decoding (n, L) uint16."""
-
-
-@dataclass
-class PassthroughDecoder:
-    """Stands for a codec where tokens are written as they are: its images are their tokens (n, L)."""
-
-    batch_size = 1  # rows of an archive may differ in length
-    tokens: np.ndarray | None = None
-
-    def start(self, tokens: np.ndarray) -> "PassthroughDecoder":
-        """Take tokens (n, L)."""
-        return PassthroughDecoder(tokens)
-
-    def images(self) -> np.ndarray:
-        """Return the tokens."""
-        assert self.tokens is not None, "started"
-        return self.tokens
-
-
 def export_archive(
-    archive: Archive, options: ExportOptions, on_progress: Callable[[int, int], None] = lambda done, total: None
+    archive: Archive,
+    options: ExportOptions,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
     """Write the selected images under `options.out_dir`, with the page to look at them.
 
@@ -145,6 +135,7 @@ def export_archive(
         archive: The archive.
         options: What to write, and how.
         on_progress: Called with how many images are done, and of how many.
+        on_step: Called with how many steps of a batch a diffusion decoder has taken, and of how many.
 
     Returns:
         What was written, and the problems.
@@ -161,6 +152,8 @@ def export_archive(
             journal.open()
         exporter = Exporter(archive, plans, options, journal, on_progress)
         decoder = _load_decoder(archive, plans, options, exporter.due_count) if exporter.due_count else None
+        if isinstance(decoder, Decoder):
+            decoder.on_step = on_step
         for folder in ("", *folders):
             remove_stale_temporaries(utf8_path(options.out_dir, folder))
         on_progress(0, exporter.due_count)
@@ -186,8 +179,9 @@ class Exporter:
         self.report = ExportReport()
         self._entries: dict[str, Entry] = {}  # by path, for files that are there or will be
         self._models = archive.models()
+        self._decoder = None if options.diffusion is None else options.diffusion.describe()
         self._context = EncodeContext(
-            self.layout.mode, options.encoding, options.strips, options.has_metadata, self._models
+            self.layout, options.encoding, options.strips, options.has_metadata, self._models, self._decoder
         )
         folders = {"", *(plan.folder for plan in plans)}
         self._new_folders = {folder for folder in folders if not os.path.exists(utf8_path(self.out_dir, folder))}
@@ -255,7 +249,7 @@ class Exporter:
     def _find_stale(self) -> Iterator[str]:
         """Yield paths of files whose ranks belong to other images by now."""
         for plan in self.plans if self.layout.has_page and not self.journal.is_empty else ():
-            rows = plan.rows(self.archive)
+            rows = self._rows(plan)
             for target in plan.targets(self.layout):
                 members = list(islice(rows, len(target.ranks)))
                 if members:
@@ -282,6 +276,8 @@ class Exporter:
     def _describe_set(self) -> Iterator[object]:
         """Yield what tells one set of shards from another."""
         yield self.layout.mode, self.layout.extension, self.layout.shard_size if self.layout.mode == "tar" else None
+        if self._decoder is not None:
+            yield describe_decoder(self._decoder), self.layout.decodings
         for plan in self.plans:
             yield plan.describe()
             for row in plan.rows(self.archive):
@@ -296,7 +292,7 @@ class Exporter:
         finished_shard: Shard | None = None
         for plan, target, shard in self._files():
             if plan is not current_plan:
-                current_plan, rows = plan, plan.rows(self.archive)
+                current_plan, rows = plan, self._rows(plan)
             members = list(islice(rows, len(target.ranks)))
             is_due = self._is_due(target, shard)
             if shard is None and members and not is_due:
@@ -315,6 +311,11 @@ class Exporter:
             elif shard is not finished_shard:
                 finished_shard = shard
                 self.report.already_there += 1
+
+    def _rows(self, plan: GroupPlan) -> Iterator[ImageRow]:
+        """Yield the images of a group, each as often as it is decoded."""
+        for row in plan.rows(self.archive):
+            yield from repeat(row, self.layout.decodings)
 
     def _read_file(
         self, plan: GroupPlan, target: Target, members: list[ImageRow], shard: Shard | None, decoder: TokenDecoder
@@ -348,9 +349,12 @@ class Exporter:
         file_rows = [(cell, members[cell]) for cell in tokens_by_cell]
         file = OutputFile(path, replaced_path, plan, target, file_rows, shard, grid, decoded_grid)
         if self.layout.is_seamless:
-            yield file, None, fill_cells(tokens_by_cell, self.layout.images_per_file)
+            tokens = fill_cells(tokens_by_cell, self.layout.images_per_file)
+            yield file, None, tokens, file_rows[0][1].key
         else:
-            yield from ((file, cell, tokens) for cell, tokens in tokens_by_cell.items())
+            for cell, tokens in tokens_by_cell.items():
+                number = self.layout.decoding(target.ranks.start + cell)
+                yield file, cell, tokens, (*members[cell].key, number)
 
     def _tokens(self, row: ImageRow, decoder: TokenDecoder | None) -> np.ndarray:
         """Return (L,) uint16. Raises BadTokensError for what the codec, or the one that the row records, cannot decode.
@@ -366,7 +370,7 @@ class Exporter:
         return tokens_from_blob(row.quantvec, row.quantvec_md5, None, 1 << 16)
 
     def _entry(self, plan: GroupPlan, target: Target, path: str, members: list[ImageRow]) -> Entry:
-        return make_entry(plan, target, path, members, self._models)
+        return make_entry(plan, target, path, members, self._models, self.layout, self._decoder)
 
     # Written, or not.
 
@@ -413,7 +417,7 @@ class Exporter:
 
     def _manifest(self) -> dict:
         mode = "gallery" if self.layout.is_gallery else "images"
-        return build_manifest(mode, self.archive.path.name, self._entries.values())
+        return build_manifest(mode, self.archive.path.name, self._entries.values(), self._decoder)
 
     def _last_members(self) -> list[Member]:
         """Return the page for a zip, which is the tree that separate files would be."""
@@ -428,7 +432,7 @@ def _decode(decoder: TokenDecoder | None, items: Iterator[Item]) -> Iterator[Ite
     running: tuple[list[Item], Decoded] | None = None
     while batch := list(islice(items, decoder.batch_size if decoder else 1)):
         assert decoder is not None, "there are no items without one"
-        started = batch, decoder.start(np.stack([tokens for _, _, tokens in batch]))
+        started = batch, decoder.start(np.stack([item[2] for item in batch]), [item[3] for item in batch])
         if running is not None:
             yield from _wait(*running)
         running = started
@@ -437,13 +441,13 @@ def _decode(decoder: TokenDecoder | None, items: Iterator[Item]) -> Iterator[Ite
 
 
 def _wait(batch: list[Item], decoded: Decoded) -> Iterator[Item]:
-    for (file, cell, _), image in zip(batch, decoded.images(), strict=True):
-        yield file, cell, image
+    for (file, cell, _, key), image in zip(batch, decoded.images(), strict=True):
+        yield file, cell, image, key
 
 
 def _fill(items: Iterable[Item]) -> Iterator[OutputFile]:
     """Yield each file when its last image is on it."""
-    for file, cell, pixels in items:
+    for file, cell, pixels, _ in items:
         if cell is None:
             file.place_all(pixels)
         else:
@@ -465,7 +469,8 @@ def _load_decoder(archive: Archive, plans: list[GroupPlan], options: ExportOptio
     grid, warnings = check_codec(archive, plans, checkpoint)
     for warning in warnings:
         _logger.warning(warning)
-    codec = Decoder.from_checkpoint(checkpoint, _limit_batch(options.batch_size, due_count), options.dtype, grid=grid)
+    batch_size = _limit_batch(options.batch_size, due_count)
+    codec = Decoder.from_checkpoint(checkpoint, batch_size, options.dtype, grid, options.diffusion)
     _check_gallery_size(options, codec.image_size)
     if layout.is_seamless:
         codec = codec.tiled(layout.rows, layout.cols)

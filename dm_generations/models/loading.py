@@ -121,7 +121,7 @@ def load_checkpoint(path_or_name: str | os.PathLike | None, role: str) -> Checkp
 
     Args:
         path_or_name: A folder, a file or a name on the Hugging Face hub; None is the embedded model.
-        role: One of `registry.ROLES`; there is no embedded "scorer".
+        role: One of `registry.ROLES`; there is no embedded "decoder" or "scorer".
 
     Raises:
         UserError: There is nothing, nothing of a known format or not for this role, or a tensor is missing,
@@ -298,7 +298,7 @@ def _read_native_kind(folder: Path, kind: ModelKind, values: dict[str, Any]) -> 
     weights, params = folder / native.WEIGHTS_FILE, native.read_params(folder)
     with prefix_errors(folder / native.CONFIG_FILE):
         config = kind.config_class.from_dict(values)
-    if kind.role in ("codec", "scorer"):
+    if kind.role in ("codec", "decoder", "scorer"):
         return RawCheckpoint(kind.name, config, params, (weights,))
     return RawCheckpoint(kind.name, config, params, (weights,), folder, values.get("text_style", kind.name))
 
