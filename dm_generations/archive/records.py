@@ -66,6 +66,12 @@ class Group:
     count: int
 
 
+def key_words(key0: Any, key1: Any) -> tuple[int, int]:
+    """Return a key as words of 32 bits; 0 for what a damaged file has in place of a number."""
+    word0, word1 = (word & 0xFFFFFFFF if isinstance(word, int) else 0 for word in (key0, key1))
+    return word0, word1
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRow:
     """One image as stored. `quantvec` is always bytes; the other values of a damaged file can have any type."""
@@ -92,9 +98,8 @@ class ImageRow:
 
     @property
     def key(self) -> tuple[int, int]:
-        """`key0` and `key1` as words of 32 bits; 0 for what a damaged file has in place of a number."""
-        key0, key1 = (word & 0xFFFFFFFF if isinstance(word, int) else 0 for word in (self.key0, self.key1))
-        return key0, key1
+        """See `key_words`."""
+        return key_words(self.key0, self.key1)
 
 
 @dataclass(frozen=True, slots=True)

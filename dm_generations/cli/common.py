@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 MAX_LINE = 10_000  # characters of what is printed at once
 PROGRESS_LINE_S = 10.0
 WATCH_S = 1.0
+_DECODER_OPTIONS = (
+    *("decoder_steps", "eta", "clip_denoised", "decoder_seed", "decoder_n", "decoding"),
+    *("clip_guidance_scale", "guidance_clip"),
+)
 DECODE_SCRIPT = "dm_generations_decode.py"  # of 2022, at the root of a checkout
 
 
@@ -202,8 +206,13 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
     add("--cpu-only", action="store_true", help="do not use accelerators")
 
 
-def add_decoder_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add a group of options about a diffusion decoder, which `load_diffusion` reads, and return it."""
+def add_decoder_options(parser: argparse.ArgumentParser, guides: bool = True) -> argparse._ArgumentGroup:
+    """Add a group of options about a diffusion decoder, which `load_diffusion` reads, and return it.
+
+    Args:
+        parser: Of the command.
+        guides: Whether a CLIP can guide it.
+    """
     group = parser.add_argument_group(
         "diffusion decoder", "takes the place of the codec's own decoder, and begins with noise from each image's key"
     )
@@ -228,6 +237,15 @@ def add_decoder_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
         metavar="N",
         help="of the noise; another one gives other details (default: 0)",
     )
+    if guides:
+        add(
+            "--clip-guidance-scale",
+            type=_scale,
+            metavar="X",
+            help="let a CLIP draw each image towards its prompt, 1000 for instance; takes several times as long "
+            "(default: off)",
+        )
+        add("--guidance-clip", metavar="PATH", help="the CLIP that does so (default: the embedded one)")
     return group
 
 
@@ -238,14 +256,27 @@ def load_diffusion(args: argparse.Namespace) -> "Diffusion | None":
         UserError: It is missing or broken, or an option has no effect.
     """
     if args.decoder is None:
-        for name in ("decoder_steps", "eta", "clip_denoised", "decoder_seed", "decoder_n"):
+        for name in _DECODER_OPTIONS:
             if getattr(args, name, None):
                 raise UserError(f"--{name.replace('_', '-')} has no effect here: it is for --decoder")
         return None
-    from dm_generations.inference.diffusion import Diffusion
+    from dm_generations.inference.diffusion import Diffusion, Guidance
+    from dm_generations.models.loading import load_checkpoint
 
+    guidance = None
+    if scale := getattr(args, "clip_guidance_scale", None):
+        guidance = Guidance(load_checkpoint(args.guidance_clip, "clip"), scale)
+    elif getattr(args, "guidance_clip", None):
+        raise UserError("--guidance-clip has no effect here: it is for --clip-guidance-scale")
     steps = args.decoder_steps or DECODER_STEPS
-    return Diffusion.load(args.decoder, steps, args.eta, args.clip_denoised, args.decoder_seed or 0)
+    return Diffusion.load(args.decoder, steps, args.eta, args.clip_denoised, args.decoder_seed or 0, guidance)
+
+
+def _scale(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1e9:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0 and at most 1e9")
+    return number
 
 
 def _eta(text: str) -> float:
@@ -262,7 +293,8 @@ def _decoder_seed(text: str) -> int:
     return number
 
 
-_eta.__name__, _decoder_seed.__name__ = "number", "whole number"
+_eta.__name__ = _scale.__name__ = "number"
+_decoder_seed.__name__ = "whole number"
 
 
 def add_dalle_pytorch_options(add: Callable[..., argparse.Action]) -> None:

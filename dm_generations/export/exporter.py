@@ -67,8 +67,8 @@ _logger = logging.getLogger(__name__)
 _MAX_FILE_PIXELS = 1 << 28  # 800 MB in memory, and each worker may hold several
 _LEAST_BATCH = 64  # a larger one is cut down to the power of two that holds all images
 
-# What is decoded as one: its file, its cell there, its tokens (L,) uint16 and the key of its row; or no cell, and all
-# tokens (cells, L).
+# What is decoded as one: its file, its cell there, its tokens (L,) uint16 and its key; or no cell, and all tokens
+# (cells, L).
 Item = tuple[OutputFile, int | None, np.ndarray, RowKey]
 
 
@@ -350,11 +350,11 @@ class Exporter:
         file = OutputFile(path, replaced_path, plan, target, file_rows, shard, grid, decoded_grid)
         if self.layout.is_seamless:
             tokens = fill_cells(tokens_by_cell, self.layout.images_per_file)
-            yield file, None, tokens, file_rows[0][1].key
+            yield file, None, tokens, RowKey()
         else:
             for cell, tokens in tokens_by_cell.items():
                 number = self.layout.decoding(target.ranks.start + cell)
-                yield file, cell, tokens, (*members[cell].key, number)
+                yield file, cell, tokens, RowKey(*members[cell].key, number, plan.prompt)
 
     def _tokens(self, row: ImageRow, decoder: TokenDecoder | None) -> np.ndarray:
         """Return (L,) uint16. Raises BadTokensError for what the codec, or the one that the row records, cannot decode.

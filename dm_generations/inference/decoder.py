@@ -8,13 +8,14 @@ import copy
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dm_generations.archive.records import key_words
 from dm_generations.errors import UserError
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.registry import get_kind
@@ -40,7 +41,25 @@ _COPIES = 6  # of the largest array: what a convolution reads, adds and writes, 
 _MEMORY_SHARE = 0.5  # of the free memory; the next batch is under way while the last one is fetched
 
 
-RowKey = tuple[int, ...]  # key0 and key1 of a row, and if it has several decodings, the number of one
+class RowKey(NamedTuple):
+    """What a diffusion decoder reads of an image besides its tokens.
+
+    Attributes:
+        key0: Of its row, a word of 32 bits.
+        key1: The second word.
+        decoding: Which of the images that it makes of the row, from 0.
+        prompt: For guidance.
+    """
+
+    key0: int = 0
+    key1: int = 0
+    decoding: int = 0
+    prompt: str | None = None
+
+    @classmethod
+    def of(cls, image: Any) -> "RowKey":
+        """Return the key of an image with `key` and `prompt`; what it lacks is left as it is here."""
+        return cls(*key_words(*getattr(image, "key", (0, 0))), 0, getattr(image, "prompt", None))
 
 
 class HasTokens(Protocol):
@@ -183,7 +202,8 @@ class Decoder:
 
         Args:
             tokens: Whole numbers (n, L), or (L,) of one image.
-            keys: Of the images' rows: the noise that a diffusion decoder begins with; None is (0, 0) for all.
+            keys: What a diffusion decoder reads of each image besides; None is the same for all. Other decoders do not
+                read it.
 
         Returns:
             (n, H, W, 3) uint8.
@@ -214,8 +234,8 @@ class Decoder:
         2 (2, 64, 64, 3)
 
         Args:
-            images: Anything with `tokens` (L,), and `key` if it matters: the images of an archive, say, which are read
-                as they are needed.
+            images: Anything with `tokens` (L,), and for a diffusion decoder `key` and `prompt`: the images of an
+                archive, say, which are read as they are needed.
 
         Yields:
             Up to `batch_size` of the images, and their pixels (n, H, W, 3) uint8.
@@ -229,7 +249,7 @@ class Decoder:
             for image in batch:
                 if image.tokens.shape != self._item_shape:
                     raise UserError(f"{image!r:.200} has {image.tokens.size:,} tokens, the codec {self.token_count:,}")
-            keys = [getattr(image, "key", (0, 0)) for image in batch]
+            keys = [RowKey.of(image) for image in batch]
             started = batch, self.start(np.stack([image.tokens for image in batch]).astype(np.uint16), keys)
             if running is not None:
                 yield running[0], running[1].images()
@@ -300,7 +320,7 @@ class Decoder:
         """
         if tokens.size and int(tokens.max()) >= self.codebook_size:
             raise UserError(f"token {int(tokens.max()):,} is outside the codec's codebook of {self.codebook_size:,}")
-        arrays = tokens, *self._noise(keys if keys is not None else [(0, 0)] * len(tokens))
+        arrays = tokens, *self._row_arrays(keys if keys is not None else [RowKey()] * len(tokens))
 
         def take(first: int, size: int) -> tuple[list[np.ndarray], int]:
             parts = [array[first : first + size] for array in arrays]
@@ -314,8 +334,8 @@ class Decoder:
         work = Work(len(tokens), take, lambda batch: self.decode_batch(*batch))
         return Decoding(len(tokens), image_shape, self._runner.run(work))
 
-    def _noise(self, keys: Sequence[RowKey]) -> tuple[np.ndarray, ...]:
-        """Return what decoding needs of the keys of rows, arrays of n rows."""
+    def _row_arrays(self, keys: Sequence[RowKey]) -> tuple[np.ndarray, ...]:
+        """Return what decoding needs of n images besides their tokens, arrays of n rows."""
         return ()
 
     def decode(self, tokens: np.ndarray, keys: Sequence[RowKey] | None = None) -> np.ndarray:

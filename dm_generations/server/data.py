@@ -8,18 +8,22 @@ import os
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import numpy as np
 
 from dm_generations.archive import Archive, ArchiveError
 from dm_generations.archive.browse import AXES, Browser, GroupId, Listed, Query, ValueStatistics, data_version, plain
 from dm_generations.archive.ratings import add_ratings, parse_judgement, read_judgements
-from dm_generations.archive.records import GROUP_COLUMNS, BadTokensError
+from dm_generations.archive.records import GROUP_COLUMNS, BadTokensError, key_words
 from dm_generations.archive.schema import SCHEMA_VERSION
 from dm_generations.errors import UserError
+from dm_generations.inference.decoder import RowKey
 from dm_generations.models.loading import Checkpoint
-from dm_generations.server.images import HASH_DIGITS, read_tokens
+from dm_generations.server.images import HASH_DIGITS, hash_of, read_tokens
+
+if TYPE_CHECKING:
+    from dm_generations.inference.diffusion import Diffusion
 
 LOCK_TIMEOUT: Final = 3.0  # seconds; a request waits so long for another program's lock
 MAX_JUDGEMENTS: Final = 100_000
@@ -44,11 +48,12 @@ class ServedArchive:
         revision: A number that grows when images or scores were added.
     """
 
-    def __init__(self, path: Path, codec: Checkpoint):
-        """Take an archive and the codec that decodes its images."""
+    def __init__(self, path: Path, codec: Checkpoint, diffusion: "Diffusion | None" = None):
+        """Take an archive, the codec of its images, and what decodes them in place of the codec's own decoder."""
         self.path = path
         self.revision = 0
         self._codec = codec
+        self._codec_hash = hash_of(codec, diffusion)
         self._archive: Archive | None = None
         self._browser: Browser | None = None
         self._file: tuple[int, int] | None = None
@@ -192,7 +197,8 @@ class ServedArchive:
             group = str(GroupId(values, browser.model_position(row["generator_id"])))
         key = plain(row["key0"]), plain(row["key1"])
         name = f"{key[0]}.{key[1]}" + (f".{listed.namesakes}" if listed.namesakes else "")
-        codec_hash = (self._codec if codec is None else codec).sha256[:HASH_DIGITS]
+        recorded = self._codec.sha256 if codec is None else codec.sha256
+        codec_hash = (self._codec_hash if recorded == self._codec.sha256 else recorded)[:HASH_DIGITS]
         return [
             *(name, group, listed.rank, listed.score, *key, browser.seeds.get(key, -1), md5, listed.time, codec_hash),
             *(plain(row[column]) for column in ("sampler_version", "init_count", "dtype", "log_prob")),
@@ -211,8 +217,8 @@ class ServedArchive:
         rows = [[one.value, one.n, one.mean, one.sd, one.counts, one.difference] for one in self._statistics[question]]
         return {"range": browser.score_range, "values": rows}
 
-    def load_tokens(self, md5s: Sequence[str]) -> dict[str, "np.ndarray | UserError"]:
-        """Return tokens (L,) uint16 by their MD5, or why an image cannot be shown."""
+    def load_tokens(self, md5s: Sequence[str]) -> dict[str, "tuple[np.ndarray, RowKey] | UserError"]:
+        """Return tokens (L,) uint16 and the key of a row that has them by their MD5, or why it cannot be shown."""
         browser = self.browser()
         models = browser.archive.models()
         ids: dict[str, int | None] = {}
@@ -221,14 +227,14 @@ class ServedArchive:
                 self._ids[md5] = row_id  # the page was told by a server before this one
             ids[md5] = row_id
         rows = browser.details([row_id for row_id in ids.values() if row_id is not None])
-        found: dict[str, np.ndarray | UserError] = {}
+        found: dict[str, tuple[np.ndarray, RowKey] | UserError] = {}
         for md5, row_id in ids.items():
             row = None if row_id is None else rows.get(row_id)
             if row is None or row["quantvec_md5"] != md5:
                 found[md5] = UserError(f"no image of {self.path} has tokens with the MD5 {md5}")
                 continue
             try:
-                found[md5] = read_tokens(row, models, self._codec)
+                found[md5] = read_tokens(row, models, self._codec), RowKey(*key_words(row["key0"], row["key1"]))
             except BadTokensError as error:
                 found[md5] = UserError(f"this image cannot be decoded: {error}")
         return found

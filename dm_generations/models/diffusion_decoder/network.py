@@ -384,16 +384,9 @@ class PreparedUNet:
 
     def __call__(self, params: dict, x: jax.Array, times: jax.Array, vectors: jax.Array) -> jax.Array:
         """See `UNet`."""
-
-        def apply(x: jax.Array, times: jax.Array, vectors: jax.Array) -> jax.Array:
-            network: Any = UNet(self.config, self.dtype)
-            return network.apply({"params": params}, x, times, vectors)
-
+        network: Any = UNet(self.config, self.dtype)
         with matmul_precision(self.dtype):
-            if self.platform != "cpu":
-                return apply(x, times, vectors)
-            # One image keeps a CPU busy, stays in the cache, and comes out the same whatever B is.
-            return lax.map(lambda row: apply(*(part[None] for part in row))[0], (x, times, vectors))
+            return network.apply({"params": params}, x, times, vectors)
 
     def _prepare(self, params: dict, name: str, is_wide: bool, sharding: jax.sharding.Sharding | None) -> dict:
         prepared = {}

@@ -27,6 +27,7 @@ _DECODER = 1 << 31
 
 Row = Mapping[str, Any]  # of the tables of a step: float32 numbers by name
 Network = Callable[[jax.Array, jax.Array], jax.Array]  # x and times (B,) to what `UNet` gives
+Loss = Callable[[jax.Array, jax.Array], jax.Array]  # a mixture of x and x0, and x0, to the number that guidance lowers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +169,7 @@ class DDIM:
 class DPMSolver:
     """DPM-Solver++ of second order, in steps that read the last one: Lu et al., 2022, https://arxiv.org/abs/2211.01095.
 
-    It adds no noise. The first step and the last are of first order.
+    It adds no noise. The first step and the last two are of first order.
     """
 
     def tables(self, schedule: Schedule, learn_sigma: bool) -> dict[str, np.ndarray]:
@@ -177,7 +178,8 @@ class DPMSolver:
         half_log_snr = np.log(now / (1 - now)) / 2
         step = np.append(np.inf, half_log_snr[:-1]) - half_log_snr  # to the next; the last goes to no noise
         last_step = np.append(half_log_snr[:-1] - half_log_snr[1:], np.inf)  # from the one before; the first has none
-        share = np.append(0.0, step[1:] / last_step[1:] / 2)
+        share = step / last_step / 2
+        share[:2] = 0.0  # a step that is far longer than the one before it must not read it
         size = np.sqrt(then) * -np.expm1(-step)
         return {
             "x": np.sqrt((1 - then) / (1 - now)),
@@ -212,6 +214,7 @@ class Steps:
 
         Args:
             text: "25" takes 25 steps, spread evenly from the first to the last; "10,15,20" takes so many in each third.
+                "ddim25" takes every 40th of 1,000. "dpm25" takes 25, closer to each other where there is less noise.
             eta: Of DDIM; None is 0.
             total: Steps that the network was trained on.
 
@@ -224,12 +227,15 @@ class Steps:
         name, counts = match["sampler"], [int(count) for count in match["counts"].split(",")]
         if eta is not None and name != "ddim":
             raise UserError(f"eta has no effect with {text!r:.60} steps: it is for ddim25, for instance")
+        if name is not None and len(counts) > 1:
+            raise UserError(f"{text!r:.60}: only DDPM takes several numbers of steps, as 10,15,20")
         if name == "ddim":
             sampler: Sampler = DDIM(eta or 0.0)
-            timesteps = _stride(counts, total, text)
+            timesteps = _stride(counts[0], total, text)
+        elif name == "dpm":
+            sampler, timesteps = DPMSolver(), _squares(counts[0], total, text)
         else:
-            sampler = DDPM() if name is None else DPMSolver()
-            timesteps = _sections(counts, total, text)
+            sampler, timesteps = DDPM(), _sections(counts, total, text)
         if len(timesteps) < 2:
             raise UserError(f"{text!r:.60} is one step: at least 2 are needed")
         return cls("".join(text.split()), sampler, tuple(timesteps))
@@ -266,11 +272,19 @@ def _sections(counts: list[int], total: int, text: str) -> list[int]:
     return sorted(found)
 
 
-def _stride(counts: list[int], total: int, text: str) -> list[int]:
+def _squares(count: int, total: int, text: str) -> list[int]:
+    """Steps whose square roots are spread evenly, from the first to the last."""
+    if count > total:
+        raise UserError(f"{text!r:.60} takes {count:,} steps, and the decoder was trained on {total:,}: give fewer")
+    found: list[int] = []
+    for place in np.linspace(0, math.sqrt(total - 1), max(count, 1)) ** 2:
+        found.append(max(round(place), found[-1] + 1 if found else 0))
+    return found
+
+
+def _stride(count: int, total: int, text: str) -> list[int]:
     """Steps at a whole distance, from the first."""
-    (count, *others) = counts
-    strides = (stride for stride in range(1, total) if -(-total // stride) == count)
-    stride = None if others else next(strides, None)
+    stride = next((stride for stride in range(1, total) if -(-total // stride) == count), None)
     if stride is None:
         raise UserError(
             f"{text!r:.60}: no distance between {total:,} steps leaves so many of them; give another number, ddim25 "
@@ -294,6 +308,7 @@ def denoise(
     last_x0: jax.Array,
     noise: jax.Array,
     clips: bool = False,
+    loss: Loss | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Take one step.
 
@@ -305,14 +320,41 @@ def denoise(
         last_x0: What the step before predicted; anything before the first.
         noise: Of a normal distribution; not used by each sampler and not at the last step.
         clips: Whether predictions are clipped to the range of images.
+        loss: What guides; None is nothing.
 
     Returns:
         The next x, and the image x0 that is predicted, which at the last step is the result; -1 is black, 1 is white.
     """
-    x0, variance = predict(network, row, x)
+    gradient: jax.Array | float = 0.0
+    if loss is None:
+        x0, variance = predict(network, row, x)
+    else:
+        x0, variance, gradient = guide(network, row, x, loss)
     if clips:
         x0 = jnp.clip(x0, -1.0, 1.0)
-    return sampler.step(row, Prediction(x, x0, last_x0, variance, noise))
+    return sampler.step(row, Prediction(x, x0, last_x0, variance, noise, gradient))
+
+
+def guide(network: Network, row: Row, x: jax.Array, loss: Loss) -> tuple[jax.Array, jax.Array | float, jax.Array]:
+    """Predict as `predict` does, and differentiate through the network.
+
+    Args:
+        network: The UNet and its tokens.
+        row: Of `Steps.rows`.
+        x: (B, H, W, 3).
+        loss: What guides.
+
+    Returns:
+        x0, the variance as the network says it, and the gradient that lowers the loss.
+    """
+
+    def of_x(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array | float]]:
+        x0, variance = predict(network, row, x)
+        share = row["deviation"]
+        return loss(x0 * share + x * (1 - share), x0), (x0, variance)
+
+    gradient, (x0, variance) = jax.grad(of_x, has_aux=True)(x)
+    return x0, variance, -gradient
 
 
 def to_uint8(x0: jax.Array) -> jax.Array:
