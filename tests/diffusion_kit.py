@@ -1,5 +1,6 @@
 """A diffusion decoder with random weights, in files as guided-diffusion's trainers write them."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -26,6 +27,11 @@ OPTIONS = ("image_size", "num_heads", "num_head_channels", "use_new_attention_or
 
 def torch_state(config: DiffusionDecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights under the names and in the layouts of the original."""
+    return dict(_torch_state(config, seed))
+
+
+@functools.cache
+def _torch_state(config: DiffusionDecoderConfig, seed: int) -> dict[str, np.ndarray]:
     state = {}
     for path, array in random_params("diffusion_decoder", config, seed).items():
         name = re.sub(r"_(?=\d)", ".", path).replace("/", ".")

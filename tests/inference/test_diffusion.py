@@ -67,6 +67,7 @@ def test_guidance_goes_towards_the_prompt(models, codec, file):
     assert (images != decoder_of(codec, file)(TOKENS[:1], [RowKey(1, 2)])).any()
 
 
+@pytest.mark.e2e
 def test_steps_are_told(codec, file):
     decoder, told = decoder_of(codec, file), []
     decoder.on_step = lambda done, total: told.append((done, total))
@@ -74,6 +75,7 @@ def test_steps_are_told(codec, file):
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
+@pytest.mark.e2e
 def test_sixteen_bits(codec, file):
     expected = decoder_of(codec, file)(TOKENS[:1]).astype(int)
     for dtype in ("bfloat16", "float16"):

@@ -434,35 +434,46 @@ def features_of(folder: Path):
     return features, checkpoint.config.vision_config.image_size
 
 
+@functools.cache
+def guided_network(folder: Path):
+    """x0, the variance and the gradient of a case's network and CLIP, compiled for both of its runs."""
+    with np.load(folder / "guided.npz") as found:
+        found = dict(found)
+    features, cut_size = features_of(folder)
+    _, params, unet = prepared(folder)
+    scales = GuidanceScales(*(float(found[name]) for name in ("clip_guidance_scale", "tv_scale", "range_scale")))
+
+    @jax.jit
+    def predict(row, x, cutouts, vectors):
+        targets, weights = (jnp.stack([found[name]] * len(x)) for name in ("target_embeds", "weights"))
+        loss = guidance_loss(features, cut_size, cutouts, targets, weights, scales)
+        return samplers.guide(functools.partial(unet, params, vectors=vectors), row, x, loss)
+
+    return found, predict
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize("folder", GUIDED, ids=lambda folder: folder.name)
 @pytest.mark.parametrize("run", ["ddpm3", "ddim4"])
 def test_guidance(folder, run):
-    with np.load(folder / "guided.npz") as found:
-        found = dict(found)
-    features, cut_size = features_of(folder)
-    config, params, unet = prepared(folder)
+    found, predict = guided_network(folder)
+    config = load_checkpoint(folder / "model-latest.pt", "decoder").config
     x = last = nhwc(found[f"{run}_xT_int8"].astype(np.float32) / 32)
     vectors = vectors_of(folder, arrays(folder)["tokens"][: len(x)])
-    targets, weights = (np.repeat(found[name][None], len(x), 0) for name in ("target_embeds", "weights"))
-    scales = GuidanceScales(*(float(found[name]) for name in ("clip_guidance_scale", "tv_scale", "range_scale")))
     steps = steps_of(run, config)
-
-    @jax.jit
-    def take(row, x, last, noise, cutouts):
-        loss = guidance_loss(features, cut_size, cutouts, targets, weights, scales)
-        network = functools.partial(unet, params, vectors=vectors)
-        _, _, gradient = samplers.guide(network, row, x, loss)
-        return gradient, *samplers.denoise(network, steps.sampler, row, x, last, noise, loss=loss)
+    names = {"time", "recip", "recipm1", "deviation"}  # the same for all samplers
 
     def check(array, expected):
         np.testing.assert_allclose(array, nhwc(expected), rtol=0, atol=1e-3 * np.abs(expected).max())
 
     for number, row in enumerate(steps.rows(config)):
-        noise = found.get(f"{run}_noise_int8", np.zeros((99, 1, 3, 1, 1)))[number]
-        cutouts = np.repeat(found[f"{run}_cutouts_size_x_y"][number][None], len(x), 0)
-        gradient, x, last = take(row, x, last, nhwc(noise.astype(np.float32) / 32) + np.zeros_like(x), cutouts)
+        noise = np.zeros_like(x)
+        if f"{run}_noise_int8" in found:
+            noise = nhwc(found[f"{run}_noise_int8"][number].astype(np.float32) / 32)
+        cutouts = np.stack([found[f"{run}_cutouts_size_x_y"][number]] * len(x))
+        x0, variance, gradient = predict({name: row[name] for name in names}, x, cutouts, vectors)
         check(gradient, found[f"{run}_gradient"][number])
+        x, last = steps.sampler.step(row, Prediction(x, x0, last, variance, noise, gradient))
         check(x, found[f"{run}_sample"][number])
     check(last, found[f"{run}_pred_xstart_final"])
     assert_same_bytes(samplers.to_uint8(last)[0], found[f"{run}_uint8"])

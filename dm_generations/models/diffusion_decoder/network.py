@@ -65,13 +65,13 @@ class DiffusionDecoderConfig:
         rescale_timesteps: Whether it reads times from 0 to 1000 for any number of `diffusion_steps`.
     """
 
-    image_size: int
-    num_channels: int
-    level_channels: tuple[int, ...]
-    attention_levels: tuple[int, ...]
-    num_res_blocks: int
-    emb_input_dims: int
-    emb_output_dims: int
+    image_size: int = 256
+    num_channels: int = 256
+    level_channels: tuple[int, ...] = (256, 256, 512, 512, 1024, 1024)
+    attention_levels: tuple[int, ...] = (3, 4, 5)
+    num_res_blocks: int = 2
+    emb_input_dims: int = 256
+    emb_output_dims: int = 512
     num_heads: int = 4
     num_head_channels: int = -1
     use_new_attention_order: bool = False
@@ -108,14 +108,10 @@ class DiffusionDecoderConfig:
         """Return the config in a `config.json` of our own.
 
         Raises:
-            UserError: A value is missing, of a wrong type, or no network can have this size.
+            UserError: A value is of a wrong type, or no network can have this size.
         """
         known = select_fields(cls, values)
-        known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
-        try:
-            return cls(**known)
-        except TypeError as error:
-            raise UserError(f"decoder config: {error}") from error
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
     @property
     def out_channels(self) -> int:

@@ -387,16 +387,17 @@ def normal(keys: jax.Array, draw: Any, shape: tuple[int, ...]) -> jax.Array:
     Args:
         keys: (B, 2) uint32.
         draw: Which of the draws of a key.
-        shape: Of one draw; of an even number of values.
+        shape: Of one draw.
 
     Returns:
         (B, *shape) float32.
     """
     count = math.prod(shape)
-    counter = jnp.arange(count // 2, dtype=jnp.uint32)
+    counter = jnp.arange(-(-count // 2), dtype=jnp.uint32)
     words = threefry2x32(keys[:, :1], keys[:, 1:], jnp.asarray(draw, jnp.uint32), counter)
-    first, second = (word.astype(jnp.float32) * jnp.float32(2.0**-32) + jnp.float32(2.0**-33) for word in words)
-    radius = jnp.sqrt(-2 * jnp.log(jnp.minimum(first, jnp.float32(1 - 2.0**-24))))  # Box & Muller
+    scaled = (word.astype(jnp.float32) * jnp.float32(2.0**-32) + jnp.float32(2.0**-33) for word in words)
+    first, second = (jnp.minimum(uniform, jnp.float32(1 - 2.0**-24)) for uniform in scaled)
+    radius = jnp.sqrt(-2 * jnp.log(first))  # Box & Muller
     angle = jnp.float32(2 * math.pi) * second
     values = jnp.concatenate([radius * jnp.cos(angle), radius * jnp.sin(angle)], axis=1)
-    return values.reshape(-1, *shape)
+    return values[:, :count].reshape(-1, *shape)
