@@ -94,13 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_gallery(
         parser.add_argument_group("gallery", "a group with more images continues in files with page=2, page=3, ...")
     )
-    group = add_decoder_options(parser)
-    group.add_argument(
-        "--decoder-n",
-        type=at_least_one,
-        metavar="N",
-        help="decode each image N times, from other noise each time (default: 1)",
-    )
+    number_help = "decode each image N times, from other noise each time (default: 1)"
+    add_decoder_options(parser).add_argument("--decoder-n", type=at_least_one, metavar="N", help=number_help)
     add_selection_options(parser)
 
 
