@@ -66,6 +66,12 @@ class Group:
     count: int
 
 
+def key_words(key0: Any, key1: Any) -> tuple[int, int]:
+    """Return a key as words of 32 bits; 0 for what a damaged file has in place of a number."""
+    word0, word1 = (word & 0xFFFFFFFF if isinstance(word, int) else 0 for word in (key0, key1))
+    return word0, word1
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRow:
     """One image as stored. `quantvec` is always bytes; the other values of a damaged file can have any type."""
@@ -89,6 +95,11 @@ class ImageRow:
     init_md5: str = ""
     time_end: float | None = None
     extra_settings: str = ""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """See `key_words`."""
+        return key_words(self.key0, self.key1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dm_generations.archive import Archive
-from dm_generations.cli.common import add_archives, archive_paths, given_archives, prepare_device, print_line
+from dm_generations.cli.common import (
+    add_archives,
+    archive_paths,
+    given_archives,
+    prepare_device,
+    print_line,
+)
+from dm_generations.cli.decoder_options import add_decoder_options, load_diffusion
 from dm_generations.errors import UserError, one_line
 from dm_generations.paths import shipped
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
+    from dm_generations.inference.diffusion import Diffusion
     from dm_generations.models.loading import Checkpoint
+
+    Decoders = tuple[Checkpoint, Diffusion | None]
 
 HELP = "look at an archive in a browser, and judge its images"
 DESCRIPTION = """\
@@ -50,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--no-open", action="store_true", help="do not open a browser")
     add("--cpu-only", action="store_true", help="do not use accelerators")
+    add_decoder_options(parser, guides=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
     for path in paths:
         Archive.open(path).close()  # before anything takes time
     with contextlib.closing(_listen(args.host or _LOOPBACK, args.port)) as listener:
-        codec = None if args.codec is None else _load_codec(args)  # a wrong one is an error before all else
+        is_named = args.codec is not None or args.decoder is not None
+        decoders = _load(args) if is_named else None  # a wrong one is an error before all else
         token = secrets.token_urlsafe(24)
         address = _address(args.host, listener, token)
         print_line(f"Serving {', '.join(map(str, paths))} at {address} (Ctrl-C stops)")
@@ -72,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             # Its request waits in the socket's queue while the rest is loaded.
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         config = uvicorn.Config(
-            _make_app(archives, codec or _load_codec(args), token, args.host),
+            _make_app(archives, decoders or _load(args), token, args.host),
             loop="asyncio",
             http="h11",
             ws="none",
@@ -88,23 +100,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load_codec(args: argparse.Namespace) -> "Checkpoint":
+def _load(args: argparse.Namespace) -> "Decoders":
     prepare_device(args.cpu_only)
     from dm_generations.models.loading import load_checkpoint
 
-    return load_checkpoint(args.codec, "codec")
+    return load_checkpoint(args.codec, "codec"), load_diffusion(args)
 
 
-def _make_app(archives: dict[Path, bool], codec: "Checkpoint", token: str, host: str | None) -> "Starlette":
+def _make_app(archives: dict[Path, bool], decoders: "Decoders", token: str, host: str | None) -> "Starlette":
     """Make the server of archives; with each is whether judgements may be stored in it."""
     from dm_generations.server.app import PageServer
     from dm_generations.server.archives import ServedArchives
     from dm_generations.server.data import ServedArchive
-    from dm_generations.server.images import ImageCache, ImageService
+    from dm_generations.server.images import ImageCache, ImageService, hash_of
 
-    served = [ServedArchive(path, codec, is_writable) for path, is_writable in archives.items()]
+    codec, diffusion = decoders
+    served = [ServedArchive(path, codec, diffusion, is_writable) for path, is_writable in archives.items()]
     archive = ServedArchives(served) if len(served) > 1 else served[0]
-    images = ImageService(codec, lambda md5s: archive.call(archive.load_tokens, md5s), ImageCache(codec.sha256))
+    cache = ImageCache(hash_of(codec, diffusion))
+    images = ImageService(codec, lambda md5s: archive.call(archive.load_tokens, md5s), cache, diffusion)
     page = shipped("samplebrowser.html").read_text(encoding="utf-8")
     return PageServer(archive, images, page, token, needs_token=host is not None).make_app(host)
 

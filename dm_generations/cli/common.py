@@ -21,6 +21,7 @@ from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+
 MAX_LINE = 10_000  # characters of what is printed at once
 PROGRESS_LINE_S = 10.0
 WATCH_S = 1.0
@@ -335,6 +336,13 @@ class Progress:
             if done < total:
                 self._print_due_line(now)
 
+    def on_step(self, done: int, total: int) -> None:
+        """Show that `done` of `total` steps of a batch are taken."""
+        with self._lock:
+            self._stage = f"step {done:,} of {total:,}"
+            if self._bar is not None:
+                self._bar.set_description_str(self._stage)
+
     def _show_bar(self, total: int | None) -> None:
         """Show a bar on a terminal; without a total only what is done at the moment."""
         if not sys.stderr.isatty():
@@ -363,7 +371,7 @@ class Progress:
             print_line(f"{self._stage}: {now - self._started:,.0f} s so far", to_stderr=True)
             return
         since, count = self._first
-        line = f"{self._done:,} of {self._total:,} images"
+        line = f"{self._done:,} of {self._total:,} images" + (f", {self._stage}" if self._stage else "")
         if self._done > count and now > since:
             speed = (self._done - count) / (now - since)
             line += f", {rate(speed)}, {(self._total - self._done) / speed:,.0f} s left"

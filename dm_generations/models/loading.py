@@ -123,7 +123,7 @@ def load_checkpoint(
 
     Args:
         path_or_name: A folder, a file or a name on the Hugging Face hub; None is the embedded model.
-        role: One of `registry.ROLES`; there is no embedded "scorer".
+        role: One of `registry.ROLES`; there is no embedded "decoder" or "scorer".
         overrides: Entries of the config that replace what the files say.
 
     Raises:
@@ -310,7 +310,7 @@ def _read_native_kind(folder: Path, kind: ModelKind, values: dict[str, Any]) -> 
     weights, params = folder / native.WEIGHTS_FILE, native.read_params(folder)
     with prefix_errors(folder / native.CONFIG_FILE):
         config = kind.config_class.from_dict(values)
-    if kind.role in ("codec", "scorer"):
+    if kind.role in ("codec", "decoder", "scorer"):
         return RawCheckpoint(kind.name, config, params, (weights,))
     return RawCheckpoint(kind.name, config, params, (weights,), folder, values.get("text_style", kind.name))
 

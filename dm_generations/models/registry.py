@@ -16,7 +16,7 @@ from dm_generations.errors import UserError
 from dm_generations.models.base import ImageDecoder, NetworkDecoder, RawCheckpoint, Tokenizer
 from dm_generations.weights.state_dict import Shape
 
-ROLES = ("generator", "codec", "clip", "scorer")
+ROLES = ("generator", "codec", "decoder", "clip", "scorer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +194,15 @@ KINDS = (
         readers=("dvae.checkpoint:read_openai_vae",),
         files="encoder.pkl and decoder.pkl",
         hub_files=(("encoder.pkl", "decoder.pkl"), ("*.pt", "*.pth")),
+    ),
+    ModelKind(
+        name="diffusion_decoder",
+        role="decoder",
+        config="diffusion_decoder.network:DiffusionDecoderConfig",
+        network="diffusion_decoder.network:UNet",
+        readers=("diffusion_decoder.checkpoint:read_guided_diffusion",),
+        files="model-latest.pt or another file of guided-diffusion's trainer",
+        hub_files=(("model-latest.pt",), ("ema_*.pt",)),
     ),
     ModelKind(
         name="clip",

@@ -50,7 +50,7 @@ def convert(
 
     Args:
         spec: a folder, a file or a name on the Hugging Face hub.
-        out: the folder to write; a generator's codec goes to its subfolder `codec`.
+        out: the folder to write; what is with its first model goes to subfolders, a generator's codec to `codec`.
         tokenizer: the generator's, in place of its own.
         dtype: "float32", "float16" or "bfloat16"; None leaves weights as they are.
         overrides: entries of the generator's config that replace what the files say.
@@ -74,8 +74,7 @@ def convert(
     try:
         lines = []
         for index, checkpoint in enumerate(found):
-            is_own_codec = index > 0
-            folder, final = (root / native.CODEC_FOLDER if is_own_codec else root for root in (unfinished, out))
+            folder, final = (root / checkpoint.role if index else root for root in (unfinished, out))
             lines.append(_write(checkpoint, folder, final, tokenizer, dtype))
         os.rename(unfinished, out)
     except OSError as error:

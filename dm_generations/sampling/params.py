@@ -7,6 +7,7 @@ from typing import Any
 from dm_generations.errors import UserError
 
 MAX_TOP_K = 2**31 - 1
+DECODER_STEPS = "dpm25"  # of a diffusion decoder, unless told otherwise
 MAX_REAL = 3.0e38  # settings are computed with in float32
 MAX_STEPS = 256  # of masked decoding
 _MAX_DIGITS = 40  # of a number in a message; Python refuses to write the longest ones

@@ -8,7 +8,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -26,13 +26,17 @@ from dm_generations.archive.browse import (
     statistics,
 )
 from dm_generations.archive.ratings import add_ratings, parse_judgement, read_judgements
-from dm_generations.archive.records import GROUP_COLUMNS, PARAM_COLUMNS, BadTokensError
+from dm_generations.archive.records import GROUP_COLUMNS, PARAM_COLUMNS, BadTokensError, key_words
 from dm_generations.archive.schema import SCHEMA_VERSION
 from dm_generations.errors import UserError
 from dm_generations.export.output_file import EXTENSIONS
 from dm_generations.export.plan import make_file_name, make_folder_name
+from dm_generations.inference.decoder import RowKey
 from dm_generations.models.loading import Checkpoint
-from dm_generations.server.images import HASH_DIGITS, UndecodableError, UnknownImageError, read_tokens
+from dm_generations.server.images import HASH_DIGITS, UndecodableError, UnknownImageError, hash_of, read_tokens
+
+if TYPE_CHECKING:
+    from dm_generations.inference.diffusion import Diffusion
 
 LOCK_TIMEOUT: Final = 3.0  # seconds; a request waits so long for another program's lock
 MAX_JUDGEMENTS: Final = 100_000
@@ -70,13 +74,14 @@ class ServedArchive(ArchiveThread):
         revision: A number that grows when images or scores were added.
     """
 
-    def __init__(self, path: Path, codec: Checkpoint, is_writable: bool = True):
-        """Take an archive, the codec that decodes its images, and whether judgements may be stored in it."""
+    def __init__(self, path: Path, codec: Checkpoint, diffusion: "Diffusion | None" = None, is_writable: bool = True):
+        """Take an archive, what decodes its images, and whether judgements may be stored in it."""
         super().__init__()
         self.path = path
         self._is_writable = is_writable
         self.revision = 0
         self._codec = codec
+        self._codec_hash = hash_of(codec, diffusion)
         self._archive: Archive | None = None
         self._browser: Browser | None = None
         self._file: tuple[int, int] | None = None
@@ -211,7 +216,8 @@ class ServedArchive(ArchiveThread):
             group = str(GroupId(values, browser.model_position(row["generator_id"])))
         key = plain(row["key0"]), plain(row["key1"])
         name = f"{key[0]}.{key[1]}" + (f".{listed.namesakes}" if listed.namesakes else "")
-        codec_hash = (self._codec if codec is None else codec).sha256[:HASH_DIGITS]
+        recorded = self._codec.sha256 if codec is None else codec.sha256
+        codec_hash = (self._codec_hash if recorded == self._codec.sha256 else recorded)[:HASH_DIGITS]
         return [
             *(name, group, listed.rank, listed.score, *key, browser.seeds.get(key, -1), md5, listed.time, codec_hash),
             *(plain(row[column]) for column in ("sampler_version", "init_count", "dtype", "log_prob")),
@@ -231,16 +237,16 @@ class ServedArchive(ArchiveThread):
             self._statistics[question] = statistics_rows(found)
         return {"range": browser.score_range, "values": self._statistics[question]}
 
-    def load_tokens(self, md5s: Sequence[str]) -> dict[str, "np.ndarray | UserError"]:
-        """Return tokens (L,) uint16 by their MD5, or why an image cannot be shown."""
+    def load_tokens(self, md5s: Sequence[str]) -> dict[str, "tuple[np.ndarray, RowKey] | UserError"]:
+        """Return tokens (L,) uint16 and the key of a row that has them by their MD5, or why it cannot be shown."""
         models = self.browser().archive.models()
-        found: dict[str, np.ndarray | UserError] = {}
+        found: dict[str, tuple[np.ndarray, RowKey] | UserError] = {}
         for md5, row in self._find_rows(md5s).items():
             if row is None:
                 found[md5] = UnknownImageError(f"no image of {self.path} has tokens with the MD5 {md5}")
                 continue
             try:
-                found[md5] = read_tokens(row, models, self._codec)
+                found[md5] = read_tokens(row, models, self._codec), RowKey(*key_words(row["key0"], row["key1"]))
             except BadTokensError as error:
                 found[md5] = UndecodableError(f"image {row['id']} cannot be decoded: {error}")
         return found
