@@ -19,6 +19,7 @@ from dm_generations.cli import (
     convert,
     decode,
     demo,
+    encode,
     find,
     generate,
     info,
@@ -27,6 +28,7 @@ from dm_generations.cli import (
     plot,
     ratings,
     score,
+    train,
     verify,
     view,
 )
@@ -59,6 +61,8 @@ COMMANDS = {
     "list": list_images,
     "verify": verify,
     "merge": merge,
+    "encode": encode,
+    "train": train,
     "convert": convert,
     "completion": completion,
 }
