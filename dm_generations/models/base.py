@@ -296,7 +296,7 @@ def recompute_layers(is_wanted: bool) -> Iterator[None]:
 def layer_class(layer: Any, *static: int) -> Any:
     """Return the class of a layer, changed within `recompute_layers`; `static` are places of arguments, from 0."""
     # Flax counts the layer itself as the first one.
-    return nn.remat(layer, static_argnums=[place + 1 for place in static]) if _RECOMPUTES.get() else layer
+    return nn.remat(layer, static_argnums=tuple(place + 1 for place in static)) if _RECOMPUTES.get() else layer
 
 
 def example_images(size: int) -> jax.ShapeDtypeStruct:

@@ -117,13 +117,14 @@ class TrainOptions:
             ("min_gap", 0, math.inf),
             ("warmup", 0, self.steps - 1),
             ("seed", 0, 2**31 - 1),
+            ("evaluate_every", 0, math.inf),
+            ("sample_every", 0, math.inf),
+            ("lora_rank", 0, math.inf),
         ):
             value = getattr(self, name)
             if not low <= value <= high or math.isinf(value):
                 limits = f"from {low} to {high}" if high < math.inf else f"{low} or more"
                 raise UserError(f"--{name.replace('_', '-')} must be {limits}, not {value:g}")
-        if self.lora_rank < 0:
-            raise UserError(f"--lora-rank must be 0 or more, not {self.lora_rank}")
         if self.lora_layers and not self.lora_rank:
             raise UserError("--lora-layers needs --lora-rank")
         if self.model is not None and self.config is not None:

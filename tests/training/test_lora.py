@@ -9,6 +9,8 @@ from dm_generations.models.loading import load_checkpoint
 from dm_generations.training.lora import DEFAULT_LAYERS, find_layers, make_adapters, merge_adapters, use_adapters
 from dm_generations.weights.native import flatten
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module")
 def loaded(models):

@@ -8,6 +8,8 @@ import pytest
 
 from dm_generations.training.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimiser_moves_downhill_and_leaves_buffers(name):

@@ -20,8 +20,6 @@ from dm_generations.models.loading import load_checkpoint
 from dm_generations.training import finetune
 from dm_generations.weights.native import flatten, read_params
 
-pytestmark = pytest.mark.e2e
-
 
 @pytest.fixture(scope="module")
 def archive(models, tmp_path_factory):
@@ -44,18 +42,18 @@ def assert_equal_weights(one, other):
         np.testing.assert_array_equal(leaf, second[path], path)
 
 
+@pytest.mark.e2e
 def test_a_stopped_run_ends_with_the_same_weights(models, archive, whole, tmp_path, monkeypatch):
     words = ("--sample-every", 2, "--sample-prompts", PROMPTS[0], "--sample-count", 2, "--n-best", 4)
     step = finetune.Trainer.step
-    for stop in (1, 3):
 
-        def stop_there(self, state, number, stop=stop):
-            if number == stop:
-                raise KeyboardInterrupt
-            return step(self, state, number)
+    def stop_at_3(self, state, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(self, state, number)
 
-        monkeypatch.setattr(finetune.Trainer, "step", stop_there)
-        assert run_train(models, archive, tmp_path / "run", *words) != 0
+    monkeypatch.setattr(finetune.Trainer, "step", stop_at_3)
+    assert run_train(models, archive, tmp_path / "run", *words) != 0
     monkeypatch.setattr(finetune.Trainer, "step", step)
     assert run_train(models, archive, tmp_path / "run", *words) == 0
     assert_equal_weights(whole / "model", tmp_path / "run" / "model")
@@ -63,6 +61,7 @@ def test_a_stopped_run_ends_with_the_same_weights(models, archive, whole, tmp_pa
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
+@pytest.mark.e2e
 def test_the_model_loads_with_its_lineage_draws_and_converts(models, archive, whole, tmp_path):
     trained, base = load_checkpoint(whole / "model", "generator"), load_checkpoint(models.dalle_bart, "generator")
     assert load_checkpoint(whole / "model", "codec").sha256 == load_checkpoint(models.vqgan, "codec").sha256
@@ -78,6 +77,7 @@ def test_the_model_loads_with_its_lineage_draws_and_converts(models, archive, wh
     assert load_checkpoint(tmp_path / "half", "generator").lineage == trained.lineage
 
 
+@pytest.mark.e2e
 def test_samples_have_the_same_keys_at_every_step(whole):
     with Archive.open(whole / "samples.db") as samples:
         (group,) = samples.groups()
@@ -91,11 +91,13 @@ def test_samples_have_the_same_keys_at_every_step(whole):
         assert sorted(steps) == [2, 4]
 
 
+@pytest.mark.e2e
 def test_checkpoints_are_models_too(whole):
     assert_equal_weights(whole / "checkpoints" / "00000004", whole / "model")
     assert load_checkpoint(whole / "checkpoints" / "00000002", "generator").lineage["step"] == 2
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(models, archive, tmp_path):
     words = ("--steps", 40, "--caption-dropout", 0, "--held-out", 0, "--save-every", 40, "--log-every", 39)
     assert run_train(models, archive, tmp_path / "run", *words, "--prompt-texts", PROMPTS[0], "--batch-size", 6) == 0
@@ -105,6 +107,7 @@ def test_training_lowers_the_loss(models, archive, tmp_path):
     del first
 
 
+@pytest.mark.slow
 def test_gradients_of_small_batches_add_up_to_those_of_a_large_one(models, archive, tmp_path):
     """Also when activations are computed again."""
     base = tiny_dalle_bart(tmp_path / "base", dropout=0.0)
@@ -119,6 +122,7 @@ def test_gradients_of_small_batches_add_up_to_those_of_a_large_one(models, archi
         np.testing.assert_allclose(two[path], one[path], atol=1e-3 * moved)
 
 
+@pytest.mark.slow
 def test_low_rank_changes_stay_in_the_chosen_layers(models, archive, tmp_path):
     words = ("--lora-rank", 2, "--lora-layers", "q_proj$", "--dtype", "bfloat16")
     assert run_train(models, archive, tmp_path / "run", *words) == 0
@@ -127,6 +131,7 @@ def test_low_rank_changes_stay_in_the_chosen_layers(models, archive, tmp_path):
     assert changed == {path for path in base if path.endswith("q_proj/kernel")}
 
 
+@pytest.mark.slow
 def test_preferences_are_learnt(models, archive, tmp_path):
     words = ("--objective", "dpo", "--min-gap", 0.2, "--steps", 12, "--learning-rate", 0.02, "--held-out", 0)
     assert run_train(models, archive, tmp_path / "run", *words) == 0
@@ -135,6 +140,7 @@ def test_preferences_are_learnt(models, archive, tmp_path):
     assert log[-1]["loss"] < 0.6 and log[-1]["accuracy"] > 0.7
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_from_random_weights(models, archive, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"kind": "dalle_bart", **DALLE_BART_CONFIG}))
@@ -149,6 +155,7 @@ def run_words(words, **environment):
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_parameters_divided_among_devices_end_as_whole_ones(models, archive, tmp_path):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     words = train_words(models, archive, tmp_path / "run", "--n-best", 4, "--shard-params", "--cpu-only")
@@ -196,6 +203,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(models, archi
         (("--codec", "none-such"), ["none-such"]),
     ],
 )
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_leaves_nothing(words, names, models, archive, tmp_path, capsys):
     assert run_train(models, archive, tmp_path / "run", *words) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
