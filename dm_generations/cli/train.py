@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("archives", nargs="*", metavar="ARCHIVE", type=file_path, help="archives to learn from")
     add("--db", nargs="+", default=[], metavar="FILE", type=file_path, help="the same as ARCHIVE")
     add("--run", dest="folder", required=True, metavar="FOLDER", type=file_path, help="folder of the run; resumes")
-    add_selection_options(parser)
+    add_selection_options(parser, "prompt, of all its settings and archives")
     _add_model(parser.add_argument_group("model").add_argument)
     _add_objective(parser.add_argument_group("what is learnt").add_argument)
     _add_optimizer(parser.add_argument_group("optimiser").add_argument)

@@ -196,8 +196,10 @@ class Trainer:
     def _loss(self, trained: Any, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> Any:
         """The loss of a batch (B, ...), and metrics."""
         inputs = batch["ids"], batch["mask"], batch["tokens"]
-        logits = self._logits(trained, frozen, *inputs, key)
-        if self._options.objective == "dpo":
+        is_pair = self._options.objective == "dpo"
+        # The reference is the same function at first, so neither has dropouts.
+        logits = self._logits(trained, frozen, *inputs, None if is_pair else key)
+        if is_pair:
             reference = self._model.apply({"params": frozen}, *inputs, method="training_logits")
             new, old = (
                 jnp.split(objectives.image_log_probs(each, batch["tokens"]), 2)
