@@ -19,7 +19,7 @@ LAYERS = [
     {"sampling", "models"},
     {"inference"},
     {"pipelines", "export"},
-    {"api", "compat", "server"},
+    {"api", "compat", "server", "training"},
     {"cli"},
 ]
 # They import nothing of the package but errors, so that all layers may use them.

@@ -19,6 +19,7 @@ from dm_generations.cli import (
     convert,
     decode,
     demo,
+    encode,
     export,
     export_site,
     find,
@@ -30,6 +31,7 @@ from dm_generations.cli import (
     plot,
     ratings,
     score,
+    train,
     verify,
     view,
 )
@@ -65,6 +67,8 @@ COMMANDS = {
     "list": list_images,
     "verify": verify,
     "merge": merge,
+    "encode": encode,
+    "train": train,
     "convert": convert,
     "completion": completion,
 }

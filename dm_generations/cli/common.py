@@ -141,8 +141,13 @@ def command_words(command: str) -> list[str]:
     return ["python", "-m", "dm_generations", command]
 
 
-def add_selection_options(parser: argparse.ArgumentParser) -> None:
-    """Add options that select images, which `selection_from` reads. Every command that selects has the same ones."""
+def add_selection_options(parser: argparse.ArgumentParser, best_of: str = "prompt and setting") -> None:
+    """Add options that select images, which `selection_from` reads. Every command that selects has the same ones.
+
+    Args:
+        parser: Of the command.
+        best_of: Whose images `--n-best` counts.
+    """
     group = parser.add_argument_group(
         "which images", "all that is listed in one flag or name adds up, and all flags and names have to match"
     )
@@ -179,7 +184,7 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         "--n-best",
         type=at_least_one,
         metavar="N",
-        help="only the N best of each prompt and setting, by score",
+        help=f"only the N best of each {best_of}, by score",
     )
     add(
         "--rank-by",

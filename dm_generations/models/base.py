@@ -5,16 +5,18 @@ h, w: rows and columns of a token grid   H, W: pixels   D: width of a codebook r
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import math
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from flax import linen as nn
 
 from dm_generations.archive.records import ClassLabel
 from dm_generations.errors import UserError, short_repr
@@ -29,6 +31,8 @@ LAYERS, WIDTH, VOCABULARY, POSITIONS = (
     (1, largest) for largest in (MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS)
 )
 ANY_ID = (0, 2**31 - 1)
+
+_RECOMPUTES: contextvars.ContextVar[bool] = contextvars.ContextVar("recomputes", default=False)
 
 Bounds = Mapping[str, tuple[float, float]]
 
@@ -197,6 +201,30 @@ class TextToImageModel(Protocol):
         """
 
 
+class TrainingLogits(NamedTuple):
+    """What a network that reads prompts and all tokens of their images predicts of both, for the loss."""
+
+    image: jax.Array  # (B, L, V) float32
+    text: jax.Array | None = None  # (B, N, W) float32; None of a model that does not predict text
+    text_targets: jax.Array | None = None  # (B, N) int32, what `text` should predict
+
+
+class TrainableModel(TextToImageModel, Protocol):
+    """A text-to-image model that can be trained."""
+
+    def training_logits(
+        self, input_ids: jax.Array, attention_mask: jax.Array, tokens: jax.Array, deterministic: bool = True
+    ) -> TrainingLogits:
+        """Logits of each token, given those before it and the prompt.
+
+        Args:
+            input_ids: (B, T) int32.
+            attention_mask: (B, T) int32.
+            tokens: (B, L) int32.
+            deterministic: Whether dropouts are off; else they need a "dropout" rng.
+        """
+
+
 class CodecConfig(Protocol):
     """The config of an image codec: a frozen dataclass."""
 
@@ -291,11 +319,28 @@ class RawCheckpoint:
     file_by_prefix: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     # For messages too: path and shape of a parameter to its name and shape in the file, whether it is there or not.
     name_in_file: Callable[[str, Shape], tuple[str, Shape]] = same_name
+    lineage: dict[str, Any] | None = None  # which weights, archives and options it was trained from, if that is known
 
     def file_of(self, path: str) -> Path:
         """The file that has, or should have, the parameter of this path ("a/b/kernel")."""
         prefix = max((prefix for prefix in self.file_by_prefix if path.startswith(prefix)), key=len, default=None)
         return self.files[0] if prefix is None else self.file_by_prefix[prefix]
+
+
+@contextlib.contextmanager
+def recompute_layers(is_wanted: bool) -> Iterator[None]:
+    """Within it, networks that are traced keep only what enters a layer, and compute the rest again for gradients."""
+    token = _RECOMPUTES.set(is_wanted)
+    try:
+        yield
+    finally:
+        _RECOMPUTES.reset(token)
+
+
+def layer_class(layer: Any, *static: int) -> Any:
+    """Return the class of a layer, changed within `recompute_layers`; `static` are places of arguments, from 0."""
+    # Flax counts the layer itself as the first one.
+    return nn.remat(layer, static_argnums=tuple(place + 1 for place in static)) if _RECOMPUTES.get() else layer
 
 
 def example_images(size: int) -> jax.ShapeDtypeStruct:

@@ -60,6 +60,7 @@ class Checkpoint:
     folder: Path  # that of the configs that belong to the weights
     tokenizer: Path | None = None
     text_style: str | None = None
+    lineage: dict[str, Any] | None = None  # of a model that `train` made: what it was trained from
 
     @property
     def role(self) -> str:
@@ -78,6 +79,8 @@ class Checkpoint:
             grid: Of a codec, tokens a side, if it decodes another grid than its own.
         """
         config = json.loads(json.dumps(dataclasses.asdict(self.config)))  # tuples come back as lists
+        if self.lineage is not None:
+            config[native.LINEAGE] = self.lineage
         if self.role != "codec":
             return ModelInfo(self.role, self.name, self.sha256, config)
         if grid is not None and grid != self.config.grid:
@@ -176,7 +179,7 @@ def find_checkpoint(
     params = _to_native_order(raw.params)
     digest = native.digest(params)
     digest = _RECORDED_SHA256.get(digest, digest)
-    return Checkpoint(raw.kind, raw.config, params, name, digest, folder, raw.tokenizer, raw.text_style)
+    return Checkpoint(raw.kind, raw.config, params, name, digest, folder, raw.tokenizer, raw.text_style, raw.lineage)
 
 
 def load_generator(
@@ -310,9 +313,13 @@ def _read_native_kind(folder: Path, kind: ModelKind, values: dict[str, Any]) -> 
     weights, params = folder / native.WEIGHTS_FILE, native.read_params(folder)
     with prefix_errors(folder / native.CONFIG_FILE):
         config = kind.config_class.from_dict(values)
+    lineage = values.get(native.LINEAGE)
+    if not isinstance(lineage, dict | None):
+        raise UserError(f"{folder / native.CONFIG_FILE}: {native.LINEAGE} must be a JSON object")
+    raw = RawCheckpoint(kind.name, config, params, (weights,), lineage=lineage)
     if kind.role in ("codec", "decoder", "scorer"):
-        return RawCheckpoint(kind.name, config, params, (weights,))
-    return RawCheckpoint(kind.name, config, params, (weights,), folder, values.get("text_style", kind.name))
+        return raw
+    return dataclasses.replace(raw, tokenizer=folder, text_style=values.get("text_style", kind.name))
 
 
 def _expected_shapes(raw: RawCheckpoint, path: Path) -> dict[str, Shape]:

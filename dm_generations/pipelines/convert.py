@@ -85,25 +85,42 @@ def convert(
 
 
 def _write(checkpoint: Checkpoint, folder: Path, final: Path, tokenizer: Path | None, dtype: str | None) -> str:
-    config = (
-        checkpoint.config.to_dict() if hasattr(checkpoint.config, "to_dict") else dataclasses.asdict(checkpoint.config)
-    )
-    if dtype == "float16":
-        _check_range(checkpoint)
-    native.save(
-        folder,
-        checkpoint.kind,
-        config,
-        checkpoint.params,
-        _DTYPES[dtype] if dtype else None,
-        checkpoint.text_style or "",
-    )
-    source = tokenizer or checkpoint.tokenizer
-    needs_none = checkpoint.text_style is None or class_count_of(checkpoint.config)
-    is_complete = needs_none or (source is not None and _copy_tokenizer(source, folder))
+    is_complete = write_checkpoint(checkpoint, folder, tokenizer, dtype)
     missing = "" if is_complete else ", without a tokenizer: it is not in the model's folder, give it with --tokenizer"
     size = (folder / native.WEIGHTS_FILE).stat().st_size
     return f"{final}: {checkpoint.kind}, {size / 1e6:,.1f} MB{missing}"
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint, folder: Path, tokenizer: Path | None = None, dtype: str | None = None
+) -> bool:
+    """Write a model as a folder of our own, with its tokenizer and lineage.
+
+    Args:
+        checkpoint: The model.
+        folder: Made if it does not exist.
+        tokenizer: In place of its own.
+        dtype: See `convert`.
+
+    Returns:
+        Whether it is complete: False for a model of prompts whose tokenizer is missing.
+
+    Raises:
+        UserError: A value does not fit `dtype`.
+        OSError: The folder cannot be written.
+    """
+    config = (
+        checkpoint.config.to_dict() if hasattr(checkpoint.config, "to_dict") else dataclasses.asdict(checkpoint.config)
+    )
+    if checkpoint.lineage is not None:
+        config = {**config, native.LINEAGE: checkpoint.lineage}
+    if dtype == "float16":
+        _check_range(checkpoint)
+    stored = _DTYPES[dtype] if dtype else None
+    native.save(folder, checkpoint.kind, config, checkpoint.params, stored, checkpoint.text_style or "")
+    source = tokenizer or checkpoint.tokenizer
+    needs_none = checkpoint.text_style is None or class_count_of(checkpoint.config) > 0
+    return needs_none or (source is not None and _copy_tokenizer(source, folder))
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> bool:

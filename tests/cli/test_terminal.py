@@ -54,6 +54,8 @@ MISSING = {
     "plot": [NAME],
     "ratings": ["--db", NAME, "--rank"],
     "merge": ["--into", "new.db", NAME],
+    "encode": [NAME, "--db", "new.db"],
+    "train": ["--db", NAME, "--run", "run"],
     "convert": [NAME, "--out", "new"],
     "generate": ["--db", "new.db", "--prompts", "a", "--model", NAME],
 }

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from dm_generations.models.base import example_ids
+from dm_generations.models.base import TrainingLogits, example_ids, layer_class
 from dm_generations.models.dalle_mini.config import NORM_PLACEMENTS, DalleBartConfig, unscan
 
 NORM_EPSILON = 1e-5
@@ -288,13 +288,14 @@ class _Layers(nn.Module):
 
     def setup(self) -> None:
         """Make the layers, under the names that dalle-mini gives them."""
-        name = self.layer.__name__
+        name, is_decoder = self.layer.__name__, self.layer is FlaxBartDecoderLayer
+        layer = layer_class(self.layer, 4 if is_decoder else 2)  # the place of `deterministic`
         if self.config.use_scan:
             options: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True, "dropout": True}}
-            stacked = nn.scan(self.layer, in_axes=nn.broadcast, length=self.count, **options)
+            stacked = nn.scan(layer, in_axes=nn.broadcast, length=self.count, **options)
             setattr(self, f"{name}s", stacked(self.config, self.dtype))
         else:
-            setattr(self, name, [self.layer(self.config, self.dtype) for _ in range(self.count)])
+            setattr(self, name, [layer(self.config, self.dtype) for _ in range(self.count)])
 
     def __call__(self, x: Array, *inputs: Any) -> Array:
         """Run x (B, L, d) through all layers; `inputs` go to each."""
@@ -438,6 +439,13 @@ class DalleBart(nn.Module):
         """Return teacher-forced logits (B, L, V + 1) float32; see `encode` and `decode`."""
         encoder_state = self.encode(input_ids, attention_mask, deterministic)
         return self.decode(decoder_input_ids, encoder_state, attention_mask, deterministic)
+
+    def training_logits(
+        self, input_ids: Array, attention_mask: Array, tokens: Array, deterministic: bool = True
+    ) -> TrainingLogits:
+        """Return the logits of tokens (B, L), each given those before it; see `TrainableModel`."""
+        inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=self.config.start_token)
+        return TrainingLogits(self(input_ids, attention_mask, inputs, deterministic))
 
     def encode(self, input_ids: Array, attention_mask: Array, deterministic: bool = True) -> Array:
         """Map ids (B, T <= max_text_length) int32 and mask (B, T), 1 for text and 0 for padding, to (B, T, d)."""

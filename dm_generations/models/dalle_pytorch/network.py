@@ -21,7 +21,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from dm_generations.models.base import example_ids
+from dm_generations.models.base import TrainingLogits, example_ids, layer_class
 from dm_generations.models.dalle_pytorch.config import SPARSE_BLOCK, DallePytorchConfig
 
 MASKED = jnp.finfo(jnp.float32).min  # as in DALLE-pytorch, for attention and for logits of the other kind of token
@@ -182,7 +182,7 @@ class _Transformer(nn.Module):
     def setup(self) -> None:
         config = self.config
         self.attn = {str(i): _Attention(config, self.dtype) for i in sorted(set(config.attn_sources))}
-        self.ff = {str(i): _FeedForward(config, self.dtype) for i in sorted(set(config.ff_sources))}
+        self.ff = {str(i): layer_class(_FeedForward)(config, self.dtype) for i in sorted(set(config.ff_sources))}
         self.attn_wrapping = [_Wrapping(config, self.dtype) for _ in range(config.depth)]
         self.ff_wrapping = [_Wrapping(config, self.dtype) for _ in range(config.depth)]
         if config.rotary_emb:
@@ -390,6 +390,14 @@ class DallePytorch(nn.Module):
         x, _ = self.transformer(x)
         return self.to_logits(x)
 
+    def training_logits(
+        self, input_ids: jax.Array, attention_mask: jax.Array, tokens: jax.Array, deterministic: bool = True
+    ) -> TrainingLogits:
+        """Logits of image and text; see `TrainableModel`. Padding is predicted too, by its own ids."""
+        logits, length = self(input_ids, tokens), self.config.text_seq_len
+        text, image = logits[:, :length, : self.config.text_rows], logits[:, length:, self.config.text_rows :]
+        return TrainingLogits(image, text, self._padded_ids(input_ids))
+
     def encode_prompt(self, input_ids: jax.Array, attention_mask: jax.Array) -> Cache:
         """What generation reads of prompts.
 
@@ -428,13 +436,16 @@ class DallePytorch(nn.Module):
 
     def _embed_text(self, input_ids: jax.Array) -> jax.Array:
         """Ids (B, T) -> (B, T + 1, d): <bos> (id 0) first, then the text with padding ids."""
-        padding = self.config.num_text_tokens + jnp.arange(self.config.text_seq_len, dtype=input_ids.dtype)
-        ids = jnp.where(input_ids == 0, padding[None], input_ids)
-        ids = jnp.pad(ids, ((0, 0), (1, 0)))
+        ids = jnp.pad(self._padded_ids(input_ids), ((0, 0), (1, 0)))
         x = self.to_logits.text.embed(ids) if self.config.share_input_output_emb else self.text_emb(ids)
         if not self.config.rotary_emb:
             x = x + self.text_pos_emb.embedding[None]
         return x.astype(self.dtype)
+
+    def _padded_ids(self, input_ids: jax.Array) -> jax.Array:
+        """Ids (B, T) with an id of its own for each position's padding."""
+        padding = self.config.num_text_tokens + jnp.arange(self.config.text_seq_len, dtype=input_ids.dtype)
+        return jnp.where(input_ids == 0, padding[None], input_ids)
 
     def _embed_image(self, tokens: jax.Array, index: jax.Array) -> jax.Array:
         """Tokens (B, n) at positions index (n,) of the image -> (B, n, d)."""

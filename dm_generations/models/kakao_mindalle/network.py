@@ -25,8 +25,10 @@ from dm_generations.models.base import (
     POSITIONS,
     VOCABULARY,
     WIDTH,
+    TrainingLogits,
     check_config,
     example_ids,
+    layer_class,
     select_fields,
 )
 
@@ -216,7 +218,7 @@ class KakaoMinDalle(nn.Module):
         self.tok_emb_img, self.pos_emb_img = (
             nn.Embed(rows, width) for rows in (config.vocab_size_img, config.ctx_len_img)
         )
-        self.blocks = [Block(config, dtype) for _ in range(config.n_layers)]
+        self.blocks = [layer_class(Block)(config, dtype) for _ in range(config.n_layers)]
         self.ln_f = nn.LayerNorm(NORM_EPSILON, dtype=dtype, use_fast_variance=False)
         product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
         self.head_txt, self.head_img = (
@@ -252,6 +254,13 @@ class KakaoMinDalle(nn.Module):
             x, _ = block(x)
         x = self.ln_f(x)
         return self.head_img(x[:, text_length - 1 :]), self.head_txt(x[:, : text_length - 1])
+
+    def training_logits(
+        self, input_ids: jax.Array, attention_mask: jax.Array, tokens: jax.Array, deterministic: bool = True
+    ) -> TrainingLogits:
+        """Logits of image and text; see `TrainableModel`. Padding is predicted like words, as it is read."""
+        image, text = self(input_ids, tokens)
+        return TrainingLogits(image, text, input_ids[:, 1:])
 
     def encode_prompt(self, input_ids: jax.Array, attention_mask: jax.Array) -> Cache:
         """What generation reads of prompts (B, N) int32; attention_mask is not read. Axis 0 of every array is B."""
