@@ -53,6 +53,19 @@ _MEGA = DalleBartConfig(
     decoder_attention_heads=32,
     use_scan=False,
 )
+_TINY = DalleBartConfig(
+    encoder_vocab_size=2048,
+    image_vocab_size=64,
+    image_length=16,
+    d_model=64,
+    encoder_layers=1,
+    encoder_ffn_dim=64,
+    encoder_attention_heads=2,
+    decoder_layers=1,
+    decoder_ffn_dim=64,
+    decoder_attention_heads=2,
+    use_scan=False,
+)
 
 
 def main() -> None:
@@ -211,10 +224,10 @@ def report(what: str, batch_size: int, length: int, begin: float | None, step: f
     )
 
 
-def seconds_of_step(generator: Generator, steps: int) -> tuple[float, float]:
-    """Return the seconds of encoding prompts, and of one step: the best of three batches, all guided."""
+def seconds_of_step(generator: Generator, steps: int, cond_scale: float = 3.0) -> tuple[float, float]:
+    """Return the seconds of encoding prompts, and of one step: the best of three batches."""
     steps = min(steps, generator.token_count)
-    _, *measured = (generator.measure_steps(steps) for _ in range(4))  # the first of them compiles
+    _, *measured = (generator.measure_steps(steps, cond_scale) for _ in range(4))  # the first of them compiles
     encoding, step = (min(seconds) for seconds in zip(*measured, strict=True))
     return encoding, step
 
@@ -237,13 +250,13 @@ class Machine:
     flops: float  # operations a second
 
     @classmethod
-    def measured(cls, dtype: str, array_bytes: int = 1 << 29) -> "Machine":
+    def measured(cls, dtype: str, array_bytes: int = 1 << 29, matrix_size: int = 4096) -> "Machine":
         array = jnp.ones(array_bytes // 4, jnp.float32)
         total, copied = jax.jit(jnp.sum), jax.jit(lambda x: x + 1)
         bandwidth = max(
             array_bytes / seconds_of(lambda: total(array)), 2 * array_bytes / seconds_of(lambda: copied(array))
         )
-        return cls(bandwidth, matrix_peak(dtype))
+        return cls(bandwidth, matrix_peak(dtype, matrix_size))
 
 
 def model_of(shape: str) -> tuple[Checkpoint, Tokenizer]:
@@ -252,7 +265,7 @@ def model_of(shape: str) -> tuple[Checkpoint, Tokenizer]:
     tokenizer = embedded.load_tokenizer()
     if shape == "embedded":
         return embedded, tokenizer
-    config = {"mini": _MINI, "mega": _MEGA}[shape]
+    config = {"mini": _MINI, "mega": _MEGA, "tiny": _TINY}[shape]
     return Checkpoint("dalle_bart", config, random_params(config), shape, "0" * 64, Path()), tokenizer
 
 

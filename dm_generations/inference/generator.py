@@ -102,7 +102,8 @@ class Generator:
         self.dtype = dtype
         self._name = checkpoint.name
         self._tokenizer = tokenizer
-        config, params = checkpoint.network_class.prepare_params(config, params)
+        self._devices = jax.local_devices()
+        config, params = checkpoint.network_class.prepare_params(config, params, self._devices[0].platform)
         self._model = checkpoint.network_class(config, jnp.dtype(dtype))
         self._sampler: loop.Sampler
         if rng == "dalle-mini":
@@ -110,7 +111,6 @@ class Generator:
             self._sampler = DalleMiniSampler(columns, config.eos_token_id, config.pad_token_id)
         else:
             self._sampler = loop.GumbelSampler(self.codebook_size, config.sampling_order)
-        self._devices = jax.local_devices()
         self._mesh = Mesh(self._devices, (loop.AXIS,)) if len(self._devices) > 1 else None
         self._shard_batch, self._replicate = (
             None if self._mesh is None else NamedSharding(self._mesh, spec)
@@ -318,13 +318,15 @@ class Generator:
         with ThreadPoolExecutor(self.concurrency) as pool:
             return max(pool.map(seconds, range(self.concurrency)))
 
-    def measure_steps(self, steps: int) -> tuple[float, float]:
-        """Run the first `steps` of a full batch, all guided; return the seconds of encoding its prompts, and of a step.
+    def measure_steps(self, steps: int, cond_scale: float = 3.0) -> tuple[float, float]:
+        """Run the first `steps` of a full batch; return the seconds of encoding its prompts, and of a step.
 
         Every step reads the whole cache, so all take the same time.
         """
-        count = self.batch_size * len(self._devices)
-        rows = self._rows([""] * count, SamplingParams(cond_scale=3.0), np.zeros((count, 2), np.uint32), None, None, 0)
+        count = sum(self.capacities) // self.concurrency // sequence_count(cond_scale)
+        rows = self._rows(
+            [""] * count, SamplingParams(256, cond_scale=cond_scale), np.zeros((count, 2), int), None, None, 0
+        )
         inputs = self._inputs(self._next_batch(rows, self.batch_size))
         started = time.perf_counter()
         state = jax.block_until_ready(self._init_cache(self._params, inputs))
