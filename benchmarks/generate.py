@@ -2,10 +2,11 @@
 
     python benchmarks/generate.py sweep                              # the shipped model, 8 settings x 32 images
     python benchmarks/generate.py speed --shape mini --batch 1 4 16  # random weights at DALL-E mini's size
+    python benchmarks/generate.py products                           # its matrix products alone, in both forms
 
-Some minutes each on 2 cores. `speed` times a few steps; the others take as long, as attention reads the whole cache
-at every step. If torch is installed, min-dalle's structure is timed too. `sweep` compares both structures, each
-in a process of its own.
+Some minutes each on 2 cores, `products` one. `speed` times a few steps; the others take as long, as attention reads the
+whole cache at every step. If torch is installed, min-dalle's structure is timed too. `sweep` compares both structures,
+each in a process of its own.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from dm_generations.inference.generator import Generator
 from dm_generations.models.base import Tokenizer
 from dm_generations.models.dalle_mini.config import DalleBartConfig
 from dm_generations.models.dalle_mini.network import DalleBart
+from dm_generations.models.dense import Dense, split_kernels
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.registry import parameter_shapes
 from dm_generations.runtime.device import free_bytes, put_params
@@ -70,7 +72,7 @@ _TINY = DalleBartConfig(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sweep", "speed"])
+    parser.add_argument("what", choices=["sweep", "speed", "products"])
     parser.add_argument("--shape", choices=["embedded", "mini", "mega"], default="mini", help="(default: mini)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="(default: 1 4 16)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
@@ -81,7 +83,7 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of a GPU's memory torch needs a part
     if not args.structure:
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, load {os.getloadavg()[0]:.1f}", flush=True)
-    {"sweep": sweep, "speed": speed}[args.what](args)
+    {"sweep": sweep, "speed": speed, "products": products}[args.what](args)
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -211,6 +213,50 @@ def speed(args: argparse.Namespace) -> None:
             theirs = torch.seconds_of_step(batch_size, args.steps)
             report(f"    {torch.name}", batch_size, config.image_length, None, theirs)
             print(f"    torch takes {theirs / step:.2f} times as long", flush=True)
+
+
+def products(args: argparse.Namespace) -> None:
+    """Print the time of all matrix products of a step, with whole and with split kernels, in turn.
+
+    Where other programs run too, the relation of the two says more than either.
+    """
+    checkpoint, _ = model_of(args.shape)
+    config = checkpoint.config
+    d, hidden, layers = config.d_model, config.decoder_ffn_dim, config.decoder_layers
+    # (inputs, outputs) of each kind of matrix, and how many of it a step reads
+    kinds = {(d, d): 6 * layers, (d, hidden): 2 * layers, (hidden, d): layers, (d, config.image_vocab_size + 1): 1}
+    for batch_size in args.batch:
+        total = np.zeros(2)
+        for (inputs, outputs), count in kinds.items():
+            # Some of a kind, more than a cache holds.
+            some = min(count, max(1, (1 << 25) // (inputs * outputs)))
+            seconds = seconds_of_products(inputs, outputs, some, 2 * batch_size, args.dtype)
+            print(f"    {count} of {inputs} x {outputs}: {1e3 * seconds[0]:.2f}, {1e3 * seconds[1]:.2f} ms each")
+            total += count * seconds
+        whole, split = 1e3 * total
+        print(
+            f"{args.shape}, batch {batch_size}: {whole:.1f} ms a step with whole kernels, {split:.1f} ms with split "
+            f"ones, {whole / split:.2f} times as fast",
+            flush=True,
+        )
+
+
+def seconds_of_products(inputs: int, outputs: int, count: int, rows: int, dtype: str) -> np.ndarray:
+    """Return the seconds of one product with a whole and with a split kernel: the best of some turns."""
+    random = np.random.default_rng(0)
+    layer = Dense(outputs, use_bias=False, dtype=dtype)
+    kernels = [{"kernel": random.standard_normal((inputs, outputs), np.float32)} for _ in range(count)]
+    x = jnp.asarray(random.standard_normal((rows, inputs), np.float32), dtype)
+
+    @jax.jit
+    def multiply(kernels, x):
+        for kernel in kernels:  # one after the other
+            x = x + 1e-9 * layer.apply({"params": kernel}, x)[:, :1]
+        return x
+
+    forms = [[put_params(form(kernel), dtype) for kernel in kernels] for form in (lambda whole: whole, split_kernels)]
+    times = [[seconds_of(lambda form=form: multiply(form, x), 2) for form in forms] for _ in range(4)]
+    return np.min(times, axis=0) / count
 
 
 def report(what: str, batch_size: int, length: int, begin: float | None, step: float) -> None:
