@@ -106,10 +106,10 @@ class Generator:
         self._extra_settings = extra_settings_of(config)
         self._name = checkpoint.name
         self._tokenizer = tokenizer
-        config, params = checkpoint.network_class.prepare_params(config, params)
+        self._devices = jax.local_devices()
+        config, params = checkpoint.network_class.prepare_params(config, params, self._devices[0].platform)
         self._model = checkpoint.network_class(config, jnp.dtype(dtype))
         self._sampler = make_sampler(config, self.codebook_size, is_dalle_mini=rng == "dalle-mini")
-        self._devices = jax.local_devices()
         self._mesh = Mesh(self._devices, (loop.AXIS,)) if len(self._devices) > 1 else None
         self._shard_batch, self._replicate = (
             None if self._mesh is None else NamedSharding(self._mesh, spec)
@@ -348,14 +348,15 @@ class Generator:
         with ThreadPoolExecutor(self.concurrency) as pool:
             return max(pool.map(seconds, range(self.concurrency)))
 
-    def measure_steps(self, steps: int) -> tuple[float, float]:
-        """Run the first `steps` of a full batch, all guided; return the seconds of encoding its prompts, and of a step.
+    def measure_steps(self, steps: int, cond_scale: float = 3.0) -> tuple[float, float]:
+        """Run the first `steps` of a full batch; return the seconds of encoding its prompts, and of a step.
 
         Every step reads the whole cache, so all take the same time.
         """
-        count = self.batch_size * len(self._devices)
+        count = sum(self.capacities) // self.concurrency // sequence_count(cond_scale)
         prompt = ClassLabel("", 0) if class_count_of(self._model.config) else ""
-        rows = self._rows([prompt] * count, SamplingParams(cond_scale=3.0), np.zeros((count, 2), np.uint32))
+        settings = SamplingParams(256, cond_scale=cond_scale)
+        rows = self._rows([prompt] * count, settings, np.zeros((count, 2), np.uint32))
         inputs = self._inputs(self._next_batch(rows, self.batch_size))
         started = time.perf_counter()
         state = jax.block_until_ready(self._init_cache(self._params, inputs))

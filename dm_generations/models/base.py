@@ -182,8 +182,8 @@ class TextToImageModel(Protocol):
         """What `__call__` takes, so that `init` makes all parameters."""
 
     @staticmethod
-    def prepare_params(config: Any, params: dict) -> tuple[Any, dict]:
-        """Config and parameters in the form that generation takes, from those of a checkpoint."""
+    def prepare_params(config: Any, params: dict, platform: str) -> tuple[Any, dict]:
+        """Config and parameters in the form that generation takes on a "cpu", "gpu" or "tpu", from a checkpoint's."""
 
     def encode_prompt(self, input_ids: jax.Array, attention_mask: jax.Array) -> Any:
         """What generation reads of prompts (B, T) int32. Axis 0 of every array of the result is B."""

@@ -29,6 +29,8 @@ from dm_generations.training.run import PARAMS, Metrics, State
 ADAPTERS: Final = "lora"
 EVALUATED_ROWS: Final = 256
 _AXIS: Final = "data"
+# On a CPU, generation splits kernels for few rows; training has many rows, and saves whole kernels.
+_PLATFORM: Final = "gpu"
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class Trainer:
         """
         self._options, self._examples = options, examples
         self._tokenizer: Tokenizer = checkpoint.load_tokenizer()
-        config, params = checkpoint.network_class.prepare_params(checkpoint.config, checkpoint.params)
+        config, params = checkpoint.network_class.prepare_params(checkpoint.config, checkpoint.params, _PLATFORM)
         self.checkpoint = dataclasses.replace(checkpoint, config=config, params=params)
         self._config = config
         self._model = checkpoint.network_class(config, jnp.dtype(options.dtype))

@@ -62,7 +62,8 @@ def full_logits(model, params, text, image_tokens):
 
 @functools.partial(jax.jit, static_argnums=0)
 def cached_logits(model, params, text, image_tokens):
-    """(B, L, num_image_tokens) of `init_cache` and then one step after the other inside a scan."""
+    """(B, L, num_image_tokens) of `init_cache` and then a step after the other, with parameters as a CPU takes them."""
+    _, params = model.prepare_params(model.config, params, "cpu")
     read = model.apply({"params": params}, text, jnp.ones_like(text), method="encode_prompt")
     cache = model.apply({"params": params}, read, method="init_cache")
 

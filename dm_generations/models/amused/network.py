@@ -359,7 +359,7 @@ class Amused(nn.Module):
         return [example_ids(config.text_length), example_ids(config.image_length), numbers]
 
     @staticmethod
-    def prepare_params(config: AmusedConfig, params: dict) -> tuple[AmusedConfig, dict]:
+    def prepare_params(config: AmusedConfig, params: dict, platform: str) -> tuple[AmusedConfig, dict]:
         """Config and parameters for generation: those of the checkpoint, as they are."""
         return config, params
 

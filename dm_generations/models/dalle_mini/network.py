@@ -20,6 +20,7 @@ from jax import Array, lax
 
 from dm_generations.models.base import TrainingLogits, example_ids, layer_class
 from dm_generations.models.dalle_mini.config import NORM_PLACEMENTS, DalleBartConfig, unscan
+from dm_generations.models.dense import Dense, split_kernels
 
 NORM_EPSILON = 1e-5
 MASKED = -1e30  # finite, unlike -inf: a row whose keys are all masked (padding of a batch) stays finite
@@ -53,26 +54,14 @@ def norm_before_dense(config: DalleBartConfig, dtype: Any) -> nn.Module:
     return norm(config, dtype, use_scale=config.force_ln_scale)
 
 
-def _matrix_product(
-    x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None, preferred_element_type: Any = None
-) -> Array:
-    """`lax.dot_general` of x (..., features) with a kernel, as one matrix product over all rows.
-
-    On CPU, XLA computes the gradient of the kernel from two-dimensional operands in 0.6 of the time.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    product = lax.dot(rows, kernel, precision=precision, preferred_element_type=preferred_element_type)
-    return product.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def dense(config: DalleBartConfig, dtype: Any, features: int, use_bias: bool | None = None, **options: Any) -> nn.Dense:
+def dense(config: DalleBartConfig, dtype: Any, features: int, use_bias: bool | None = None, **options: Any) -> Dense:
     """Make a dense layer with the initial standard deviation that the config asks for."""
-    return nn.Dense(
+    return Dense(
         features,
         use_bias=config.use_bias if use_bias is None else use_bias,
         dtype=dtype,
         kernel_init=nn.initializers.normal(config.init_std),
-        dot_general=functools.partial(_matrix_product, **options),
+        **options,
     )
 
 
@@ -420,8 +409,8 @@ class DalleBart(nn.Module):
     def setup(self) -> None:
         """Make the submodules."""
         self.model = _Model(self.config, self.dtype)
-        columns, options = self.config.image_vocab_size + 1, {"preferred_element_type": jnp.float32}
-        self.lm_head = dense(self.config, self.dtype, columns, use_bias=False, **options)
+        columns = self.config.image_vocab_size + 1
+        self.lm_head = dense(self.config, self.dtype, columns, use_bias=False, product_dtype=jnp.float32)
 
     @staticmethod
     def example_inputs(config: DalleBartConfig) -> list[jax.ShapeDtypeStruct]:
@@ -429,9 +418,13 @@ class DalleBart(nn.Module):
         return [example_ids(n) for n in (config.max_text_length, config.max_text_length, config.image_length)]
 
     @staticmethod
-    def prepare_params(config: DalleBartConfig, params: dict) -> tuple[DalleBartConfig, dict]:
+    def prepare_params(config: DalleBartConfig, params: dict, platform: str) -> tuple[DalleBartConfig, dict]:
         """Return config and parameters for generation: those of the same network with its layers apart."""
-        return unscan(config, params)
+        config, params = unscan(config, params)
+        if platform == "cpu":  # the encoder reads many rows, once
+            model = params["model"] | {"decoder": split_kernels(params["model"]["decoder"])}
+            params = params | {"model": model, "lm_head": split_kernels(params["lm_head"])}
+        return config, params
 
     def __call__(
         self, input_ids: Array, attention_mask: Array, decoder_input_ids: Array, deterministic: bool = True

@@ -23,6 +23,7 @@ from jax import lax
 
 from dm_generations.models.base import TrainingLogits, example_ids, layer_class
 from dm_generations.models.dalle_pytorch.config import SPARSE_BLOCK, DallePytorchConfig
+from dm_generations.models.dense import Dense, split_kernels
 
 MASKED = jnp.finfo(jnp.float32).min  # as in DALLE-pytorch, for attention and for logits of the other kind of token
 _CONV_KERNEL = 5
@@ -124,8 +125,8 @@ class _Attention(nn.Module):
     dtype: Any
 
     def setup(self) -> None:
-        self.to_qkv = nn.Dense(3 * self.config.heads * self.config.dim_head, use_bias=False, dtype=self.dtype)
-        self.to_out = nn.Dense(self.config.dim, dtype=self.dtype)
+        self.to_qkv = Dense(3 * self.config.heads * self.config.dim_head, use_bias=False, dtype=self.dtype)
+        self.to_out = Dense(self.config.dim, dtype=self.dtype)
 
     def queries_keys_values(self, x: jax.Array) -> list[jax.Array]:
         """Project x (B, n, d) to queries, keys and values, each (B, H, n, D)."""
@@ -149,8 +150,8 @@ class _FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x, gate = jnp.split(nn.Dense(8 * self.config.dim, dtype=self.dtype, name="net_0")(x), 2, axis=-1)
-        return nn.Dense(self.config.dim, dtype=self.dtype, name="net_3")(x * nn.gelu(gate, approximate=False))
+        x, gate = jnp.split(Dense(8 * self.config.dim, dtype=self.dtype, name="net_0")(x), 2, axis=-1)
+        return Dense(self.config.dim, dtype=self.dtype, name="net_3")(x * nn.gelu(gate, approximate=False))
 
 
 class _Wrapping(nn.Module):
@@ -370,8 +371,10 @@ class DallePytorch(nn.Module):
         return [example_ids(config.text_seq_len), example_ids(config.image_length)]
 
     @staticmethod
-    def prepare_params(config: DallePytorchConfig, params: dict) -> tuple[DallePytorchConfig, dict]:
-        """Config and parameters for generation: those of the checkpoint, as they are."""
+    def prepare_params(config: DallePytorchConfig, params: dict, platform: str) -> tuple[DallePytorchConfig, dict]:
+        """Config and parameters for generation: those of the checkpoint."""
+        if platform == "cpu":
+            params = params | {"transformer": split_kernels(params["transformer"])}
         return config, params
 
     def __call__(self, input_ids: jax.Array, image_tokens: jax.Array) -> jax.Array:

@@ -167,7 +167,7 @@ class Janus(nn.Module):
         return [example_ids(length) for length in lengths]
 
     @staticmethod
-    def prepare_params(config: JanusConfig, params: dict) -> tuple[JanusConfig, dict]:
+    def prepare_params(config: JanusConfig, params: dict, platform: str) -> tuple[JanusConfig, dict]:
         """Config and parameters for generation: those of the checkpoint, as they are."""
         return config, params
 

@@ -215,7 +215,7 @@ class LlamaGen(nn.Module):
         return [example_ids(length) for length in lengths]
 
     @staticmethod
-    def prepare_params(config: LlamaGenConfig, params: dict) -> tuple[LlamaGenConfig, dict]:
+    def prepare_params(config: LlamaGenConfig, params: dict, platform: str) -> tuple[LlamaGenConfig, dict]:
         """Config and parameters for generation: those of the checkpoint, as they are."""
         return config, params
 
