@@ -33,6 +33,7 @@ class Dense(nn.Dense):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Map (..., K) to (..., N)."""
         is_split = self.has_variable("params", SPLIT)
+        kernel: Any
         if is_split:
             kernel = self.get_variable("params", SPLIT)
         else:
