@@ -13,6 +13,7 @@ from dm_generations.archive import Archive, ModelInfo, Selection, init_md5
 from dm_generations.archive.records import ClassLabel, canonical_settings
 from dm_generations.archive.scores import add_scores, scorer_id
 from dm_generations.archive.vocabulary import add_vocabulary
+from dm_generations.atomic_io import TemporaryFile
 from dm_generations.errors import UserError
 from dm_generations.export.parquet import ParquetOptions, write_parquet
 from dm_generations.pipelines.import_files import ImportOptions, import_files
@@ -264,6 +265,29 @@ def test_a_damaged_row_writes_nothing(change, archive, tmp_path):
     with Archive.open(archive) as opened, pytest.raises(UserError, match="image"):
         write_parquet(opened, ParquetOptions(tmp_path / "set"))
     assert not (tmp_path / "set").exists()
+
+
+def test_an_export_that_is_stopped_leaves_nothing(archive, tmp_path):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with Archive.open(archive) as opened, pytest.raises(KeyboardInterrupt):
+        write_parquet(opened, ParquetOptions(tmp_path / "set"), on_progress=stop)
+    assert not (tmp_path / "set").exists()
+
+
+def test_two_exports_do_not_share_a_folder(archive, tmp_path):
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    other = TemporaryFile(tmp_path / "set" / "data")
+    with Archive.open(archive) as opened:
+        with pytest.raises(UserError, match="data"):
+            write_parquet(opened, ParquetOptions(tmp_path / "set"))
+        assert other.path.exists()
+        other.discard()
+        left = tmp_path / "set" / "data" / other.path.name
+        left.write_bytes(b"of a killed one")
+        write_parquet(opened, ParquetOptions(tmp_path / "set"))
+    assert not left.exists()
 
 
 def test_a_set_is_not_written_over(archive, tmp_path):
