@@ -308,3 +308,6 @@ def test_an_archive_of_2022_becomes_one_of_the_newest_format(tmp_path):
     round_trip(path, tmp_path / "set", tmp_path / "new.db")
     merge([path], tmp_path / "merged.db")
     assert everything(tmp_path / "new.db") == everything(tmp_path / "merged.db")
+    execute(path, "UPDATE images SET top_k = 50.5 WHERE id = 9")
+    with pytest.raises(UserError, match="top_k"):
+        round_trip(path, tmp_path / "other", tmp_path / "other.db")
