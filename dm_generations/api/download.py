@@ -234,11 +234,16 @@ def _download_from_hub(source: str) -> Path:
         import huggingface_hub
     except ImportError as error:
         raise UserError("the hub needs huggingface_hub; install dm-generations[checkpoints]") from error
-    repo_type = "dataset" if match["kind"] else "model"
+    repository: dict[str, Any] = {"repo_type": "dataset" if match["kind"] else "model", "revision": match["revision"]}
     try:
-        path = huggingface_hub.hf_hub_download(
-            match["repository"], match["file"], repo_type=repo_type, revision=match["revision"]
-        )
+        try:
+            path = huggingface_hub.hf_hub_download(
+                match["repository"], match["file"], **repository, local_files_only=True
+            )
+        except FileNotFoundError:  # it is not in the cache
+            # Where there is no network this fails at once; the download would try for half a minute.
+            huggingface_hub.HfApi().repo_info(match["repository"], **repository)
+            path = huggingface_hub.hf_hub_download(match["repository"], match["file"], **repository)
     except Exception as error:  # the library's HTTP clients have no base class of their errors in common
         raise UserError(f"cannot download {source!r:.200}: {one_line(error)}") from error
     return Path(os.path.realpath(path))  # links of the hub's cache lead to the file

@@ -82,8 +82,11 @@ def to_arrow(table: Table, schema: "pyarrow.Schema", images: Sequence[dict[str, 
         try:
             if field.name == "tokens":
                 columns.append(_to_lists(table["tokens"]))
-            else:
-                columns.append(pyarrow.array(images if field.name == IMAGE else table[field.name], field.type))
+                continue
+            values = images if field.name == IMAGE else table[field.name]
+            if field.type == pyarrow.int64():
+                _check_whole(values)
+            columns.append(pyarrow.array(values, field.type))
         except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
             ids = table["id"]
             what = f"images {ids[0]} to {ids[-1]}: {field.name}: {one_line(error)}; run `verify`"
@@ -118,6 +121,12 @@ def _type_of(name: str) -> "pyarrow.DataType":
     if name in _WHOLE or name.endswith("_id"):
         return pyarrow.int64()
     return pyarrow.float64() if name in _REAL or name.startswith("time_") else pyarrow.string()
+
+
+def _check_whole(values: Sequence[Any]) -> None:
+    """Check that numbers are whole, which an archive of 2022 may store as reals; Arrow would cut them. ValueError."""
+    if float in set(map(type, values)) and any(isinstance(value, float) and value % 1 for value in values):
+        raise ValueError("a number is not whole")
 
 
 def _to_lists(blobs: Sequence[bytes]) -> "pyarrow.ListArray":

@@ -84,8 +84,7 @@ def write_parquet(
     schema = make_schema(reader.facts(), make_images is not None)
     folder = options.folder / FOLDER
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_stale_temporaries(folder)
+        _claim(folder)
         done = 0
         with contextlib.closing(_Files(folder, schema, options.file_bytes)) as files, ThreadPoolExecutor(1) as thread:
             written: Future | None = None  # while the next rows are read
@@ -124,12 +123,24 @@ def check_folder(options: ParquetOptions) -> None:
         raise UserError(f"{options.folder} has a data set already; choose another folder with --out")
 
 
+def _claim(folder: Path) -> None:
+    """Make the folder of the files, which no other export may have. Raises UserError."""
+    remove_stale_temporaries(folder)
+    with contextlib.suppress(OSError):  # there is none, or it is not empty
+        folder.rmdir()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError as error:
+        raise UserError(f"{folder} is there already, or another export writes it; choose another --out") from error
+
+
 class _Files:
     """The files of a set, under temporary names until `publish`."""
 
     def __init__(self, folder: Path, schema: "pyarrow.Schema", file_bytes: int):
         self._folder, self._schema, self._file_bytes = folder, schema, file_bytes
-        self._files: list[TemporaryFile] = []
+        self._files = [TemporaryFile(folder)]  # at once: it tells that the folder is taken
         self._writer: Any = None
 
     def add(self, table: "pyarrow.Table") -> None:
@@ -138,7 +149,8 @@ class _Files:
         from pyarrow.parquet import ParquetWriter
 
         if self._writer is None:
-            self._files.append(TemporaryFile(self._folder))
+            if self._files[-1].file.closed:
+                self._files.append(TemporaryFile(self._folder))
             self._writer = ParquetWriter(
                 self._files[-1].file, self._schema, compression="zstd", compression_level=1, write_page_index=True
             )

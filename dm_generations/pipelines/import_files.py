@@ -178,7 +178,7 @@ def _opened(file: Path) -> Iterator[Any]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(file) as parquet:
+        with ParquetFile(file, pre_buffer=False) as parquet:  # else all that was read stays in memory
             yield parquet
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: damaged, cut short or not Parquet: {one_line(error)}") from error

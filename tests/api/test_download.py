@@ -215,14 +215,22 @@ def test_the_folder_of_a_decoded_address_has_its_name():
 def test_a_file_on_the_hub(archive_file, monkeypatch, source, expected):
     asked = []
 
-    def download(repository, file, *, repo_type, revision):
-        asked.append((repository, file, repo_type, revision))
+    def download(repository, file, *, repo_type, revision, local_files_only=False):
+        if local_files_only and not asked:
+            raise FileNotFoundError
+        if not local_files_only:
+            asked.append((repository, file, repo_type, revision))
         return str(archive_file)
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=download))
-    with Archive.load(source) as archive:
-        assert archive.count() == 2
+    hub = types.SimpleNamespace(repo_info=lambda *repository, **options: None)
+    stub = types.SimpleNamespace(hf_hub_download=download, HfApi=lambda: hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", stub)
+    for _ in range(2):
+        with Archive.load(source) as archive:
+            assert archive.count() == 2
     assert asked == [expected]
+    with pytest.raises(UserError, match="0000"):
+        Archive.load(f"{source}#sha256={'0' * 64}")
 
 
 def test_a_downloaded_file_is_still_checked(server, tmp_path):

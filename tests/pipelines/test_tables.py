@@ -5,14 +5,15 @@ import json
 import sqlite3
 
 import pytest
-from archive_kit import CLIP, CODEC, GENERATOR, execute, fill, new_image
+from archive_kit import CLIP, CODEC, GENERATOR, archive_2022, execute, fill, new_image
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dm_generations.archive import Archive, ModelInfo, Selection, init_md5
+from dm_generations.archive import Archive, ModelInfo, Selection, init_md5, merge
 from dm_generations.archive.records import ClassLabel, canonical_settings
 from dm_generations.archive.scores import add_scores, scorer_id
 from dm_generations.archive.vocabulary import add_vocabulary
+from dm_generations.atomic_io import TemporaryFile
 from dm_generations.errors import UserError
 from dm_generations.export.parquet import ParquetOptions, write_parquet
 from dm_generations.pipelines.import_files import ImportOptions, import_files
@@ -266,6 +267,29 @@ def test_a_damaged_row_writes_nothing(change, archive, tmp_path):
     assert not (tmp_path / "set").exists()
 
 
+def test_an_export_that_is_stopped_leaves_nothing(archive, tmp_path):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with Archive.open(archive) as opened, pytest.raises(KeyboardInterrupt):
+        write_parquet(opened, ParquetOptions(tmp_path / "set"), on_progress=stop)
+    assert not (tmp_path / "set").exists()
+
+
+def test_two_exports_do_not_share_a_folder(archive, tmp_path):
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    other = TemporaryFile(tmp_path / "set" / "data")
+    with Archive.open(archive) as opened:
+        with pytest.raises(UserError, match="data"):
+            write_parquet(opened, ParquetOptions(tmp_path / "set"))
+        assert other.path.exists()
+        other.discard()
+        left = tmp_path / "set" / "data" / other.path.name
+        left.write_bytes(b"of a killed one")
+        write_parquet(opened, ParquetOptions(tmp_path / "set"))
+    assert not left.exists()
+
+
 def test_a_set_is_not_written_over(archive, tmp_path):
     with Archive.open(archive) as opened:
         write_parquet(opened, ParquetOptions(tmp_path / "set"))
@@ -275,3 +299,15 @@ def test_a_set_is_not_written_over(archive, tmp_path):
         with pytest.raises(UserError, match="mit"):
             write_parquet(opened, ParquetOptions(tmp_path / "other", licence="MIT\n---"))
     assert {path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()} == before
+
+
+def test_an_archive_of_2022_becomes_one_of_the_newest_format(tmp_path):
+    path = archive_2022(tmp_path / "old.db")
+    values = "(4, 7, 1, 50, 1, 1, 3.0, 1, 2, x'01000200', NULL, 5.5, NULL)"
+    execute(path, f"INSERT INTO images VALUES {values}, {values.replace('4, 7', '9, 3').replace('0200', '0300')}")
+    round_trip(path, tmp_path / "set", tmp_path / "new.db")
+    merge([path], tmp_path / "merged.db")
+    assert everything(tmp_path / "new.db") == everything(tmp_path / "merged.db")
+    execute(path, "UPDATE images SET top_k = 50.5 WHERE id = 9")
+    with pytest.raises(UserError, match="top_k"):
+        round_trip(path, tmp_path / "other", tmp_path / "other.db")
