@@ -118,7 +118,7 @@ def mask_counts(length: int, schedule: str) -> np.ndarray:
         share = np.cos(angle.astype(np.float64)).astype(np.float32)  # rounded once
     else:
         share = np.float32(1) - ratio
-    counts = np.floor(np.float32(length) * share).astype(np.int32)
+    counts = np.floor(np.float32(length) * np.maximum(share, 0)).astype(np.int32)
     return np.concatenate([np.zeros((1, MAX_STEPS), np.int32), counts])
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from amused_kit import CASES as AMUSEDS
-from amused_kit import complete
+from amused_kit import small
 from decode_kit import random_tokens, write_archive_2022
 from helpers import ROOT, golden_dirs
 from PIL import Image
@@ -119,7 +118,7 @@ def write_models(flags: dict[str, str], letters: Path) -> None:
     }
     model = Path(flags["--model"])
     if flags["--model"].startswith("amused/"):
-        complete(AMUSEDS[-1], model)
+        small(model)
         return
     source, names = sources[flags["--model"]]
     (shutil.copytree if source.is_dir() else shutil.copyfile)(source, model)

@@ -50,6 +50,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_decodes_as_the_original_with_its_moving_averages(case):
     with np.load(case / "golden.npz") as arrays:
@@ -63,6 +64,7 @@ def test_decodes_as_the_original_with_its_moving_averages(case):
     assert (found == arrays["pixels_uint8_nhwc"]).mean() > 0.99
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_encodes_as_the_original(case):
     with np.load(case / "golden.npz") as arrays:
@@ -114,6 +116,7 @@ def write(folder, kind, values, changes=None):
     return weights, averages
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("kind", "values"), [("open_magvit2", LFQ), ("vqgan", IBQ)])
 def test_the_moving_averages_count_where_the_config_says_so(kind, values, tmp_path):
     weights, averages = write(tmp_path / "on", kind, values)
@@ -131,6 +134,7 @@ def test_the_moving_averages_count_where_the_config_says_so(kind, values, tmp_pa
 
 @pytest.mark.parametrize(("kind", "values"), [("open_magvit2", LFQ), ("vqgan", IBQ)])
 @pytest.mark.parametrize("shape", [None, (3,)])
+@pytest.mark.e2e
 def test_a_moving_average_that_does_not_fit_is_named(kind, values, shape, tmp_path):
     changes = {"model_ema.decoderconv_inbias": None if shape is None else np.zeros(shape, np.float32)}
     write(tmp_path / "a", kind, values, changes)
@@ -139,6 +143,7 @@ def test_a_moving_average_that_does_not_fit_is_named(kind, values, shape, tmp_pa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("kind", "values", "named"),
     [
@@ -155,6 +160,7 @@ def test_a_config_that_does_not_fit_is_refused(kind, values, named, tmp_path):
         load_checkpoint(tmp_path / "a", "codec")
 
 
+@pytest.mark.e2e
 def test_more_tokens_than_an_archive_holds_decode_in_python():
     """The published tokenizers have 2^18 tokens."""
     config = OpenMagvit2Config(ch=32, ch_mult=(1,), num_res_blocks=1, resolution=2, z_channels=18)

@@ -35,6 +35,7 @@ SCHEDULER_FILE = "scheduler_config.json"
 _WEIGHT_FILES = ("{}.safetensors", "{}.fp16.safetensors")
 _DIFFUSERS_FILES = (*(name.format("diffusion_pytorch_model") for name in _WEIGHT_FILES), "diffusion_pytorch_model.bin")
 _TRANSFORMERS_FILES = (*(name.format("model") for name in _WEIGHT_FILES), "pytorch_model.bin")
+_LISTS = re.compile(r"\b(res_blocks|attention_blocks|transformer_layers|to_out|net)_(\d+)/")
 _SCHEDULER_FIELDS = {"mask_token_id", "masking_schedule"}
 _DEFAULT_SAMPLE_SIZE = 32  # of diffusers' VQModel, in pixels
 
@@ -203,7 +204,7 @@ def _transformer_params(tensors: Mapping[str, np.ndarray], file: Path) -> dict:
 
 def _generator_name_in_file(path: str, shape: Shape) -> tuple[str, Shape]:
     part, _, name = path.partition("/")
-    return torch_name(split_list_indices(name) if part == TRANSFORMER else name, shape)
+    return torch_name(_LISTS.sub(r"\1/\2/", name) if part == TRANSFORMER else name, shape)
 
 
 # The codec.
