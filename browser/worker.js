@@ -79,12 +79,13 @@ function manifest() {
     provenances: parsed(provenances), groups, images: {...images, md5: images.md5.join(""), time: {start: 0, seconds}}};
 }
 
-/** ONNX Runtime with the codec, on the GPU if the browser offers one. */
+/** ONNX Runtime with the codec, on the GPU if the browser offers one; one in software is slower than WebAssembly. */
 async function startSession() {
   const adapter = await self.navigator.gpu?.requestAdapter().catch(() => null);
-  importScripts(SCRIPTS + (adapter ? "ort.webgpu.min.js" : "ort.wasm.min.js"));
+  const hasGpu = Boolean(adapter) && !adapter.info?.isFallbackAdapter;
+  importScripts(SCRIPTS + (hasGpu ? "ort.webgpu.min.js" : "ort.wasm.min.js"));
   ort.env.wasm.wasmPaths = SCRIPTS;
-  const executionProviders = adapter ? ["webgpu", "wasm"] : ["wasm"];
+  const executionProviders = hasGpu ? ["webgpu", "wasm"] : ["wasm"];
   return ort.InferenceSession.create(await load(site.codec.file), {executionProviders});
 }
 

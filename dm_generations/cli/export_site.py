@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the embedded one)",
     )
     add("--quality", type=quality, metavar="N", help="1 to 100, of the images (default: lossless)")
+    add("--overwrite", action="store_true", help="write images that are there already, too, as after another --quality")
     add("--live", action="store_true", help="the archive in place of images, decoded in the browser (default: off)")
     add(
         "--packages",
@@ -76,13 +77,15 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if len(paths) == 1:
         with Archive.open(paths[0]) as archive:
-            options = site_options(args.out_dir, selection, args.codec, args.quality)
+            options = site_options(args.out_dir, selection, args.codec, args.quality, args.overwrite)
             return 1 if write_files(archive, options).problems else 0
     has_problems, manifests = False, {}
     for number, path in enumerate(paths, 1):
         folder = sanitize_name(f"{number}_{path.stem}")
         with Archive.open(path) as archive:
-            report = write_files(archive, site_options(args.out_dir / folder, selection, args.codec, args.quality))
+            report = write_files(
+                archive, site_options(args.out_dir / folder, selection, args.codec, args.quality, args.overwrite)
+            )
         has_problems |= bool(report.problems)
         if report.manifest is not None:
             manifests[folder] = report.manifest

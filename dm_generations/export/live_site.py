@@ -12,6 +12,7 @@ All but `index.html`, which is written last, may be there from a run that was st
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def export_live_site(
         UserError: The archive has a bad row, the codec is not one for it, a package is missing, or a file cannot be
             written.
     """
+    find_converter()  # before anything takes time
     checkpoint = load_checkpoint(codec, "codec")
     scripts = read_scripts(packages)
     check_folders(out_dir, [SCRIPTS])
@@ -99,16 +101,26 @@ def _describe(archive: Archive, name: str, checkpoint: Checkpoint, grid: int) ->
     return {"version": SITE_VERSION, "archive": ARCHIVE, "name": name, "models": labels, "codec": codec}
 
 
+def find_converter() -> Callable[..., Any]:
+    """Return what makes ONNX of a function of JAX.
+
+    Raises:
+        UserError: The library for it is missing.
+    """
+    try:
+        from jax2onnx import to_onnx
+    except ImportError as error:
+        raise UserError("--live needs a library for ONNX: pip install 'dm-generations[site]'") from error
+    return to_onnx
+
+
 def export_codec(checkpoint: Checkpoint, grid: int) -> bytes:
     """Return the decoder of a codec as ONNX: tokens (1, L) int32 to pixels (1, H, W, 3) float32 from 0 to 1.
 
     Raises:
         UserError: The library for it is missing, or cannot convert this network.
     """
-    try:
-        from jax2onnx import to_onnx
-    except ImportError as error:
-        raise UserError("--live needs a library for ONNX: pip install 'dm-generations[site]'") from error
+    to_onnx = find_converter()
     import jax
     import jax.numpy as jnp
 

@@ -17,7 +17,9 @@ from dm_generations.export.plan import Layout
 INDEX = "index.html"
 
 
-def site_options(out_dir: Path, selection: Selection, codec: str | None, quality: int | None) -> ExportOptions:
+def site_options(
+    out_dir: Path, selection: Selection, codec: str | None, quality: int | None, overwrite: bool
+) -> ExportOptions:
     """Return how an archive is exported into its folder.
 
     Args:
@@ -25,12 +27,14 @@ def site_options(out_dir: Path, selection: Selection, codec: str | None, quality
         selection: Which images.
         codec: See ExportOptions.
         quality: 1 to 100; None is lossless.
+        overwrite: Write images that are there, too.
     """
     return ExportOptions(
         out_dir=out_dir,
         layout=Layout("images", 1, 1),
         selection=selection,
         codec=codec,
+        overwrite=overwrite,
         encoding=Encoding("webp", quality),
         has_thumbnails=True,
         page=INDEX,

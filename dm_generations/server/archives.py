@@ -146,7 +146,8 @@ class ServedArchives(ArchiveThread):
         if ids:
             chosen = [new for new in ids if new in self._folded]
             total = len(chosen)
-        rows = {new: [new, self._prompts.values()[new], 0, None] for new in chosen}
+        texts = self._prompts.values()
+        rows: dict[int, list[Any]] = {new: [new, texts[new], 0, None] for new in chosen}
         for i, archive in enumerate(self._archives):
             owners = {own: new for new in chosen for own in self._prompts.own(i, new)}
             for own, _, count, image in archive.prompts("", 0, 0, list(owners))["prompts"] if owners else ():

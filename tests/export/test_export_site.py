@@ -79,7 +79,13 @@ def test_a_rank_that_went_to_another_image_is_exported_anew(export, archive):
 
 
 def test_selected_images_in_a_lossy_format(export, archive):
-    site = export(archive, "--prompt-ids", 1, "--n-best", 2, "--quality", 50)
+    site = export(archive, "--prompt-ids", 1, "--n-best", 2)
+    (first, *_) = sorted(site.glob("*/*.webp"))
+    lossless = first.read_bytes()
+    export(archive, "--prompt-ids", 1, "--n-best", 2, "--quality", 50)
+    assert first.read_bytes() == lossless  # what is there stays
+    export(archive, "--prompt-ids", 1, "--n-best", 2, "--quality", 50, "--overwrite")
+    assert first.read_bytes() != lossless
     assert len(sorted(site.glob("*/*.webp"))) == 2 and read_manifest(site)["prompts"] == [[1, "a boat"]]
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import sys
 import tarfile
 
 import numpy as np
@@ -98,6 +99,7 @@ def test_a_package_that_is_missing_changed_or_lacks_a_file(package, tmp_path, mo
 @pytest.fixture
 def export(tmp_path, models, monkeypatch):
     """Export a site of an archive, with other scripts, and a codec that is not converted."""
+    monkeypatch.setattr(live_site, "find_converter", lambda: None)
     monkeypatch.setattr(live_site, "read_scripts", lambda folder: {"a.js": b"code"})
     monkeypatch.setattr(live_site, "export_codec", lambda checkpoint, grid: f"{checkpoint.kind} {grid}".encode())
     tokens = random_tokens(3, GRID**2, CODEBOOK_SIZE)
@@ -122,6 +124,14 @@ def test_a_live_site_has_all_that_it_needs(export):
     assert sorted(path.name for path in export.site.iterdir()) == sorted(
         ["archive.db", "index.html", "scripts", "site.json", "worker.js", site["codec"]["file"]]
     )
+
+
+def test_without_the_library_it_is_one_line(export, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    with pytest.raises(UserError, match="site"):
+        export()
+    assert not export.site.exists()
 
 
 def test_a_run_that_fails_leaves_the_site_as_it_was(export, models, tmp_path):
