@@ -1,5 +1,6 @@
 """`decode --decoder`, and `score --decoder`: what is written, what is not, and a decode that is killed."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -7,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 from decode_kit import all_files, read_images
-from diffusion_kit import tiny_decoder
+from diffusion_kit import TINY, tiny_decoder
 from faults_kit import Command, bytes_under
 from PIL import Image
 from tiny import CODEBOOK_SIZE, GRID
@@ -20,11 +21,12 @@ from dm_generations.sampling.params import SamplingParams
 
 pytestmark = pytest.mark.e2e
 COUNT = 6
+SMALL = dataclasses.replace(TINY, image_size=2, level_channels=(32,), attention_levels=())  # quick to compile
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    return tiny_decoder(tmp_path_factory.mktemp("decoder"))
+    return tiny_decoder(tmp_path_factory.mktemp("decoder"), SMALL)
 
 
 @pytest.fixture
@@ -106,9 +108,19 @@ def test_other_ways_to_write(decode, tmp_path):
     (shard,) = (tmp_path / "tar").glob("*.tar")
     shutil.unpack_archive(shard, tmp_path / "unpacked")
     assert len(list((tmp_path / "unpacked").glob("*.json"))) == 2 * COUNT
-    decode(tmp_path / "gallery", "--mode", "gallery", "--gallery-cols", "2", "--decoder-n", "2")
+    decode(
+        tmp_path / "gallery",
+        "--mode",
+        "gallery",
+        "--gallery-cols",
+        "2",
+        "--gallery-rows",
+        str(COUNT),
+        "--decoder-n",
+        "2",
+    )
     (gallery,) = read_images(tmp_path / "gallery").values()
-    assert gallery.shape[:2] == (4 * COUNT, 8)
+    assert gallery.shape[:2] == (SMALL.image_size * COUNT, SMALL.image_size * 2)
 
 
 @pytest.mark.parametrize(
