@@ -8,17 +8,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dm_generations.archive import DTYPES, Selection
 from dm_generations.archive.selection import WHERE_NAMES, parse_where
+from dm_generations.errors import UserError
 from dm_generations.errors import printable as printable
 from dm_generations.paths import shipped
 from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+    from dm_generations.runtime.ray_pool import RayPool
 
 MAX_LINE = 10_000  # characters of what is printed at once
 PROGRESS_LINE_S = 10.0
@@ -220,6 +224,41 @@ def dalle_pytorch_overrides(args: argparse.Namespace) -> dict[str, str | bool]:
     if args.cond_scale_of is not None:
         overrides["guides_first_code_alone"] = args.cond_scale_of == "first"
     return overrides
+
+
+def add_ray_options(parser: argparse.ArgumentParser) -> None:
+    """Add options for work on a Ray cluster, which `ray_pool` reads."""
+    add = parser.add_argument_group("cluster", "this process reads and writes, others hold the models").add_argument
+    add(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="use the Ray cluster at HOST:PORT, or auto for the one that runs on this machine; without ADDRESS use the "
+        "one that RAY_ADDRESS names, else this machine alone",
+    )
+    add(
+        "--ray-workers",
+        type=at_least_one,
+        metavar="N",
+        help="processes that share a GPU or, on a node without GPUs, its CPUs (default: 1)",
+    )
+
+
+def ray_pool(args: argparse.Namespace) -> "AbstractContextManager[RayPool | None]":
+    """Return the processes of `--ray`, to be entered; None without it. Raises UserError: ray is not installed."""
+    if args.ray is None:
+        if args.ray_workers is not None:
+            raise UserError("--ray-workers has no effect without --ray")
+        return contextlib.nullcontext()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # all that it prints; errors come as exceptions, too
+    try:
+        from dm_generations.runtime.ray_pool import RayPool
+    except ImportError as error:
+        raise UserError("--ray needs the packages ray and pyarrow: pip install 'dm-generations[ray]'") from error
+    address = args.ray if args.ray != "local" else os.environ.get("RAY_ADDRESS") or "local"
+    return RayPool(address, args.ray_workers or 1, args.cpu_only)
 
 
 def prepare_device(cpu_only: bool) -> None:

@@ -12,6 +12,7 @@ from dm_generations.archive import Archive, Selection
 from dm_generations.cli.common import (
     Progress,
     add_model_options,
+    add_ray_options,
     at_least_one,
     command_words,
     counted,
@@ -21,6 +22,7 @@ from dm_generations.cli.common import (
     prepare_device,
     print_line,
     rate,
+    ray_pool,
 )
 from dm_generations.errors import UserError
 from dm_generations.pipelines.sweep import (
@@ -110,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_settings(parser.add_argument_group("settings", "each takes one or more values"))
     _add_init_tokens(parser.add_argument_group("initial tokens", "images that continue the first tokens of another"))
     add_model_options(parser, generates=True)
+    add_ray_options(parser)
 
 
 def _add_progressive(add: Callable[..., argparse.Action]) -> None:
@@ -182,12 +185,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("use just one of --clip and --no-score")
     if args.keys and (args.n is not None or args.seed is not None):
         raise UserError("use just one of --keys and of --n with --seed")
+    if args.ray and (args.progressive or args.dry_run):
+        raise UserError(f"use just one of --ray and {'--dry-run' if args.dry_run else '--progressive'}")
     if args.progressive_dir is not None and args.progressive is None:
         _logger.warning("--progressive-dir has no effect without --progressive")
     flags = {name: value for name in SWEEP_KEYS if (value := getattr(args, name)) is not None}
     sweep = load_sweep(flags, args.sweep, args.prompts_file)
     shard = WHOLE_SWEEP if args.shard is None else Shard.parse(args.shard)
-    prepare_device(args.cpu_only)
+    prepare_device(args.cpu_only or args.ray is not None)
     from dm_generations.pipelines.generate import GenerateOptions, generate
 
     options = GenerateOptions(
@@ -213,8 +218,8 @@ def run(args: argparse.Namespace) -> int:
 
         _print_estimate(estimate(sweep, options))
         return 0
-    with Progress() as on_progress:
-        report = generate(sweep, options, on_progress)
+    with ray_pool(args) as pool, Progress() as on_progress:
+        report = generate(sweep, options, on_progress, pool)
     if args.json:
         print(json.dumps(vars(report), default=str))
     else:

@@ -11,11 +11,13 @@ from dm_generations.cli.common import (
     Progress,
     add_archive,
     add_model_options,
+    add_ray_options,
     add_selection_options,
     archive_path,
     counted,
     prepare_device,
     print_line,
+    ray_pool,
     selection_from,
 )
 
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vectors", action="store_true", help="also store the CLIP's image vectors, for find and compare")
     add("--json", action="store_true", help="print what was done as JSON, for programs")
     add_model_options(parser, generates=False)
+    add_ray_options(parser)
     add_selection_options(parser)
 
 
@@ -62,15 +65,15 @@ def run(args: argparse.Namespace) -> int:
         if not asks_for_more and not archive.count_to_score(where=where):  # known at once, without the models
             _print_nothing(args, path)
             return 0
-        prepare_device(args.cpu_only)
+        prepare_device(args.cpu_only or args.ray is not None)
         from dm_generations.models.loading import load_checkpoint
         from dm_generations.pipelines.rescore import Judges, score_archive
 
-        with Progress() as on_progress:
+        with ray_pool(args) as pool, Progress() as on_progress:
             codec, clip = load_checkpoint(args.codec, "codec"), load_checkpoint(args.clip, "clip")
             head = None if args.aesthetic is None else load_checkpoint(args.aesthetic, "scorer")
             judges = Judges(clip, args.all, args.clip is not None and not args.all, head, args.vectors)
-            report = score_archive(archive, codec, judges, args.batch_size, on_progress, where)
+            report = score_archive(archive, codec, judges, args.batch_size, on_progress, where, pool)
     return _print_report(report, args, path, codec.name)
 
 

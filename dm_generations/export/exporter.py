@@ -9,12 +9,12 @@ H, W: pixels of one image   L: tokens of one image
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -26,7 +26,18 @@ from dm_generations.errors import UserError
 from dm_generations.export.captions import Strips
 from dm_generations.export.journal import Journal, identify
 from dm_generations.export.manifest import Entry, build_manifest, make_entry, manifest_files, write_manifest
-from dm_generations.export.output_file import EncodeContext, Encoding, OutputFile, encode_npy, fill_cells
+from dm_generations.export.output_file import (
+    EncodeContext,
+    Encoded,
+    Encoding,
+    Item,
+    OutputFile,
+    PassthroughDecoder,
+    TokenShape,
+    encode_items,
+    encode_npy,
+    fill_cells,
+)
 from dm_generations.export.plan import GroupPlan, Layout, Target, check_codec, is_finished, select_groups
 from dm_generations.export.writers import (
     FileWriter,
@@ -39,17 +50,18 @@ from dm_generations.export.writers import (
     make_folder,
 )
 from dm_generations.inference.decoder import Decoder
-from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.paths import utf8_path
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import core_count
 
+if TYPE_CHECKING:
+    from dm_generations.runtime.ray_pool import RayPool
+
 _logger = logging.getLogger(__name__)
 _MAX_FILE_PIXELS = 1 << 28  # 800 MB in memory, and each worker may hold several
 _LEAST_BATCH = 64  # a larger one is cut down to the power of two that holds all images
-
-# What is decoded as one: its file, its cell there and its tokens (L,) uint16; or no cell, and those of all (cells, L).
-Item = tuple[OutputFile, int | None, np.ndarray]
+Encode = Callable[[Iterator[Item], EncodeContext], Iterator[Encoded]]
 
 
 @dataclass(frozen=True)
@@ -99,43 +111,11 @@ class ExportReport:
     left_out_count: int = 0
 
 
-class Decoded(Protocol):
-    """Images that are being decoded."""
-
-    def images(self) -> np.ndarray:
-        """Wait for the images (n, H, W, 3) uint8."""
-
-
-class TokenDecoder(Protocol):
-    """What turns tokens into images: a codec, or PassthroughDecoder."""
-
-    @property
-    def batch_size(self) -> int:
-        """How many images `start` should get at a time."""
-
-    def start(self, tokens: np.ndarray) -> Decoded:
-        """Start decoding (n, L) uint16."""
-
-
-@dataclass
-class PassthroughDecoder:
-    """Stands for a codec where tokens are written as they are: its images are their tokens (n, L)."""
-
-    batch_size = 1  # rows of an archive may differ in length
-    tokens: np.ndarray | None = None
-
-    def start(self, tokens: np.ndarray) -> "PassthroughDecoder":
-        """Take tokens (n, L)."""
-        return PassthroughDecoder(tokens)
-
-    def images(self) -> np.ndarray:
-        """Return the tokens."""
-        assert self.tokens is not None, "started"
-        return self.tokens
-
-
 def export_archive(
-    archive: Archive, options: ExportOptions, on_progress: Callable[[int, int], None] = lambda done, total: None
+    archive: Archive,
+    options: ExportOptions,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    pool: "RayPool | None" = None,
 ) -> ExportReport:
     """Write the selected images under `options.out_dir`, with the page to look at them.
 
@@ -145,6 +125,7 @@ def export_archive(
         archive: The archive.
         options: What to write, and how.
         on_progress: Called with how many images are done, and of how many.
+        pool: What decodes and encodes; None is this process. Files are written here in any case.
 
     Returns:
         What was written, and the problems.
@@ -160,11 +141,11 @@ def export_archive(
         if options.layout.has_page:
             journal.open()
         exporter = Exporter(archive, plans, options, journal, on_progress)
-        decoder = _load_decoder(archive, plans, options, exporter.due_count) if exporter.due_count else None
+        shape, encode = _load_decoder(exporter, pool) if exporter.due_count else (None, partial(encode_items, None))
         for folder in ("", *folders):
             remove_stale_temporaries(utf8_path(options.out_dir, folder))
         on_progress(0, exporter.due_count)
-        exporter.run(decoder)
+        exporter.run(shape, encode)
         exporter.write_page()
     return exporter.report
 
@@ -198,24 +179,28 @@ class Exporter:
         self._done_count = 0  # of them, those that are written, or cannot be
         self._on_progress = on_progress
 
-    def run(self, decoder: TokenDecoder | None) -> None:
-        """Decode and write what is due; `decoder` may be None when nothing is."""
+    def run(self, shape: TokenShape | None, encode: Encode) -> None:
+        """Decode and write what is due.
+
+        Args:
+            shape: Which tokens can be decoded; None when nothing is due.
+            encode: Decodes and encodes.
+        """
         if self.layout.has_page:
             self.journal.open(create=True)
         workers = self.options.num_workers or core_count()
-        files = _fill(_decode(decoder, self._read(decoder)))
+        encoded = encode(self._read(shape), self._context)
         if self.layout.is_sharded:
             added, ended = partial(self._advance, 1), self._when_shard_ended
             with ShardWriter(self.out_dir, self.layout.mode, workers, added, ended, self._last_members) as shards:
-                for file in files:
+                for file, content in encoded:
                     assert file.shard is not None, "all files have one"
-                    shards.submit(file.shard, partial(file.encode_members, self._context))
+                    shards.submit(file.shard, content)
         else:
             with FileWriter(workers) as writer:
-                for file in files:
+                for file, content in encoded:
                     self.journal.flush()
-                    done = self._when_written(file)
-                    writer.submit(utf8_path(self.out_dir, file.path), partial(file.encode, self._context), done)
+                    writer.submit(utf8_path(self.out_dir, file.path), content, self._when_written(file))
 
     def write_page(self) -> None:
         """Write `manifest.js`, the page and the compacted journal, for the files that are there.
@@ -289,7 +274,7 @@ class Exporter:
 
     # Read: rows to tokens.
 
-    def _read(self, decoder: TokenDecoder | None) -> Iterator[Item]:
+    def _read(self, shape: TokenShape | None) -> Iterator[Item]:
         """Yield the tokens to decode, with the place of each image."""
         current_plan: GroupPlan | None = None
         rows: Iterator[ImageRow] = iter(())
@@ -304,8 +289,8 @@ class Exporter:
                 identity = identify(entry)
                 # Since this export began: others may add to the archive.
                 is_due = self._is_stale(target.path, identity, members)
-            if decoder is not None and is_due:
-                yield from self._read_file(plan, target, members, shard, decoder)
+            if shape is not None and is_due:
+                yield from self._read_file(plan, target, members, shard, shape)
             elif is_due or not members:
                 self._report_change(target)
             elif shard is None:
@@ -317,13 +302,13 @@ class Exporter:
                 self.report.already_there += 1
 
     def _read_file(
-        self, plan: GroupPlan, target: Target, members: list[ImageRow], shard: Shard | None, decoder: TokenDecoder
+        self, plan: GroupPlan, target: Target, members: list[ImageRow], shard: Shard | None, shape: TokenShape
     ) -> Iterator[Item]:
         """Yield the tokens of one file."""
         tokens_by_cell = {}
         for cell, row in enumerate(members):
             try:
-                tokens_by_cell[cell] = self._tokens(row, decoder)
+                tokens_by_cell[cell] = self._tokens(row, shape)
             except BadTokensError as error:
                 self._report_problem(f"image {row.id} was not decoded: {error}")
         if len(members) < len(target.ranks):
@@ -352,13 +337,13 @@ class Exporter:
         else:
             yield from ((file, cell, tokens) for cell, tokens in tokens_by_cell.items())
 
-    def _tokens(self, row: ImageRow, decoder: TokenDecoder | None) -> np.ndarray:
+    def _tokens(self, row: ImageRow, shape: TokenShape | None) -> np.ndarray:
         """Return (L,) uint16. Raises BadTokensError for what the codec, or the one that the row records, cannot decode.
 
         Without a codec or a record, tokens may be of any number and any value.
         """
-        if isinstance(decoder, Decoder):
-            return tokens_from_blob(row.quantvec, row.quantvec_md5, decoder.token_count, decoder.codebook_size)
+        if shape is not None and shape.token_count is not None:
+            return tokens_from_blob(row.quantvec, row.quantvec_md5, shape.token_count, shape.codebook_size)
         recorded = None if row.codec_id is None else self._models.get(row.codec_id)
         if recorded is not None and recorded.token_shape and recorded.codebook_size:
             token_count = count_tokens(recorded.token_shape)
@@ -420,58 +405,61 @@ class Exporter:
         return list(manifest_files(self._manifest()).items()) if self.layout.mode == "zip" else []
 
 
-# Decode: tokens to pixels.
+@dataclass(frozen=True)
+class _Codec:
+    """The codec of an export, which this process or others put on their devices.
+
+    Attributes:
+        batch_size: See `Decoder`.
+        grid: Tokens a side of an image.
+        sheet_shape: Rows and columns of images that are decoded as one; None for one image.
+    """
+
+    checkpoint: Checkpoint
+    batch_size: int | Literal["auto"]
+    dtype: str
+    grid: int
+    sheet_shape: tuple[int, int] | None
+
+    @property
+    def token_count(self) -> int:
+        """Of an image."""
+        return self.grid**2
+
+    @property
+    def codebook_size(self) -> int:
+        """Tokens are below it."""
+        return self.checkpoint.config.codebook_size
+
+    def make_decoder(self) -> Decoder:
+        """Put it on the devices of this process."""
+        compile_cache.enable()
+        decoder = Decoder.from_checkpoint(self.checkpoint, self.batch_size, self.dtype, grid=self.grid)
+        return decoder if self.sheet_shape is None else decoder.tiled(*self.sheet_shape)
 
 
-def _decode(decoder: TokenDecoder | None, items: Iterator[Item]) -> Iterator[Item]:
-    """Yield each item with pixels (H, W, 3) uint8 for its tokens; one batch is computed while another is yielded."""
-    running: tuple[list[Item], Decoded] | None = None
-    while batch := list(islice(items, decoder.batch_size if decoder else 1)):
-        assert decoder is not None, "there are no items without one"
-        started = batch, decoder.start(np.stack([tokens for _, _, tokens in batch]))
-        if running is not None:
-            yield from _wait(*running)
-        running = started
-    if running is not None:
-        yield from _wait(*running)
-
-
-def _wait(batch: list[Item], decoded: Decoded) -> Iterator[Item]:
-    for (file, cell, _), image in zip(batch, decoded.images(), strict=True):
-        yield file, cell, image
-
-
-def _fill(items: Iterable[Item]) -> Iterator[OutputFile]:
-    """Yield each file when its last image is on it."""
-    for file, cell, pixels in items:
-        if cell is None:
-            file.place_all(pixels)
-        else:
-            file.place(cell, pixels)
-        if file.is_full:
-            yield file
-
-
-# Before anything is read.
-
-
-def _load_decoder(archive: Archive, plans: list[GroupPlan], options: ExportOptions, due_count: int) -> TokenDecoder:
-    """Return what decodes the rows of `plans`, once the output folder is there. Raises UserError."""
-    layout = options.layout
+def _load_decoder(exporter: Exporter, pool: "RayPool | None") -> tuple[TokenShape, Encode]:
+    """Return what decodes the rows, once the output folder is there. Raises UserError."""
+    options, layout = exporter.options, exporter.layout
     if layout.mode == "npy":
         make_folder(options.out_dir)
-        return PassthroughDecoder()
+        return PassthroughDecoder(), partial(encode_items, PassthroughDecoder())
     checkpoint = load_checkpoint(options.codec, "codec")
-    grid, warnings = check_codec(archive, plans, checkpoint)
+    grid, warnings = check_codec(exporter.archive, exporter.plans, checkpoint)
     for warning in warnings:
         _logger.warning(warning)
-    codec = Decoder.from_checkpoint(checkpoint, _limit_batch(options.batch_size, due_count), options.dtype, grid=grid)
-    _check_gallery_size(options, codec.image_size)
-    if layout.is_seamless:
-        codec = codec.tiled(layout.rows, layout.cols)
+    _check_gallery_size(options, checkpoint.config.image_size // checkpoint.config.grid * grid)
+    batch_size = _limit_batch(options.batch_size, exporter.due_count)
+    sheet_shape = (layout.rows, layout.cols) if layout.is_seamless else None
+    codec = _Codec(checkpoint, batch_size, options.dtype, grid, sheet_shape)
+    if pool is not None:
+        from dm_generations.export.remote import encode_remotely
+
+        encode: Encode = partial(encode_remotely, pool, codec.make_decoder, options.num_workers)
+    else:
+        encode = partial(encode_items, codec.make_decoder())
     make_folder(options.out_dir)
-    compile_cache.enable()
-    return codec
+    return codec, encode
 
 
 def _limit_batch(batch_size: int | None, due_count: int) -> int | Literal["auto"]:

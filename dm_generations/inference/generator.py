@@ -167,21 +167,8 @@ class Generator:
         self._runner = BatchRunner(wanted, concurrency, message)
 
     def check_texts(self, texts: Sequence[str | None]) -> None:
-        """Warn of texts that the model reads only in part, or not at all.
-
-        Raises:
-            UserError: A text has a token that the model does not have, as a wrong tokenizer makes.
-        """
-        length = self._model.config.max_text_length
-        ids, mask = self._tokenizer.encode(texts, length + 1)
-        if cut := [text for text, is_cut in zip(texts, mask.sum(axis=1) > length, strict=True) if is_cut]:
-            _warn_of("longer than the %s tokens that the model reads, so cut there", cut, length)
-        with contextlib.suppress(UserError):  # a tokenizer may have no token for what it does not know
-            nothing, _ = self._tokenizer.encode(["", _UNKNOWN_TEXT], length)
-            unknown = {*nothing.flat, *getattr(self._tokenizer, "unknown_ids", ())}
-            pairs = zip(texts, ids, strict=True)
-            if unread := [text for text, row in pairs if text and text.strip() and unknown.issuperset(row)]:
-                _warn_of("without a character that the model knows, so these images may show anything", unread)
+        """Warn of texts that the model reads only in part, or not at all; see `check_texts`."""
+        check_texts(self._tokenizer, self._model.config.max_text_length, texts)
 
     def generate(
         self,
@@ -447,6 +434,28 @@ def _checked_whole(name: str, values: np.ndarray, lowest: int, highest: int) -> 
     if values.size and not (values.dtype.kind in "iu" and lowest <= values.min() and values.max() <= highest):
         raise ValueError(f"{name} must be whole numbers from {lowest:,} to {highest:,}")
     return values
+
+
+def check_texts(tokenizer: Tokenizer, length: int, texts: Sequence[str | None]) -> None:
+    """Warn of texts that a model reads only in part, or not at all.
+
+    Args:
+        tokenizer: Of the model.
+        length: Tokens of a text that it reads.
+        texts: Prompts.
+
+    Raises:
+        UserError: A text has a token that the model does not have, as a wrong tokenizer makes.
+    """
+    ids, mask = tokenizer.encode(texts, length + 1)
+    if cut := [text for text, is_cut in zip(texts, mask.sum(axis=1) > length, strict=True) if is_cut]:
+        _warn_of("longer than the %s tokens that the model reads, so cut there", cut, length)
+    with contextlib.suppress(UserError):  # a tokenizer may have no token for what it does not know
+        nothing, _ = tokenizer.encode(["", _UNKNOWN_TEXT], length)
+        unknown = {*nothing.flat, *getattr(tokenizer, "unknown_ids", ())}
+        pairs = zip(texts, ids, strict=True)
+        if unread := [text for text, row in pairs if text and text.strip() and unknown.issuperset(row)]:
+            _warn_of("without a character that the model knows, so these images may show anything", unread)
 
 
 def _warn_of(what: str, texts: Sequence[str | None], *values: object) -> None:
