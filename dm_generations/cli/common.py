@@ -251,8 +251,9 @@ def ray_pool(args: argparse.Namespace) -> "AbstractContextManager[RayPool | None
         if args.ray_workers is not None:
             raise UserError("--ray-workers has no effect without --ray")
         return contextlib.nullcontext()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # all that it prints; errors come as exceptions, too
+    # Without reports to its makers, and without what it prints itself: errors come as exceptions, too.
+    for name, value in (("USAGE_STATS_ENABLED", "0"), ("SCHEDULER_EVENTS", "0"), ("DEDUP_LOGS_SKIP_REGEX", ".")):
+        os.environ.setdefault(f"RAY_{name}", value)
     try:
         from dm_generations.runtime.ray_pool import RayPool
     except ImportError as error:

@@ -6,9 +6,11 @@ from ray_kit import PickledPool
 from tiny import CODEBOOK_SIZE, GRID
 
 from dm_generations.archive import Archive
+from dm_generations.errors import UserError
 from dm_generations.export import remote
 from dm_generations.export.captions import Strips
 from dm_generations.export.exporter import ExportOptions, export_archive
+from dm_generations.export.journal import JOURNAL, Journal
 from dm_generations.export.plan import Layout
 
 LAYOUTS = {
@@ -65,6 +67,15 @@ def test_a_pool_writes_what_one_process_writes(export, monkeypatch, layout):
     report, seen, files = export("pool", LAYOUTS[layout], PickledPool(), **options)
     assert (report.written, report.already_there) == (0, alone.written)
     assert files == expected
+
+
+def test_a_folder_has_one_driver(export, tmp_path):
+    (tmp_path / "taken").mkdir()
+    with Journal(tmp_path / "taken") as journal:
+        journal.open(create=True)
+        with pytest.raises(UserError, match="taken"):
+            export("taken", LAYOUTS["images"], PickledPool())
+        assert all_files(tmp_path / "taken").keys() == {JOURNAL}
 
 
 @pytest.mark.e2e

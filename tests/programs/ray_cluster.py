@@ -3,15 +3,25 @@
 Lines of stdin are orders, answered by a line: "add" starts a node, "lose" kills the processes of the last one.
 """
 
+import contextlib
 import sys
 
 from ray.cluster_utils import Cluster
 
 SIZES = {"num_cpus": 1, "object_store_memory": 200 << 20, "include_dashboard": False}
+TRIES = 5
+
+
+def start() -> Cluster:
+    """Start a cluster; on a busy machine Ray may find that its own processes take too long."""
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(Exception):
+            return Cluster(initialize_head=True, head_node_args=SIZES)
+    return Cluster(initialize_head=True, head_node_args=SIZES)
 
 
 def main() -> None:
-    cluster = Cluster(initialize_head=True, head_node_args=SIZES)
+    cluster = start()
     nodes = []
     try:
         print(cluster.address, flush=True)

@@ -13,7 +13,10 @@ from ray_kit import ENVIRONMENT, wait_for
 
 from dm_generations.errors import UserError
 
-pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds processes in /proc")
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds processes in /proc"),
+]
 
 
 @pytest.fixture
@@ -42,8 +45,9 @@ def squares(count):
     return [number**2 for number in range(count)]
 
 
+@pytest.mark.e2e
 def test_a_killed_worker_loses_nothing_and_repeats_nothing(start, tmp_path):
-    printed, _ = start("--count", 12, "--killed", 5).communicate(timeout=120)
+    printed, _ = start("--count", 12, "--killed", 5).communicate(timeout=400)
     assert numbers(printed) == squares(12)
     calls = [path.name.partition("-")[0] for path in (tmp_path / "calls").iterdir()]
     assert calls.count("5") >= 2
@@ -52,7 +56,7 @@ def test_a_killed_worker_loses_nothing_and_repeats_nothing(start, tmp_path):
 
 @pytest.mark.slow
 def test_an_error_of_a_worker_is_one_line(start):
-    printed, _ = start("--refused", 3).communicate(timeout=120)
+    printed, _ = start("--refused", 3).communicate(timeout=400)
     lines = printed.splitlines()
     assert numbers("\n".join(lines[:-1])) == squares(3)
     assert "3 is refused" in lines[-1]
@@ -60,7 +64,7 @@ def test_an_error_of_a_worker_is_one_line(start):
 
 @pytest.mark.slow
 def test_workers_that_die_of_the_same_work_again_and_again_are_one_line(start, tmp_path):
-    printed, _ = start("--count", 5, "--killed", 2, "--always").communicate(timeout=200)
+    printed, _ = start("--count", 5, "--killed", 2, "--always").communicate(timeout=400)
     lines = printed.splitlines()
     assert numbers("\n".join(lines[:-1])) == squares(2)
     assert lines[-1].startswith("error: ")
@@ -73,7 +77,7 @@ def test_a_lost_node_loses_nothing(start, ray_cluster):
     first = process.stdout.readline()
     wait_for(lambda: len(ray_cluster.workers()) == 2)
     ray_cluster.lose_node()
-    printed, _ = process.communicate(timeout=200)
+    printed, _ = process.communicate(timeout=400)
     assert numbers(first + printed) == squares(60)
 
 
