@@ -2,10 +2,12 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 import jax
 import pytest
 from helpers import golden, golden_dirs
+from ray_kit import RayCluster
 from tiny import TinyModels, tiny_models
 
 from dm_generations.export.manifest import ImageEntry
@@ -27,6 +29,15 @@ def pytest_configure(config):
 def models(tmp_path_factory) -> TinyModels:
     """A text-to-image model, a codec and a CLIP, which tests share so that each program is compiled once."""
     return tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """A Ray cluster of this machine."""
+    pytest.importorskip("ray")
+    cluster = RayCluster()
+    yield cluster
+    cluster.close()
 
 
 @pytest.fixture

@@ -112,4 +112,4 @@ def error_line(errors: str) -> str:
 
 def without_progress(errors: str) -> str:
     """What a command printed on stderr, without the lines of progress that a slow one prints."""
-    return re.sub(r"(?m)^[\d,]+ of [\d,]+ images, .*\n", "", errors)
+    return re.sub(r"(?m)^([\d,]+ of [\d,]+ images.*|\w+: [\d,]+ s so far)\n", "", errors)

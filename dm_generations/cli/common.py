@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from dm_generations.runtime.ray_pool import RayPool
 
 MAX_LINE = 10_000  # characters of what is printed at once
 PROGRESS_LINE_S = 10.0
@@ -296,6 +298,42 @@ def config_overrides(args: argparse.Namespace) -> dict[str, str | bool | int]:
     if args.grid is not None:
         overrides["block_size"] = args.grid**2
     return overrides
+
+
+def add_ray_options(parser: argparse.ArgumentParser) -> None:
+    """Add options for work on a Ray cluster, which `ray_pool` reads."""
+    add = parser.add_argument_group("cluster", "this process reads and writes, others hold the models").add_argument
+    add(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="use the Ray cluster at HOST:PORT, or auto for the one that runs on this machine; without ADDRESS use the "
+        "one that RAY_ADDRESS names, else this machine alone",
+    )
+    add(
+        "--ray-workers",
+        type=at_least_one,
+        metavar="N",
+        help="processes that share a GPU or, on a node without GPUs, its CPUs (default: 1)",
+    )
+
+
+def ray_pool(args: argparse.Namespace) -> "AbstractContextManager[RayPool | None]":
+    """Return the processes of `--ray`, to be entered; None without it. Raises UserError: ray is not installed."""
+    if args.ray is None:
+        if args.ray_workers is not None:
+            raise UserError("--ray-workers has no effect without --ray")
+        return contextlib.nullcontext()
+    # Without reports to its makers, and without what it prints itself: errors come as exceptions, too.
+    for name, value in (("USAGE_STATS_ENABLED", "0"), ("SCHEDULER_EVENTS", "0"), ("DEDUP_LOGS_SKIP_REGEX", ".")):
+        os.environ.setdefault(f"RAY_{name}", value)
+    try:
+        from dm_generations.runtime.ray_pool import RayPool
+    except ImportError as error:
+        raise UserError("--ray needs the packages ray and pyarrow: pip install 'dm-generations[ray]'") from error
+    address = args.ray if args.ray != "local" else os.environ.get("RAY_ADDRESS") or "local"
+    return RayPool(address, args.ray_workers or 1, args.cpu_only)
 
 
 def prepare_device(cpu_only: bool) -> None:

@@ -8,6 +8,7 @@ from dm_generations.archive import DTYPES, Archive
 from dm_generations.cli.common import (
     Progress,
     add_archive,
+    add_ray_options,
     add_selection_options,
     archive_path,
     at_least_one,
@@ -16,6 +17,7 @@ from dm_generations.cli.common import (
     is_decode_script,
     prepare_device,
     print_line,
+    ray_pool,
     selection_from,
 )
 from dm_generations.cli.decoder_options import add_decoder_options, load_diffusion
@@ -24,6 +26,7 @@ from dm_generations.paths import sanitize_name
 
 if TYPE_CHECKING:
     from dm_generations.export.exporter import ExportOptions, ExportReport
+    from dm_generations.runtime.ray_pool import RayPool
 
 HELP = "decode the images of an archive into files"
 DESCRIPTION = "Decode the images of an archive into files, with a page to look at them."
@@ -95,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     number_help = "decode each image N times, from other noise each time (default: 1)"
     add_decoder_options(parser).add_argument("--decoder-n", type=at_least_one, metavar="N", help=number_help)
+    add_ray_options(parser)
     add_selection_options(parser)
 
 
@@ -142,12 +146,12 @@ def _add_gallery(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     _check_flags(args)
-    with Archive.open(archive_path(args)) as archive:
-        return _decode(archive, args)
+    with Archive.open(archive_path(args)) as archive, ray_pool(args) as pool:
+        return _decode(archive, args, pool)
 
 
-def _decode(archive: Archive, args: argparse.Namespace) -> int:
-    prepare_device(args.cpu_only)
+def _decode(archive: Archive, args: argparse.Namespace, pool: "RayPool | None") -> int:
+    prepare_device(args.cpu_only or pool is not None)
     from dm_generations.export.captions import Strips
     from dm_generations.export.exporter import ExportOptions
     from dm_generations.export.output_file import Encoding
@@ -175,7 +179,7 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
         has_metadata=args.metadata,
         strips=Strips(args.captions, args.score_labels, args.caption_font),
     )
-    return 1 if write_files(archive, options).problems else 0
+    return 1 if write_files(archive, options, pool).problems else 0
 
 
 def find_out_dir(archive: Path | str | None, mode: str = "images") -> Path:
@@ -196,12 +200,12 @@ def find_out_dir(archive: Path | str | None, mode: str = "images") -> Path:
     return Path(sanitize_name(name) or mode)
 
 
-def write_files(archive: Archive, options: "ExportOptions") -> "ExportReport":
+def write_files(archive: Archive, options: "ExportOptions", pool: "RayPool | None" = None) -> "ExportReport":
     """Write the files of an archive with a bar of progress, and print what was done."""
     from dm_generations.export.exporter import export_archive
 
     with Progress() as on_progress:
-        report = export_archive(archive, options, on_progress, on_progress.on_step)
+        report = export_archive(archive, options, on_progress, on_progress.on_step, pool)
     notes = [f"{report.already_there:,} skipped, already present"] if report.already_there else []
     notes += [counted(len(report.problems), "problem")] if report.problems else []
     summary = f"{counted(report.written, 'file')} written to {options.out_dir}"
@@ -234,6 +238,7 @@ def _check_flags(args: argparse.Namespace) -> None:
             args.png and (image_format != "png" or mode == "npy"),
             f"no png is written with --format {image_format}",
         ),
+        ("--ray", args.ray and mode == "npy", "files of tokens need no codec"),
         ("--shard-size", args.shard_size and mode != "tar", "it is for --mode tar"),
         ("--seamless", args.seamless and mode != "gallery", "it is for --mode gallery"),
         ("--seamless", args.seamless and args.decoder, "a diffusion decoder decodes each image by itself"),

@@ -12,6 +12,7 @@ from dm_generations.archive import Archive, Selection
 from dm_generations.cli.common import (
     Progress,
     add_model_options,
+    add_ray_options,
     at_least_one,
     command_words,
     config_overrides,
@@ -21,6 +22,7 @@ from dm_generations.cli.common import (
     prepare_device,
     print_line,
     rate,
+    ray_pool,
 )
 from dm_generations.errors import UserError
 from dm_generations.pipelines.sweep import (
@@ -116,6 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_settings(parser.add_argument_group("settings", "each takes one or more values"))
     _add_init_tokens(parser.add_argument_group("initial tokens", "images that continue the first tokens of another"))
     add_model_options(parser, generates=True)
+    add_ray_options(parser)
 
 
 def _add_progressive(add: Callable[..., argparse.Action]) -> None:
@@ -201,6 +204,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("use just one of --keys and of --n with --seed")
     if args.classes and args.output == "npy":
         raise UserError("--output npy takes no --classes: write tokens with decode --mode npy")
+    if args.ray and (args.progressive or args.dry_run):
+        raise UserError(f"use just one of --ray and {'--dry-run' if args.dry_run else '--progressive'}")
     if args.progressive_dir is not None and args.progressive is None:
         _logger.warning("--progressive-dir has no effect without --progressive")
 
@@ -218,7 +223,7 @@ def run(args: argparse.Namespace) -> int:
     flags = {name: value for name in SWEEP_KEYS if (value := getattr(args, name)) is not None}
     sweep = load_sweep(flags, args.sweep, args.prompts_file)
     shard = WHOLE_SWEEP if args.shard is None else Shard.parse(args.shard)
-    prepare_device(args.cpu_only)
+    prepare_device(args.cpu_only or args.ray is not None)
     from dm_generations.pipelines.generate import GenerateOptions, generate
 
     options = GenerateOptions(
@@ -244,8 +249,8 @@ def run(args: argparse.Namespace) -> int:
 
         _print_estimate(estimate(sweep, options))
         return 0
-    with Progress() as on_progress:
-        report = generate(sweep, options, on_progress)
+    with ray_pool(args) as pool, Progress() as on_progress:
+        report = generate(sweep, options, on_progress, pool)
     if args.json:
         print(json.dumps(vars(report), default=str))
     else:

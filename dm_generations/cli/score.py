@@ -11,12 +11,14 @@ from dm_generations.cli.common import (
     Progress,
     add_archive,
     add_model_options,
+    add_ray_options,
     add_selection_options,
     archive_path,
     at_least_one,
     counted,
     prepare_device,
     print_line,
+    ray_pool,
     selection_from,
 )
 from dm_generations.cli.decoder_options import add_decoder_options, load_diffusion
@@ -60,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="score the Nth decoding of each image, as decode --decoder-n numbers them; each has scores of its own "
         "(default: 1)",
     )
+    add_ray_options(parser)
     add_selection_options(parser)
 
 
@@ -74,19 +77,18 @@ def run(args: argparse.Namespace) -> int:
         if not asks_for_more and not archive.count_to_score(where=where):  # known at once, without the models
             _print_nothing(args, path)
             return 0
-        prepare_device(args.cpu_only)
+        prepare_device(args.cpu_only or args.ray is not None)
         from dm_generations.models.loading import load_checkpoint
-        from dm_generations.pipelines.rescore import Judges, judge_of_decoder, score_archive
+        from dm_generations.pipelines.rescore import Judges, score_archive
 
-        with Progress() as on_progress:
+        with ray_pool(args) as pool, Progress() as on_progress:
             codec, clip = load_checkpoint(args.codec, "codec"), load_checkpoint(args.clip, "clip")
             head = None if args.aesthetic is None else load_checkpoint(args.aesthetic, "scorer")
             diffusion, decoding = load_diffusion(args), (args.decoding or 1) - 1
             adds = bool(args.clip or diffusion) and not args.all
-            if diffusion is not None:
-                clip = judge_of_decoder(clip, diffusion, decoding)
             judges = Judges(clip, args.all, adds, head, args.vectors, diffusion, decoding)
-            report = score_archive(archive, codec, judges, args.batch_size, on_progress, where, on_progress.on_step)
+            on_step = on_progress.on_step
+            report = score_archive(archive, codec, judges, args.batch_size, on_progress, where, on_step, pool)
     return _print_report(report, args, path, codec.name)
 
 

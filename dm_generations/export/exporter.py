@@ -9,11 +9,11 @@ H, W: pixels of one image   L: tokens of one image
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, repeat
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -34,11 +34,13 @@ from dm_generations.export.manifest import (
 )
 from dm_generations.export.options import ExportOptions, ExportReport
 from dm_generations.export.output_file import (
-    Decoded,
     EncodeContext,
+    Encoded,
+    Item,
     OutputFile,
     PassthroughDecoder,
-    TokenDecoder,
+    TokenShape,
+    encode_items,
     encode_npy,
     fill_cells,
     thumbnail_side,
@@ -55,25 +57,28 @@ from dm_generations.export.writers import (
     make_folder,
 )
 from dm_generations.inference.decoder import Decoder, RowKey
-from dm_generations.models.loading import load_checkpoint
+from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.paths import utf8_path
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import core_count
 
+if TYPE_CHECKING:
+    from dm_generations.inference.diffusion import Diffusion
+    from dm_generations.runtime.ray_pool import RayPool
+
 _logger = logging.getLogger(__name__)
 _MAX_FILE_PIXELS = 1 << 28  # 800 MB in memory, and each worker may hold several
 _LEAST_BATCH = 64  # a larger one is cut down to the power of two that holds all images
-
-# What is decoded as one: its file, its cell there, its tokens (L,) uint16 and its key; or no cell, and all tokens
-# (cells, L).
-Item = tuple[OutputFile, int | None, np.ndarray, RowKey]
+Encode = Callable[[Iterator[Item], EncodeContext], Iterator[Encoded]]
+OnStep = Callable[[int, int], None]
 
 
 def export_archive(
     archive: Archive,
     options: ExportOptions,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
+    pool: "RayPool | None" = None,
 ) -> ExportReport:
     """Write the selected images under `options.out_dir`, with the page to look at them.
 
@@ -83,7 +88,8 @@ def export_archive(
         archive: The archive.
         options: What to write, and how.
         on_progress: Called with how many images are done, and of how many.
-        on_step: Called with how many steps of a batch a diffusion decoder has taken, and of how many.
+        on_step: Called with how many steps of a batch a diffusion decoder of this process has taken, and of how many.
+        pool: What decodes and encodes, without thumbnails; None is this process. Files are written here in any case.
 
     Returns:
         What was written, and the problems.
@@ -101,13 +107,12 @@ def export_archive(
         if options.layout.has_page:
             journal.open()
         exporter = Exporter(archive, plans, options, journal, on_progress)
-        decoder = _load_decoder(archive, plans, options, exporter.due_count) if exporter.due_count else None
-        if isinstance(decoder, Decoder):
-            decoder.on_step = on_step
+        nothing = None, partial(encode_items, None)
+        shape, encode = _load_decoder(exporter, on_step, pool) if exporter.due_count else nothing
         for folder in ("", *folders):
             remove_stale_temporaries(utf8_path(options.out_dir, folder))
         on_progress(0, exporter.due_count)
-        exporter.run(decoder)
+        exporter.run(shape, encode)
         exporter.write_page()
     return exporter.report
 
@@ -142,32 +147,37 @@ class Exporter:
         self._done_count = 0  # of them, those that are written, or cannot be
         self._on_progress = on_progress
 
-    def run(self, decoder: TokenDecoder | None) -> None:
-        """Decode and write what is due; `decoder` may be None when nothing is."""
+    def run(self, shape: TokenShape | None, encode: Encode) -> None:
+        """Decode and write what is due.
+
+        Args:
+            shape: Which tokens can be decoded; None when nothing is due.
+            encode: Decodes and encodes.
+        """
         if self.layout.has_page:
             self.journal.open(create=True)
         workers = self.options.num_workers or core_count()
-        files = _fill(_decode(decoder, self._read(decoder)))
+        encoded = encode(self._read(shape), self._context)
         if self.layout.is_sharded:
             added, ended = partial(self._advance, 1), self._when_shard_ended
             with ShardWriter(self.out_dir, self.layout.mode, workers, added, ended, self._last_members) as shards:
-                for file in files:
+                for file, content in encoded:
                     assert file.shard is not None, "all files have one"
-                    shards.submit(file.shard, partial(file.encode_members, self._context))
+                    shards.submit(file.shard, content)
         else:
             with FileWriter(workers) as writer:
-                for file in files:
+                for file, content in encoded:
                     self.journal.flush()
-                    done = self._when_written(file)
-                    writer.submit(utf8_path(self.out_dir, file.path), partial(self._encode, file), done)
+                    if self.options.has_thumbnails:
+                        content = partial(self._add_thumbnail, file, content)
+                    writer.submit(utf8_path(self.out_dir, file.path), content, self._when_written(file))
 
-    def _encode(self, file: OutputFile) -> bytes:
+    def _add_thumbnail(self, file: OutputFile, content: Callable[[], bytes]) -> bytes:
         """Return the bytes of a file; its thumbnail is written before it, so that a finished file has one."""
-        if self.options.has_thumbnails:
-            path = utf8_path(self.out_dir, thumbnail_path(file.path))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, file.encode_thumbnail())
-        return file.encode(self._context)
+        path = utf8_path(self.out_dir, thumbnail_path(file.path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, file.encode_thumbnail())
+        return content()
 
     def write_page(self) -> None:
         """Write `manifest.js`, the page and the compacted journal, for the files that are there.
@@ -246,7 +256,7 @@ class Exporter:
 
     # Read: rows to tokens.
 
-    def _read(self, decoder: TokenDecoder | None) -> Iterator[Item]:
+    def _read(self, shape: TokenShape | None) -> Iterator[Item]:
         """Yield the tokens to decode, with the place of each image."""
         current_plan: GroupPlan | None = None
         rows: Iterator[ImageRow] = iter(())
@@ -261,8 +271,8 @@ class Exporter:
                 identity = identify(entry)
                 # Since this export began: others may add to the archive.
                 is_due = self._is_stale(target.path, identity, members)
-            if decoder is not None and is_due:
-                yield from self._read_file(plan, target, members, shard, decoder)
+            if shape is not None and is_due:
+                yield from self._read_file(plan, target, members, shard, shape)
             elif is_due or not members:
                 self._report_change(target)
             elif shard is None:
@@ -279,13 +289,13 @@ class Exporter:
             yield from repeat(row, self.layout.decodings)
 
     def _read_file(
-        self, plan: GroupPlan, target: Target, members: list[ImageRow], shard: Shard | None, decoder: TokenDecoder
+        self, plan: GroupPlan, target: Target, members: list[ImageRow], shard: Shard | None, shape: TokenShape
     ) -> Iterator[Item]:
         """Yield the tokens of one file."""
         tokens_by_cell = {}
         for cell, row in enumerate(members):
             try:
-                tokens_by_cell[cell] = self._tokens(row, decoder)
+                tokens_by_cell[cell] = self._tokens(row, shape)
             except BadTokensError as error:
                 self._report_problem(f"image {row.id} was not decoded: {error}")
         if len(members) < len(target.ranks):
@@ -317,13 +327,13 @@ class Exporter:
                 number = self.layout.decoding(target.ranks.start + cell)
                 yield file, cell, tokens, RowKey(*members[cell].key, number, plan.prompt)
 
-    def _tokens(self, row: ImageRow, decoder: TokenDecoder | None) -> np.ndarray:
+    def _tokens(self, row: ImageRow, shape: TokenShape | None) -> np.ndarray:
         """Return (L,) uint16. Raises BadTokensError for what the codec, or the one that the row records, cannot decode.
 
         Without a codec or a record, tokens may be of any number and any value.
         """
-        if isinstance(decoder, Decoder):
-            return tokens_from_blob(row.quantvec, row.quantvec_md5, decoder.token_count, decoder.codebook_size)
+        if shape is not None and shape.token_count is not None:
+            return tokens_from_blob(row.quantvec, row.quantvec_md5, shape.token_count, shape.codebook_size)
         recorded = None if row.codec_id is None else self._models.get(row.codec_id)
         if recorded is not None and recorded.token_shape and recorded.codebook_size:
             token_count = count_tokens(recorded.token_shape)
@@ -389,59 +399,72 @@ class Exporter:
         return list(manifest_files(self._manifest()).items()) if self.layout.mode == "zip" else []
 
 
-# Decode: tokens to pixels.
+@dataclass(frozen=True)
+class _Codec:
+    """The codec of an export, which this process or others put on their devices.
+
+    Attributes:
+        diffusion: What decodes in place of the codec's own decoder.
+        batch_size: See `Decoder`.
+        grid: Tokens a side of an image.
+        sheet_shape: Rows and columns of images that are decoded as one; None for one image.
+    """
+
+    checkpoint: Checkpoint
+    diffusion: "Diffusion | None"
+    batch_size: int | Literal["auto"]
+    dtype: str
+    grid: int
+    sheet_shape: tuple[int, int] | None
+
+    @property
+    def token_count(self) -> int:
+        """Of an image."""
+        return self.grid**2
+
+    @property
+    def codebook_size(self) -> int:
+        """Tokens are below it."""
+        return self.checkpoint.config.codebook_size
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side of an image. Raises UserError: the diffusion decoder is not for this grid."""
+        if self.diffusion is not None:
+            return self.diffusion.image_size(self.grid)
+        return self.checkpoint.config.image_size // self.checkpoint.config.grid * self.grid
+
+    def make_decoder(self) -> Decoder:
+        """Put it on the devices of this process."""
+        compile_cache.enable()
+        decoder = Decoder.from_checkpoint(self.checkpoint, self.batch_size, self.dtype, self.grid, self.diffusion)
+        return decoder if self.sheet_shape is None else decoder.tiled(*self.sheet_shape)
 
 
-def _decode(decoder: TokenDecoder | None, items: Iterator[Item]) -> Iterator[Item]:
-    """Yield each item with pixels (H, W, 3) uint8 for its tokens; one batch is computed while another is yielded."""
-    running: tuple[list[Item], Decoded] | None = None
-    while batch := list(islice(items, decoder.batch_size if decoder else 1)):
-        assert decoder is not None, "there are no items without one"
-        started = batch, decoder.start(np.stack([item[2] for item in batch]), [item[3] for item in batch])
-        if running is not None:
-            yield from _wait(*running)
-        running = started
-    if running is not None:
-        yield from _wait(*running)
-
-
-def _wait(batch: list[Item], decoded: Decoded) -> Iterator[Item]:
-    for (file, cell, _, key), image in zip(batch, decoded.images(), strict=True):
-        yield file, cell, image, key
-
-
-def _fill(items: Iterable[Item]) -> Iterator[OutputFile]:
-    """Yield each file when its last image is on it."""
-    for file, cell, pixels, _ in items:
-        if cell is None:
-            file.place_all(pixels)
-        else:
-            file.place(cell, pixels)
-        if file.is_full:
-            yield file
-
-
-# Before anything is read.
-
-
-def _load_decoder(archive: Archive, plans: list[GroupPlan], options: ExportOptions, due_count: int) -> TokenDecoder:
-    """Return what decodes the rows of `plans`, once the output folder is there. Raises UserError."""
-    layout = options.layout
+def _load_decoder(exporter: Exporter, on_step: OnStep | None, pool: "RayPool | None") -> tuple[TokenShape, Encode]:
+    """Return what decodes the rows, once the output folder is there. Raises UserError."""
+    options, layout = exporter.options, exporter.layout
     if layout.mode == "npy":
         make_folder(options.out_dir)
-        return PassthroughDecoder()
+        return PassthroughDecoder(), partial(encode_items, PassthroughDecoder())
     checkpoint = load_checkpoint(options.codec, "codec")
-    grid, warnings = check_codec(archive, plans, checkpoint)
+    grid, warnings = check_codec(exporter.archive, exporter.plans, checkpoint)
     for warning in warnings:
         _logger.warning(warning)
-    batch_size = _limit_batch(options.batch_size, due_count)
-    codec = Decoder.from_checkpoint(checkpoint, batch_size, options.dtype, grid, options.diffusion)
+    batch_size = _limit_batch(options.batch_size, exporter.due_count)
+    sheet_shape = (layout.rows, layout.cols) if layout.is_seamless else None
+    codec = _Codec(checkpoint, options.diffusion, batch_size, options.dtype, grid, sheet_shape)
     _check_gallery_size(options, codec.image_size)
-    if layout.is_seamless:
-        codec = codec.tiled(layout.rows, layout.cols)
+    if pool is not None:
+        from dm_generations.export.remote import encode_remotely
+
+        encode: Encode = partial(encode_remotely, pool, codec.make_decoder, options.num_workers)
+    else:
+        decoder = codec.make_decoder()
+        decoder.on_step = on_step
+        encode = partial(encode_items, decoder)
     make_folder(options.out_dir)
-    compile_cache.enable()
-    return codec
+    return codec, encode
 
 
 def _limit_batch(batch_size: int | None, due_count: int) -> int | Literal["auto"]:

@@ -13,8 +13,10 @@ H, W: pixels of one image   L: tokens of one image
 import io
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,41 +103,6 @@ class Encoding:
         else:
             image.save(buffer, "WEBP", quality=self.quality, **tags)
         return buffer.getvalue()
-
-
-class Decoded(Protocol):
-    """Images that are being decoded."""
-
-    def images(self) -> np.ndarray:
-        """Wait for the images (n, H, W, 3) uint8."""
-
-
-class TokenDecoder(Protocol):
-    """What turns tokens into images: a codec, or PassthroughDecoder."""
-
-    @property
-    def batch_size(self) -> int:
-        """How many images `start` should get at a time."""
-
-    def start(self, tokens: np.ndarray, keys: Sequence[RowKey]) -> Decoded:
-        """Start decoding (n, L) uint16 of rows with these keys."""
-
-
-@dataclass
-class PassthroughDecoder:
-    """Stands for a codec where tokens are written as they are: its images are their tokens (n, L)."""
-
-    batch_size = 1  # rows of an archive may differ in length
-    tokens: np.ndarray | None = None
-
-    def start(self, tokens: np.ndarray, keys: Sequence[RowKey]) -> "PassthroughDecoder":
-        """Take tokens (n, L)."""
-        return PassthroughDecoder(tokens)
-
-    def images(self) -> np.ndarray:
-        """Return the tokens."""
-        assert self.tokens is not None, "started"
-        return self.tokens
 
 
 def encode_npy(tokens: np.ndarray) -> bytes:
@@ -375,3 +342,98 @@ def fill_cells(tokens_by_cell: Mapping[int, np.ndarray], cell_count: int) -> np.
     """
     present = list(tokens_by_cell.values())
     return np.stack([tokens_by_cell.get(cell, present[cell % len(present)]) for cell in range(cell_count)])
+
+
+# What is decoded as one: its file, its cell there, its tokens (L,) uint16 and its key; or no cell, and all tokens
+# (cells, L).
+Item = tuple[OutputFile, int | None, np.ndarray, RowKey]
+Encoded = tuple[OutputFile, Callable[[], Any]]  # what returns the bytes of the file, or its members in a shard
+
+
+class Decoded(Protocol):
+    """Images that are being decoded."""
+
+    def images(self) -> np.ndarray:
+        """Wait for the images (n, H, W, 3) uint8."""
+
+
+class TokenShape(Protocol):
+    """Which tokens can be decoded."""
+
+    @property
+    def token_count(self) -> int | None:
+        """Of an image; None is any number, of any value."""
+
+    @property
+    def codebook_size(self) -> int:
+        """Tokens are below it."""
+
+
+class TokenDecoder(TokenShape, Protocol):
+    """What turns tokens into images: a codec, or PassthroughDecoder."""
+
+    @property
+    def batch_size(self) -> int:
+        """How many images `start` should get at a time."""
+
+    def start(self, tokens: np.ndarray, keys: Sequence[RowKey]) -> Decoded:
+        """Start decoding (n, L) uint16 of rows with these keys."""
+
+
+@dataclass
+class PassthroughDecoder:
+    """Stands for a codec where tokens are written as they are: its images are their tokens (n, L)."""
+
+    batch_size = 1  # rows of an archive may differ in length
+    token_count, codebook_size = None, 1 << 16
+    tokens: np.ndarray | None = None
+
+    def start(self, tokens: np.ndarray, keys: Sequence[RowKey]) -> "PassthroughDecoder":
+        """Take tokens (n, L)."""
+        return PassthroughDecoder(tokens)
+
+    def images(self) -> np.ndarray:
+        """Return the tokens."""
+        assert self.tokens is not None, "started"
+        return self.tokens
+
+
+def encode_items(decoder: TokenDecoder | None, items: Iterator[Item], context: EncodeContext) -> Iterator[Encoded]:
+    """Decode tokens, and yield each file once all its images are on it, with what encodes it.
+
+    Args:
+        decoder: None if there are no items.
+        items: Those of a file follow each other.
+        context: Of the export.
+    """
+    for file in _fill(_decode(decoder, items)):
+        yield file, partial(file.encode if file.shard is None else file.encode_members, context)
+
+
+def _decode(decoder: TokenDecoder | None, items: Iterator[Item]) -> Iterator[Item]:
+    """Yield each item with pixels (H, W, 3) uint8 for its tokens; one batch is computed while another is yielded."""
+    running: tuple[list[Item], Decoded] | None = None
+    while batch := list(islice(items, decoder.batch_size if decoder else 1)):
+        assert decoder is not None, "there are no items without one"
+        started = batch, decoder.start(np.stack([item[2] for item in batch]), [item[3] for item in batch])
+        if running is not None:
+            yield from _wait(*running)
+        running = started
+    if running is not None:
+        yield from _wait(*running)
+
+
+def _wait(batch: list[Item], decoded: Decoded) -> Iterator[Item]:
+    for (file, cell, _, key), image in zip(batch, decoded.images(), strict=True):
+        yield file, cell, image, key
+
+
+def _fill(items: Iterable[Item]) -> Iterator[OutputFile]:
+    """Yield each file when its last image is on it."""
+    for file, cell, pixels, _ in items:
+        if cell is None:
+            file.place_all(pixels)
+        else:
+            file.place(cell, pixels)
+        if file.is_full:
+            yield file

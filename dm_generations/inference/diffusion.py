@@ -124,6 +124,21 @@ class Diffusion:
             found |= {"clip_sha256": guidance.clip.sha256}
         return found
 
+    def image_size(self, grid: int) -> int:
+        """Return the pixels a side of an image of `grid` x `grid` tokens.
+
+        Raises:
+            UserError: It is no multiple of what the decoder was trained on.
+        """
+        config = self.checkpoint.config
+        size, trained = config.image_side(grid), config.image_size
+        if size % trained:  # a multiple is how ruDALL-E's 32x32 tokens become 512 pixels
+            raise UserError(
+                f"{grid}x{grid} tokens would become {size} pixels, and decoder {self.checkpoint.name!r:.100} was "
+                f"trained on {trained}: it is not for images of this codec"
+            )
+        return size
+
 
 class DiffusionDecoder(Decoder):
     """The decoder of a codec's tokens by diffusion; it takes from the codec its codebook alone."""
@@ -153,7 +168,7 @@ class DiffusionDecoder(Decoder):
         """
         config = diffusion.checkpoint.config
         grid = grid or codec.config.grid
-        self._set_sizes(grid, codec.config.codebook_size, _image_size(diffusion, grid))
+        self._set_sizes(grid, codec.config.codebook_size, diffusion.image_size(grid))
         self.name, self._diffusion = f"{codec.name} with {diffusion.checkpoint.name}", diffusion
         network = PreparedUNet(config, np.dtype(dtype), self._devices[0].platform)
         codebook = np.array(_codebook(codec, config), np.float32)
@@ -314,18 +329,6 @@ def _one_by_one(step: Callable) -> Callable:
         return jax.lax.map(of_one, rows)
 
     return mapped
-
-
-def _image_size(diffusion: Diffusion, grid: int) -> int:
-    """Return the pixels a side of an image of `grid` x `grid` tokens."""
-    checkpoint = diffusion.checkpoint
-    size, trained = checkpoint.config.image_side(grid), checkpoint.config.image_size
-    if size % trained:  # a multiple is how ruDALL-E's 32x32 tokens become 512 pixels
-        raise UserError(
-            f"{grid}x{grid} tokens would become {size} pixels, and decoder {checkpoint.name!r:.100} was trained on "
-            f"{trained}: it is not for images of this codec"
-        )
-    return size
 
 
 def _codebook(codec: Checkpoint, config: DiffusionDecoderConfig) -> np.ndarray:

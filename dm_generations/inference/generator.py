@@ -3,14 +3,12 @@
 n: rows asked for   L: tokens of an image, row-major over its grid
 """
 
-import contextlib
 import functools
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dm_generations.archive import DTYPES
 from dm_generations.archive.records import ClassLabel
 from dm_generations.errors import UserError
-from dm_generations.models.base import Tokenizer, check_prompt_kinds, class_count_of, extra_settings_of
+from dm_generations.models.base import Tokenizer, check_prompt_kinds, check_texts, class_count_of, extra_settings_of
 from dm_generations.models.dalle_mini.config import DalleBartConfig
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.runtime import compile_cache
@@ -31,11 +29,9 @@ from dm_generations.sampling.methods import DalleMiniSampler, TokenSampler, make
 from dm_generations.sampling.params import SamplingParams, complete_extra_settings
 from dm_generations.sampling.prng import WORD
 
-_logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 Prompt = str | ClassLabel
 ExtraSettings = Mapping[str, float] | Sequence[Mapping[str, float]]
-_UNKNOWN_TEXT = "\U000f0000"  # for private use: no tokenizer was trained on it
 _TIMED_STEPS = 4
 _LOGITS_COPIES = 8  # halves, guided, filtered, noise and a compiler's temporary copies of them
 
@@ -166,26 +162,8 @@ class Generator:
         self._runner = BatchRunner(wanted, concurrency, message)
 
     def check_texts(self, texts: Sequence[Prompt | None]) -> None:
-        """Warn of texts that the model reads only in part, or not at all.
-
-        Raises:
-            UserError: A text has a token that the model does not have, as a wrong tokenizer makes; or it is a class and
-                the model reads texts, or the other way round, or the model has no such class.
-        """
-        check_prompt_kinds([text for text in texts if text is not None], self._model.config, self._name)
-        if class_count_of(self._model.config):
-            return
-        length = self._model.config.max_text_length
-        read = cast(Sequence[str | None], texts)
-        ids, mask = self._tokenizer.encode(read, length + 1)
-        if cut := [text for text, is_cut in zip(read, mask.sum(axis=1) > length, strict=True) if is_cut]:
-            _warn_of("longer than the %s tokens that the model reads, so cut there", cut, length)
-        with contextlib.suppress(UserError):  # a tokenizer may have no token for what it does not know
-            nothing, _ = self._tokenizer.encode(["", _UNKNOWN_TEXT], length)
-            unknown = {*nothing.flat, *getattr(self._tokenizer, "unknown_ids", ())}
-            pairs = zip(read, ids, strict=True)
-            if unread := [text for text, row in pairs if text and text.strip() and unknown.issuperset(row)]:
-                _warn_of("without a character that the model knows, so these images may show anything", unread)
+        """Warn of texts that the model reads only in part, or not at all; see `models.base.check_texts`."""
+        check_texts(texts, self._model.config, self._name, self._tokenizer)
 
     def check_every(self, every: int) -> None:
         """Check that unfinished images can be had after every `every` tokens.
@@ -487,8 +465,3 @@ def _checked_whole(name: str, values: np.ndarray, lowest: int, highest: int) -> 
     if values.size and not (values.dtype.kind in "iu" and lowest <= values.min() and values.max() <= highest):
         raise ValueError(f"{name} must be whole numbers from {lowest:,} to {highest:,}")
     return values
-
-
-def _warn_of(what: str, texts: Sequence[Prompt | None], *values: object) -> None:
-    subject = "1 prompt " if len(texts) == 1 else f"{len(texts):,} prompts "
-    _logger.warning(f"{subject}{what}: %.60r", *values, texts[0])

@@ -7,12 +7,13 @@ h, w: rows and columns of a token grid   H, W: pixels   D: width of a codebook r
 import contextlib
 import contextvars
 import dataclasses
+import logging
 import math
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import numpy as np
@@ -32,6 +33,8 @@ LAYERS, WIDTH, VOCABULARY, POSITIONS = (
 )
 ANY_ID = (0, 2**31 - 1)
 
+_logger = logging.getLogger(__name__)
+_UNKNOWN_TEXT = "\U000f0000"  # for private use: no tokenizer was trained on it
 _RECOMPUTES: contextvars.ContextVar[bool] = contextvars.ContextVar("recomputes", default=False)
 
 Bounds = Mapping[str, tuple[float, float]]
@@ -163,6 +166,39 @@ def check_prompt_kinds(prompts: Sequence[str | ClassLabel], config: Any, name: s
             raise UserError(f"model {name!r} draws {count:,} classes: give --classes, not the text {prompt!r:.60}")
         if isinstance(prompt, ClassLabel) and not 0 <= prompt.label < count:
             raise UserError(f"model {name!r} has no class {prompt.label}: they are 0 to {count - 1:,}")
+
+
+def check_texts(prompts: Sequence[str | ClassLabel | None], config: Any, name: str, tokenizer: "Tokenizer") -> None:
+    """Warn of texts that a model reads only in part, or not at all.
+
+    Args:
+        prompts: Texts or classes; None is the model's own empty text.
+        config: Of the model.
+        name: Of the model.
+        tokenizer: Of the model.
+
+    Raises:
+        UserError: As `check_prompt_kinds`, or a text has a token that the model does not have, as a wrong tokenizer
+            makes.
+    """
+    check_prompt_kinds([prompt for prompt in prompts if prompt is not None], config, name)
+    if class_count_of(config):
+        return
+    texts, length = cast(Sequence[str | None], prompts), config.max_text_length
+    ids, mask = tokenizer.encode(texts, length + 1)
+    if cut := [text for text, is_cut in zip(texts, mask.sum(axis=1) > length, strict=True) if is_cut]:
+        _warn_of("longer than the %s tokens that the model reads, so cut there", cut, length)
+    with contextlib.suppress(UserError):  # a tokenizer may have no token for what it does not know
+        nothing, _ = tokenizer.encode(["", _UNKNOWN_TEXT], length)
+        unknown = {*nothing.flat, *getattr(tokenizer, "unknown_ids", ())}
+        pairs = zip(texts, ids, strict=True)
+        if unread := [text for text, row in pairs if text and text.strip() and unknown.issuperset(row)]:
+            _warn_of("without a character that the model knows, so these images may show anything", unread)
+
+
+def _warn_of(what: str, texts: Sequence[str | None], *values: object) -> None:
+    subject = "1 prompt " if len(texts) == 1 else f"{len(texts):,} prompts "
+    _logger.warning(f"{subject}{what}: %.60r", *values, texts[0])
 
 
 @runtime_checkable

@@ -61,6 +61,14 @@ class Checkpoint:
     tokenizer: Path | None = None
     text_style: str | None = None
     lineage: dict[str, Any] | None = None  # of a model that `train` made: what it was trained from
+    source: str | None = None  # where it came from: a path or a name on the hub; None is this package
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of entries of its files' config
+
+    def __reduce__(self) -> tuple:
+        """Pickle where the weights are, and not the weights: a process on another machine loads its own copy."""
+        is_own = self.tokenizer is None or self.tokenizer.is_relative_to(self.folder)
+        tokenizer = None if self.tokenizer is None or is_own else self.tokenizer.absolute()
+        return _load_again, (self.source, self.role, dict(self.overrides), self.sha256, self.config, tokenizer)
 
     @property
     def role(self) -> str:
@@ -157,13 +165,14 @@ def find_checkpoint(
 ) -> Checkpoint | None:
     """Load as `load_checkpoint` does, but return None for a path that holds nothing for this role."""
     path: Path | None
+    source: str | None
     if path_or_name is None:
-        path, name = EMBEDDED / _EMBEDDED_NAMES[role], _embedded_name(role)
+        path, name, source = EMBEDDED / _EMBEDDED_NAMES[role], _embedded_name(role), None
     elif os.path.exists(path_or_name):  # unlike Path.exists, False for a name that cannot be
         path = Path(path_or_name)
-        name = path.resolve().name
+        name, source = path.resolve().name, os.path.abspath(path_or_name)
     elif isinstance(path_or_name, str) and hub.is_hub_name(path_or_name):
-        path, name = hub.download(path_or_name, hub_files(role)), path_or_name
+        path, name, source = hub.download(path_or_name, hub_files(role)), path_or_name, path_or_name
     else:
         raise UserError(f"{str(path_or_name)!r:.300}: no such model folder or file")
     raw = None if path is None else _read(path, role)
@@ -179,7 +188,18 @@ def find_checkpoint(
     params = _to_native_order(raw.params)
     digest = native.digest(params)
     digest = _RECORDED_SHA256.get(digest, digest)
-    return Checkpoint(raw.kind, raw.config, params, name, digest, folder, raw.tokenizer, raw.text_style, raw.lineage)
+    texts = raw.tokenizer, raw.text_style
+    return Checkpoint(raw.kind, raw.config, params, name, digest, folder, *texts, raw.lineage, source, overrides)
+
+
+def _load_again(
+    source: str | None, role: str, overrides: dict[str, Any], sha256: str, config: Any, tokenizer: Path | None
+) -> Checkpoint:
+    """Load a checkpoint that was pickled elsewhere. Raises UserError where it is missing or has other weights."""
+    found = load_checkpoint(source, role, overrides)
+    if found.sha256 != sha256:
+        raise UserError(f"{source or found.name} has other weights here than where the command was started; copy them")
+    return dataclasses.replace(found, config=config, tokenizer=tokenizer or found.tokenizer)
 
 
 def load_generator(

@@ -4,6 +4,7 @@ L: tokens of an image, row-major over its grid
 """
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -21,7 +22,13 @@ from dm_generations.archive.vocabulary import class_text
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
 from dm_generations.inference.scorer import Scorer
-from dm_generations.models.base import check_prompt_kinds, class_count_of, default_params_of, extra_settings_of
+from dm_generations.models.base import (
+    check_prompt_kinds,
+    check_texts,
+    class_count_of,
+    default_params_of,
+    extra_settings_of,
+)
 from dm_generations.models.labels import class_vocabulary
 from dm_generations.models.loading import Models, load_models
 from dm_generations.pipelines.sweep import (
@@ -42,6 +49,7 @@ from dm_generations.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from dm_generations.pipelines.init_tokens import InitTokens
+    from dm_generations.runtime.ray_pool import RayPool
 
 SAMPLER_VERSIONS = {"rows": SAMPLER_VERSION, "dalle-mini": 1001}  # stored with each row
 SMALLER_BATCH = "use a smaller --batch-size"
@@ -123,7 +131,10 @@ class GenerateReport:
 
 
 def generate(
-    sweep: Sweep, options: GenerateOptions, on_progress: OnProgress = lambda done, total: None
+    sweep: Sweep,
+    options: GenerateOptions,
+    on_progress: OnProgress = lambda done, total: None,
+    pool: "RayPool | None" = None,
 ) -> GenerateReport:
     """Generate the images of a sweep that the archive lacks, and add them to it.
 
@@ -134,33 +145,29 @@ def generate(
         sweep: What to generate.
         options: The archive and the models.
         on_progress: Called with (done, total) images at the start and after every batch.
+        pool: What samples and scores; None is this process. The archive is written here in any case.
 
     Raises:
         UserError: An input is missing, broken or incompatible, or memory does not hold one image.
     """
-    pipeline, sweep = prepare(sweep, options, "w")
+    pipeline, sweep = prepare(sweep, options, "w", pool is not None)
     with Archive.open_or_create(options.db) as archive:
         plan = pipeline.plan(sweep, archive, options.shard)
         counts = sweep.combination_count, sweep.count, plan.missing_count
         logger.info("combinations: %s, images of each: %s, to generate: %s", *(f"{count:,}" for count in counts))
-        report = pipeline.fill(archive, plan, on_progress)
+        report = pipeline.fill(archive, plan, on_progress, pool)
         report.codec = pipeline.models.codec_from
     return report
 
 
 class Pipeline:
-    """The models of a run on the devices: samples to scored images. The first batch compiles their programs.
+    """The models of a run: samples to scored images.
+
+    The first use of a model puts all of them on the devices, and the first batch compiles their programs.
 
     Attributes:
         models: The checkpoints.
-        generator: Samples tokens.
-        decoder: Decodes them; None if neither scores nor unfinished images are wanted.
-        scorer: Scores images; None if they are not to be scored.
     """
-
-    generator: Generator
-    decoder: Decoder | None
-    scorer: Scorer | None
 
     def __init__(
         self,
@@ -170,7 +177,7 @@ class Pipeline:
         loaded: tuple[Generator, Decoder | None, Scorer | None] | None = None,
         on_unfinished: OnUnfinished | None = None,
     ):
-        """Put the models on the devices.
+        """Take the models, which go to the devices when they are needed.
 
         Args:
             models: The checkpoints.
@@ -180,20 +187,41 @@ class Pipeline:
             on_unfinished: Called every `options.progressive_every` tokens; None writes the images as files.
 
         Raises:
-            UserError: A model lacks its tokenizer, or memory does not hold the weights.
+            UserError: Unfinished images are wanted of a model that has none.
         """
-        compile_cache.enable()
         self.models = models
         self._vocabulary = class_vocabulary(class_count_of(models.generator.config))
-        self.generator, self.decoder, self.scorer = loaded or _load(models, options)
-        if options.progressive_every is not None:
-            self.generator.check_every(options.progressive_every)
+        self._loaded = loaded
+        scorer = None if loaded is None else loaded[2]
+        self._clip = models.clip.model_info() if models.clip is not None else None if scorer is None else scorer.info
         self._sampler_version = SAMPLER_VERSIONS[options.rng]
         self._init = init
         self._init_md5 = "" if init is None else init.md5
         self._options = options
         self._is_compiled = False
         self._on_unfinished = on_unfinished or self._write_unfinished
+        if options.progressive_every is not None:
+            self.generator.check_every(options.progressive_every)
+
+    @functools.cached_property
+    def _on_devices(self) -> tuple[Generator, Decoder | None, Scorer | None]:
+        compile_cache.enable()
+        return self._loaded or _load(self.models, self._options)
+
+    @property
+    def generator(self) -> Generator:
+        """Samples tokens. Raises UserError: a model lacks its tokenizer, or memory does not hold the weights."""
+        return self._on_devices[0]
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """Decodes tokens; None if neither scores nor unfinished images are wanted."""
+        return self._on_devices[1]
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """Scores images; None if they are not to be scored."""
+        return self._on_devices[2]
 
     def plan(self, sweep: Sweep, archive: Archive | None, shard: Shard = WHOLE_SWEEP) -> Plan:
         """Find the images of `sweep` that the archive lacks from this model."""
@@ -252,22 +280,33 @@ class Pipeline:
         is_valid = (tokens < self.generator.codebook_size).all(axis=1)
         return self._add_scores(list(itertools.compress(images, is_valid)), tokens[is_valid])
 
-    def fill(self, archive: Archive, plan: Plan, on_progress: OnProgress) -> GenerateReport:
+    def sample_all(self, samples: Iterable[Sample]) -> Iterator[tuple[int, list[NewImage]]]:
+        """Sample images in batches.
+
+        Yields:
+            How many samples a batch had, and the images.
+        """
+        for batch in self.batches(samples):
+            with memory_errors(SMALLER_BATCH):
+                yield len(batch), self.sample(batch)
+
+    def fill(
+        self, archive: Archive, plan: Plan, on_progress: OnProgress, pool: "RayPool | None" = None
+    ) -> GenerateReport:
         """Generate all that `plan` lists into `archive`, each batch in a transaction."""
         report = GenerateReport(existing_count=plan.existing_count)
         total, done = plan.missing_count, 0
         distinct: set[int] = set()  # hashes of tokens
         started = time.monotonic()
         on_progress(done, total)
-        for batch in self.batches(plan.samples()):
-            with memory_errors(SMALLER_BATCH):
-                images = self.sample(batch)
+        batches = self.sample_all(plan.samples()) if pool is None else self._sample_remotely(plan.samples(), pool)
+        for count, images in batches:
             added = self.store(archive, images)
             report.added_count += added
             report.others_count += len(images) - added
-            report.invalid_count += len(batch) - len(images)
+            report.invalid_count += count - len(images)
             distinct.update(hash(image.quantvec) for image in images)
-            done += len(batch)
+            done += count
             on_progress(done, total)
         report.distinct_count = len(distinct)
         if total and self._options.progressive_every is not None:
@@ -299,9 +338,16 @@ class Pipeline:
                 archive.add_vocabulary(*self._vocabulary)
             generator_id = archive.add_model(models.generator.model_info())
             codec_id = archive.add_model(models.codec.model_info(models.grid))
-            clip = None if self.scorer is None else self.scorer.info
-            clip_id = None if clip is None else archive.add_model(clip)
+            clip_id = None if self._clip is None else archive.add_model(self._clip)
             return archive.add_images(images, generator_id, codec_id, clip_id, self._sampler_version)
+
+    def _sample_remotely(self, samples: Iterator[Sample], pool: "RayPool") -> Iterator[tuple[int, list[NewImage]]]:
+        """Do as `sample_all` does, in a pool."""
+        size = 2 * self._options.batch_size  # as many as a process samples at a time
+        pieces = iter(lambda: list(itertools.islice(samples, size)), [])
+        make = functools.partial(_make_sampler, self.models, self._options, self._init)
+        for batches in pool.map(make, pieces):
+            yield from batches
 
     def _add_scores(self, images: list[NewImage], tokens: np.ndarray) -> list[NewImage]:
         """Return images with the CLIP scores of their tokens (n, L)."""
@@ -339,6 +385,14 @@ class Pipeline:
         write_partial_images(self._options.progressive_dir, samples, tokens, self.decoder)
 
 
+def _make_sampler(
+    models: Models, options: GenerateOptions, init: "InitTokens | None"
+) -> Callable[[list[Sample]], list[tuple[int, list[NewImage]]]]:
+    """Return what samples images in another process."""
+    pipeline = Pipeline(models, options, init)
+    return lambda samples: list(pipeline.sample_all(samples))
+
+
 def _load(models: Models, options: GenerateOptions) -> tuple[Generator, Decoder | None, Scorer | None]:
     """Put the models on the devices; without a decoder if neither scores nor unfinished images are wanted."""
     tokenizer = models.generator.load_tokenizer()
@@ -356,13 +410,16 @@ def finite_or_none(number: float) -> float | None:
     return float(number) if math.isfinite(number) else None
 
 
-def prepare(sweep: Sweep, options: GenerateOptions, mode: Literal["r", "w"]) -> tuple[Pipeline, Sweep]:
+def prepare(
+    sweep: Sweep, options: GenerateOptions, mode: Literal["r", "w"], is_remote: bool = False
+) -> tuple[Pipeline, Sweep]:
     """Check the archive, load the models and check the sweep's prompts.
 
     Args:
         sweep: What to generate.
         options: The archive and the models.
         mode: How the archive is to be opened: "r" to read, "w" to write.
+        is_remote: Whether other processes sample, so that no model is put on the devices of this one.
 
     Returns:
         The pipeline, and the sweep with the model's own defaults where these count.
@@ -384,13 +441,17 @@ def prepare(sweep: Sweep, options: GenerateOptions, mode: Literal["r", "w"]) -> 
             *(codec.name, f"{codec.config.codebook_size:,}", models.generator.name, f"{config.codebook_size:,}"),
         )
     sweep = fit_sweep(sweep, config)
-    texts = [text for text in sweep.sc_prompts if text is not None]
-    check_prompt_kinds([*sweep.prompts, *texts], config, models.generator.name)  # before it is put on the devices
+    texts = [*sweep.prompts, *sweep.sc_prompts]
+    name, given = models.generator.name, [text for text in texts if text is not None]
+    check_prompt_kinds(given, config, name)  # before it is put on the devices
     pipeline = Pipeline(models, options, _load_init_tokens(models, options))
-    generator = pipeline.generator
-    generator.check_texts([*sweep.prompts, *sweep.sc_prompts])
-    if generator.batch_size < options.batch_size:
-        logger.warning("memory holds batches of %s images, not of %s", generator.batch_size, options.batch_size)
+    if is_remote:
+        check_texts(texts, config, name, models.generator.load_tokenizer())
+    else:
+        pipeline.generator.check_texts(texts)
+        if pipeline.generator.batch_size < options.batch_size:
+            held = pipeline.generator.batch_size
+            logger.warning("memory holds batches of %s images, not of %s", held, options.batch_size)
     if options.rng == "dalle-mini":  # whose `generate` has its defaults from config.json
         defaults = SamplingParams(config.top_k, config.top_p, config.temperature, DEFAULT_PARAMS.cond_scale)
         sweep = sweep.with_defaults(defaults)

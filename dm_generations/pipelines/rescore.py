@@ -2,11 +2,13 @@
 
 import dataclasses
 import itertools
+import operator
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -25,6 +27,20 @@ from dm_generations.runtime.device import memory_errors
 
 if TYPE_CHECKING:
     from dm_generations.inference.diffusion import Diffusion
+    from dm_generations.runtime.ray_pool import RayPool
+
+# Of n images: tokens (n, L) uint16, their keys, and the places of those that CLIP is to score.
+_Work = tuple[np.ndarray, list[RowKey], list[int]]
+# Features of the n images, float32 (n, P), and the two scores of those images, float32.
+_Judged = tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]
+_BATCHES = 2  # of decoding, in what is scored at a time: as many as a CPU computes together
+
+
+class _Batch(NamedTuple):
+    rows: list[ImageRow]
+    places: list[int]  # of those that CLIP is to score
+    work: _Work
+    done_count: int  # rows up to here
 
 
 @dataclass(frozen=True)
@@ -32,12 +48,12 @@ class Judges:
     """What images are to get.
 
     Attributes:
-        clip: What scores images by their prompts.
+        clip: The CLIP that scores images by their prompts.
         rescore: Whether images are included that another CLIP scored; its scores are replaced.
         adds: Whether they are included, and keep those scores: the new ones are added to the table of scores.
         head: An aesthetic head on the CLIP's vectors, whose scores are added too.
         vectors: Whether the CLIP's vectors are stored.
-        diffusion: What decodes the images, in place of their codec's own decoder; see `judge_of_decoder`.
+        diffusion: What decodes the images, in place of their codec's own decoder.
         decoding: Which of its decodings of an image is scored, from 0.
     """
 
@@ -49,12 +65,15 @@ class Judges:
     diffusion: "Diffusion | None" = None
     decoding: int = 0
 
-
-def judge_of_decoder(clip: Checkpoint, diffusion: "Diffusion", decoding: int) -> Checkpoint:
-    """Return a CLIP as the judge that it is of the images of a diffusion decoder: archives keep its scores apart."""
-    number = f", decoding {decoding + 1}" if decoding else ""
-    name = f"{clip.name} of {diffusion.checkpoint.name} {diffusion.steps.text}{number}"
-    return dataclasses.replace(clip, name=name, sha256=diffusion.hash_with(clip.sha256, decoding))
+    @property
+    def judge(self) -> Checkpoint:
+        """The CLIP by the name and hash of the judge that it is here: archives keep scores of each decoding apart."""
+        if self.diffusion is None:
+            return self.clip
+        number = f", decoding {self.decoding + 1}" if self.decoding else ""
+        name = f"{self.clip.name} of {self.diffusion.checkpoint.name} {self.diffusion.steps.text}{number}"
+        digest = self.diffusion.hash_with(self.clip.sha256, self.decoding)
+        return dataclasses.replace(self.clip, name=name, sha256=digest)
 
 
 @dataclass
@@ -81,6 +100,7 @@ def score_archive(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     where: Where = EVERY,
     on_step: Callable[[int, int], None] | None = None,
+    pool: "RayPool | None" = None,
 ) -> ScoreReport:
     """Score the images that lack a score, each batch in a transaction.
 
@@ -95,6 +115,7 @@ def score_archive(
         on_progress: Called with (done, total) images at the start and after every batch.
         where: Which images, a compiled selection.
         on_step: Called with how many steps of a batch a diffusion decoder has taken, and of how many.
+        pool: What decodes and scores; None is this process. The archive is written here in any case.
 
     Raises:
         UserError: Memory does not hold a batch, CLIP's tokenizer is missing, or the head reads vectors of another
@@ -104,32 +125,46 @@ def score_archive(
     report = ScoreReport(archive.count_to_score(*panel.due, where))
     if not report.due_count:
         return report
-    compile_cache.enable()
     codec_id = archive.find_model(dataclasses.replace(codec.model_info(), token_shape=None))
-    grid = None if codec_id is None else square_side(archive.models()[codec_id].token_shape)
-    size: int | Literal["auto"] = batch_size if judges.diffusion is None else "auto"
-    decoder = Decoder.from_checkpoint(codec, size, grid=grid, diffusion=judges.diffusion)
-    decoder.on_step = on_step
-    scorer = Scorer.from_checkpoint(judges.clip, batch_size)
-    model_names = {row_id: model.name for row_id, model in archive.models().items()}
-    on_progress(done := 0, report.due_count)
+    grid = (None if codec_id is None else square_side(archive.models()[codec_id].token_shape)) or codec.config.grid
     rows = archive.rows_to_score(*panel.due, where)
-    while batch := list(itertools.islice(rows, batch_size * decoder.concurrency)):
-        own_rows = []
-        for row in batch:
-            if row.codec_id in (None, codec_id):
-                own_rows.append(row)
-            else:
-                report.count_by_other_codec[model_names.get(row.codec_id, f"id {row.codec_id}")] += 1
-        if usable := _read_tokens(own_rows, decoder, report):
-            with memory_errors(SMALLER_BATCH):
-                keys = [RowKey(*row.key, judges.decoding, panel.prompt_of(row)) for row, _ in usable]
-                features = scorer.image_features(decoder.start(np.stack([tokens for _, tokens in usable]), keys))
-                panel.store([row for row, _ in usable], features, scorer)
-            report.scored_count += len(usable)
-        done += len(batch)
-        on_progress(done, report.due_count)
+    count = batch_size if judges.diffusion is not None else _BATCHES * batch_size
+    batches, sent = itertools.tee(panel.read(rows, count, codec, codec_id, grid, report))
+    work = (batch.work for batch in sent)
+    make = partial(_make_judge, codec, judges.clip, judges.diffusion, batch_size, grid)
+    results = map(make(on_step), work) if pool is None else pool.map(make, work)
+    on_progress(0, report.due_count)
+    for judged, batch in zip(results, batches, strict=False):
+        panel.store(batch, *judged)
+        report.scored_count += len(batch.rows)
+        on_progress(batch.done_count, report.due_count)
     return report
+
+
+def _make_judge(
+    codec: Checkpoint,
+    clip: Checkpoint,
+    diffusion: "Diffusion | None",
+    batch_size: int,
+    grid: int,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Callable[[_Work], _Judged]:
+    """Return what decodes and scores, with its models on the devices of this process."""
+    compile_cache.enable()
+    size: int | Literal["auto"] = batch_size if diffusion is None else "auto"
+    decoder = Decoder.from_checkpoint(codec, size, grid=grid, diffusion=diffusion)
+    decoder.on_step = on_step
+    scorer = Scorer.from_checkpoint(clip, batch_size)
+    nothing = np.empty(0, np.float32)
+
+    def judge(work: _Work) -> _Judged:
+        tokens, keys, places = work
+        with memory_errors(SMALLER_BATCH):
+            features = scorer.image_features(decoder.start(tokens, keys))
+            prompts = [keys[place].prompt or "" for place in places]
+            return features, scorer.score_features(features[places], prompts) if places else (nothing, nothing)
+
+    return judge
 
 
 class _Panel:
@@ -137,8 +172,8 @@ class _Panel:
 
     def __init__(self, archive: Archive, judges: Judges):
         self._archive, self._judges = archive, judges
-        self._head = None if judges.head is None else AestheticScorer(judges.head, judges.clip)
-        self._clip_info = judges.clip.model_info()
+        self._head = None if judges.head is None else AestheticScorer(judges.head, judges.judge)
+        self._clip_info = judges.judge.model_info()
         self._prompts = archive.prompts()
 
     @property
@@ -148,28 +183,54 @@ class _Panel:
         due = Due(self._judges.adds, head_id, self._judges.vectors)
         return self._judges.rescore, self._archive.find_model(self._clip_info), due
 
-    def prompt_of(self, row: ImageRow) -> str:
-        """Return the prompt of an image."""
-        return self._prompts.get(row.prompt_id) or ""
+    def read(
+        self,
+        rows: Iterator[ImageRow],
+        count: int,
+        codec: Checkpoint,
+        codec_id: int | None,
+        grid: int,
+        report: ScoreReport,
+    ) -> Iterator[_Batch]:
+        """Yield what is to be scored, from `count` rows at a time; the report gets the other rows."""
+        names: dict[int | None, str] = {row_id: model.name for row_id, model in self._archive.models().items()}
+        done = 0
+        while batch := list(itertools.islice(rows, count)):
+            done += len(batch)
+            is_own = [row.codec_id in (None, codec_id) for row in batch]
+            others = itertools.compress(batch, map(operator.not_, is_own))
+            report.count_by_other_codec.update(names.get(row.codec_id, f"id {row.codec_id}") for row in others)
+            own_rows = list(itertools.compress(batch, is_own))
+            if usable := _read_tokens(own_rows, grid**2, codec.config.codebook_size, report):
+                usable_rows = [row for row, _ in usable]
+                places = self._find_due(usable_rows)
+                tokens = np.stack([tokens for _, tokens in usable])
+                yield _Batch(usable_rows, places, (tokens, list(map(self._key, usable_rows)), places), done)
 
-    def store(self, rows: list[ImageRow], features: np.ndarray, scorer: Scorer) -> None:
-        """Store what the judges say of images, in one transaction.
+    def _key(self, row: ImageRow) -> RowKey:
+        return RowKey(*row.key, self._judges.decoding, self._prompts.get(row.prompt_id) or "")
+
+    def _find_due(self, rows: list[ImageRow]) -> list[int]:
+        """Return the places of those images that CLIP is to score."""
+        ids = [row.id for row in rows]
+        clip_id = self._archive.find_model(self._clip_info)
+        condition = f"({COLUMNS_DUE} OR {SCORES_DUE})"
+        due = set(find_due(self._archive, ids, clip_id, condition, self._judges.rescore, self._judges.adds))
+        return [place for place, row_id in enumerate(ids) if row_id in due]
+
+    def store(self, batch: _Batch, features: np.ndarray, scores: tuple[np.ndarray, np.ndarray]) -> None:
+        """Store what the judges say of n images, in one transaction.
 
         Args:
-            rows: n images.
-            features: Of them, float32 (n, P), of unit length.
-            scorer: Of the CLIP.
+            batch: The images.
+            features: Of all, float32 (n, P), of unit length.
+            scores: Of those at `places`, for the prompt as typed and as CLIP reads it back.
         """
         archive, judges = self._archive, self._judges
-        ids = [row.id for row in rows]
-        flags = (archive.find_model(self._clip_info), f"({COLUMNS_DUE} OR {SCORES_DUE})", judges.rescore, judges.adds)
-        due = set(find_due(archive, ids, *flags))
-        places = [place for place, row_id in enumerate(ids) if row_id in due]
-        prompts = [self.prompt_of(rows[place]) for place in places]
-        scores = scorer.score_features(features[places], prompts) if places else ((), ())
+        ids = [row.id for row in batch.rows]
         found = [
             (ids[place], finite_or_none(score_input), finite_or_none(score_tokenized))
-            for place, score_input, score_tokenized in zip(places, *scores, strict=True)
+            for place, score_input, score_tokenized in zip(batch.places, *scores, strict=True)
         ]
         now = time.time()
         with archive.transaction():
@@ -184,12 +245,14 @@ class _Panel:
                 add_vectors(archive, clip_id, zip(ids, blobs, strict=True))
 
 
-def _read_tokens(rows: list[ImageRow], decoder: Decoder, report: ScoreReport) -> list[tuple[ImageRow, np.ndarray]]:
+def _read_tokens(
+    rows: list[ImageRow], token_count: int, codebook_size: int, report: ScoreReport
+) -> list[tuple[ImageRow, np.ndarray]]:
     """Return rows with their tokens (L,) uint16; bad rows go to the report."""
     usable = []
     for row in rows:
         try:
-            tokens = tokens_from_blob(row.quantvec, row.quantvec_md5, decoder.token_count, decoder.codebook_size)
+            tokens = tokens_from_blob(row.quantvec, row.quantvec_md5, token_count, codebook_size)
         except BadTokensError as error:
             report.bad_rows.append(f"image {row.id} was not scored: {error}")
         else:

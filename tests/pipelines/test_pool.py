@@ -1,0 +1,78 @@
+"""Images that other processes sample and score: the same rows in the same archive."""
+
+import contextlib
+import sqlite3
+
+import numpy as np
+import pytest
+from ray_kit import PickledPool
+
+from dm_generations.archive import Archive, verify
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.pipelines.generate import GenerateOptions, generate
+from dm_generations.pipelines.rescore import Judges, score_archive
+from dm_generations.pipelines.sweep import Sweep
+
+pytestmark = pytest.mark.e2e
+
+TOKENS = "desc, cond_scale, key0, key1, quantvec"
+SCORES = "clip_score_input, clip_score_tokenized, log_prob"
+
+
+def rows_of(db, columns):
+    query = f"SELECT {columns} FROM images JOIN prompts ON prompts.id = prompt_id ORDER BY {TOKENS}"
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        return connection.execute(query).fetchall()
+
+
+@pytest.fixture
+def fill(models, tmp_path):
+    """Generates 24 images."""
+    sweep = Sweep(["a boat", "a cat"], cond_scale=[1, 3], count=6)
+
+    def fill(name, pool=None, **changes):
+        seen = []
+        options = dict(db=tmp_path / name, model=str(models.dalle_bart), codec=str(models.vqgan), batch_size=2)
+        options |= dict(clip=str(models.clip)) | changes
+        report = generate(sweep, GenerateOptions(**options), lambda *counts: seen.append(counts), pool)
+        return tmp_path / name, report, seen
+
+    return fill
+
+
+def test_a_pool_samples_what_one_process_samples(fill):
+    expected, _, _ = fill("alone.db")
+    found, report, seen = fill("pool.db", PickledPool())
+    assert rows_of(found, TOKENS) == rows_of(expected, TOKENS)
+    np.testing.assert_allclose(rows_of(found, SCORES), rows_of(expected, SCORES), rtol=1e-5, atol=1e-5)
+    assert (report.added_count, report.existing_count) == (24, 0)
+    assert seen[0] == (0, 24)
+    assert seen[-1] == (24, 24)
+    with Archive.open(found) as archive:
+        assert not list(verify(archive))
+        assert [model.name for model in archive.models().values()] == ["dalle_bart", "vqgan", "clip"]
+
+
+def test_a_pool_continues_the_first_tokens_of_an_image(fill, tmp_path):
+    np.save(tmp_path / "init.npy", np.arange(16))
+    options = dict(init_tokens=tmp_path / "init.npy", init_count=8, is_scored=False, clip=None)
+    expected, _, _ = fill("alone.db", **options)
+    found, _, _ = fill("pool.db", PickledPool(), **options)
+    assert rows_of(found, TOKENS) == rows_of(expected, TOKENS)
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_a_pool_scores_as_one_process_does(fill, models, vectors):
+    codec, clip = load_checkpoint(models.vqgan, "codec"), load_checkpoint(models.clip, "clip")
+    found = []
+    for name, pool in (("alone.db", None), ("pool.db", PickledPool())):
+        db, _, _ = fill(name, is_scored=False, clip=None)
+        with Archive.open(db, "w") as archive:
+            report = score_archive(archive, codec, Judges(clip, vectors=vectors), 4, pool=pool)
+            found.append((report, list(archive.scan(("image_id", "vector"), table="vectors")) if vectors else []))
+        assert (report.due_count, report.scored_count, report.bad_rows) == (24, 24, [])
+        with Archive.open(db) as archive:
+            assert not list(verify(archive))
+    (_, alone), (_, pooled) = found
+    assert pooled == alone
+    assert len(alone) == 24 * vectors
