@@ -28,10 +28,9 @@ from timing import matrix_peak, seconds_of
 
 from dm_generations.archive import DTYPES
 from dm_generations.inference.generator import Generator
-from dm_generations.models.base import Tokenizer
+from dm_generations.models.base import Dense, Tokenizer, split_kernels
 from dm_generations.models.dalle_mini.config import DalleBartConfig
 from dm_generations.models.dalle_mini.network import DalleBart
-from dm_generations.models.dense import Dense, split_kernels
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.registry import parameter_shapes
 from dm_generations.runtime.device import free_bytes, put_params

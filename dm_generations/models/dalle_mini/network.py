@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from dm_generations.models.base import example_ids
+from dm_generations.models.base import Dense, example_ids, split_kernels
 from dm_generations.models.dalle_mini.config import NORM_PLACEMENTS, DalleBartConfig, unscan
-from dm_generations.models.dense import Dense, split_kernels
 
 NORM_EPSILON = 1e-5
 MASKED = -1e30  # finite, unlike -inf: a row whose keys are all masked (padding of a batch) stays finite

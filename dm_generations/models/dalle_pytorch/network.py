@@ -21,9 +21,8 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from dm_generations.models.base import example_ids
+from dm_generations.models.base import Dense, example_ids, split_kernels
 from dm_generations.models.dalle_pytorch.config import SPARSE_BLOCK, DallePytorchConfig
-from dm_generations.models.dense import Dense, split_kernels
 
 MASKED = jnp.finfo(jnp.float32).min  # as in DALLE-pytorch, for attention and for logits of the other kind of token
 _CONV_KERNEL = 5

@@ -25,11 +25,12 @@ from dm_generations.models.base import (
     POSITIONS,
     VOCABULARY,
     WIDTH,
+    Dense,
     check_config,
     example_ids,
     select_fields,
+    split_kernels,
 )
-from dm_generations.models.dense import Dense, split_kernels
 
 NORM_EPSILON = 1e-5
 MASKED = -1e30

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dm_generations.models.dense import Dense, split_kernels
+from dm_generations.models.base import Dense, split_kernels
 
 INPUTS = 24
 
@@ -26,7 +26,7 @@ def apply(layer: nn.Module, params: dict, x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("outputs", [3, 384, 129 * 5, 257])
 @pytest.mark.parametrize("cores", [2, 16])
 def test_a_split_kernel_gives_what_the_whole_one_gives(outputs, cores, monkeypatch):
-    monkeypatch.setattr("dm_generations.models.dense.core_count", lambda: cores)
+    monkeypatch.setattr("dm_generations.models.base.core_count", lambda: cores)
     params, x = params_of(outputs), random(2, 3, INPUTS)
     (name,) = split_kernels(params).keys() - params.keys()
     assert split_kernels(params)[name].size == params["kernel"].size
