@@ -26,6 +26,7 @@ from dm_generations.archive import Archive, ModelInfo, NewImage, merge, verify
 from dm_generations.archive.records import INSERT_COLUMNS
 from dm_generations.archive.schema import ADDED_COLUMNS
 from dm_generations.archive.scores import add_scores, scorer_id
+from dm_generations.archive.selection import Selection, compile_selection
 from dm_generations.archive.vectors import add_vectors, read_vectors
 from dm_generations.paths import shipped
 from dm_generations.pipelines.compare import Cmmd
@@ -138,7 +139,8 @@ def timed_judgements(path: Path, rows: int, vector_count: int, width: int) -> No
         timer.report("add a score to each row", rows)
         groups = archive.groups()
         with (timer := Timer()):
-            ranked = sum(len(archive.image_ids(group.key, rank_by="judge")) for group in groups)
+            where = compile_selection(archive, Selection(rank_by="judge"))
+            ranked = sum(len(archive.image_ids(group.key, where=where)) for group in groups)
         timer.report("rank every group by it", ranked)
         generator = np.random.default_rng(0)
         vectors = generator.normal(size=(vector_count, width)).astype(np.float16)
@@ -161,7 +163,7 @@ def timed_judgements(path: Path, rows: int, vector_count: int, width: int) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000, help="images to write (default: 1,000,000)")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of a image, a square (default: 64)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of an image, a square (default: 64)")
     parser.add_argument("--batch-size", type=int, default=10_000, help="rows of a transaction (default: 10,000)")
     parser.add_argument("--vectors", type=int, default=100_000, help="vectors to search (default: 100,000)")
     parser.add_argument("--width", type=int, default=512, help="numbers of a vector (default: 512)")

@@ -113,15 +113,18 @@ def remove_stale_temporaries(folder: Path) -> None:
 
 
 def _remove_if_stale(path: Path) -> None:
+    database = [path.with_name(path.name + suffix) for suffix in DATABASE_FILES]
     if os.name == "nt":
-        path.unlink()  # fails while it is open
-    else:
-        with open_regular(path, os.O_RDWR) as file:
-            if not lock_file(file) and time.time() - os.fstat(file.fileno()).st_mtime <= _STALE_S:
-                return
-            path.unlink()
-    for suffix in DATABASE_FILES:
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
+        _remove([path, *database])  # the first fails while it is open
+        return
+    with open_regular(path, os.O_RDWR) as file:
+        if lock_file(file) or time.time() - os.fstat(file.fileno()).st_mtime > _STALE_S:
+            _remove([*database, path])  # until its last moment, another run finds what a killed one left
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def open_regular(path: Path, flags: int) -> io.FileIO:

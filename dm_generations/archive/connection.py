@@ -197,6 +197,19 @@ class Connection:
             raise ArchiveError(f"{self.path}: another program has written to it meanwhile; run the command again")
 
     @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Let all that the block reads be of one moment, whatever other programs write meanwhile."""
+        if self.in_transaction:
+            yield
+            return
+        self.execute("BEGIN")
+        try:
+            yield
+        finally:
+            if self.in_transaction:
+                self.execute("ROLLBACK")
+
+    @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Commit what the block writes when it ends, or undo all of it."""
         self.execute("BEGIN IMMEDIATE")

@@ -129,9 +129,10 @@ class Archive:
         path = Path(path)
         connection = connect(path, mode, timeout)
         try:
-            check_to_read(connection)
-            version = read_version(connection)
-            check_tables(connection, needed_columns(version) if version else legacy_2022.NEEDED_COLUMNS)
+            with connection.snapshot():  # another program may be updating it to the newest version
+                check_to_read(connection)
+                version = read_version(connection)
+                check_tables(connection, needed_columns(version) if version else legacy_2022.NEEDED_COLUMNS)
             archive = cls(path, connection, mode, version)
             if mode == "w":
                 archive._prepare_to_write()
@@ -423,7 +424,7 @@ class Archive:
                 if not is_canonical(image.extra_settings):
                     raise ArchiveError(f"extra settings {image.extra_settings!r:.100} are not canonical JSON")
                 yield (
-                    *GroupKey(prompt_id, sc_prompt_id, image.params).values()[:-1],
+                    *(prompt_id, sc_prompt_id, *image.params.values()),
                     *(image.key0, image.key1, quantvec, quantvec_md5(quantvec)),
                     *(image.clip_score_input, image.clip_score_tokenized),
                     *(image.time_start, image.time_end, image.time_scored),

@@ -1,7 +1,6 @@
 """Rows of an archive with their texts and models in place of ids, for tables: `list`, pandas, Arrow."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple
 from typing import TYPE_CHECKING, Any, Final
 
 from dm_generations.archive.records import PARAM_COLUMNS, ImageRow
@@ -40,7 +39,7 @@ def row_lister(archive: "Archive") -> Callable[[ImageRow], tuple[Any, ...]]:
 
     def values(row: ImageRow) -> Sequence[Any]:
         return (
-            *(row.id, prompts.get(row.prompt_id), sc_prompts.get(row.sc_prompt_id), *astuple(row.params)),
+            *(row.id, prompts.get(row.prompt_id), sc_prompts.get(row.sc_prompt_id), *row.params.values()),
             *(row.key0, row.key1, row.clip_score_input, row.clip_score_tokenized, row.log_prob, row.dtype),
             *(row.init_count, names.get(row.generator_id), names.get(row.codec_id), row.quantvec_md5),
         )

@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from dm_generations.archive.connection import ArchiveError, Row
@@ -55,7 +55,7 @@ class GroupKey:
 
     def values(self) -> Row:
         """Return the values of GROUP_COLUMNS."""
-        return self.prompt_id, self.sc_prompt_id, *astuple(self.params), self.extra_settings
+        return self.prompt_id, self.sc_prompt_id, *self.params.values(), self.extra_settings
 
 
 @dataclass(frozen=True, slots=True)

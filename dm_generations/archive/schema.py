@@ -265,13 +265,15 @@ def check_to_write(connection: Connection, checked: int | None = None) -> int:
     Raises:
         ArchiveError: A table, index or trigger is another.
     """
-    number = connection.value("PRAGMA schema_version")
-    if number == checked:
-        return number
-    known = _format_definitions(read_version(connection))
+    with connection.snapshot():
+        number = connection.value("PRAGMA schema_version")
+        if number == checked:
+            return number
+        known = _format_definitions(read_version(connection))
+        definitions = list(_definitions(connection))
     own = {_CREATE.match(text)[2]: text for text in known}  # type: ignore[index]
     has_text_index = False
-    for text in _definitions(connection):
+    for text in definitions:
         kind, name = _kind_and_name(connection, text)
         has_text_index |= kind == "virtual table"
         if text in known:

@@ -3,7 +3,6 @@
 import argparse
 import logging
 from collections.abc import Iterator
-from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +104,7 @@ def _rows(found: "list[Comparison]", sc_prompts: dict[int, str | None]) -> Itera
             setting: tuple[Any, ...] = (None,) * (len(PARAM_COLUMNS) + 2)
         else:
             sc_prompt = sc_prompts.get(one.setting.sc_prompt_id) or ""
-            setting = (sc_prompt, *astuple(one.setting.params), one.setting.extra_settings)
+            setting = (sc_prompt, *one.setting.params.values(), one.setting.extra_settings)
         yield (
             *setting,
             *(one.image_count, one.score_count, *_values(one.mean_score)),

@@ -4,7 +4,6 @@ import argparse
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -112,4 +111,4 @@ def _describe(archive: Archive, found: list[tuple[int, float]]) -> Iterator[tupl
             raise UserError(f"{archive.path}: a vector is of image {image_id}, which is missing; run `verify`")
         score = row.clip_score_input
         score = score if isinstance(score, float) and math.isfinite(score) else None
-        yield image_id, similarity, prompts.get(row.prompt_id), *astuple(row.params), score
+        yield image_id, similarity, prompts.get(row.prompt_id), *row.params.values(), score

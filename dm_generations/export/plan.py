@@ -10,7 +10,7 @@ import math
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +131,7 @@ class GroupPlan:
     def targets(self, layout: Layout) -> Iterator[Target]:
         """Yield the files of this group, best images first."""
         folder = self.folder
-        fields = (self.key.sc_prompt_id, *astuple(self.key.params), self.sc_prompt)
+        fields = (self.key.sc_prompt_id, *self.key.params.values(), self.sc_prompt)
         extra = self.key.extra_settings
         name = functools.partial(make_file_name, *fields, extra_settings=extra, extension=layout.extension)
         for page, first in enumerate(range(0, self.count, layout.images_per_file)):

@@ -5,7 +5,7 @@ n: items   P: pairs   C: items of a component, those that pairs connect   t: str
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -99,12 +99,12 @@ def _with_rows(archive: Archive, pairs: Sequence[tuple[int, int, str]]) -> Itera
 def _item_key(row: ImageRow, by: By, models: Mapping[int, str]) -> tuple[Any, ...]:
     match by:
         case "settings":
-            return row.sc_prompt_id, *astuple(row.params), row.extra_settings
+            return row.sc_prompt_id, *row.params.values(), row.extra_settings
         case "prompt":
             return (row.prompt_id,)
         case "model":
             return (None if row.generator_id is None else models.get(row.generator_id),)
-    return row.id, row.prompt_id, row.sc_prompt_id, *astuple(row.params), row.extra_settings
+    return row.id, row.prompt_id, row.sc_prompt_id, *row.params.values(), row.extra_settings
 
 
 def _describe(key: tuple[Any, ...], by: By, texts: tuple[Mapping, Mapping, Mapping]) -> dict[str, Any]:

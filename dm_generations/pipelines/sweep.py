@@ -409,7 +409,7 @@ def _derive_seed(seed: int, combination: Combination) -> int:
     """Return a seed for one combination, which the other values of a sweep do not change. See `schema/sampling.md`."""
     is_class = isinstance(combination.prompt, ClassLabel)
     prompt = str(combination.prompt) if is_class else combination.prompt
-    values = [seed, prompt, combination.sc_prompt, *dataclasses.astuple(combination.params)]
+    values = [seed, prompt, combination.sc_prompt, *combination.params.values()]
     values += [combination.extra_settings] if combination.extra_settings else []
     text = json.dumps(values, separators=(",", ":"))
     return int.from_bytes(hashlib.sha256(text.encode("ascii")).digest()[:8], "big")

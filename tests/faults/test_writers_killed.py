@@ -38,7 +38,8 @@ def images(path) -> set[tuple]:
 
 def stamp(folder) -> list:
     """Names, sizes and times of the files of a folder."""
-    return sorted((entry.name, *entry.stat()[6:9]) for entry in os.scandir(folder))
+    with os.scandir(folder) as entries:
+        return sorted((entry.name, *entry.stat()[6:9]) for entry in entries)
 
 
 def kill(words, folder, seconds: float, environment) -> int:
