@@ -156,7 +156,7 @@ def load_checkpoint(
 def _describe(raw: RawCheckpoint, role: str) -> str:
     """Say what a checkpoint is that does not serve for this role, and by which tensor that is seen."""
     path, array = next(iter(flatten(raw.params).items()))
-    return f"a {get_kind(raw.kind).role} (it has {raw.name_in_file(path, array.shape)[0]}), not a {role}"
+    return f"a {get_kind(raw.kind).role}, not a {role} (it has {raw.name_in_file(path, array.shape)[0]})"
 
 
 @memory_errors(WEIGHTS_ADVICE)
