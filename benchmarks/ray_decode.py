@@ -85,7 +85,7 @@ def decode(args: argparse.Namespace) -> tuple[float, float, float, float, int]:
     started = time.perf_counter()
     options = ExportOptions(args.out_dir, selection=Selection.of(best=args.n_best), codec=args.codec)
     with Archive.open(args.db) as archive, pool as entered:
-        export_archive(archive, options, note, entered)
+        export_archive(archive, options, note, pool=entered)
     first, last = seen[0], seen[-1]
     return first[0] - started, *(after - before for before, after in zip(first, last, strict=True))
 

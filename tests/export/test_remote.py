@@ -1,7 +1,10 @@
 """Files that other processes decode and encode: the same bytes under the same names."""
 
+import dataclasses
+
 import pytest
 from decode_kit import all_files, random_tokens, write_archive_2022
+from diffusion_kit import TINY, tiny_decoder
 from ray_kit import PickledPool
 from tiny import CODEBOOK_SIZE, GRID
 
@@ -12,6 +15,7 @@ from dm_generations.export.captions import Strips
 from dm_generations.export.exporter import ExportOptions, export_archive
 from dm_generations.export.journal import JOURNAL, Journal
 from dm_generations.export.plan import Layout
+from dm_generations.inference.diffusion import Diffusion
 
 LAYOUTS = {
     "images": Layout("images", 8, 4),
@@ -35,7 +39,7 @@ def export(models, tmp_path):
                 archive,
                 ExportOptions(tmp_path / name, layout, codec=str(models.vqgan), batch_size=4, **options),
                 lambda *counts: seen.append(counts),
-                pool,
+                pool=pool,
             )
         return report, seen, all_files(tmp_path / name)
 
@@ -67,6 +71,18 @@ def test_a_pool_writes_what_one_process_writes(export, monkeypatch, layout):
     report, seen, files = export("pool", LAYOUTS[layout], PickledPool(), **options)
     assert (report.written, report.already_there) == (0, alone.written)
     assert files == expected
+
+
+@pytest.mark.e2e
+def test_a_pool_decodes_by_diffusion_as_one_process_does(export, monkeypatch, tmp_path):
+    monkeypatch.setattr(remote, "ITEMS", 5)
+    network = dataclasses.replace(TINY, image_size=2, level_channels=(32,), attention_levels=())  # quick to compile
+    diffusion = Diffusion.load(tiny_decoder(tmp_path / "decoder", network), "ddim3", 0.5, seed=3)
+    layout = Layout("images", 8, 4, decodings=2)
+    _, _, expected = export("alone", layout, diffusion=diffusion)
+    report, _, files = export("pool", layout, PickledPool(), diffusion=diffusion)
+    assert files == expected
+    assert (report.written, report.problems) == (44, [])
 
 
 def test_a_folder_has_one_driver(export, tmp_path):

@@ -40,5 +40,12 @@ def test_what_was_chosen_for_a_model_goes_along(models, monkeypatch, tmp_path):
     assert pickle.loads(pickled_own).tokenizer == models.dalle_bart.parent / own
 
 
+def test_corrections_of_a_config_go_along(models):
+    found = load_checkpoint(models.dalle_bart, "generator", {"top_k": 7})
+    again = pickle.loads(pickle.dumps(found))
+    assert again.config == found.config
+    assert again.config.top_k == 7
+
+
 def test_the_embedded_models_need_no_path():
     assert pickle.loads(pickle.dumps(load_checkpoint(None, "codec"))).source is None

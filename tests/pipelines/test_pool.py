@@ -1,13 +1,17 @@
 """Images that other processes sample and score: the same rows in the same archive."""
 
 import contextlib
+import dataclasses
 import sqlite3
 
 import numpy as np
 import pytest
+from amused_kit import small
+from diffusion_kit import TINY, tiny_decoder
 from ray_kit import PickledPool
 
 from dm_generations.archive import Archive, verify
+from dm_generations.inference.diffusion import Diffusion
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.pipelines.generate import GenerateOptions, generate
 from dm_generations.pipelines.rescore import Judges, score_archive
@@ -59,6 +63,37 @@ def test_a_pool_continues_the_first_tokens_of_an_image(fill, tmp_path):
     expected, _, _ = fill("alone.db", **options)
     found, _, _ = fill("pool.db", PickledPool(), **options)
     assert rows_of(found, TOKENS) == rows_of(expected, TOKENS)
+
+
+def test_a_pool_samples_with_settings_that_only_some_models_have(tmp_path):
+    model = small(tmp_path / "model")
+    sweep = Sweep(["a red cat"], extra_settings=['{"steps":2}', '{"steps":3}'], count=2)
+    found = []
+    for name, pool in (("alone.db", None), ("pool.db", PickledPool())):
+        options = GenerateOptions(db=tmp_path / name, model=str(model), is_scored=False, batch_size=2)
+        assert generate(sweep, options, pool=pool).added_count == 4
+        found.append(rows_of(tmp_path / name, f"extra_settings, {TOKENS}"))
+    assert found[1] == found[0]
+    assert len({settings for settings, *_ in found[0]}) == 2
+
+
+def test_a_pool_scores_what_a_diffusion_decoder_makes(fill, models, tmp_path):
+    codec, clip = load_checkpoint(models.vqgan, "codec"), load_checkpoint(models.clip, "clip")
+    network = dataclasses.replace(TINY, image_size=2, level_channels=(32,), attention_levels=())  # quick to compile
+    diffusion = Diffusion.load(tiny_decoder(tmp_path / "decoder", network), "ddim3")
+    judges = Judges(clip, adds=True, diffusion=diffusion, decoding=1)
+    found, scores = [], []
+    for name, pool in (("alone.db", None), ("pool.db", PickledPool())):
+        db, _, _ = fill(name, is_scored=False, clip=None)
+        with Archive.open(db, "w") as archive:
+            assert score_archive(archive, codec, judges, 4, pool=pool).scored_count == 24
+            found.append([(model.name, model.sha256) for model in archive.models().values()])
+            assert not archive.count_to_score(False, archive.find_model(judges.judge.model_info()))
+        with contextlib.closing(sqlite3.connect(db)) as connection:
+            scores.append(connection.execute(f"SELECT {SCORES} FROM images ORDER BY key0, key1, prompt_id").fetchall())
+    assert found[1] == found[0]
+    assert scores[1] == scores[0]
+    assert None not in {score for score, *_ in scores[0]}
 
 
 @pytest.mark.parametrize("vectors", [False, True])
