@@ -184,7 +184,8 @@ class Pipeline:
         """
         compile_cache.enable()
         self.models = models
-        self._vocabulary = class_vocabulary(class_count_of(models.generator.config))
+        class_count = class_count_of(models.generator.config)
+        self._vocabulary = class_vocabulary(class_count) if class_count else ("", [])
         self.generator, self.decoder, self.scorer = loaded or _load(models, options)
         if options.progressive_every is not None:
             self.generator.check_every(options.progressive_every)
@@ -409,7 +410,9 @@ def fit_sweep(sweep: Sweep, config: Any) -> Sweep:
     """
     defaults = default_params_of(config)
     fitted = sweep if defaults is None else sweep.with_defaults(defaults)
-    return fitted.for_model(class_vocabulary(class_count_of(config))[0], extra_settings_of(config))
+    class_count = class_count_of(config)
+    vocabulary = class_vocabulary(class_count)[0] if class_count else ""
+    return fitted.for_model(vocabulary, extra_settings_of(config))
 
 
 def _load_init_tokens(models: Models, options: GenerateOptions) -> "InitTokens | None":
