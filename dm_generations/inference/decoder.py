@@ -117,7 +117,6 @@ class Decoder:
             self._params = decoder.prepare_params(params, self._replicate)
 
         rounds_pixels = getattr(config, "rounds_pixels", False)  # others are truncated, as the 2022 script did it
-        self._token_dtype = np.uint16 if self.codebook_size <= MAX_CODEBOOK_SIZE else np.uint32
 
         def to_uint8(params, tokens):  # (b, L) or grids (b, h, w), unsigned -> (b, H, W, 3) uint8, of one device
             pixels = decoder.decode(params, tokens.astype(jnp.int32))
@@ -131,6 +130,7 @@ class Decoder:
         """Set what does not depend on the network, and the devices."""
         self.grid, self.token_count = grid, grid**2
         self.codebook_size, self.image_size = codebook_size, image_size
+        self._token_dtype = np.uint16 if codebook_size <= MAX_CODEBOOK_SIZE else np.uint32
         # What is decoded as one: the shape of its tokens, its rows and columns of images, and a name.
         self._item_shape: tuple[int, ...] = (self.token_count,)
         self._sheet_shape, self._item_name = (1, 1), "image"
