@@ -130,7 +130,7 @@ class Decoder:
         """Set what does not depend on the network, and the devices."""
         self.grid, self.token_count = grid, grid**2
         self.codebook_size, self.image_size = codebook_size, image_size
-        self._token_dtype = np.uint16 if self.codebook_size <= MAX_CODEBOOK_SIZE else np.uint32
+        self._token_dtype = np.uint16 if codebook_size <= MAX_CODEBOOK_SIZE else np.uint32
         # What is decoded as one: the shape of its tokens, its rows and columns of images, and a name.
         self._item_shape: tuple[int, ...] = (self.token_count,)
         self._sheet_shape, self._item_name = (1, 1), "image"

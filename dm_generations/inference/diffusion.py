@@ -143,7 +143,6 @@ class Diffusion:
 class DiffusionDecoder(Decoder):
     """The decoder of a codec's tokens by diffusion; it takes from the codec its codebook alone."""
 
-    # On a CPU images are computed one after the other, and what is not finished is lost when a decode is killed.
     _enough_pixels: Mapping[str, int] = {"cpu": 1, "elsewhere": 1 << 22}
 
     def __init__(
@@ -183,13 +182,18 @@ class DiffusionDecoder(Decoder):
         self._guide = guide
         self._rows = diffusion.steps.rows(config)
         self._begin = self._compiled(self._make_begin(), (False, True, True))
-        step = _make_step(network, diffusion, guide)
-        if network.platform == "cpu":
-            step = _one_by_one(step)
-        self._step = self._compiled(step, (False, False, False, True, True))
+        self._step = self._compiled(_make_step(network, diffusion, guide), (False, False, False, True, True))
         self._finish = self._compiled(samplers.to_uint8, (True,))
         self.set_batch_size(self._auto_batch_size() if batch_size == "auto" else batch_size)
         self._check_memory("close other programs, or use --dtype bfloat16")
+
+    def set_batch_size(self, wanted: int) -> None:
+        """Decode `wanted` images at a time; on CPUs one for each of them, whatever is wanted.
+
+        One image keeps a CPU busy and stays in the cache; it comes out the same whatever it is asked for with, and
+        little is lost when a decode is killed.
+        """
+        super().set_batch_size(1 if self._devices[0].platform == "cpu" else wanted)
 
     def _make_begin(self) -> Callable:
         shape = self.image_size, self.image_size, 3
@@ -265,7 +269,7 @@ class _Guide:
         self._scales = GuidanceScales(guidance.scale)
         self.width, self.cut_size = checkpoint.config.projection_dim, checkpoint.config.vision_config.image_size
         self._preprocessing = Preprocessing.from_folder(checkpoint.folder, self.cut_size)
-        self.params = {name: checkpoint.params[name] for name in ("vision_model", "visual_projection")}
+        self.params = {name: checkpoint.params[name] for name in ("vision_model", "visual_projection", "logit_scale")}
 
     def targets(self, prompts: Sequence[str | None]) -> np.ndarray:
         """Return CLIP's vectors of prompts, (n, F) float32."""
@@ -313,22 +317,6 @@ def _make_step(network: PreparedUNet, diffusion: Diffusion, guide: _Guide | None
         return samplers.denoise(predict, diffusion.steps.sampler, row, x, last_x0, noise, diffusion.clips, loss)
 
     return step
-
-
-def _one_by_one(step: Callable) -> Callable:
-    """Take a step of each image of a batch by itself.
-
-    One image keeps a CPU busy, stays in the cache, and comes out the same whatever else is in the batch.
-    """
-
-    def mapped(params: dict, row: samplers.Row, number: jax.Array, *rows: Any) -> tuple[jax.Array, jax.Array]:
-        def of_one(parts: Any) -> Any:
-            found = step(params, row, number, *jax.tree.map(lambda part: part[None], parts))
-            return jax.tree.map(lambda part: part[0], found)
-
-        return jax.lax.map(of_one, rows)
-
-    return mapped
 
 
 def _codebook(codec: Checkpoint, config: DiffusionDecoderConfig) -> np.ndarray:

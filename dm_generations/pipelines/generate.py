@@ -190,7 +190,8 @@ class Pipeline:
             UserError: Unfinished images are wanted of a model that has none.
         """
         self.models = models
-        self._vocabulary = class_vocabulary(class_count_of(models.generator.config))
+        class_count = class_count_of(models.generator.config)
+        self._vocabulary = class_vocabulary(class_count) if class_count else ("", [])
         self._loaded = loaded
         scorer = None if loaded is None else loaded[2]
         self._clip = models.clip.model_info() if models.clip is not None else None if scorer is None else scorer.info
@@ -470,7 +471,9 @@ def fit_sweep(sweep: Sweep, config: Any) -> Sweep:
     """
     defaults = default_params_of(config)
     fitted = sweep if defaults is None else sweep.with_defaults(defaults)
-    return fitted.for_model(class_vocabulary(class_count_of(config))[0], extra_settings_of(config))
+    class_count = class_count_of(config)
+    vocabulary = class_vocabulary(class_count)[0] if class_count else ""
+    return fitted.for_model(vocabulary, extra_settings_of(config))
 
 
 def _load_init_tokens(models: Models, options: GenerateOptions) -> "InitTokens | None":

@@ -380,7 +380,8 @@ def plan_sweep(
     prompt_ids: dict[str | ClassLabel | None, int] = {}
     sc_prompt_ids: dict[str | None, int] = {}
     if archive is not None and generator_id is not None:
-        classes = archive.classes()
+        has_classes = any(isinstance(prompt, ClassLabel) for prompt in sweep.prompts)
+        classes = archive.classes() if has_classes else {}
         prompt_ids = {classes.get(row_id, text): row_id for row_id, text in archive.prompts().items()}
         sc_prompt_ids = {text: row_id for row_id, text in archive.sc_prompts().items()}
     missing: list[tuple[Combination, Sequence[int]]] = []

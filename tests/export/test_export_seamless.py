@@ -99,6 +99,7 @@ def test_cells_without_an_image_get_another():
     assert rows.tolist() == [[7, 7], [7, 7], [8, 8], [8, 8]]
 
 
+@pytest.mark.e2e
 def test_a_seamless_gallery_is_decoded_as_one(decode, tiny_codec):
     assert decode("--seamless") == 0
     (sheet,) = read_images(decode.out).values()

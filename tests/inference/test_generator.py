@@ -250,6 +250,7 @@ def make_small_generator(checkpoint) -> Generator:
     return generator
 
 
+@pytest.mark.e2e
 def test_two_batches_are_sampled_at_the_same_time(checkpoint, tokens, monkeypatch):
     meeting, is_compiled = threading.Barrier(2), threading.Event()
 
@@ -369,6 +370,7 @@ def test_no_rows_give_no_tokens(generator):
     assert generator.generate(*rows([])).shape == (0, 16)
 
 
+@pytest.mark.e2e
 def test_caches_are_updated_in_place(checkpoint):
     """A step that copied them would need as much memory again."""
     config, params = DalleBart.prepare_params(checkpoint.config, checkpoint.params, "cpu")

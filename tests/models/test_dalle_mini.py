@@ -171,6 +171,7 @@ def small_inputs():
     return text, jnp.array([[1, 1, 1, 0, 0]]), jnp.array([[12, 1, 2, 3]])
 
 
+@pytest.mark.e2e
 def test_padding_is_not_seen():
     text, mask, image = small_inputs()
     params = random_params(SMALL)

@@ -388,7 +388,7 @@ def test_a_tensor_that_does_not_fit_is_named_as_the_file_does(monkeypatch, case)
         array = weights[name]
         other = [array[..., None], np.repeat(array, 2, -1), array.reshape(-1)[:2]][index % 3]
         found = message(lambda content, new={name: other}: content.update(new))
-        assert found == f"{path}: {name} has shape {other.shape}, its config asks for {array.shape}"
+        assert found.startswith(f"{path}: {name} has shape {other.shape}, its config asks for {array.shape}")
     for name in ("vae.decoder.9.weight", "transformer.layers.layers.0.1.fn.norm2.weight", "other"):
         found = message(lambda content, name=name: content.update({name: np.zeros((2, 3), np.float32)}))
         assert found.startswith(f"{path} has unexpected {name};")

@@ -321,13 +321,11 @@ def test_winograds_convolutions_are_the_same(tmp_path):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("trainer", [two_storages, parameters])
 @pytest.mark.parametrize(
-    "changes",
+    ("trainer", "changes"),
     [
-        {},
-        {"attention_levels": (0, 2), "level_channels": (64, 32, 96), "num_res_blocks": 2, "num_channels": 64},
-        {"learn_sigma": False, "use_scale_shift_norm": False, "attention_levels": ()},
+        (two_storages, {"learn_sigma": False, "use_scale_shift_norm": False, "attention_levels": ()}),
+        (parameters, {"attention_levels": (0,), "level_channels": (64, 96), "num_res_blocks": 2, "num_channels": 64}),
     ],
 )
 def test_sizes_follow_from_names_and_shapes(trainer, changes, tmp_path):

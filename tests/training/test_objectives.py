@@ -56,6 +56,7 @@ def softmax_nats(logits, targets):
     return (log_z - logits[rows, places, targets]).mean(-1)
 
 
+@pytest.mark.e2e
 def test_mindalle_predicts_each_word_and_token_from_those_before():
     config = KakaoMinDalleConfig(
         vocab_size_txt=11, vocab_size_img=13, embed_dim=8, n_layers=1, n_heads=2, ctx_len_img=4, ctx_len_txt=5
@@ -75,6 +76,7 @@ def test_mindalle_predicts_each_word_and_token_from_those_before():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.e2e
 def test_dalle_bart_predicts_each_token_from_those_before():
     from tiny import DALLE_BART_CONFIG
 
