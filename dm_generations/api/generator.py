@@ -32,8 +32,8 @@ class Generator(inference_generator.Generator):
     >>> results = generator("a rocket", n=2, cond_scale=[1, 3])
     >>> results
     <4 images of 'a rocket' by embedded/dalle_bart>
-    >>> [image.settings.cond_scale for image in results]
-    [1.0, 1.0, 3.0, 3.0]
+    >>> print(*(image.settings.cond_scale for image in results))
+    1.0 1.0 3.0 3.0
     >>> results.tokens.shape
     (4, 64)
     >>> results[0].image().size

@@ -104,7 +104,7 @@ def test_a_changed_token_is_found(db, tmp_path):
 
 
 def test_to_files_the_page_and_one_array(db, codec, tmp_path):
-    assert run("export", db, "--codec", codec, "--fid", tmp_path / "all.npz", "--batch-size", 5, "--cpu-only") == 0
+    assert run("export", db, "--codec", codec, "--fid", tmp_path / "all.npz", "--cpu-only") == 0
     with np.load(tmp_path / "all.npz") as file:
         assert file.files == ["arr_0"]
         found = file["arr_0"]
