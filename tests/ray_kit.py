@@ -20,6 +20,7 @@ ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # as the commands do: nothing of its own on stdout
     "RAY_worker_niceness": "0",  # else a machine with other work lets them wait
 }
 
