@@ -119,7 +119,8 @@ class RayPool:
             for piece in [_START, *sent]:
                 queue.put(piece)
             while True:
-                for item in itertools.islice(items, AHEAD * count - len(sent)):
+                room = max(0, AHEAD * count - len(sent))  # a lost node leaves more than the others take
+                for item in itertools.islice(items, room):
                     sent.append(pickle.dumps(item))
                     queue.put(sent[-1])
                 if is_open and len(sent) < AHEAD * count:
