@@ -13,7 +13,8 @@ Some minutes each on 2 cores. --codec PATH takes the weights of another codec; "
 import argparse
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import decode_stages
 import jax
@@ -78,22 +79,26 @@ def network(args: argparse.Namespace) -> None:
 def errors(args: argparse.Namespace) -> None:
     """Print the errors against float64, in units of 1/255, before truncation, and how many pixels differ after it."""
     config, params = codec_of(args.codec)
-    tokens = random_tokens(config, args.batch_size)
+    print("dtype        mean      largest   bytes that differ")
+    for dtype, mean, largest, differing in decoding_errors(config, params, random_tokens(config, args.batch_size)):
+        print(f"{dtype:10} {mean:9.6f} {largest:9.5f} {differing:9.3%}", flush=True)
+
+
+def decoding_errors(config: VQGANConfig, params: dict, tokens: np.ndarray) -> Iterator[tuple[str, float, float, float]]:
+    """Return each dtype with its mean and largest error, and the share of bytes that differ."""
     platform = jax.devices()[0].platform
 
     def decoded(dtype: str) -> np.ndarray:
         decoder = VQGANDecoder(config, np.dtype(dtype), platform)
-        return (
-            np.clip(np.asarray(jax.jit(decoder.decode)(decoder.prepare_params(params), tokens), np.float64), 0, 1) * 255
-        )
+        pixels = jax.jit(decoder.decode)(decoder.prepare_params(params), tokens)
+        return np.clip(np.asarray(pixels, np.float64), 0, 1) * 255
 
     with jax.enable_x64(True):
         exact = decoded("float64")
-    print("dtype        mean      largest   bytes that differ")
     for dtype in DTYPES:
         found = decoded(dtype)
-        error, differing = np.abs(found - exact), np.mean(np.floor(found) != np.floor(exact))
-        print(f"{dtype:10} {error.mean():9.6f} {error.max():9.5f} {differing:9.3%}", flush=True)
+        error = np.abs(found - exact)
+        yield dtype, error.mean(), error.max(), np.mean(np.floor(found) != np.floor(exact))
 
 
 def pipeline(args: argparse.Namespace) -> None:
@@ -107,16 +112,20 @@ def codec_of(path: str | None) -> tuple[VQGANConfig, dict]:
     if path is not None:
         checkpoint = load_checkpoint(None if path == "embedded" else path, "codec")
         return checkpoint.config, jax.tree.map(lambda leaf: np.array(leaf, np.float32), checkpoint.params)
-    config, rng = VQGANConfig(), np.random.default_rng(0)
-    flat = {}
-    for name, shape in parameter_shapes("vqgan", config).items():
+    return VQGANConfig(), random_params("vqgan", VQGANConfig())
+
+
+def random_params(kind: str, config: Any) -> dict:
+    """Return float32 weights that keep activations near 1."""
+    rng, flat = np.random.default_rng(0), {}
+    for name, shape in parameter_shapes(kind, config).items():
         values = rng.standard_normal(shape, np.float32)
         if name.endswith("kernel"):  # activations stay near 1
             values *= np.prod(shape[:-1]) ** -0.5
         elif not name.endswith("embedding"):  # biases near 0, scales near 1
             values = values * 0.1 + name.endswith("scale")
         flat[name] = values.astype(np.float32)
-    return config, unflatten(flat)
+    return unflatten(flat)
 
 
 def random_tokens(config: VQGANConfig, count: int) -> np.ndarray:

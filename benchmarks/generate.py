@@ -2,10 +2,11 @@
 
     python benchmarks/generate.py sweep                              # the shipped model, 8 settings x 32 images
     python benchmarks/generate.py speed --shape mini --batch 1 4 16  # random weights at DALL-E mini's size
+    python benchmarks/generate.py products                           # its matrix products alone, in both forms
 
-Some minutes each on 2 cores. `speed` times a few steps; the others take as long, as attention reads the whole cache
-at every step. If torch is installed, min-dalle's structure is timed too. `sweep` compares both structures, each
-in a process of its own.
+Some minutes each on 2 cores, `products` one. `speed` times a few steps; the others take as long, as attention reads the
+whole cache at every step. If torch is installed, min-dalle's structure is timed too. `sweep` compares both structures,
+each in a process of its own.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from dm_generations.inference.generator import Generator
 from dm_generations.models.base import Tokenizer
 from dm_generations.models.dalle_mini.config import DalleBartConfig
 from dm_generations.models.dalle_mini.network import DalleBart
+from dm_generations.models.dense import Dense, split_kernels
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.registry import parameter_shapes
 from dm_generations.runtime.device import free_bytes, put_params
@@ -53,11 +55,24 @@ _MEGA = DalleBartConfig(
     decoder_attention_heads=32,
     use_scan=False,
 )
+_TINY = DalleBartConfig(
+    encoder_vocab_size=2048,
+    image_vocab_size=64,
+    image_length=16,
+    d_model=64,
+    encoder_layers=1,
+    encoder_ffn_dim=64,
+    encoder_attention_heads=2,
+    decoder_layers=1,
+    decoder_ffn_dim=64,
+    decoder_attention_heads=2,
+    use_scan=False,
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sweep", "speed"])
+    parser.add_argument("what", choices=["sweep", "speed", "products"])
     parser.add_argument("--shape", choices=["embedded", "mini", "mega"], default="mini", help="(default: mini)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="(default: 1 4 16)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
@@ -68,7 +83,7 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of a GPU's memory torch needs a part
     if not args.structure:
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, load {os.getloadavg()[0]:.1f}", flush=True)
-    {"sweep": sweep, "speed": speed}[args.what](args)
+    {"sweep": sweep, "speed": speed, "products": products}[args.what](args)
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -200,6 +215,50 @@ def speed(args: argparse.Namespace) -> None:
             print(f"    torch takes {theirs / step:.2f} times as long", flush=True)
 
 
+def products(args: argparse.Namespace) -> None:
+    """Print the time of all matrix products of a step, with whole and with split kernels, in turn.
+
+    Where other programs run too, the relation of the two says more than either.
+    """
+    checkpoint, _ = model_of(args.shape)
+    config = checkpoint.config
+    d, hidden, layers = config.d_model, config.decoder_ffn_dim, config.decoder_layers
+    # (inputs, outputs) of each kind of matrix, and how many of it a step reads
+    kinds = {(d, d): 6 * layers, (d, hidden): 2 * layers, (hidden, d): layers, (d, config.image_vocab_size + 1): 1}
+    for batch_size in args.batch:
+        total = np.zeros(2)
+        for (inputs, outputs), count in kinds.items():
+            # Some of a kind, more than a cache holds.
+            some = min(count, max(1, (1 << 25) // (inputs * outputs)))
+            seconds = seconds_of_products(inputs, outputs, some, 2 * batch_size, args.dtype)
+            print(f"    {count} of {inputs} x {outputs}: {1e3 * seconds[0]:.2f}, {1e3 * seconds[1]:.2f} ms each")
+            total += count * seconds
+        whole, split = 1e3 * total
+        print(
+            f"{args.shape}, batch {batch_size}: {whole:.1f} ms a step with whole kernels, {split:.1f} ms with split "
+            f"ones, {whole / split:.2f} times as fast",
+            flush=True,
+        )
+
+
+def seconds_of_products(inputs: int, outputs: int, count: int, rows: int, dtype: str) -> np.ndarray:
+    """Return the seconds of one product with a whole and with a split kernel: the best of some turns."""
+    random = np.random.default_rng(0)
+    layer = Dense(outputs, use_bias=False, dtype=dtype)
+    kernels = [{"kernel": random.standard_normal((inputs, outputs), np.float32)} for _ in range(count)]
+    x = jnp.asarray(random.standard_normal((rows, inputs), np.float32), dtype)
+
+    @jax.jit
+    def multiply(kernels, x):
+        for kernel in kernels:  # one after the other
+            x = x + 1e-9 * layer.apply({"params": kernel}, x)[:, :1]
+        return x
+
+    forms = [[put_params(form(kernel), dtype) for kernel in kernels] for form in (lambda whole: whole, split_kernels)]
+    times = [[seconds_of(lambda form=form: multiply(form, x), 2) for form in forms] for _ in range(4)]
+    return np.min(times, axis=0) / count
+
+
 def report(what: str, batch_size: int, length: int, begin: float | None, step: float) -> None:
     """Print a line. `begin` is the time of encoding the prompts in seconds, None if not timed."""
     texts = "" if begin is None else f"{1e3 * begin:.0f} ms for the texts, "
@@ -211,10 +270,10 @@ def report(what: str, batch_size: int, length: int, begin: float | None, step: f
     )
 
 
-def seconds_of_step(generator: Generator, steps: int) -> tuple[float, float]:
-    """Return the seconds of encoding prompts, and of one step: the best of three batches, all guided."""
+def seconds_of_step(generator: Generator, steps: int, cond_scale: float = 3.0) -> tuple[float, float]:
+    """Return the seconds of encoding prompts, and of one step: the best of three batches."""
     steps = min(steps, generator.token_count)
-    _, *measured = (generator.measure_steps(steps) for _ in range(4))  # the first of them compiles
+    _, *measured = (generator.measure_steps(steps, cond_scale) for _ in range(4))  # the first of them compiles
     encoding, step = (min(seconds) for seconds in zip(*measured, strict=True))
     return encoding, step
 
@@ -237,13 +296,13 @@ class Machine:
     flops: float  # operations a second
 
     @classmethod
-    def measured(cls, dtype: str, array_bytes: int = 1 << 29) -> "Machine":
+    def measured(cls, dtype: str, array_bytes: int = 1 << 29, matrix_size: int = 4096) -> "Machine":
         array = jnp.ones(array_bytes // 4, jnp.float32)
         total, copied = jax.jit(jnp.sum), jax.jit(lambda x: x + 1)
         bandwidth = max(
             array_bytes / seconds_of(lambda: total(array)), 2 * array_bytes / seconds_of(lambda: copied(array))
         )
-        return cls(bandwidth, matrix_peak(dtype))
+        return cls(bandwidth, matrix_peak(dtype, matrix_size))
 
 
 def model_of(shape: str) -> tuple[Checkpoint, Tokenizer]:
@@ -252,7 +311,7 @@ def model_of(shape: str) -> tuple[Checkpoint, Tokenizer]:
     tokenizer = embedded.load_tokenizer()
     if shape == "embedded":
         return embedded, tokenizer
-    config = {"mini": _MINI, "mega": _MEGA}[shape]
+    config = {"mini": _MINI, "mega": _MEGA, "tiny": _TINY}[shape]
     return Checkpoint("dalle_bart", config, random_params(config), shape, "0" * 64, Path()), tokenizer
 
 

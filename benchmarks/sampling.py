@@ -9,7 +9,7 @@ This happens once for each token of an image, after one step of the network.
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -39,26 +39,33 @@ def main() -> None:
 
 
 def time_shape(row_count: int, columns: int) -> None:
+    print(f"{row_count} rows of {columns} columns")
+    for what, wall, cpu in timings(row_count, columns):
+        print(f"    {what:32}{1e3 * wall:9.2f} ms ({1e3 * cpu:.2f} ms of CPU time)", flush=True)
+
+
+def timings(row_count: int, columns: int) -> Iterator[tuple[str, float, float]]:
+    """Return what is done, and its wall and CPU seconds."""
     random = np.random.default_rng(0)
     logits = jnp.asarray(random.normal(size=(row_count, columns)) * 2, jnp.float32)
     keys = jnp.asarray(random.integers(0, 2**32, (row_count, 2), dtype=np.uint32))
     tokens, step = jnp.zeros(row_count, jnp.int32), jnp.int32(7)
-    print(f"{row_count} rows of {columns} columns")
 
-    def line(what: str, function: Callable, *arguments) -> None:
+    def timed(what: str, function: Callable, *arguments) -> tuple[str, float, float]:
         compiled = jax.jit(function)
-        wall, cpu = seconds_of(lambda: compiled(*arguments))
-        print(f"    {what:32}{1e3 * wall:9.2f} ms ({1e3 * cpu:.2f} ms of CPU time)", flush=True)
+        return what, *seconds_of(lambda: compiled(*arguments))
 
-    line("noise", lambda keys: sampling.gumbel(keys, step, columns), keys)
-    line("log_prob", lambda logits: sampling.log_prob(logits, tokens, columns), logits)
+    yield timed("noise", lambda keys: sampling.gumbel(keys, step, columns), keys)
+    yield timed("log_prob", lambda logits: sampling.log_prob(logits, tokens, columns), logits)
     for name, settings in SETTINGS.items():
         arrays = [jnp.full(row_count, value) for value in settings]
-        line(
+        yield timed(
             name, lambda *arguments: sampling.sample(arguments[0], step, *arguments[1:], columns), logits, keys, *arrays
         )
-    line("lax.top_k 256, for comparison", lambda logits: jax.lax.top_k(logits, 256), logits)
-    line("a sort, for comparison", lambda logits: jnp.sort(logits, axis=1), logits)
+    count = min(256, columns)
+    yield timed("top_k 256 alone, by bisection", sampling.keep_top_k, logits, jnp.full(row_count, count))
+    yield timed("lax.top_k 256, for comparison", lambda logits: jax.lax.top_k(logits, count), logits)
+    yield timed("a sort, for comparison", lambda logits: jnp.sort(logits, axis=1), logits)
 
 
 def seconds_of(function: Callable, repeats: int = 10) -> tuple[float, float]:

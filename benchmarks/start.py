@@ -10,28 +10,36 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def timed(what: str, environment: dict[str, str], *arguments: str) -> None:
+def timed(environment: dict[str, str], *arguments: str) -> float:
     started = time.perf_counter()
     command = [sys.executable, "-m", "dm_generations", *arguments]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    print(f"{what:45} {time.perf_counter() - started:7.2f} s", flush=True)
+    return time.perf_counter() - started
 
 
-def main() -> None:
+def starts() -> Iterator[tuple[str, float]]:
+    """Return what is done and its seconds, one after the other; `--help` first."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"XDG_CACHE_HOME": f"{folder}/cache"}
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-        timed("--help", environment, "--help")
+        yield "--help", timed(environment, "--help")
         for start in ("first", "second"):
-            draw = ("generate", "--db", f"{folder}/{start}.db", "--prompts", f"a {start} dragon", "--n", "16")
-            timed(f"generate and score 16 images, {start} start", environment, *draw)
+            generate = ("generate", "--db", f"{folder}/{start}.db", "--prompts", f"a {start} dragon", "--n", "16")
+            yield f"generate and score 16 images, {start} start", timed(environment, *generate)
         for run in ("first", "second"):
-            timed(f"decode the shipped archive, {run} run", environment, "decode", "--out-dir", f"{folder}/images")
+            decode = ("decode", "--out-dir", f"{folder}/images")
+            yield f"decode the shipped archive, {run} run", timed(environment, *decode)
+
+
+def main() -> None:
+    for what, seconds in starts():
+        print(f"{what:45} {seconds:7.2f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dm_generations.runtime.device import matmul_precision
+
 
 def seconds_of(function: Callable, repeats: int = 3) -> float:
     """Return the seconds of the best of some calls, without the first one, which compiles."""
@@ -21,4 +23,5 @@ def seconds_of(function: Callable, repeats: int = 3) -> float:
 def matrix_peak(dtype: str, size: int = 4096) -> float:
     """Return the operations a second of a large matrix product."""
     matrix = jnp.ones((size, size), dtype)
-    return 2 * size**3 / seconds_of(lambda: matrix @ matrix)
+    with matmul_precision(dtype):
+        return 2 * size**3 / seconds_of(lambda: matrix @ matrix)

@@ -1,6 +1,6 @@
 """Time a training step of the recipe's DalleBart, with dense layers in bfloat16 and in float32, in turns.
 
-    python benchmarks/training_step.py                   # needs '.[training]'; two minutes on 2 cores
+    python benchmarks/training_step.py                   # needs '.[recipes]'; two minutes on 2 cores
 
 Captions and tokens are random, which does not change the time of a step. The floor is the time of the products of dense
 layers, forward and backward, at the rate of a large float32 product; Muon's products are not counted.

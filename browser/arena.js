@@ -2,7 +2,7 @@
 
 import {$, attributes, cut, element, fillSelect, plural, promptText} from "./text.js";
 import {AXES, axisOf, axisValues} from "./axes.js";
-import {strengths} from "./scores.js";
+import {Z, strengths} from "./scores.js";
 import {identify} from "./judge.js";
 import {picture} from "./tile.js";
 
@@ -52,6 +52,7 @@ export const arena = {
     for (let i = 0; i < TRIES; i += 1) {
       const two = [randomOf(own), randomOf(own)];
       if (own.length > 1 && two[0] === two[1]) continue;
+      if (two[0].values.archive !== two[1].values.archive) continue; // an archive stores pairs of its own images
       const images = [];
       for (const group of two) {
         const offset = Math.floor(Math.random() * group.count);
@@ -111,7 +112,7 @@ export const arena = {
     const cells = (tag, texts) => element("tr", {}, ...texts.map((textContent) => element(tag, {textContent})));
     $("strengths").replaceChildren(element("table", {}, cells("th", [axis.label, "strength", "95% interval", "pairs"]),
       ...found.map(([name, {strength, error, pairs: n}]) => cells("td", [cut(axis.isNumber ? axis.show(Number(name)) : name, 80), strength.toFixed(2),
-        `${(strength - 1.96 * error).toFixed(2)} to ${(strength + 1.96 * error).toFixed(2)}`, String(n)]))));
+        `${(strength - Z * error).toFixed(2)} to ${(strength + Z * error).toFixed(2)}`, String(n)]))));
   },
 
   key(event) {

@@ -4,7 +4,7 @@ import {$, attributes, cut, element, promptText, scoreText, shellWord, visible} 
 import {AXES} from "./axes.js";
 import {Sliders} from "./settings.js";
 import {SORT_QUERIES} from "./strip.js";
-import {altOf, titleOf} from "./tile.js";
+import {altOf, showImage, titleOf} from "./tile.js";
 
 /** Values of --rng by sampler version. */
 const SAMPLERS = new Map([[1, "rows"], [1001, "dalle-mini"]]);
@@ -43,7 +43,8 @@ export const large = {
     $("previous").disabled = position === 0;
     $("next").disabled = position === images.length - 1;
     attributes($("large-image"), {alt: altOf(this.image, prompt, source)});
-    if (this.image.url) $("large-image").src = this.image.url; else $("large-image").removeAttribute("src");
+    showImage($("large-image"), this.image, source);
+    $("large-problem").textContent = this.image.problem ? `Not decoded: ${cut(this.image.problem, 400)}` : "";
     this.sliders.show(app.groups, group, source);
     $("large-notice").textContent = app.notice;
     this.showFacts();

@@ -90,6 +90,13 @@ export class LiveSource {
     await this.answer(await fetch("api/judgements", {method: "POST", headers, body: JSON.stringify(judgements)}));
   }
 
+  /** Images as a zip, by the MD5 of their tokens. */
+  async zip(md5s) {
+    const headers = {"Content-Type": "application/json", "X-Token": this.token};
+    const response = await fetch("api/zip", {method: "POST", headers, body: JSON.stringify(md5s)});
+    return response.ok ? response.blob() : this.answer(response);
+  }
+
   async judgements() { return this.get("judgements"); }
 
   onChange(callback) {

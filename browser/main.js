@@ -2,7 +2,7 @@
 
 import {$, attributes, cut, element, fillSelect, plural, promptText, remember, remembered, visible} from "./text.js";
 import {describeChanges, nearestGroup} from "./axes.js";
-import {openSource} from "./source.js";
+import {isSite, openSource} from "./source.js";
 import {DEFAULTS, MAX_PINS, VIEWS, addressOf, readAddress, samePin} from "./state.js";
 import {Judge, TAG_LENGTH, identify} from "./judge.js";
 import {Sliders} from "./settings.js";
@@ -441,12 +441,19 @@ const PROBLEMS = {
 
 async function start() {
   let loaded;
+  if (isSite() && location.protocol === "file:") {
+    showMessage("This page needs a web server", "It reads an archive, which a page opened from disk may not. In its folder run:", "python -m http.server");
+    return;
+  }
+  if (isSite()) showMessage("Loading the archive …", "Its images are decoded in this browser.");
   try {
     loaded = await openSource();
   } catch (error) {
-    showMessage("The server does not answer", visible(error.message), "python -m dm_generations browse");
+    if (isSite()) showMessage("The archive cannot be shown", visible(error.message));
+    else showMessage("The server does not answer", visible(error.message), "python -m dm_generations browse");
     return;
   }
+  $("message").hidden = true;
   if (loaded.problem) { PROBLEMS[loaded.problem](loaded); return; }
   const {source} = loaded;
   if (!source.imageCount) { PROBLEMS.empty(); return; }

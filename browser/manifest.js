@@ -60,7 +60,7 @@ function upgrade(manifest) {
 const at = (column, i) => (Array.isArray(column) ? column[i] : column);
 
 /** One image; what is rarely asked for is worked out when it is. */
-class ManifestImage {
+export class ManifestImage {
   constructor(source, group, row, name, rank) {
     Object.assign(this, {source, group, row, name, rank, same: 1, logProb: null, problem: null});
     const score = source.columns.score[row];
@@ -71,6 +71,11 @@ class ManifestImage {
   get key() { return this.source.seeds[this.seed] ?? null; }
   get file() { return this.group.prefix + at(this.source.columns.name, this.row) + this.group.suffix; }
   get url() { return fileUrl(this.source.folder, this.file); }
+  get thumbnail() {
+    const {thumbnails, folder} = this.source;
+    const parts = this.file.split("/");
+    return thumbnails && fileUrl(folder, [...parts.slice(0, -1), thumbnails.folder, parts.at(-1)].join("/"));
+  }
   get digest() {
     const {md5} = this.source.columns;
     const digest = md5?.slice(this.row * DIGEST, (this.row + 1) * DIGEST);
@@ -88,12 +93,14 @@ class ManifestImage {
 }
 
 export class ManifestSource {
-  constructor(manifest, folder) {
+  constructor(manifest, folder, imageClass = ManifestImage) {
     if (!["images", "gallery"].includes(manifest.mode)) throw new TypeError("unknown mode");
     const {archives, prompts, sc_prompts: scPrompts, seeds, provenances, groups, images} =
       manifest.version === 1 ? upgrade(manifest) : manifest;
-    Object.assign(this, {folder, mode: manifest.mode, isLive: false, seeds, provenances, columns: images});
+    Object.assign(this, {imageClass, folder, mode: manifest.mode, isLive: false, seeds, provenances, columns: images});
     this.archives = archives.map(String);
+    const {folder: thumbs, side} = manifest.thumbnails ?? {};
+    this.thumbnails = typeof thumbs === "string" && side > 0 ? {folder: thumbs, side: Number(side)} : null;
     this.scPrompts = new Map(scPrompts);
     this.models = [...new Set(provenances.map(([model]) => model))];
     if (!this.models.length) this.models = [null];
@@ -203,7 +210,7 @@ export class ManifestSource {
         const key = this.mode === "images" ? (this.seeds[at(this.columns.seed, row)] ?? []).join(".") : `page ${position + 1}`;
         const before = seen.get(key) ?? 0;
         seen.set(key, before + 1);
-        return new ManifestImage(this, group, row, before ? `${key}.${before}` : key, position);
+        return new this.imageClass(this, group, row, before ? `${key}.${before}` : key, position);
       }));
     }
     return this.imagesByGroup.get(group.id);

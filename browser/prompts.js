@@ -1,6 +1,7 @@
 // The list of prompts: only the ones in sight are elements, so that 10,000 prompts and more scroll and are searched well.
 
 import {$, attributes, cut, element, plural, promptText} from "./text.js";
+import {showImage} from "./tile.js";
 
 const ROW = 58;      // pixels of one prompt
 const PAGE = 100;    // prompts asked for at a time
@@ -83,8 +84,11 @@ export const promptList = {
   add(position, prompt) {
     const text = promptText(prompt);
     const button = element("button", {type: "button", title: cut(text, 600)});
-    const url = this.app.source.mode === "images" && prompt.best?.url;
-    button.append(url ? element("img", {loading: "lazy", decoding: "async", alt: "", src: url}) : element("span", {className: "blank"}),
+    const {source} = this.app, {best} = prompt;
+    const isShown = source.mode === "images" && best?.url;
+    const image = element(isShown ? "img" : "span", isShown ? {loading: "lazy", decoding: "async", alt: ""} : {className: "blank"});
+    if (isShown) showImage(image, best.thumbnail ? {url: best.thumbnail} : best, source);
+    button.append(image,
       element("span", {className: "text", dir: "auto", textContent: cut(text, 300)}),
       element("span", {className: "count", textContent: prompt.count.toLocaleString("en")}));
     button.addEventListener("click", () => this.app.choosePrompt(prompt.id));

@@ -1,11 +1,11 @@
 // The view as PNG or WebP with its labels, in files of at most 8,192 pixels a side.
 //
-// A page opened from disk may show its images but not read their pixels, so there the person chooses the folder once.
+// A server also gives images as they are, as a zip. A page opened from disk may show its images but not read their pixels, so there the person chooses the folder once.
 
-import {attributes, cut, element, promptText, visible} from "./text.js";
+import {attributes, cut, element, fillSelect, plural, promptText, visible} from "./text.js";
 import {AXES, axisOf} from "./axes.js";
 
-const MAX_SIDE = 8192, MAX_FILES = 50;
+const MAX_SIDE = 8192, MAX_FILES = 50, MAX_ZIPPED = 2000;
 const PAD = 24, TEXT = 15, LEAD = 20;
 
 let folderFiles = null; // path -> File, of the folder that the person chose
@@ -13,11 +13,12 @@ let folderFiles = null; // path -> File, of the folder that the person chose
 /** Show what to save as, then save. */
 export function askSave(app) {
   const isDisk = location.protocol === "file:" && !folderFiles;
-  const format = element("select");
-  format.append(element("option", {value: "image/png", textContent: "PNG"}), element("option", {value: "image/webp", textContent: "WebP"}));
+  const format = element("select", {id: "save-as"});
+  fillSelect(format, [["image/png", "this view as PNG"], ["image/webp", "this view as WebP"],
+    ...(app.source.isLive ? zipChoices(app) : [])], "image/png");
   const status = attributes(element("p", {className: "quiet"}), {role: "status"});
   const button = element("button", {type: "button", className: "button", id: "save-now", textContent: "Save"});
-  const body = [element("label", {}, "Format ", format)];
+  const body = [element("label", {}, "Save ", format)];
   if (isDisk) {
     const input = attributes(element("input", {type: "file", id: "folder"}), {webkitdirectory: "", multiple: ""});
     input.addEventListener("change", () => {
@@ -31,18 +32,42 @@ export function askSave(app) {
   button.addEventListener("click", async () => {
     button.disabled = true;
     try {
-      const count = await save(app, format.value, (text) => { status.textContent = text; });
+      const report = (text) => { status.textContent = text; };
+      const count = await (format.value.startsWith("image/") ? save(app, format.value, report) : saveZip(app, format.value, report));
       status.textContent = `${count} ${count === 1 ? "file" : "files"} saved.`;
     } catch (error) {
       status.textContent = visible(error.message);
     }
     button.disabled = false;
   });
-  app.openSheet("Save this view as an image", [...body, element("div", {}, button), status]);
+  app.openSheet("Save", [...body, element("div", {}, button), status]);
 }
 
-async function pixels(image) {
+/** What can be saved as a zip: the images of the view, favourites, and those with a tag. */
+function zipChoices(app) {
+  const marks = [...app.judge.marks.values()];
+  return [["zip", "images of this view as a zip"],
+    ...(marks.some(({favourite}) => favourite) ? [["zip favourite", "♥ all favourites as a zip"]] : []),
+    ...app.judge.tags.map((tag) => [`zip #${tag}`, `# all tagged ${cut(tag, 40)} as a zip`])];
+}
+
+async function saveZip(app, choice, report) {
+  report("Decoding …");
+  const wanted = choice.slice("zip ".length);
+  const isWanted = (mark) => (wanted.startsWith("#") ? mark.tags.has(wanted.slice(1)) : mark.favourite);
+  const md5s = wanted ? [...app.judge.marks].filter(([, mark]) => isWanted(mark)).map(([key]) => JSON.parse(key))
+    : (await app.views[app.view.view].layout(app)).cells.flatMap(({images}) => images.map(({md5}) => md5));
+  const found = [...new Set(md5s)].filter((md5) => /^[0-9a-f]{32}$/.test(md5));
+  if (!found.length) throw new Error("There is nothing to save in this view.");
+  if (found.length > MAX_ZIPPED) throw new Error(`These are ${found.length.toLocaleString("en")} images; a zip has at most ${MAX_ZIPPED}.`);
+  report(`Decoding ${plural(found.length, "image")} …`);
+  download(await app.source.zip(found), "images.zip");
+  return 1;
+}
+
+async function pixels(image, source) {
   try {
+    if (source.decode) return await createImageBitmap(await source.decode(image));
     if (folderFiles) {
       const file = image.file === null ? null : folderFiles.get(image.file);
       return file ? await createImageBitmap(file) : null;
@@ -164,7 +189,7 @@ async function draw(sheet, app) {
       lines.forEach((line, i) => context.fillText(line, x, y + i * LEAD));
       continue;
     }
-    const bitmap = await pixels(image);
+    const bitmap = await pixels(image, app.source);
     if (!bitmap) { context.strokeStyle = style.getPropertyValue("--line"); context.strokeRect(x + .5, y + .5, side, side); continue; }
     const scale = side / Math.max(bitmap.width, bitmap.height);
     context.drawImage(bitmap, x, y, bitmap.width * scale, bitmap.height * scale);

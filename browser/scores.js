@@ -1,7 +1,8 @@
 // Scores: means with their intervals, histograms, strengths from judged pairs, and the colours of a heat map.
 
 export const BINS = 24;
-const Z = 1.96; // of a normal 95% interval
+const MAX_STEPS = 100;
+export const Z = 1.959963984540054; // of a normal 95% interval
 
 /** Mean and standard deviation of n numbers from their sum and the sum of their squares; null where there are none. */
 export function moments(n, sum, squares) {
@@ -64,29 +65,86 @@ const signed = (x) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(2);
 /**
  * Bradley-Terry strengths from pairs [[winner, loser, weight], ...] (a tie is half a win for each), as logarithms with
  * mean 0 and their standard errors: Map of item to {strength, error, pairs}. Each item also draws once with an average one,
- * so that one who won all is not infinitely strong.
+ * so that one who won all is not infinitely strong. As `ratings --rank` does it: Newton's method, and errors from the
+ * whole inverse Hessian.
  */
 export function strengths(pairs) {
-  const items = [...new Set(pairs.flatMap(([a, b]) => [a, b]))];
+  const items = [...new Set(pairs.flatMap(([a, b]) => [a, b]))], n = items.length;
   const position = new Map(items.map((item, i) => [item, i]));
-  const wins = items.map(() => .5), met = items.map(() => new Map()), counts = items.map(() => 0);
+  const won = items.map(() => new Float64Array(n)), counts = items.map(() => 0);
   for (const [winner, loser, weight] of pairs) {
     const [w, l] = [position.get(winner), position.get(loser)];
-    wins[w] += weight;
+    won[w][l] += weight;
     counts[w] += weight;
     counts[l] += weight;
-    for (const [a, b] of [[w, l], [l, w]]) met[a].set(b, (met[a].get(b) ?? 0) + weight);
   }
-  let p = items.map(() => 1);
-  for (let step = 0; step < 200; step += 1) {
-    p = p.map((own, i) => wins[i] / [...met[i]].reduce((sum, [j, n]) => sum + n / (own + p[j]), 1 / (own + 1)));
+  let t = items.map(() => 0), covariance = [];
+  for (let step = 0; step < MAX_STEPS; step += 1) {
+    const {gradient, hessian} = slope(t, won);
+    covariance = inverse(hessian);
+    const move = covariance.map((row) => row.reduce((sum, value, j) => sum + value * gradient[j], 0));
+    const before = posterior(t, won);
+    let part = 1, next = t.map((value, i) => value + move[i]);
+    while (posterior(next, won) < before && part > 1e-9) {
+      part /= 2;
+      next = t.map((value, i) => value + part * move[i]);
+    }
+    if (part <= 1e-9) break;
+    t = next;
+    if (Math.max(...move.map(Math.abs)) < 1e-10) break;
   }
-  const mean = p.reduce((sum, own) => sum + Math.log(own), 0) / (p.length || 1);
+  const mean = t.reduce((sum, value) => sum + value, 0) / (n || 1);
+  const sums = covariance.map((row) => row.reduce((sum, value) => sum + value, 0));
+  const total = sums.reduce((sum, value) => sum + value, 0);
   return new Map(items.map((item, i) => {
-    const share = (own, other) => own * other / (own + other) ** 2;
-    const information = [...met[i]].reduce((sum, [j, n]) => sum + n * share(p[i], p[j]), share(p[i], 1));
-    return [item, {strength: Math.log(p[i]) - mean, error: 1 / Math.sqrt(information), pairs: counts[i]}];
+    // Of t_i minus the mean.
+    const variance = covariance[i][i] - 2 * sums[i] / n + total / n ** 2;
+    return [item, {strength: t[i] - mean, error: Math.sqrt(Math.max(variance, 0)), pairs: counts[i]}];
   }));
+}
+
+const sigmoid = (x) => (1 + Math.tanh(x / 2)) / 2;
+const softplus = (x) => Math.max(x, 0) + Math.log1p(Math.exp(-Math.abs(x)));
+
+function posterior(t, won) {
+  let sum = 0;
+  for (const [i, row] of won.entries()) {
+    row.forEach((wins, j) => { if (wins) sum -= wins * softplus(t[j] - t[i]); });
+    sum -= (softplus(t[i]) + softplus(-t[i])) / 2;
+  }
+  return sum;
+}
+
+function slope(t, won) {
+  const own = t.map(sigmoid), gradient = own.map((p) => .5 - p);
+  const hessian = own.map((p, i) => { const row = new Float64Array(t.length); row[i] = p * (1 - p); return row; });
+  for (let i = 0; i < t.length; i += 1) {
+    for (let j = 0; j < t.length; j += 1) {
+      const met = won[i][j] + won[j][i];
+      if (!met || i === j) continue;
+      const chance = sigmoid(t[i] - t[j]), information = met * chance * (1 - chance);
+      gradient[i] += won[i][j] - met * chance;
+      hessian[i][i] += information;
+      hessian[i][j] -= information;
+    }
+  }
+  return {gradient, hessian};
+}
+
+/** The inverse of a positive definite matrix, by Gauss and Jordan. */
+function inverse(matrix) {
+  const n = matrix.length, left = matrix.map((row) => Float64Array.from(row));
+  const right = left.map((_, i) => { const row = new Float64Array(n); row[i] = 1; return row; });
+  for (let k = 0; k < n; k += 1) {
+    const pivot = left[k][k];
+    for (let j = 0; j < n; j += 1) { left[k][j] /= pivot; right[k][j] /= pivot; }
+    for (let i = 0; i < n; i += 1) {
+      const factor = left[i][k];
+      if (i === k || !factor) continue;
+      for (let j = 0; j < n; j += 1) { left[i][j] -= factor * left[k][j]; right[i][j] -= factor * right[k][j]; }
+    }
+  }
+  return right.map((row) => [...row]);
 }
 
 // Dark blue to yellow, readable for colour-blind eyes and in grey.

@@ -1,16 +1,18 @@
-// Where the page gets its data: from manifest.js beside decoded images (ManifestSource), or from a server (LiveSource).
+// Where the page gets its data: from manifest.js beside decoded images (ManifestSource), from an archive that it decodes
+// itself (SiteSource), or from a server (LiveSource).
 //
-// Both have the members below, and the page uses nothing else. A server is written from this comment alone.
+// All have the members below, and the page uses nothing else. A server is written from this comment alone.
 //
 //   Prompt   {id, text or null, count, best: Image or null}
 //   Group    the images of one prompt and one setting: {id, prompt, values, count, scored, mean, sd, best}
 //            `id` is opaque. `values` has the value of each axis of AXES: numbers, ids of `scPrompts`, positions in
 //            `models` and `archives`. `scored` images have a score; mean, sd and best are theirs, or null.
 //   Image    {name, group, rank, score, scores, key: [key0, key1] or null, seed, md5, time, sampler, initCount, dtype,
-//            logProb, same, url, file, problem}
+//            logProb, same, url, thumbnail, file, problem}
 //            `name` tells it from the others of its group: "key0.key1", with ".1", ".2", ... for more images of one
 //            key; "page 3" for a gallery. `rank` counts from 0, best first. `seed` is the position of its key in
 //            `seeds`, or -1. `same` is how many images of the group have the same tokens, this one included.
+//            `thumbnail` is the URL of a smaller file, if there is one, with `thumbnails.side` of the source as its width.
 //            `url` is null, and `problem` may say why, where there is nothing to show.
 //
 //   mode              "images" or "gallery"
@@ -29,6 +31,8 @@
 //            counts: a histogram over 24 equal bins of scoreRange. difference: {n, mean, sd} of the scores minus those
 //            of the value with the highest mean, over images that differ in this axis alone; null where none pair.
 //   judge([judgement, ...])    judgements()    -> see judge.js
+//   show(node, image), decode(image)   of a site: show an image in an <img>; its PNG as a Blob
+//   zip([md5, ...])            of a server: -> Blob, a zip of these images
 //   onChange(callback)         called when images were added; the page then asks again
 //
 // ---- The server ----
@@ -57,17 +61,22 @@
 //   GET  image/CODEC/MD5     the image, WebP or PNG, immutable. What scrolls out of sight is no longer waited for.
 //   GET  api/judgements      [judgement, ...], newest last, at most 100,000
 //   POST api/judgements      [judgement, ...] with the header X-Token: TOKEN; answers {stored: N}; all or none
+//   POST api/zip             [MD5, ...] (at most 2,000) with the header X-Token; answers these images as a zip
 //   GET  api/changes         {revision}; asked every 3 s while the page is in sight
 //
 // An error is a status of 400 or more and {error: "one line: what, where, what to do"}.
 
 import {ManifestSource, loadManifest} from "./manifest.js";
 import {LiveSource} from "./live.js";
+import {SiteSource} from "./site.js";
+
+export const isSite = () => document.querySelector('meta[name="site"]').content !== "";
 
 /** Return {source}, or {problem, file, version}: "missing", "broken" or "newer". */
 export async function openSource() {
   const token = document.querySelector('meta[name="live"]').content;
   if (token) return {source: await LiveSource.open(token)};
+  if (isSite()) return {source: await SiteSource.open(document.querySelector('meta[name="site"]').content)};
   const loaded = await loadManifest();
   if (loaded.problem) return loaded;
   try {

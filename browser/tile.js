@@ -13,12 +13,23 @@ export function altOf(image, prompt, source) {
   return `${what}, ${scoreRange(image.scores)}: ${cut(promptText(prompt), 150)}`;
 }
 
+/** Show an image in an <img>; a source that decodes does so when it comes into sight. */
+export function showImage(node, image, source) {
+  if (source.show && image.url) source.show(node, image);
+  else if (image.url) node.src = image.url;
+  else node.removeAttribute("src");
+}
+
 /** An <img> that shows nothing broken: a file that is missing or outside its folder gets a sign and its alt text. */
 export function picture(image, prompt, app, loading = "lazy") {
   const node = element("img", {decoding: "async", alt: altOf(image, prompt, app.source)});
   node.loading = loading;
   node.addEventListener("error", () => node.parentElement?.classList.add("missing"));
-  if (image.url) node.src = image.url;
+  if (image.thumbnail && loading === "lazy") { // the browser takes the one that is large enough for its place
+    const {side} = app.source.thumbnails;
+    Object.assign(node, {sizes: "auto, 160px", srcset: `${image.thumbnail} ${side}w, ${image.url} ${2 * side}w`});
+  }
+  showImage(node, image, app.source);
   return node;
 }
 

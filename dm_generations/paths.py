@@ -4,6 +4,7 @@ import os
 import re
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from urllib.parse import quote
 
@@ -86,6 +87,13 @@ def _cache_base() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
         raise UserError("this user has no home folder; set HOME or XDG_CACHE_HOME") from error
+
+
+def label_paths(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each file: its own, with its folder or a number where names are equal."""
+    names = [path.name for path in paths]
+    names = [f"{path.parent.name}/{path.name}" if names.count(path.name) > 1 else path.name for path in paths]
+    return [f"{name} ({names[:i].count(name) + 1})" if names[:i].count(name) else name for i, name in enumerate(names)]
 
 
 def sanitize_name(text: str) -> str:

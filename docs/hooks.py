@@ -102,6 +102,8 @@ def usage(action: argparse.Action) -> str:
         metavar = f"[{metavar}]"
     elif action.nargs == 0:
         metavar = ""
+    elif isinstance(metavar, tuple):  # a name for each of several values
+        metavar = " ".join(metavar)
     return f"`{' '.join([', '.join(action.option_strings), metavar]).strip()}`"
 
 

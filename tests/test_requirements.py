@@ -8,7 +8,7 @@ import tomllib
 from helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-MODULES = {"pillow": "PIL", "pyyaml": "yaml"}  # by distribution, where its name is another
+MODULES = {"beautifulsoup4": "bs4", "pillow": "PIL", "pyyaml": "yaml"}  # by distribution, where its name is another
 
 
 def modules(requirements) -> set[str]:
@@ -30,7 +30,7 @@ def imported() -> set[str]:
 
 def test_every_requirement_is_imported_and_every_import_is_required():
     extras = PROJECT["optional-dependencies"]
-    used = ("browse", "checkpoints", "completion", "datasette", "notebook", "plot", "tables")
+    used = ("browse", "checkpoints", "completion", "datasette", "notebook", "plot", "site", "tables", "train")
     names = [name for extra in used for name in extras[extra]]
     optional = modules(names) | {
         "IPython",

@@ -45,8 +45,8 @@ class Archive(store.Archive):
     >>> archive
     <Archive emoji.db: format 2, 6,048 images>
     >>> best = archive.images(prompt="a rocket", top_k=256, top_p=1, temperature=1, cond_scale=3, best=4)
-    >>> [round(image.scores["clip_score_input"], 1) for image in best[:2]]
-    [19.2, 19.2]
+    >>> print(*(round(image.scores["clip_score_input"], 1) for image in best[:2]))
+    19.2 19.2
     >>> best[0].tokens.shape
     (64,)
     >>> best[0].image().size
@@ -63,7 +63,8 @@ class Archive(store.Archive):
 
         Args:
             source: A path; `https://...`; `hf://datasets/OWNER/NAME/FILE.db` on the Hugging Face hub, with `@REVISION`
-                after NAME if it is to be a certain one; or None for the emoji archive that ships.
+                after NAME if it is to be a certain one; or None for the emoji archive that ships. An address may end in
+                `#sha256=` and the hash that the file has to have.
             folder: Where a file from `https://` is stored. It is made if there is none. A file of this name that is
                 there already is opened in place of a download.
 
@@ -142,10 +143,10 @@ class Archive(store.Archive):
         1 RGB
 
         Args:
-            rows: An axis: prompt, sc_prompt, top_k, top_p, temperature, cond_scale, extra_settings, model or key.
+            rows: An axis: prompt, sc_prompt, top_k, top_p, temperature, cond_scale, extra_settings, model or seed.
             cols: Another one.
             pages: Another one, of whose values each gets a page.
-            cell: "best1", "best4" or "best9" by `clip_score_input`, or "same-seed": the same key in all cells.
+            cell: "best1", "best4" or "best9" by `clip_score_input`, or "same-seed": the same seed in all cells.
             scores: Whether to write them below the images.
             theme: "light" or "dark".
             font: A font file; None is Pillow's, which has no accents and no other scripts.

@@ -2,8 +2,9 @@
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, overload
 
 import numpy as np
@@ -11,15 +12,15 @@ import numpy as np
 from dm_generations import archive as store
 from dm_generations.api.images import SCORES, ImageList, ImageRecord, ListedImages
 from dm_generations.archive import ModelInfo, NewImage, quantvec_md5
-from dm_generations.archive.records import TOKEN_DTYPE
+from dm_generations.archive.records import TOKEN_DTYPE, ClassLabel
 from dm_generations.errors import UserError, printable
 from dm_generations.inference import generator as inference_generator
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.scorer import Scorer
 from dm_generations.models.loading import Checkpoint, Models, load_codec, load_generator
-from dm_generations.pipelines.generate import SMALLER_BATCH, GenerateOptions, Pipeline
+from dm_generations.pipelines.generate import SMALLER_BATCH, GenerateOptions, Pipeline, fit_sweep
 from dm_generations.pipelines.progressive import pad_tokens
-from dm_generations.pipelines.sweep import DEFAULT_PARAMS, DEFAULT_SEED, Sample, Sweep
+from dm_generations.pipelines.sweep import DEFAULT_SEED, Sample, Sweep, combine_settings
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors
 
@@ -31,8 +32,8 @@ class Generator(inference_generator.Generator):
     >>> results = generator("a rocket", n=2, cond_scale=[1, 3])
     >>> results
     <4 images of 'a rocket' by embedded/dalle_bart>
-    >>> [image.settings.cond_scale for image in results]
-    [1.0, 1.0, 3.0, 3.0]
+    >>> print(*(image.settings.cond_scale for image in results))
+    1.0 1.0 3.0 3.0
     >>> results.tokens.shape
     (4, 64)
     >>> results[0].image().size
@@ -49,6 +50,7 @@ class Generator(inference_generator.Generator):
         dtype: str = "float32",
         codec: str | os.PathLike[str] | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
+        overrides: Mapping[str, Any] = MappingProxyType({}),
     ) -> "Generator":
         """Load a model from a folder, a file or the Hugging Face hub; None is the one that ships.
 
@@ -59,13 +61,14 @@ class Generator(inference_generator.Generator):
             codec: What decodes its tokens; None is the model's own, else the one that ships. It is loaded when the
                 generator is first called.
             tokenizer: File or folder of its tokenizer; None is the model's own.
+            overrides: Entries of the model's config that its files lack or have wrong.
 
         Raises:
             UserError: The model is missing or broken.
         """
         compile_cache.enable()
         model, codec = (None if path is None else os.fspath(path) for path in (model, codec))
-        checkpoint = load_generator(model, None if tokenizer is None else Path(tokenizer))
+        checkpoint = load_generator(model, None if tokenizer is None else Path(tokenizer), overrides)
         generator = cls(checkpoint, checkpoint.load_tokenizer(), batch_size, dtype=dtype)
         generator._source = checkpoint, model, codec
         return generator
@@ -88,15 +91,16 @@ class Generator(inference_generator.Generator):
 
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | int | Sequence[str | int],
         n: int = 1,
         seed: int = DEFAULT_SEED,
         *,
         sc_prompts: str | Sequence[str | None] | None = None,
-        top_k: int | Sequence[int] = DEFAULT_PARAMS.top_k,
-        top_p: float | Sequence[float] = DEFAULT_PARAMS.top_p,
-        temperature: float | Sequence[float] = DEFAULT_PARAMS.temperature,
-        cond_scale: float | Sequence[float] = DEFAULT_PARAMS.cond_scale,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
+        temperature: float | Sequence[float] | None = None,
+        cond_scale: float | Sequence[float] | None = None,
+        extra_settings: Mapping[str, float | Sequence[float]] | None = None,
         same_seeds: bool = True,
         keys: Sequence[tuple[int, int]] | None = None,
         scorer: Scorer | None = None,
@@ -107,14 +111,15 @@ class Generator(inference_generator.Generator):
         """Generate images: every prompt with every setting, as the command `generate` does with the same values.
 
         Args:
-            prompts: One text, or several.
+            prompts: One text, or several; of a model that draws classes their numbers.
             n: Images of each combination. Image i has the same key under all settings.
             seed: 0 to 2^64 - 1.
             sc_prompts: Unconditional prompts; None is the model's own empty one.
-            top_k: See `SamplingParams`; one value, or several, as the next three.
+            top_k: See `SamplingParams`; one value, or several; None is the default of `generate`, as of the next three.
             top_p: See `SamplingParams`.
             temperature: See `SamplingParams`.
             cond_scale: See `SamplingParams`.
+            extra_settings: Settings that only this model has, by name, with one value each, or several.
             same_seeds: False gives each combination its own keys.
             keys: (key0, key1) of the images of each combination, in place of `n` and `seed`.
             scorer: Scores the images, whose scores `save` stores too.
@@ -129,31 +134,34 @@ class Generator(inference_generator.Generator):
         Raises:
             UserError: A value is out of range, or memory does not hold one image.
         """
+        extra = {name: _listed(values) for name, values in (extra_settings or {}).items()}
+        settings = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "cond_scale": cond_scale}
+        given = {name: _listed(value) for name, value in settings.items() if value is not None}
         sweep = Sweep(
-            prompts=_listed(prompts),
+            prompts=[ClassLabel("", each) if isinstance(each, int) else each for each in _listed(prompts)],
             sc_prompts=_listed(sc_prompts),
-            top_k=_listed(top_k),
-            top_p=_listed(top_p),
-            temperature=_listed(temperature),
-            cond_scale=_listed(cond_scale),
+            **given,
+            extra_settings=combine_settings(extra),
+            unset=frozenset(settings.keys() - given.keys()),
             count=n,
             seed=seed,
             same_seeds=same_seeds,
             row_keys=keys,
         )
-        if every is not None and every < 1:
-            raise UserError(f"every (={every}) must be at least 1")
-        every = None if on_unfinished is None else every or max(1, self.token_count // 8)
-        return self._draw(sweep, scorer, on_progress, on_unfinished or (lambda images: None), every)
+        return self._draw(sweep, scorer, on_progress, on_unfinished, every)
 
     def _draw(
         self,
         sweep: Sweep,
         scorer: Scorer | None,
         on_progress: Callable[[int, int], None],
-        on_unfinished: Callable[[ImageList], None],
+        on_unfinished: Callable[[ImageList], None] | None,
         every: int | None,
     ) -> "GeneratedImages":
+        if every is not None and every < 1:
+            raise UserError(f"every (={every}) must be at least 1")
+        every = None if on_unfinished is None else every or max(1, self.token_count // 8)
+        sweep = fit_sweep(sweep, self.models.generator.config)
         self.check_texts([*sweep.prompts, *sweep.sc_prompts])
         options = GenerateOptions(batch_size=self.batch_size, dtype=self.dtype, progressive_every=every)
         unfinished: dict[Sample, ImageRecord] = {}
@@ -161,6 +169,7 @@ class Generator(inference_generator.Generator):
         def show(samples: Sequence[Sample], tokens: np.ndarray) -> None:
             made = [self._unfinished(*each) for each in zip(samples, pad_tokens(tokens, self.token_count), strict=True)]
             unfinished.update(zip(samples, made, strict=True))
+            assert on_unfinished is not None, "there is an `every`"
             on_unfinished(ListedImages(list(unfinished.values())))
 
         loaded = self, None if scorer is None else self.decoder, scorer
@@ -179,7 +188,7 @@ class Generator(inference_generator.Generator):
         models, quantvec = self.models, tokens.astype(TOKEN_DTYPE).tobytes()
         prompt, sc_prompt, params = sample.combination.prompt, sample.combination.sc_prompt, sample.combination.params
         return ImageRecord(
-            *(None, prompt, sc_prompt, params, (sample.key0, sample.key1), {}, None, self.dtype),
+            *(None, str(prompt), sc_prompt, params, (sample.key0, sample.key1), {}, None, self.dtype),
             *(models.generator.model_info(), models.codec.model_info(models.grid), quantvec, quantvec_md5(quantvec)),
             find_decoder=lambda codec, token_count: self.decoder,
         )
@@ -208,7 +217,14 @@ class GeneratedImages(ImageList):
         image = self._images[index]
         scores = {name: score for name in SCORES if (score := getattr(image, name)) is not None}
         return ImageRecord(
-            *(None, str(image.prompt), image.sc_prompt, image.params, (image.key0, image.key1), scores),
+            *(
+                None,
+                self._pipeline.texts([image.prompt])[0],
+                image.sc_prompt,
+                image.params,
+                (image.key0, image.key1),
+                scores,
+            ),
             *(image.log_prob, image.dtype, self._model, self._codec, image.quantvec, quantvec_md5(image.quantvec)),
             find_decoder=self._find_decoder,
         )

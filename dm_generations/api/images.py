@@ -122,6 +122,8 @@ def decode_images(images: Iterable[ImageRecord], decoder: "Decoder | None" = Non
     import numpy as np
     from PIL import Image
 
+    from dm_generations.inference.decoder import RowKey
+
     images = list(images)
     tokens = [image.tokens for image in images]
     places: dict[Decoder, list[int]] = {}
@@ -139,7 +141,9 @@ def decode_images(images: Iterable[ImageRecord], decoder: "Decoder | None" = Non
                 f"image {images[wrong].id} has {len(tokens[wrong]):,} tokens, the codec {own.name!r:.100} "
                 f"{own.token_count:,}; give the codec it was made with: Decoder.load('FOLDER')"
             )
-        for place, pixels in zip(listed, own(np.stack([tokens[place] for place in listed])), strict=True):
+        keys = [RowKey.of(images[place]) for place in listed]
+        decoded_images = own(np.stack([tokens[place] for place in listed]), keys)
+        for place, pixels in zip(listed, decoded_images, strict=True):
             decoded[place] = Image.fromarray(pixels)
     return decoded
 

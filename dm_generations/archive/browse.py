@@ -7,7 +7,7 @@ one stands for an unknown model. Values of a damaged archive that are not texts 
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -101,6 +101,36 @@ class Query:
     key: tuple[int, int] | None = None
     limit: int = MAX_IMAGES
     offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Which scores are asked for: by an axis of AXES, of these prompts (None: all), with these values of other axes."""
+
+    axis: str
+    prompt_ids: Sequence[Any] | None
+    fixed: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What adds up of scores: their number, sum, sum of squares, and histogram."""
+
+    n: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    counts: tuple[int, ...] = (0,) * BINS
+
+    def __add__(self, other: "Sums") -> "Sums":
+        counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
+        return Sums(self.n + other.n, self.total + other.total, self.squares + other.squares, counts)
+
+    def moments(self) -> tuple[float | None, float | None]:
+        """Return mean and standard deviation."""
+        return moments(self.n, self.total, self.squares)
+
+
+NO_SCORES: Final = Sums()
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,59 +342,46 @@ class Browser:
         """Return the id of an image with tokens of this MD5. It reads all rows, as there is no index."""
         return self.archive.connection.value("SELECT id FROM images WHERE quantvec_md5 = ? LIMIT 1", (md5,))
 
-    def statistics(self, axis: str, prompt_id: int | None, fixed: Mapping[str, Any]) -> list[ValueStatistics]:
-        """Return the scores by the value of an axis.
+    def score_sums(self, question: Question, score_range: tuple[float, float]) -> dict[Any, Sums]:
+        """Return what adds up of the scores, by the value of the question's axis as the archive stores it.
 
         Args:
-            axis: One of AXES.
-            prompt_id: Only images of this prompt.
-            fixed: Only images with these values of other axes.
+            question: What is asked.
+            score_range: Of the histogram.
         """
-        if self.score_range is None:
-            return []
-        where, parameters = self._narrow(prompt_id, fixed)
-        low, high = self.score_range
+        where, parameters = self._narrow(question)
+        low, high = score_range
         scale = BINS / (high - low) if high > low else 0.0
         bins = f"min({BINS - 1}, CAST(({_SCORE} - ?) * ? AS INTEGER))"
         sql = (
-            f"SELECT {COLUMNS[axis]}, {bins} AS bin, count(*), sum({_SCORE}), sum({_SCORE} * {_SCORE}) FROM images"
-            f" WHERE {_SCORE} IS NOT NULL AND {where} GROUP BY 1, 2"
+            f"SELECT {COLUMNS[question.axis]}, {bins} AS bin, count(*), sum({_SCORE}), sum({_SCORE} * {_SCORE})"
+            f" FROM images WHERE {_SCORE} IS NOT NULL AND {where} GROUP BY 1, 2"
         )
-        found: dict[Any, list[Any]] = {}
+        found: dict[Any, Sums] = {}
         for value, position, count, total, squares in self._rows(sql, [low, scale, *parameters]):
-            one = found.setdefault(value, [0, 0.0, 0.0, [0] * BINS])
-            one[0] += count
-            one[1] += total
-            one[2] += squares
-            one[3][position] += count
-        means = {value: moments(*one[:3]) for value, one in found.items()}
-        known = {value: mean for value, (mean, _) in means.items() if mean is not None}
-        best = max(known, key=lambda value: known[value], default=None)
-        differences = {}
-        if len(known) > 1 and sum(one[0] for one in found.values()) <= MAX_PAIRED:
-            differences = self._differences(axis, best, where, parameters)
-        return [
-            ValueStatistics(self._shown(axis, value), one[0], *means[value], one[3], differences.get(value))
-            for value, one in found.items()
-        ]
+            counts = [0] * BINS
+            counts[position] = count
+            found[value] = found.get(value, NO_SCORES) + Sums(count, total, squares, tuple(counts))
+        return found
 
-    def _narrow(self, prompt_id: int | None, fixed: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    def _narrow(self, question: Question) -> tuple[str, list[Any]]:
         """Return a condition on `images`, and its parameters."""
         conditions, parameters = ["TRUE"], []
-        if prompt_id is not None:
-            conditions.append(f"images.id IN (SELECT id FROM {self._table} WHERE prompt_id = ?)")
-            parameters.append(prompt_id)
-        for name, value in fixed.items():
+        if question.prompt_ids is not None:
+            chosen = f"SELECT id FROM {self._table} WHERE prompt_id IN (SELECT value FROM json_each(?))"
+            conditions.append(f"images.id IN ({chosen})")
+            parameters.append(json.dumps(question.prompt_ids))
+        for name, value in question.fixed.items():
             conditions.append(f"images.{COLUMNS[name]} IS ?")
             if name == "model":
                 value = self.generator_ids[value] if 0 <= value < len(self.generator_ids) else -1
             parameters.append(value)
         return " AND ".join(conditions), parameters
 
-    def _differences(
-        self, axis: str, best: Any, where: str, parameters: Sequence[Any]
-    ) -> dict[Any, tuple[int, float | None, float | None]]:
-        column = COLUMNS[axis]
+    def difference_sums(self, question: Question, best: Any) -> dict[Any, Sums]:
+        """Return what adds up of scores minus those of the value `best`, over images that differ in the axis alone."""
+        where, parameters = self._narrow(question)
+        axis, column = question.axis, COLUMNS[question.axis]
         same = [f"other.{name} = images.{name}" for name in _SAME_DRAW if name != column]
         if axis != "model":  # as in the index of samples
             same.append("coalesce(other.generator_id, 0) = coalesce(images.generator_id, 0)")
@@ -375,10 +392,53 @@ class Browser:
             f" WHERE images.{column} IS NOT ? AND {where} GROUP BY 1"
         )
         rows = self._rows(sql, [best, best, *parameters])
-        return {value: (count, *moments(count, total, squares)) for value, count, total, squares in rows if count > 1}
+        return {value: Sums(count, total, squares) for value, count, total, squares in rows if count}
 
-    def _shown(self, axis: str, value: Any) -> Any:
+    def shown(self, axis: str, value: Any) -> Any:
+        """Return a value of an axis as the page has it."""
         return self.model_position(value) if axis == "model" else plain(value)
+
+
+def statistics(
+    browsers: Sequence[Browser],
+    questions: Sequence[Question | None],
+    shown: Callable[[int, Any], Any],
+    score_range: tuple[float, float] | None,
+) -> list[ValueStatistics]:
+    """Return the scores by the value of an axis.
+
+    Args:
+        browsers: Of the archives.
+        questions: What is asked of each; None where it has no such images.
+        shown: Turns the position of an archive and one of its values into the page's value.
+        score_range: Of all archives.
+    """
+    if score_range is None:
+        return []
+    asked = [(i, browsers[i], question) for i, question in enumerate(questions) if question is not None]
+    sums = {i: browser.score_sums(question, score_range) for i, browser, question in asked}
+    found: dict[Any, Sums] = {}
+    for i, own in sums.items():
+        for value, one in own.items():
+            found[shown(i, value)] = found.get(shown(i, value), NO_SCORES) + one
+    means = {value: one.moments()[0] for value, one in found.items()}
+    known = {value: mean for value, mean in means.items() if mean is not None}
+    best = max(known, key=lambda value: known[value], default=None)
+    differences: dict[Any, Sums] = {}
+    is_few = sum(one.n for one in found.values()) <= MAX_PAIRED
+    if len(known) > 1 and is_few and asked[0][2].axis != "archive":  # images of two archives are not paired
+        for i, browser, question in asked:
+            for own_best in (value for value in sums[i] if shown(i, value) == best):
+                for value, one in browser.difference_sums(question, own_best).items():
+                    if shown(i, value) != best:
+                        differences[shown(i, value)] = differences.get(shown(i, value), NO_SCORES) + one
+    return [
+        ValueStatistics(
+            *(value, one.n, *one.moments(), list(one.counts)),
+            (differences[value].n, *differences[value].moments()) if differences.get(value, NO_SCORES).n > 1 else None,
+        )
+        for value, one in found.items()
+    ]
 
 
 def data_version(archive: Archive) -> int:

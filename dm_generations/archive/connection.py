@@ -431,17 +431,27 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         ArchiveError: `path` exists, or was made in the meantime; or its folder cannot be written.
     """
+    if os.path.lexists(path):
+        raise ArchiveError(f"{path}: this file exists already")
+    with scratch_file(path) as temporary:
+        yield temporary
+        _publish(temporary, path)
+
+
+@contextlib.contextmanager
+def scratch_file(path: Path) -> Iterator[Path]:
+    """Yield a path for SQLite to write, with a temporary name next to `path`, which is removed in the end.
+
+    Raises:
+        ArchiveError: The folder cannot be written.
+    """
     try:
-        if path.exists() or path.is_symlink():
-            raise ArchiveError(f"{path}: this file exists already")
         check_writable(path)
         holder = TemporaryFile(path.parent)  # SQLite does not share the locks of its own files
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise ArchiveError(f"{str(path)!r}: cannot be created: {error}") from error
     try:
-        temporary = holder.path.with_name(holder.path.name + DATABASE)
-        yield temporary
-        _publish(temporary, path)
+        yield holder.path.with_name(holder.path.name + DATABASE)
     finally:
         for suffix in DATABASE_FILES:
             holder.path.with_name(holder.path.name + suffix).unlink(missing_ok=True)

@@ -187,6 +187,22 @@ class Archive:
         """Return texts by id, in order of id; None is the model's own empty unconditional prompt."""
         return self._texts("sc_prompts")
 
+    def classes(self) -> dict[int, ClassLabel]:
+        """Return the classes among the prompts, by id."""
+        return vocabulary.read_classes(self.connection) if self.version >= 3 else {}
+
+    def add_vocabulary(self, name: str, labels: Sequence[str]) -> int:
+        """Return the id of a vocabulary of classes, which is added if it is new; inside a transaction.
+
+        Args:
+            name: As `imagenet-1k`.
+            labels: The classes' names; class 0 is the first.
+
+        Raises:
+            ArchiveError: The archive has other labels under this name.
+        """
+        return vocabulary.add_vocabulary(self.connection, name, labels)
+
     def models(self) -> dict[int, ModelInfo]:
         """Return models by id; none for an archive of 2022, which does not record them."""
         models = {}

@@ -14,14 +14,14 @@ from dm_generations.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from dm_generations.archive.database import Archive
 
-# Columns by the name of their axis. Images of one cell may differ in their key, but in no other of these.
+# Columns by the name of their axis. Images of one cell may differ in their seed (key), but in no other of these.
 AXES: Final[Mapping[str, tuple[str, ...]]] = {
     "prompt": ("prompt_id",),
     "sc_prompt": ("sc_prompt_id",),
     **{name: (name,) for name in PARAM_COLUMNS},
     "extra_settings": ("extra_settings",),
     "model": ("generator_id",),
-    "key": ("key0", "key1"),
+    "seed": ("key0", "key1"),
 }
 SAME_SEED: Final = "same-seed"
 CELLS: Final[Mapping[str, int]] = {"best1": 1, "best4": 4, "best9": 9, SAME_SEED: 1}  # with the images that they hold
@@ -87,11 +87,11 @@ def plan_grid(archive: "Archive", selection: Selection, axes: Sequence[str], cel
     rows = _read(archive, selection, axes, values)
     if cell == SAME_SEED:
         key, cells = _with_one_key(rows)
-        values["key"] = {key: None}
+        values["seed"] = {key: None}
     else:
         cells = _best_of_each(rows, CELLS[cell])
     labels = {name: _label(archive, name, found) for name, found in values.items()}
-    hidden = {name: labels[name] for name in AXES if name not in axes and (name != "key" or cell == SAME_SEED)}
+    hidden = {name: labels[name] for name in AXES if name not in axes and (name != "seed" or cell == SAME_SEED)}
     _check_fixed(archive, hidden, has_pages=len(axes) > 2)
     found = [image for images in cells.values() for image in images]
     return Grid(
@@ -111,8 +111,8 @@ def _check_names(axes: Sequence[str], cell: str) -> None:
             raise UserError(f"a contact sheet has no {kind} {name!r:.60}; there are {', '.join(known)}{similar}")
     if len(set(axes)) < len(axes):
         raise UserError(f"the axes of the contact sheet are {', '.join(axes)}; choose another one for each side")
-    if cell == SAME_SEED and "key" in axes:
-        raise UserError(f"cells of {SAME_SEED} share one key, so the key cannot be an axis; use best1")
+    if cell == SAME_SEED and "seed" in axes:
+        raise UserError(f"cells of {SAME_SEED} share one seed, so the seed cannot be an axis; use best1")
 
 
 def _read(
@@ -128,7 +128,7 @@ def _read(
         for name, value in own.items():
             values[name].setdefault(value)
         is_scored = isinstance(score, int | float) and math.isfinite(score)
-        yield tuple(own[name] for name in axes), own["key"], (score if is_scored else _NO_SCORE, -row_id, codec)
+        yield tuple(own[name] for name in axes), own["seed"], (score if is_scored else _NO_SCORE, -row_id, codec)
     if not values["prompt"]:
         raise UserError(f"{archive.path} holds no images")
 
@@ -183,7 +183,7 @@ def _flags(archive: "Archive", values: Mapping[str, Value]) -> str:
 
 def _label(archive: "Archive", name: str, values: Iterable[Value]) -> Labels:
     """Return the values of an axis with what people call them, in order: of ids, of numbers, or for keys of images."""
-    if name == "key":
+    if name == "seed":
         return {key: ": ".join(map(str, key)) for key in values}  # with a space to wrap at
     label = _labeller(archive, name)
     return {value: label(value[0]) for value in sorted(values, key=_order)}

@@ -12,12 +12,10 @@ from dm_generations.archive.database import Archive
 from dm_generations.archive.judgements import NewIds, copy_judgements
 from dm_generations.archive.queries import INSERT_OR_FILL_SCORES, JUDGES
 from dm_generations.archive.records import (
+    CHECKED_COLUMNS,
     INSERT_COLUMNS,
     MODEL_KINDS,
-    check_init,
-    check_tokens,
-    is_canonical,
-    quantvec_md5,
+    check_image,
 )
 from dm_generations.archive.selection import ALL, EVERY, Selection, Where, check_known, compile_known
 from dm_generations.archive.vocabulary import add_vocabulary, read_classes, read_vocabularies
@@ -152,10 +150,11 @@ class _Rows:
             self.count += 1
             row["prompt_id"] = self._new_id(self.prompt_ids, row, "prompt_id")
             row["sc_prompt_id"] = self._new_id(self.sc_prompt_ids, row, "sc_prompt_id")
-            row["quantvec_md5"] = self._checked_md5(row)
-            self._check_init(row)
-            if not is_canonical(row["extra_settings"]):
-                raise self._error("extra_settings are not canonical JSON")
+            try:
+                codec = self.codecs.get(row["codec_id"])
+                row["quantvec_md5"] = check_image(codec, *(row[name] for name in CHECKED_COLUMNS))
+            except ArchiveError as error:
+                raise self._error(str(error)) from error
             for name in MODEL_KINDS:
                 row[name] = self._new_id(self.model_ids, row, name)
             yield tuple(row.values())
@@ -164,29 +163,6 @@ class _Rows:
         if row[name] not in new_ids:
             raise self._error(f"{name} {row[name]!r:.40} has no row")
         return new_ids[row[name]]
-
-    def _checked_md5(self, row: dict[str, Any]) -> str:
-        quantvec = row["quantvec"]
-        if not isinstance(quantvec, bytes):
-            raise self._error("quantvec is not a blob")
-        codec = self.codecs.get(row["codec_id"])
-        if codec is not None:
-            try:
-                check_tokens(quantvec, codec)
-            except ArchiveError as error:
-                raise self._error(str(error)) from error
-        md5 = quantvec_md5(quantvec)
-        if row["quantvec_md5"] not in (None, md5):
-            raise self._error("quantvec_md5 is not the MD5 of the tokens")
-        return md5
-
-    def _check_init(self, row: dict[str, Any]) -> None:
-        if not isinstance(row["init_count"], int):
-            raise self._error(f"init_count is {row['init_count']!r:.40}, not a whole number")
-        try:
-            check_init(row["quantvec"], row["init_count"], row["init_md5"])
-        except ArchiveError as error:
-            raise self._error(str(error)) from error
 
     def _error(self, what: str) -> ArchiveError:
         return ArchiveError(f"{self.source.path}: image {self.current_id}: {what}; run `verify` on it")

@@ -66,6 +66,12 @@ class Group:
     count: int
 
 
+def key_words(key0: Any, key1: Any) -> tuple[int, int]:
+    """Return a key as words of 32 bits; 0 for what a damaged file has in place of a number."""
+    word0, word1 = (word & 0xFFFFFFFF if isinstance(word, int) else 0 for word in (key0, key1))
+    return word0, word1
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRow:
     """One image as stored. `quantvec` is always bytes; the other values of a damaged file can have any type."""
@@ -89,6 +95,11 @@ class ImageRow:
     init_md5: str = ""
     time_end: float | None = None
     extra_settings: str = ""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """See `key_words`."""
+        return key_words(self.key0, self.key1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +185,7 @@ INSERT_COLUMNS: Final = (
     *MODEL_KINDS,
     *("sampler_version", "log_prob", "dtype", "init_count", "init_md5", "extra_settings"),
 )
+CHECKED_COLUMNS: Final = ("quantvec", "quantvec_md5", "init_count", "init_md5", "extra_settings")  # by check_image
 _GROUP_TYPES: Final = (int, int, int, float, float, float)  # of the numbers of GROUP_COLUMNS
 
 
@@ -411,6 +423,38 @@ def check_tokens(quantvec: bytes, codec: ModelInfo) -> None:
         raise ArchiveError(
             f"a token vector holds a token that codec {codec.name!r:.100} ({codec.codebook_size} tokens) does not have"
         )
+
+
+def check_image(
+    codec: ModelInfo | None, quantvec: object, md5: object, init_count: object, initial_md5: Any, extra_settings: object
+) -> str:
+    """Check what an image that is copied says of its tokens and extra settings; return the MD5 of its tokens.
+
+    Args:
+        codec: Its codec; None if it is unknown.
+        quantvec: Its tokens; this and the next ones are of CHECKED_COLUMNS.
+        md5: Of its tokens; None is not checked.
+        init_count: Its number of initial tokens.
+        initial_md5: Of these.
+        extra_settings: See `canonical_settings`.
+
+    Raises:
+        ArchiveError: Something is wrong.
+    """
+    if not isinstance(quantvec, bytes):
+        raise ArchiveError("quantvec is not a blob")
+    if codec is not None:
+        check_tokens(quantvec, codec)
+    found = quantvec_md5(quantvec)
+    if md5 not in (None, found):
+        raise ArchiveError("quantvec_md5 is not the MD5 of the tokens")
+    if (init_count, initial_md5) != (0, ""):
+        if not isinstance(init_count, int):
+            raise ArchiveError(f"init_count is {init_count!r:.40}, not a whole number")
+        check_init(quantvec, init_count, initial_md5)
+    if extra_settings != "" and not is_canonical(extra_settings):
+        raise ArchiveError("extra_settings are not canonical JSON")
+    return found
 
 
 def tokens_from_blob(

@@ -65,6 +65,11 @@ def read_classes(connection: Connection) -> dict[int, ClassLabel]:
     return {row_id: ClassLabel(name, label) for row_id, name, label in connection.rows(_CLASSES)}
 
 
+def class_text(prompt: ClassLabel, labels: Sequence[str]) -> str:
+    """Return what stands for a class in the table of prompts: vocabulary, number and label."""
+    return f"{prompt.vocabulary} {prompt.label}: {labels[prompt.label]}"
+
+
 def class_prompt_id(connection: Connection, prompt: ClassLabel) -> int:
     """Return the id of a class's prompt, which is added if it is new; its `desc` names vocabulary, number and label.
 
@@ -84,7 +89,7 @@ def class_prompt_id(connection: Connection, prompt: ClassLabel) -> int:
     find = "SELECT id FROM prompts WHERE vocabulary_id = ? AND class_label = ?"
     found = connection.value(find, (vocabulary_id, prompt.label))
     if found is None:
-        desc = f"{prompt.vocabulary} {prompt.label}: {labels[prompt.label]}"
+        desc = class_text(prompt, labels)
         if connection.value("SELECT id FROM prompts WHERE desc = ?", (desc,)) is not None:
             raise ArchiveError(f"{connection.path}: it has a text prompt {desc!r:.100}, which reads like a class")
         insert = "INSERT INTO prompts (desc, vocabulary_id, class_label) VALUES (?, ?, ?)"

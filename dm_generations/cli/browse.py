@@ -13,23 +13,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dm_generations.archive import Archive
-from dm_generations.cli.common import add_archive, archive_path, prepare_device, print_line
+from dm_generations.cli.common import (
+    add_archives,
+    archive_paths,
+    given_archives,
+    prepare_device,
+    print_line,
+)
+from dm_generations.cli.decoder_options import add_decoder_options, load_diffusion
 from dm_generations.errors import UserError, one_line
 from dm_generations.paths import shipped
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
+    from dm_generations.inference.diffusion import Diffusion
     from dm_generations.models.loading import Checkpoint
+
+    Decoders = tuple[Checkpoint, Diffusion | None]
 
 HELP = "look at an archive in a browser, and judge its images"
 DESCRIPTION = """\
-Serve the page of an archive to a browser on this machine. Images are decoded when they are looked at, and what you say
-of them is stored in the archive. Images that are added meanwhile appear. Ctrl-C stops it.
+Serve the page of an archive, or of several side by side, to a browser on this machine. Images are decoded when they are
+looked at, and what you say of them is stored in their archive. Images that are added meanwhile appear. Ctrl-C stops it.
 """
 EPILOG = """\
 example:
   python -m dm_generations browse --db mine.db
+  python -m dm_generations browse before.db after.db
 """
 _PORT = 8765
 _LOOPBACK = "127.0.0.1"
@@ -38,7 +49,7 @@ _LOOPBACK = "127.0.0.1"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     add = parser.add_argument
-    add_archive(parser, "archive to look at")
+    add_archives(parser, "archive to look at")
     add("--codec", metavar="PATH", help="codec that the images were made with (default: the embedded one)")
     add("--port", type=_port, default=_PORT, metavar="N", help=f"port to listen on, 0 for any (default: {_PORT})")
     add(
@@ -49,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--no-open", action="store_true", help="do not open a browser")
     add("--cpu-only", action="store_true", help="do not use accelerators")
+    add_decoder_options(parser, guides=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,19 +69,22 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn
     except ImportError as error:
         raise UserError("browse needs a web server: pip install 'dm-generations[browse]'") from error
-    path = archive_path(args)
-    Archive.open(path).close()  # before anything takes time
+    paths = archive_paths(args)
+    archives = {path: isinstance(given, Path) for path, given in zip(paths, given_archives(args), strict=True)}
+    for path in paths:
+        Archive.open(path).close()  # before anything takes time
     with contextlib.closing(_listen(args.host or _LOOPBACK, args.port)) as listener:
-        codec = None if args.codec is None else _load_codec(args)  # a wrong one is an error before all else
+        is_named = args.codec is not None or args.decoder is not None
+        decoders = _load(args) if is_named else None  # a wrong one is an error before all else
         token = secrets.token_urlsafe(24)
         address = _address(args.host, listener, token)
-        print_line(f"Serving {path} at {address} (Ctrl-C stops)")
+        print_line(f"Serving {', '.join(map(str, paths))} at {address} (Ctrl-C stops)")
         sys.stdout.flush()
         if not args.no_open and _has_browser():
             # Its request waits in the socket's queue while the rest is loaded.
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         config = uvicorn.Config(
-            _make_app(path, codec or _load_codec(args), token, args.host),
+            _make_app(archives, decoders or _load(args), token, args.host),
             loop="asyncio",
             http="h11",
             ws="none",
@@ -85,20 +100,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load_codec(args: argparse.Namespace) -> "Checkpoint":
+def _load(args: argparse.Namespace) -> "Decoders":
     prepare_device(args.cpu_only)
     from dm_generations.models.loading import load_checkpoint
 
-    return load_checkpoint(args.codec, "codec")
+    return load_checkpoint(args.codec, "codec"), load_diffusion(args)
 
 
-def _make_app(path: Path, codec: "Checkpoint", token: str, host: str | None) -> "Starlette":
+def _make_app(archives: dict[Path, bool], decoders: "Decoders", token: str, host: str | None) -> "Starlette":
+    """Make the server of archives; with each is whether judgements may be stored in it."""
     from dm_generations.server.app import PageServer
+    from dm_generations.server.archives import ServedArchives
     from dm_generations.server.data import ServedArchive
-    from dm_generations.server.images import ImageCache, ImageService
+    from dm_generations.server.images import ImageCache, ImageService, hash_of
 
-    archive = ServedArchive(path, codec)
-    images = ImageService(codec, lambda md5s: archive.call(archive.load_tokens, md5s), ImageCache(codec.sha256))
+    codec, diffusion = decoders
+    served = [ServedArchive(path, codec, diffusion, is_writable) for path, is_writable in archives.items()]
+    archive = ServedArchives(served) if len(served) > 1 else served[0]
+    cache = ImageCache(hash_of(codec, diffusion))
+    images = ImageService(codec, lambda md5s: archive.call(archive.load_tokens, md5s), cache, diffusion)
     page = shipped("samplebrowser.html").read_text(encoding="utf-8")
     return PageServer(archive, images, page, token, needs_token=host is not None).make_app(host)
 

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 from dm_generations.archive import DTYPES, Selection
 from dm_generations.archive.selection import WHERE_NAMES, parse_where
+from dm_generations.errors import UserError
 from dm_generations.errors import printable as printable
 from dm_generations.paths import shipped
 from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
 
 MAX_LINE = 10_000  # characters of what is printed at once
 PROGRESS_LINE_S = 10.0
@@ -42,34 +44,87 @@ def at_least_one(text: str) -> int:
 at_least_one.__name__ = "whole number"  # as argparse names it when int() fails
 
 
-def add_archive(parser: argparse.ArgumentParser, what: str, has_default: bool = True) -> None:
+def add_archive(parser: argparse.ArgumentParser, what: str, has_default: bool = True, is_changed: bool = False) -> None:
     """Add the archive of a command, which `archive_path` returns: an argument, or the flag --db.
 
     Args:
         parser: Of the command.
         what: Explains it.
         has_default: Whether the emoji archive that ships stands for one that is left out.
+        is_changed: Whether the command writes to it; then it has to be a file.
     """
     default = " (default: the emoji archive that ships)" if has_default else ""
+    what += "" if is_changed else ", a file or an https:// or hf:// address, which is downloaded once"
+    read = file_path if is_changed else _file_or_address
     group = parser.add_mutually_exclusive_group(required=not has_default)
     group.add_argument(
         "archive",
         nargs="?",
         metavar="ARCHIVE",
-        type=file_path,
+        type=read,
         help=f"{what}{default}; it stands before lists of values",
     )
-    group.add_argument("--db", metavar="FILE", type=file_path, help="the same as ARCHIVE")
+    group.add_argument("--db", metavar="FILE", type=read, help="the same as ARCHIVE")
+
+
+def add_archives(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the archives of a command, which `archive_paths` returns: arguments, or the flag --db, once for each."""
+    parser.add_argument(
+        "archive",
+        nargs="*",
+        metavar="ARCHIVE",
+        type=_file_or_address,
+        help=f"{what}, a file or an https:// or hf:// address, or several side by side (default: the emoji archive"
+        " that ships); they stand before lists of values",
+    )
+    parser.add_argument(
+        "--db",
+        metavar="FILE",
+        type=_file_or_address,
+        action="append",
+        default=[],
+        help="the same as ARCHIVE; can be repeated",
+    )
+
+
+def archive_paths(args: argparse.Namespace) -> list[Path]:
+    """Return the archives of a command; those with an address are downloaded.
+
+    Raises:
+        UserError: One is named twice.
+    """
+    paths = [_local_path(given) for given in given_archives(args)]
+    for path in paths:
+        if [other.absolute() for other in paths].count(path.absolute()) > 1:
+            raise UserError(f"{path} is named twice; name each archive once")
+    return paths
+
+
+def given_archives(args: argparse.Namespace) -> list[Path | str]:
+    """Return the archives that were named, paths or addresses, or the one that ships."""
+    return [*args.archive, *args.db] or [shipped("archive/emoji.db")]
 
 
 def archive_path(args: argparse.Namespace) -> Path:
-    """Return the archive of a command."""
-    return given_archive(args) or shipped("archive/emoji.db")
+    """Return the archive of a command, which is downloaded if an address was given."""
+    return _local_path(given_archive(args) or shipped("archive/emoji.db"))
 
 
-def given_archive(args: argparse.Namespace) -> Path | None:
-    """Return the archive that was named; None for the one that ships."""
+def given_archive(args: argparse.Namespace) -> Path | str | None:
+    """Return the archive that was named, a path or an address; None for the one that ships."""
     return args.archive if args.db is None else args.db
+
+
+def _local_path(given: Path | str) -> Path:
+    if isinstance(given, Path):
+        return given
+    from dm_generations.api.download import find_archive
+
+    return find_archive(given)
+
+
+def _file_or_address(text: str) -> Path | str:
+    return text if "://" in text else file_path(text)
 
 
 def is_decode_script() -> bool:
@@ -86,8 +141,13 @@ def command_words(command: str) -> list[str]:
     return ["python", "-m", "dm_generations", command]
 
 
-def add_selection_options(parser: argparse.ArgumentParser) -> None:
-    """Add options that select images, which `selection_from` reads. Every command that selects has the same ones."""
+def add_selection_options(parser: argparse.ArgumentParser, best_of: str = "prompt and setting") -> None:
+    """Add options that select images, which `selection_from` reads. Every command that selects has the same ones.
+
+    Args:
+        parser: Of the command.
+        best_of: Whose images `--n-best` counts.
+    """
     group = parser.add_argument_group(
         "which images", "all that is listed in one flag or name adds up, and all flags and names have to match"
     )
@@ -124,7 +184,7 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         "--n-best",
         type=at_least_one,
         metavar="N",
-        help="only the N best of each prompt and setting, by score",
+        help=f"only the N best of each {best_of}, by score",
     )
     add(
         "--rank-by",
@@ -174,7 +234,7 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
             type=Path,
             help="tokenizer of the prompts, a file or folder, if it is not in the model's folder",
         )
-        add_dalle_pytorch_options(add)
+        add_checkpoint_options(add)
     codec_default = " (default: the model's own if it has one, else the embedded one)" if generates else ""
     add("--codec", metavar="PATH", help=f"codec that decodes tokens to pixels{codec_default}")
     add("--clip", metavar="PATH", help="CLIP that scores the images")
@@ -198,8 +258,8 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
     add("--cpu-only", action="store_true", help="do not use accelerators")
 
 
-def add_dalle_pytorch_options(add: Callable[..., argparse.Action]) -> None:
-    """Add options for what a `dalle.pt` lacks or has wrong; `add` is the method of a parser or a group."""
+def add_checkpoint_options(add: Callable[..., argparse.Action]) -> None:
+    """Add options for what the file of a model lacks or has wrong; `add` is the method of a parser or a group."""
     add(
         "--conv-like",
         choices=["causal", "centred"],
@@ -212,13 +272,29 @@ def add_dalle_pytorch_options(add: Callable[..., argparse.Action]) -> None:
         help="of a dalle.pt, which tokens --cond-scale guides: all, or only the first, and the rest are sampled "
         "without the prompt, as DALLE-pytorch's own program does by mistake (default: all)",
     )
+    add(
+        "--heads",
+        type=at_least_one,
+        metavar="N",
+        help="of a LlamaGen model, its attention heads (default: 64 channels each, or what its size is known to have)",
+    )
+    add(
+        "--grid",
+        type=at_least_one,
+        metavar="N",
+        help="of a LlamaGen model, tokens a side (default: by the pixels in the name of its file, 16 a token, else 16)",
+    )
 
 
-def dalle_pytorch_overrides(args: argparse.Namespace) -> dict[str, str | bool]:
+def config_overrides(args: argparse.Namespace) -> dict[str, str | bool | int]:
     """Return those of these options that are set, as entries of the model's config."""
-    overrides: dict[str, str | bool] = {} if args.conv_like is None else {"conv_like": args.conv_like}
+    overrides: dict[str, str | bool | int] = {} if args.conv_like is None else {"conv_like": args.conv_like}
     if args.cond_scale_of is not None:
         overrides["guides_first_code_alone"] = args.cond_scale_of == "first"
+    if args.heads is not None:
+        overrides["n_head"] = args.heads
+    if args.grid is not None:
+        overrides["block_size"] = args.grid**2
     return overrides
 
 
@@ -265,6 +341,13 @@ class Progress:
             if done < total:
                 self._print_due_line(now)
 
+    def on_step(self, done: int, total: int) -> None:
+        """Show that `done` of `total` steps of a batch are taken."""
+        with self._lock:
+            self._stage = f"step {done:,} of {total:,}"
+            if self._bar is not None:
+                self._bar.set_description_str(self._stage)
+
     def _show_bar(self, total: int | None) -> None:
         """Show a bar on a terminal; without a total only what is done at the moment."""
         if not sys.stderr.isatty():
@@ -293,7 +376,7 @@ class Progress:
             print_line(f"{self._stage}: {now - self._started:,.0f} s so far", to_stderr=True)
             return
         since, count = self._first
-        line = f"{self._done:,} of {self._total:,} images"
+        line = f"{self._done:,} of {self._total:,} images" + (f", {self._stage}" if self._stage else "")
         if self._done > count and now > since:
             speed = (self._done - count) / (now - since)
             line += f", {rate(speed)}, {(self._total - self._done) / speed:,.0f} s left"

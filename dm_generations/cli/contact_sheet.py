@@ -21,8 +21,8 @@ from dm_generations.errors import UserError
 HELP = "make a labelled grid of images, for a paper or a post"
 DESCRIPTION = """\
 Make a grid of images with labels: one axis as rows, another one as columns, and if wanted a third one as pages. The
-axes are prompt, sc_prompt, the settings, model and key (the noise). Those that are not shown must have one value, which
-stands above the grid; choose it with the flags that select images.
+axes are prompt, sc_prompt, the settings, model and seed (the noise). Those that are not shown must have one value,
+which stands above the grid; choose it with the flags that select images.
 """
 EPILOG = """\
 A grid that is larger than 8,192 pixels a side is split: sheet.png becomes sheet-1.png, sheet-2.png and so on.
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cell",
         choices=CELLS,
         default="best1",
-        help="what a cell shows: the best 1, 4 or 9 images by CLIP score, or the same seed (key) in every cell, which "
+        help="what a cell shows: the best 1, 4 or 9 images by CLIP score, or the same seed in every cell, which "
         "is the one that most cells have (default: best1)",
     )
     add(

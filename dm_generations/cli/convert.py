@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from dm_generations.archive import DTYPES
-from dm_generations.cli.common import print_line
+from dm_generations.cli.common import add_checkpoint_options, config_overrides, print_line
 
 HELP = "write a public checkpoint in this program's own format"
 DESCRIPTION = """\
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="PATH", help="a folder, a file or a name on the Hugging Face hub, owner/name@revision")
     add("--out", metavar="FOLDER", type=Path, required=True, help="folder to write; it must not exist yet")
     add("--tokenizer", metavar="PATH", type=Path, help="the generator's tokenizer, if it is not in the model's folder")
+    add_checkpoint_options(add)
     add("--dtype", choices=["as-is", *DTYPES], default="as-is", help="how weights are stored (default: as they are)")
 
 
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
     from dm_generations.pipelines.convert import convert
 
-    for line in convert(args.model, args.out, args.tokenizer, None if args.dtype == "as-is" else args.dtype):
+    dtype = None if args.dtype == "as-is" else args.dtype
+    for line in convert(args.model, args.out, args.tokenizer, dtype, config_overrides(args)):
         print_line(line)
     return 0

@@ -18,6 +18,7 @@ from dm_generations.cli.common import (
     print_line,
     selection_from,
 )
+from dm_generations.cli.decoder_options import add_decoder_options, load_diffusion
 from dm_generations.errors import UserError
 from dm_generations.paths import sanitize_name
 
@@ -70,9 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--batch-size",
         type=_batch_size,
-        default=32,
         metavar="N",
-        help="images decoded at a time, or auto for as many as the device has memory for (default: 32)",
+        help="images decoded at a time, or auto for as many as the device has memory for (default: 32; with --decoder "
+        "auto)",
     )
     add(
         "--dtype",
@@ -92,6 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_gallery(
         parser.add_argument_group("gallery", "a group with more images continues in files with page=2, page=3, ...")
     )
+    number_help = "decode each image N times, from other noise each time (default: 1)"
+    add_decoder_options(parser).add_argument("--decoder-n", type=at_least_one, metavar="N", help=number_help)
     add_selection_options(parser)
 
 
@@ -100,7 +103,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     add("--format", choices=["png", "webp", "jpeg"], help="of the images (default: png)")
     add(
         "--quality",
-        type=_quality,
+        type=quality,
         metavar="N",
         help="1 to 100, of jpeg (default: 90) and webp (default: lossless, of about the size of a png)",
     )
@@ -150,7 +153,7 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
     from dm_generations.export.output_file import Encoding
     from dm_generations.export.plan import Layout
 
-    mode = _mode(args)
+    mode, batch_size = _mode(args), args.batch_size or (None if args.decoder else 32)
     options = ExportOptions(
         out_dir=Path(args.out_dir or find_out_dir(given_archive(args), mode)),
         layout=Layout(
@@ -159,11 +162,13 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
             args.gallery_rows,
             shard_size=args.shard_size or 1000,
             is_seamless=args.seamless,
+            decodings=args.decoder_n or 1,
         ),
         selection=selection_from(args),
         codec=args.codec,
+        diffusion=load_diffusion(args),
         dtype=args.dtype,
-        batch_size=args.batch_size,
+        batch_size=None if batch_size == "auto" else batch_size,
         num_workers=args.num_workers,
         overwrite=args.overwrite,
         encoding=Encoding(args.format or "png", args.quality, args.png or "default"),
@@ -173,15 +178,20 @@ def _decode(archive: Archive, args: argparse.Namespace) -> int:
     return 1 if write_files(archive, options).problems else 0
 
 
-def find_out_dir(archive: Path | None, mode: str = "images") -> Path:
+def find_out_dir(archive: Path | str | None, mode: str = "images") -> Path:
     """Return the folder that an archive is decoded into by default.
 
     Args:
-        archive: None is the one that ships, whose folder has the mode's name, as all had for the script of 2022.
+        archive: A path or an address. None is the one that ships, whose folder has the mode's name, as all had for
+            the script of 2022.
         mode: Of decode.
     """
     if archive is None or is_decode_script():
         return Path(mode)
+    if isinstance(archive, str):
+        from dm_generations.api.download import archive_name
+
+        archive = Path(archive_name(archive))
     name = archive.stem if mode == "images" and archive.suffix else f"{archive.stem}-{mode}"
     return Path(sanitize_name(name) or mode)
 
@@ -191,7 +201,7 @@ def write_files(archive: Archive, options: "ExportOptions") -> "ExportReport":
     from dm_generations.export.exporter import export_archive
 
     with Progress() as on_progress:
-        report = export_archive(archive, options, on_progress)
+        report = export_archive(archive, options, on_progress, on_progress.on_step)
     notes = [f"{report.already_there:,} skipped, already present"] if report.already_there else []
     notes += [counted(len(report.problems), "problem")] if report.problems else []
     summary = f"{counted(report.written, 'file')} written to {options.out_dir}"
@@ -226,6 +236,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         ),
         ("--shard-size", args.shard_size and mode != "tar", "it is for --mode tar"),
         ("--seamless", args.seamless and mode != "gallery", "it is for --mode gallery"),
+        ("--seamless", args.seamless and args.decoder, "a diffusion decoder decodes each image by itself"),
+        ("--decoder", args.decoder and mode == "npy", "tokens are written as they are"),
         ("--captions", args.captions and mode != "gallery", "it is for --mode gallery"),
         ("--score-labels", args.score_labels and mode != "gallery", "it is for --mode gallery"),
         (
@@ -244,16 +256,17 @@ def _check_flags(args: argparse.Namespace) -> None:
         )
 
 
-def _batch_size(text: str) -> int | None:
-    return None if text == "auto" else at_least_one(text)
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else at_least_one(text)
 
 
-def _quality(text: str) -> int:
+def quality(text: str) -> int:
+    """Convert the flag --quality. Raises ArgumentTypeError or ValueError."""
     number = int(text)
     if not 1 <= number <= 100:
         raise argparse.ArgumentTypeError(f"{number} is not between 1 and 100")
     return number
 
 
-_quality.__name__ = "whole number"  # argparse names the type when int() fails
+quality.__name__ = "whole number"  # argparse names the type when int() fails
 _batch_size.__name__ = "whole number or auto"

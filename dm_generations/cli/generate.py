@@ -6,7 +6,7 @@ import logging
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dm_generations.archive import Archive, Selection
 from dm_generations.cli.common import (
@@ -14,8 +14,8 @@ from dm_generations.cli.common import (
     add_model_options,
     at_least_one,
     command_words,
+    config_overrides,
     counted,
-    dalle_pytorch_overrides,
     file_path,
     file_size,
     prepare_device,
@@ -63,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--db", metavar="FILE", type=file_path, required=True, help="archive to fill; created if there is none")
     add("--prompts", nargs="+", metavar="TEXT", help="what to generate")
+    add(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help="of a model that draws classes: numbers and ranges, as 207 0-999, in place of prompts",
+    )
     add("--prompts-file", metavar="FILE", type=Path, help="more prompts: UTF-8 text, one a line")
     add(
         "--sweep",
@@ -162,11 +168,41 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
         f"off (default: {DEFAULT_PARAMS.cond_scale:g})",
     )
     add(
+        "--cfg-interval",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="of LlamaGen, guide the first K + 2 tokens alone, as its option of this name; -1 guides all (default: -1)",
+    )
+    add("--steps", type=int, nargs="+", metavar="N", help="of aMUSEd, in how many steps (default: 12)")
+    numbers: dict[str, Any] = {"type": float, "nargs": "+", "metavar": "X"}
+    add(
+        "--mask-temperature",
+        **numbers,
+        help="of aMUSEd, how much chance decides at the first step which tokens stay (default: 2)",
+    )
+    add("--mask-temperature-end", **numbers, help="of aMUSEd, the same at the last step (default: 0)")
+    add("--aesthetic-score", **numbers, help="of aMUSEd, a score that the image should have (default: 6)")
+    for side in ("top", "left"):
+        add(f"--crop-{side}", **numbers, help=f"of aMUSEd, pixels cut off at the {side} (default: 0)")
+    add(
         "--sc-prompts",
         nargs="+",
         metavar="TEXT",
         help='unconditional prompts, for what to avoid; "" is the model\'s own empty one (default: "")',
     )
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that exclude each other."""
+    if args.no_score and args.clip:
+        raise UserError("use just one of --clip and --no-score")
+    if args.keys and (args.n is not None or args.seed is not None):
+        raise UserError("use just one of --keys and of --n with --seed")
+    if args.classes and args.output == "npy":
+        raise UserError("--output npy takes no --classes: write tokens with decode --mode npy")
+    if args.progressive_dir is not None and args.progressive is None:
+        _logger.warning("--progressive-dir has no effect without --progressive")
 
 
 def _add_init_tokens(group: argparse._ArgumentGroup) -> None:
@@ -178,12 +214,7 @@ def _add_init_tokens(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
-    if args.no_score and args.clip:
-        raise UserError("use just one of --clip and --no-score")
-    if args.keys and (args.n is not None or args.seed is not None):
-        raise UserError("use just one of --keys and of --n with --seed")
-    if args.progressive_dir is not None and args.progressive is None:
-        _logger.warning("--progressive-dir has no effect without --progressive")
+    _check(args)
     flags = {name: value for name in SWEEP_KEYS if (value := getattr(args, name)) is not None}
     sweep = load_sweep(flags, args.sweep, args.prompts_file)
     shard = WHOLE_SWEEP if args.shard is None else Shard.parse(args.shard)
@@ -194,7 +225,7 @@ def run(args: argparse.Namespace) -> int:
         db=args.db,
         model=args.model,
         tokenizer=args.tokenizer,
-        config_overrides=dalle_pytorch_overrides(args),
+        config_overrides=config_overrides(args),
         codec=args.codec,
         clip=args.clip,
         is_scored=not args.no_score,
@@ -225,7 +256,7 @@ def run(args: argparse.Namespace) -> int:
         print_line(f"error: {what}: dalle-mini's noise also samples the start token", to_stderr=True)
         status = 1
     if args.output == "npy":
-        status |= _write_token_files(args.db, sweep.prompts, args.out_dir, args.json)
+        status |= _write_token_files(args.db, list(map(str, sweep.prompts)), args.out_dir, args.json)
     return status
 
 

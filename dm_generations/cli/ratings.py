@@ -31,7 +31,7 @@ _SHOWN_PROMPT = 60
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     add = parser.add_argument
-    add_archive(parser, "archive", has_default=False)
+    add_archive(parser, "archive", has_default=False, is_changed=True)
     actions = parser.add_mutually_exclusive_group(required=True)
     actions.add_argument(
         "--import",

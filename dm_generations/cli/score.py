@@ -13,11 +13,14 @@ from dm_generations.cli.common import (
     add_model_options,
     add_selection_options,
     archive_path,
+    at_least_one,
     counted,
     prepare_device,
     print_line,
     selection_from,
 )
+from dm_generations.cli.decoder_options import add_decoder_options, load_diffusion
+from dm_generations.errors import UserError
 
 if TYPE_CHECKING:
     from dm_generations.pipelines.rescore import ScoreReport
@@ -40,7 +43,7 @@ _MAX_BAD_ROWS = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
-    add_archive(parser, "archive to score; it is changed", has_default=False)
+    add_archive(parser, "archive to score; it is changed", has_default=False, is_changed=True)
     add("--all", action="store_true", help="also score images that another CLIP scored, and replace its scores")
     add(
         "--aesthetic",
@@ -50,27 +53,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vectors", action="store_true", help="also store the CLIP's image vectors, for find and compare")
     add("--json", action="store_true", help="print what was done as JSON, for programs")
     add_model_options(parser, generates=False)
+    add_decoder_options(parser).add_argument(
+        "--decoding",
+        type=at_least_one,
+        metavar="N",
+        help="score the Nth decoding of each image, as decode --decoder-n numbers them; each has scores of its own "
+        "(default: 1)",
+    )
     add_selection_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
     selection, path = selection_from(args), archive_path(args)
+    if args.vectors and args.decoder:
+        raise UserError("--vectors are of a codec's own images, which find and compare show: leave out --decoder")
     with Archive.open(path, "w") as archive:
         where = compile_nonempty(archive, selection)
-        asks_for_more = args.all or args.clip or args.aesthetic or args.vectors
+        asks_for_more = args.all or args.clip or args.aesthetic or args.vectors or args.decoder
         if not asks_for_more and not archive.count_to_score(where=where):  # known at once, without the models
             _print_nothing(args, path)
             return 0
         prepare_device(args.cpu_only)
         from dm_generations.models.loading import load_checkpoint
-        from dm_generations.pipelines.rescore import Judges, score_archive
+        from dm_generations.pipelines.rescore import Judges, judge_of_decoder, score_archive
 
         with Progress() as on_progress:
             codec, clip = load_checkpoint(args.codec, "codec"), load_checkpoint(args.clip, "clip")
             head = None if args.aesthetic is None else load_checkpoint(args.aesthetic, "scorer")
-            judges = Judges(clip, args.all, args.clip is not None and not args.all, head, args.vectors)
-            report = score_archive(archive, codec, judges, args.batch_size, on_progress, where)
+            diffusion, decoding = load_diffusion(args), (args.decoding or 1) - 1
+            adds = bool(args.clip or diffusion) and not args.all
+            if diffusion is not None:
+                clip = judge_of_decoder(clip, diffusion, decoding)
+            judges = Judges(clip, args.all, adds, head, args.vectors, diffusion, decoding)
+            report = score_archive(archive, codec, judges, args.batch_size, on_progress, where, on_progress.on_step)
     return _print_report(report, args, path, codec.name)
 
 

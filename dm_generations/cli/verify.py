@@ -11,12 +11,12 @@ from dm_generations.archive.selection import Where, compile_nonempty
 from dm_generations.cli.common import (
     Progress,
     add_archive,
-    add_dalle_pytorch_options,
+    add_checkpoint_options,
     add_selection_options,
     archive_path,
     at_least_one,
+    config_overrides,
     counted,
-    dalle_pytorch_overrides,
     prepare_device,
     print_line,
     selection_from,
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tokenizer", metavar="PATH", type=Path, help="its tokenizer, if it is not in the model's folder"
     )
-    add_dalle_pytorch_options(group.add_argument)
+    add_checkpoint_options(group.add_argument)
     group.add_argument(
         "--batch-size",
         type=at_least_one,
@@ -113,7 +113,7 @@ def _reproduce(archive: Archive, where: Where, args: argparse.Namespace) -> int:
 
     max_margin = None if args.regenerate else args.margin
     with Progress() as on_progress:
-        checkpoint = load_generator(args.model, args.tokenizer, dalle_pytorch_overrides(args))
+        checkpoint = load_generator(args.model, args.tokenizer, config_overrides(args))
         report = reproduce_archive(
             archive, checkpoint, args.batch_size, max_margin, args.sample, print_mismatch, on_progress, where
         )

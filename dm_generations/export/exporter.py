@@ -10,24 +10,40 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from itertools import islice
-from pathlib import Path
-from typing import Literal, Protocol
+from itertools import islice, repeat
+from typing import Literal
 
 import numpy as np
 
 from dm_generations.archive import Archive, ImageRow
 from dm_generations.archive.records import BadTokensError, count_tokens, tokens_from_blob
-from dm_generations.archive.selection import Selection
-from dm_generations.atomic_io import remove_stale_temporaries
+from dm_generations.atomic_io import remove_stale_temporaries, write_atomic
 from dm_generations.errors import UserError
-from dm_generations.export.captions import Strips
 from dm_generations.export.journal import Journal, identify
-from dm_generations.export.manifest import Entry, build_manifest, make_entry, manifest_files, write_manifest
-from dm_generations.export.output_file import EncodeContext, Encoding, OutputFile, encode_npy, fill_cells
-from dm_generations.export.plan import GroupPlan, Layout, Target, check_codec, is_finished, select_groups
+from dm_generations.export.manifest import (
+    THUMBNAILS,
+    Entry,
+    build_manifest,
+    describe_decoder,
+    make_entry,
+    manifest_files,
+    thumbnail_path,
+    write_manifest,
+)
+from dm_generations.export.options import ExportOptions, ExportReport
+from dm_generations.export.output_file import (
+    Decoded,
+    EncodeContext,
+    OutputFile,
+    PassthroughDecoder,
+    TokenDecoder,
+    encode_npy,
+    fill_cells,
+    thumbnail_side,
+)
+from dm_generations.export.plan import GroupPlan, Target, check_codec, is_finished, select_groups
 from dm_generations.export.writers import (
     FileWriter,
     Member,
@@ -38,7 +54,7 @@ from dm_generations.export.writers import (
     fingerprint,
     make_folder,
 )
-from dm_generations.inference.decoder import Decoder
+from dm_generations.inference.decoder import Decoder, RowKey
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.paths import utf8_path
 from dm_generations.runtime import compile_cache
@@ -48,94 +64,16 @@ _logger = logging.getLogger(__name__)
 _MAX_FILE_PIXELS = 1 << 28  # 800 MB in memory, and each worker may hold several
 _LEAST_BATCH = 64  # a larger one is cut down to the power of two that holds all images
 
-# What is decoded as one: its file, its cell there and its tokens (L,) uint16; or no cell, and those of all (cells, L).
-Item = tuple[OutputFile, int | None, np.ndarray]
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """How to decode an archive into files.
-
-    Attributes:
-        codec: A folder, a file or a name on the hub; None is the embedded one.
-        dtype: Of the decoder's activations.
-        batch_size: Images decoded at a time; None is as many as the device has memory for.
-        num_workers: Threads that encode; None is one for each core.
-        overwrite: Decode what is on disk already.
-        encoding: Of image files, whose names end in its extension.
-        has_metadata: Whether image files carry their rows.
-        strips: The text on galleries.
-    """
-
-    out_dir: Path
-    layout: Layout = field(default_factory=lambda: Layout("images", 8, 4))
-    selection: Selection = field(default_factory=Selection)
-    codec: str | None = None
-    dtype: str = "float32"
-    batch_size: int | None = 32
-    num_workers: int | None = None
-    overwrite: bool = False
-    encoding: Encoding = field(default_factory=Encoding)
-    has_metadata: bool = False
-    strips: Strips = field(default_factory=Strips)
-
-
-@dataclass
-class ExportReport:
-    """What an export did.
-
-    Attributes:
-        written: Files written.
-        already_there: Files that were finished before.
-        problems: A line for each bad row and each file that could not be written.
-        page: To open in a browser.
-        left_out_count: Files in the folder, of other archives or selections, that are not on the page.
-    """
-
-    written: int = 0
-    already_there: int = 0
-    problems: list[str] = field(default_factory=list)
-    page: Path | None = None
-    left_out_count: int = 0
-
-
-class Decoded(Protocol):
-    """Images that are being decoded."""
-
-    def images(self) -> np.ndarray:
-        """Wait for the images (n, H, W, 3) uint8."""
-
-
-class TokenDecoder(Protocol):
-    """What turns tokens into images: a codec, or PassthroughDecoder."""
-
-    @property
-    def batch_size(self) -> int:
-        """How many images `start` should get at a time."""
-
-    def start(self, tokens: np.ndarray) -> Decoded:
-        """Start decoding (n, L) uint16."""
-
-
-@dataclass
-class PassthroughDecoder:
-    """Stands for a codec where tokens are written as they are: its images are their tokens (n, L)."""
-
-    batch_size = 1  # rows of an archive may differ in length
-    tokens: np.ndarray | None = None
-
-    def start(self, tokens: np.ndarray) -> "PassthroughDecoder":
-        """Take tokens (n, L)."""
-        return PassthroughDecoder(tokens)
-
-    def images(self) -> np.ndarray:
-        """Return the tokens."""
-        assert self.tokens is not None, "started"
-        return self.tokens
+# What is decoded as one: its file, its cell there, its tokens (L,) uint16 and its key; or no cell, and all tokens
+# (cells, L).
+Item = tuple[OutputFile, int | None, np.ndarray, RowKey]
 
 
 def export_archive(
-    archive: Archive, options: ExportOptions, on_progress: Callable[[int, int], None] = lambda done, total: None
+    archive: Archive,
+    options: ExportOptions,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
     """Write the selected images under `options.out_dir`, with the page to look at them.
 
@@ -145,6 +83,7 @@ def export_archive(
         archive: The archive.
         options: What to write, and how.
         on_progress: Called with how many images are done, and of how many.
+        on_step: Called with how many steps of a batch a diffusion decoder has taken, and of how many.
 
     Returns:
         What was written, and the problems.
@@ -155,12 +94,16 @@ def export_archive(
     """
     plans = select_groups(archive, options.selection)
     folders = [] if options.layout.is_sharded else sorted({plan.folder for plan in plans})
+    if options.has_thumbnails:
+        folders += [f"{folder}/{THUMBNAILS}" for folder in folders]
     check_folders(options.out_dir, folders)
     with Journal(options.out_dir) as journal:
         if options.layout.has_page:
             journal.open()
         exporter = Exporter(archive, plans, options, journal, on_progress)
         decoder = _load_decoder(archive, plans, options, exporter.due_count) if exporter.due_count else None
+        if isinstance(decoder, Decoder):
+            decoder.on_step = on_step
         for folder in ("", *folders):
             remove_stale_temporaries(utf8_path(options.out_dir, folder))
         on_progress(0, exporter.due_count)
@@ -186,8 +129,9 @@ class Exporter:
         self.report = ExportReport()
         self._entries: dict[str, Entry] = {}  # by path, for files that are there or will be
         self._models = archive.models()
+        self._decoder = None if options.diffusion is None else options.diffusion.describe()
         self._context = EncodeContext(
-            self.layout.mode, options.encoding, options.strips, options.has_metadata, self._models
+            self.layout, options.encoding, options.strips, options.has_metadata, self._models, self._decoder
         )
         folders = {"", *(plan.folder for plan in plans)}
         self._new_folders = {folder for folder in folders if not os.path.exists(utf8_path(self.out_dir, folder))}
@@ -215,7 +159,15 @@ class Exporter:
                 for file in files:
                     self.journal.flush()
                     done = self._when_written(file)
-                    writer.submit(utf8_path(self.out_dir, file.path), partial(file.encode, self._context), done)
+                    writer.submit(utf8_path(self.out_dir, file.path), partial(self._encode, file), done)
+
+    def _encode(self, file: OutputFile) -> bytes:
+        """Return the bytes of a file; its thumbnail is written before it, so that a finished file has one."""
+        if self.options.has_thumbnails:
+            path = utf8_path(self.out_dir, thumbnail_path(file.path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, file.encode_thumbnail())
+        return file.encode(self._context)
 
     def write_page(self) -> None:
         """Write `manifest.js`, the page and the compacted journal, for the files that are there.
@@ -227,7 +179,8 @@ class Exporter:
             return
         try:
             if self._entries:
-                self.report.page = write_manifest(self.out_dir, self._manifest())
+                self.report.manifest = self._manifest()
+                self.report.page = write_manifest(self.out_dir, self.report.manifest, self.options.page)
             self.report.left_out_count = len(self.journal.compact() - self._entries.keys())
         except OSError as error:
             raise UserError(f"cannot write the page into {self.out_dir}: {error.strerror}") from error
@@ -250,12 +203,14 @@ class Exporter:
 
     def _is_finished(self, path: str) -> bool:
         """Return whether a file was there before this export; asks the disk only where the file's folder was."""
-        return path.rpartition("/")[0] not in self._new_folders and is_finished(self.out_dir, path)
+        if path.rpartition("/")[0] in self._new_folders or not is_finished(self.out_dir, path):
+            return False
+        return not self.options.has_thumbnails or is_finished(self.out_dir, thumbnail_path(path))
 
     def _find_stale(self) -> Iterator[str]:
         """Yield paths of files whose ranks belong to other images by now."""
         for plan in self.plans if self.layout.has_page and not self.journal.is_empty else ():
-            rows = plan.rows(self.archive)
+            rows = self._rows(plan)
             for target in plan.targets(self.layout):
                 members = list(islice(rows, len(target.ranks)))
                 if members:
@@ -282,6 +237,8 @@ class Exporter:
     def _describe_set(self) -> Iterator[object]:
         """Yield what tells one set of shards from another."""
         yield self.layout.mode, self.layout.extension, self.layout.shard_size if self.layout.mode == "tar" else None
+        if self._decoder is not None:
+            yield describe_decoder(self._decoder), self.layout.decodings
         for plan in self.plans:
             yield plan.describe()
             for row in plan.rows(self.archive):
@@ -296,7 +253,7 @@ class Exporter:
         finished_shard: Shard | None = None
         for plan, target, shard in self._files():
             if plan is not current_plan:
-                current_plan, rows = plan, plan.rows(self.archive)
+                current_plan, rows = plan, self._rows(plan)
             members = list(islice(rows, len(target.ranks)))
             is_due = self._is_due(target, shard)
             if shard is None and members and not is_due:
@@ -315,6 +272,11 @@ class Exporter:
             elif shard is not finished_shard:
                 finished_shard = shard
                 self.report.already_there += 1
+
+    def _rows(self, plan: GroupPlan) -> Iterator[ImageRow]:
+        """Yield the images of a group, each as often as it is decoded."""
+        for row in plan.rows(self.archive):
+            yield from repeat(row, self.layout.decodings)
 
     def _read_file(
         self, plan: GroupPlan, target: Target, members: list[ImageRow], shard: Shard | None, decoder: TokenDecoder
@@ -348,9 +310,12 @@ class Exporter:
         file_rows = [(cell, members[cell]) for cell in tokens_by_cell]
         file = OutputFile(path, replaced_path, plan, target, file_rows, shard, grid, decoded_grid)
         if self.layout.is_seamless:
-            yield file, None, fill_cells(tokens_by_cell, self.layout.images_per_file)
+            tokens = fill_cells(tokens_by_cell, self.layout.images_per_file)
+            yield file, None, tokens, RowKey()
         else:
-            yield from ((file, cell, tokens) for cell, tokens in tokens_by_cell.items())
+            for cell, tokens in tokens_by_cell.items():
+                number = self.layout.decoding(target.ranks.start + cell)
+                yield file, cell, tokens, RowKey(*members[cell].key, number, plan.prompt)
 
     def _tokens(self, row: ImageRow, decoder: TokenDecoder | None) -> np.ndarray:
         """Return (L,) uint16. Raises BadTokensError for what the codec, or the one that the row records, cannot decode.
@@ -366,7 +331,7 @@ class Exporter:
         return tokens_from_blob(row.quantvec, row.quantvec_md5, None, 1 << 16)
 
     def _entry(self, plan: GroupPlan, target: Target, path: str, members: list[ImageRow]) -> Entry:
-        return make_entry(plan, target, path, members, self._models)
+        return make_entry(plan, target, path, members, self._models, self.layout, self._decoder)
 
     # Written, or not.
 
@@ -413,7 +378,11 @@ class Exporter:
 
     def _manifest(self) -> dict:
         mode = "gallery" if self.layout.is_gallery else "images"
-        return build_manifest(mode, self.archive.path.name, self._entries.values())
+        manifest = build_manifest(mode, self.archive.path.name, self._entries.values(), self._decoder)
+        if self.options.has_thumbnails:
+            side = thumbnail_side(utf8_path(self.out_dir, thumbnail_path(next(iter(self._entries)))))
+            manifest["thumbnails"] = {"folder": THUMBNAILS, "side": side}
+        return manifest
 
     def _last_members(self) -> list[Member]:
         """Return the page for a zip, which is the tree that separate files would be."""
@@ -428,7 +397,7 @@ def _decode(decoder: TokenDecoder | None, items: Iterator[Item]) -> Iterator[Ite
     running: tuple[list[Item], Decoded] | None = None
     while batch := list(islice(items, decoder.batch_size if decoder else 1)):
         assert decoder is not None, "there are no items without one"
-        started = batch, decoder.start(np.stack([tokens for _, _, tokens in batch]))
+        started = batch, decoder.start(np.stack([item[2] for item in batch]), [item[3] for item in batch])
         if running is not None:
             yield from _wait(*running)
         running = started
@@ -437,13 +406,13 @@ def _decode(decoder: TokenDecoder | None, items: Iterator[Item]) -> Iterator[Ite
 
 
 def _wait(batch: list[Item], decoded: Decoded) -> Iterator[Item]:
-    for (file, cell, _), image in zip(batch, decoded.images(), strict=True):
-        yield file, cell, image
+    for (file, cell, _, key), image in zip(batch, decoded.images(), strict=True):
+        yield file, cell, image, key
 
 
 def _fill(items: Iterable[Item]) -> Iterator[OutputFile]:
     """Yield each file when its last image is on it."""
-    for file, cell, pixels in items:
+    for file, cell, pixels, _ in items:
         if cell is None:
             file.place_all(pixels)
         else:
@@ -465,7 +434,8 @@ def _load_decoder(archive: Archive, plans: list[GroupPlan], options: ExportOptio
     grid, warnings = check_codec(archive, plans, checkpoint)
     for warning in warnings:
         _logger.warning(warning)
-    codec = Decoder.from_checkpoint(checkpoint, _limit_batch(options.batch_size, due_count), options.dtype, grid=grid)
+    batch_size = _limit_batch(options.batch_size, due_count)
+    codec = Decoder.from_checkpoint(checkpoint, batch_size, options.dtype, grid, options.diffusion)
     _check_gallery_size(options, codec.image_size)
     if layout.is_seamless:
         codec = codec.tiled(layout.rows, layout.cols)

@@ -12,7 +12,9 @@ statement, `window.DM_MANIFEST = {...};`, in ASCII:
     provenances  [[model, sampler_version, init_count, dtype], ...]    each listed once: the name of the model that
                  sampled an image, "" for the one that ships and null for one that is not known; which noise it sampled
                  with; the number of initial tokens; and the dtype of its activations
-    groups       columns: prompt, sc_prompt, top_k, top_p, temperature, cond_scale, prefix, suffix, count
+    thumbnails   if there are any {"folder": beside the images, "side": their pixels a side}; they have the same names
+    groups       columns: prompt, sc_prompt, top_k, top_p, temperature, cond_scale, prefix, suffix, count; of several
+                 archives also archive, a position in `archives`
     images       columns: name, position, score, and of mode "images" seed, provenance, md5, time; group after group
 
 A column is a list, or one value where all are equal. `prompt`, `sc_prompt`, `seed` and `provenance` are positions in
@@ -23,6 +25,9 @@ with "/" between its parts, is prefix + name + suffix: they only save repeating 
     score        CLIP logits of image and prompt as typed, or null; of a gallery a list of them, best first
     md5          of the tokens: all digests in base 64, 22 characters each, as one text. Null: not known.
     time         when sampling ended: {"start": UTC Unix seconds, "seconds": column of whole seconds since, or null}
+
+Of images by a diffusion decoder there is also `decoder`, an object with its name, sha256, steps, eta, clip_denoised and
+seed, and in mode "images" a column `decoding`, the number of an image among those of its row, from 0.
 
 top_k 0 and top_p 1.0 mean "off"; numbers that JSON has no form for (NaN, infinities) are null. The page also opens
 version 1, which listed rows in place of columns, without md5 and time.
@@ -40,13 +45,14 @@ from typing import Any
 from dm_generations.archive import ImageRow, ModelInfo
 from dm_generations.archive.records import quantvec_md5
 from dm_generations.atomic_io import write_atomic
-from dm_generations.export.plan import GroupPlan, Target
+from dm_generations.export.plan import GroupPlan, Layout, Target
 from dm_generations.export.writers import fingerprint
 from dm_generations.models.loading import is_other_embedded
 from dm_generations.paths import PAGE, shipped
 
 MANIFEST_VERSION = 2
 MANIFEST = "manifest.js"
+THUMBNAILS = "thumbs"
 MANIFEST_START = "window.DM_MANIFEST = "
 
 _SHIPPED = "embedded/"  # so begin the names of models that ship
@@ -77,6 +83,8 @@ class ImageEntry(_File):
         row_id: In the archive; seeds are listed in this order.
         md5: Hex, of its tokens.
         time: When its sampling ended, in UTC Unix seconds.
+        decoder: What decoded it in place of its codec's own decoder, see `describe_decoder`.
+        decoding: Which of its row's decodings it is, from 0.
     """
 
     rank: int
@@ -90,6 +98,8 @@ class ImageEntry(_File):
     row_id: int = 0
     md5: str | None = None
     time: float | None = None
+    decoder: str | None = None
+    decoding: int = 0
 
     @property
     def position(self) -> int:
@@ -98,7 +108,8 @@ class ImageEntry(_File):
 
     def facts(self) -> list[Any]:
         """Return what tells it from another image; the journals of output folders have digests of it."""
-        return [round_score(self.score), self.key0, self.key1, *self._provenance()]
+        decoded = [] if self.decoder is None else [self.decoder, self.decoding]
+        return [round_score(self.score), self.key0, self.key1, *self._provenance(), *decoded]
 
     def _provenance(self) -> list[int | str | None]:
         """Return what sampling it again needs apart from settings and key; for the shipped model mostly nothing."""
@@ -118,6 +129,7 @@ class GalleryEntry(_File):
     scores: tuple[float | None, ...]
     page: int = 0
     identity: str | None = None  # tells these images from others, where there are no scores
+    decoder: str | None = None
 
     @property
     def position(self) -> int:
@@ -126,14 +138,25 @@ class GalleryEntry(_File):
 
     def facts(self) -> list[Any]:
         """Return what tells it from another file; the journals of output folders have digests of it."""
-        return [list(map(round_score, self.scores)), *filter(None, [self.identity])]
+        return [list(map(round_score, self.scores)), *filter(None, [self.identity, self.decoder])]
 
 
 Entry = ImageEntry | GalleryEntry
 
 
+def describe_decoder(decoder: Mapping[str, Any]) -> str:
+    """Return 8 hex digits that differ for decoders whose images differ; the name of one does not matter."""
+    return fingerprint([*sorted(item for item in decoder.items() if item[0] != "name")])
+
+
 def make_entry(
-    plan: GroupPlan, target: Target, path: str, members: list[ImageRow], models: Mapping[int, ModelInfo]
+    plan: GroupPlan,
+    target: Target,
+    path: str,
+    members: list[ImageRow],
+    models: Mapping[int, ModelInfo],
+    layout: Layout,
+    decoder: Mapping[str, Any] | None = None,
 ) -> Entry:
     """Return what the page says of a file.
 
@@ -143,13 +166,17 @@ def make_entry(
         path: Where the file is: the target's path, or its incomplete one.
         members: The rows of the target's ranks.
         models: Those of the archive, by id.
+        layout: Of all files.
+        decoder: What decodes in place of the codec's own decoder.
     """
     key, params = plan.key, plan.key.params
+    decoded_by = None if decoder is None else describe_decoder(decoder)
     settings = (params.top_k, params.top_p, params.temperature, params.cond_scale)
     shared = (path, key.prompt_id, plan.prompt, key.sc_prompt_id, plan.sc_prompt, *settings)
     if target.incomplete_path:
         identity = fingerprint((row.key0, row.key1, row.quantvec_md5) for row in members)
-        return GalleryEntry(*shared, scores=tuple(map(finite_score, members)), page=target.page, identity=identity)
+        scores = tuple(map(finite_score, members))
+        return GalleryEntry(*shared, scores=scores, page=target.page, identity=identity, decoder=decoded_by)
     (row,) = members
     names = ("key0", "key1", "sampler_version", "init_count", "dtype")
     provenance: dict[str, Any] = {name: json_value(getattr(row, name)) for name in names}
@@ -158,12 +185,14 @@ def make_entry(
     time = row.time_end if isinstance(row.time_end, int | float) else None
     return ImageEntry(
         *shared,
-        rank=target.ranks.start,
+        rank=layout.rank(target.ranks.start),
         score=finite_score(row),
         model=model,
         row_id=row.id,
         md5=quantvec_md5(row.quantvec),
         time=_finite(time),
+        decoder=decoded_by,
+        decoding=layout.decoding(target.ranks.start),
         **provenance,
     )
 
@@ -190,13 +219,16 @@ def _find_generator_name(model: ModelInfo | None) -> str | None:
     return model.name
 
 
-def build_manifest(mode: str, archive_name: str, entries: Iterable[Entry]) -> dict[str, Any]:
+def build_manifest(
+    mode: str, archive_name: str, entries: Iterable[Entry], decoder: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the manifest described above.
 
     Args:
         mode: "images" or "gallery".
         archive_name: Without its folder.
         entries: Files that exist. Groups keep the order in which they first appear; files of one are sorted here.
+        decoder: What decoded them in place of the codec's own decoder.
     """
     if mode not in ("images", "gallery"):
         raise ValueError(f"mode is {mode!r}, expected 'images' or 'gallery'")
@@ -227,10 +259,13 @@ def build_manifest(mode: str, archive_name: str, entries: Iterable[Entry]) -> di
     else:
         lists, columns = _image_columns(files)  # type: ignore[arg-type]
         images |= columns
+        if decoder is not None:
+            images["decoding"] = _column([entry.decoding for entry in files])  # type: ignore[union-attr]
     return {
         "version": MANIFEST_VERSION,
         "mode": mode,
         "archives": [archive_name],
+        **({} if decoder is None else {"decoder": dict(decoder)}),
         "prompts": [[prompt_id, text] for prompt_id, text in prompts.items()],
         "sc_prompts": [[sc_prompt_id, text] for sc_prompt_id, text in sc_prompts.items()],
         **lists,
@@ -274,22 +309,33 @@ def _column(values: list) -> Any:
     return values[0] if values and values.count(values[0]) == len(values) else values
 
 
-def write_manifest(out_dir: Path, manifest: dict[str, Any]) -> Path:
+def write_manifest(out_dir: Path, manifest: dict[str, Any], page: str = PAGE) -> Path:
     """Write `manifest.js` and the page into an existing folder; return the path of the page to open.
+
+    Args:
+        out_dir: The folder.
+        manifest: See above.
+        page: The name of the page.
 
     Raises:
         OSError: They cannot be written.
         UserError: The page is missing from the installation.
     """
-    for name, content in manifest_files(manifest).items():
+    for name, content in manifest_files(manifest, page).items():
         write_atomic(out_dir / name, content)
-    return out_dir / PAGE
+    return out_dir / page
 
 
-def manifest_files(manifest: dict[str, Any]) -> dict[str, bytes]:
+def manifest_files(manifest: dict[str, Any], page: str = PAGE) -> dict[str, bytes]:
     """Return `manifest.js` and the page, content by name. Raises UserError if the page is not installed."""
     text = f"{MANIFEST_START}{_script_json(manifest)};\n"
-    return {MANIFEST: text.encode("ascii"), PAGE: shipped(PAGE).read_bytes()}
+    return {MANIFEST: text.encode("ascii"), page: shipped(PAGE).read_bytes()}
+
+
+def thumbnail_path(path: str) -> str:
+    """Return where the thumbnail of an image is, in a folder beside it."""
+    folder, _, name = path.rpartition("/")
+    return f"{folder}/{THUMBNAILS}/{name}"
 
 
 def _split_paths(paths: list[str]) -> tuple[str, str, list[str]]:

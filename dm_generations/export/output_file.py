@@ -13,9 +13,10 @@ H, W: pixels of one image   L: tokens of one image
 import io
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -26,14 +27,16 @@ from dm_generations.archive import ImageRow, ModelInfo
 from dm_generations.archive.records import PARAM_COLUMNS, TOKEN_DTYPE
 from dm_generations.export.captions import Strips
 from dm_generations.export.manifest import finite_score, json_value
-from dm_generations.export.plan import GroupPlan, Target
+from dm_generations.export.plan import GroupPlan, Layout, Target
 from dm_generations.export.writers import Member, Shard
+from dm_generations.inference.decoder import RowKey
 
 Record = dict[str, Any]
 
 EXTENSIONS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 PNG_EFFORTS = ("default", "small")
 JPEG_QUALITY = 90
+_THUMBNAIL_QUALITY = 80
 SOFTWARE = f"dm_generations {__version__}"
 
 # Pixels on the longer side that each format takes.
@@ -98,6 +101,41 @@ class Encoding:
         else:
             image.save(buffer, "WEBP", quality=self.quality, **tags)
         return buffer.getvalue()
+
+
+class Decoded(Protocol):
+    """Images that are being decoded."""
+
+    def images(self) -> np.ndarray:
+        """Wait for the images (n, H, W, 3) uint8."""
+
+
+class TokenDecoder(Protocol):
+    """What turns tokens into images: a codec, or PassthroughDecoder."""
+
+    @property
+    def batch_size(self) -> int:
+        """How many images `start` should get at a time."""
+
+    def start(self, tokens: np.ndarray, keys: Sequence[RowKey]) -> Decoded:
+        """Start decoding (n, L) uint16 of rows with these keys."""
+
+
+@dataclass
+class PassthroughDecoder:
+    """Stands for a codec where tokens are written as they are: its images are their tokens (n, L)."""
+
+    batch_size = 1  # rows of an archive may differ in length
+    tokens: np.ndarray | None = None
+
+    def start(self, tokens: np.ndarray, keys: Sequence[RowKey]) -> "PassthroughDecoder":
+        """Take tokens (n, L)."""
+        return PassthroughDecoder(tokens)
+
+    def images(self) -> np.ndarray:
+        """Return the tokens."""
+        assert self.tokens is not None, "started"
+        return self.tokens
 
 
 def encode_npy(tokens: np.ndarray) -> bytes:
@@ -188,15 +226,16 @@ class EncodeContext:
     """What all files of an export share; goes to the threads that encode.
 
     Attributes:
-        mode: That of the Layout.
         models: Those of the archive, by id, for records.
+        decoder: What decodes in place of the codec's own decoder, for records.
     """
 
-    mode: str
+    layout: Layout
     encoding: Encoding
     strips: Strips
     has_metadata: bool
     models: Mapping[int, ModelInfo]
+    decoder: Record | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -256,21 +295,31 @@ class OutputFile:
         """Return the bytes of the file."""
         pixels = self.pixels
         assert pixels is not None, "filled"
-        if context.mode == "npy":
+        if context.layout.mode == "npy":
             return encode_npy(pixels)
         if self.target.incomplete_path is not None and context.strips:
             pixels = context.strips.add(pixels, *self.grid, self._caption(), self._labels())
         return context.encoding.encode(pixels, self._record(context) if context.has_metadata else None)
 
+    def encode_thumbnail(self) -> bytes:
+        """Return a WebP file of the image at half its size."""
+        assert self.pixels is not None, "filled"
+        image = Image.fromarray(self.pixels).reduce(2)
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=_THUMBNAIL_QUALITY)
+        return buffer.getvalue()
+
     def encode_members(self, context: EncodeContext) -> list[Member]:
         """Return what goes into the shard: the file, and in a tar also its row as JSON and its prompt."""
         image = self.encode(context)
-        if context.mode == "zip":
+        if context.layout.mode == "zip":
             return [(self.target.path, image)]
         ((_, row),) = self.rows
         record = self._record(context)
         record["tokens"] = np.frombuffer(row.quantvec, TOKEN_DTYPE).tolist()
         key, prompt = f"{row.id:09d}", (self.plan.prompt or "").encode("utf-8", "replace")
+        if decoding := context.layout.decoding(self.target.ranks.start):
+            key += f"-{decoding + 1}"
         return [
             (key + context.encoding.extension, image),
             (f"{key}.json", record_json(record)),
@@ -278,10 +327,14 @@ class OutputFile:
         ]
 
     def _record(self, context: EncodeContext) -> Record:
-        first, plan = self.target.ranks.start, self.plan
-        records = [
-            image_record(row, plan.prompt, plan.sc_prompt, first + cell, context.models) for cell, row in self.rows
-        ]
+        first, plan, layout = self.target.ranks.start, self.plan, context.layout
+        records = []
+        for cell, row in self.rows:
+            rank = layout.rank(first + cell)
+            record = image_record(row, plan.prompt, plan.sc_prompt, rank, context.models)
+            if context.decoder is not None:
+                record["decoder"] = context.decoder | {"decoding": layout.decoding(first + cell)}
+            records.append(record)
         return records[0] if self.target.incomplete_path is None else gallery_record(records)
 
     def _caption(self) -> tuple[str, str]:
@@ -296,6 +349,15 @@ class OutputFile:
         score_by_cell = {cell: finite_score(row) for cell, row in self.rows}
         scores = [score_by_cell.get(cell) for cell in range(len(self.target.ranks))]
         return ["" if score is None else f"{score:.2f}" for score in scores]
+
+
+def thumbnail_side(path: Path) -> int:
+    """Return the width of a thumbnail; 0 if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.width
+    except (OSError, ValueError):
+        return 0
 
 
 def fill_cells(tokens_by_cell: Mapping[int, np.ndarray], cell_count: int) -> np.ndarray:

@@ -34,6 +34,7 @@ class Layout:
             "tar" a file for each `shard_size` images, and "zip" one file for all.
         image_extension: Of image files, with its dot.
         is_seamless: Whether the images of a gallery are decoded as one.
+        decodings: How often each image is decoded, from other noise each time.
     """
 
     mode: str
@@ -42,6 +43,15 @@ class Layout:
     image_extension: str = ".png"
     shard_size: int = 1000
     is_seamless: bool = False
+    decodings: int = 1
+
+    def rank(self, place: int) -> int:
+        """Return the rank of the image at a place among the files of its group, which has all its decodings."""
+        return place // self.decodings
+
+    def decoding(self, place: int) -> int:
+        """Return the number of the decoding at a place, from 0."""
+        return place % self.decodings
 
     @property
     def is_gallery(self) -> bool:
@@ -85,7 +95,7 @@ class Target:
     Attributes:
         path: Relative to the output folder, with "/" between its two parts.
         page: Of a gallery, from 0.
-        ranks: The images on it; 0 is the best of the group.
+        ranks: The images on it; 0 is the best of the group. If images are decoded several times, places: see `Layout`.
         incomplete_path: Of a gallery with missing images; None for single images.
     """
 
@@ -134,13 +144,15 @@ class GroupPlan:
         fields = (self.key.sc_prompt_id, *self.key.params.values(), self.sc_prompt)
         extra = self.key.extra_settings
         name = functools.partial(make_file_name, *fields, extra_settings=extra, extension=layout.extension)
-        for page, first in enumerate(range(0, self.count, layout.images_per_file)):
-            ranks = range(first, min(first + layout.images_per_file, self.count))
+        count = self.count * layout.decodings
+        for page, first in enumerate(range(0, count, layout.images_per_file)):
+            ranks = range(first, min(first + layout.images_per_file, count))
             if layout.is_gallery:
                 incomplete_path = f"{folder}/{name(page=page, is_incomplete=True)}"
                 yield Target(f"{folder}/{name(page=page)}", page, ranks, incomplete_path)
             else:
-                yield Target(f"{folder}/{name(rank=first)}", 0, ranks, None)
+                file = name(rank=layout.rank(first), decoding=layout.decoding(first))
+                yield Target(f"{folder}/{file}", 0, ranks, None)
 
 
 def select_groups(archive: Archive, selection: Selection) -> list[GroupPlan]:
@@ -191,6 +203,7 @@ def make_file_name(
     sc_prompt: str | None,
     *,
     rank: int | None = None,
+    decoding: int = 0,
     page: int = 0,
     is_incomplete: bool = False,
     extra_settings: str = "",
@@ -199,11 +212,12 @@ def make_file_name(
     """Return the name of an image's or gallery's file, `0001_k=50,p=1.0,t=1.0,c=10.0_00_None.png`.
 
     Galleries that the 2022 script could not write add a field to the settings: `,page=2` for the second page of a group
-    and `,incomplete` where images are missing. Elsewhere `_` follows cond_scale, so a prompt's
-    text is never mistaken for these.
+    and `,incomplete` where images are missing. `,decoding=2` follows the rank of an image that is decoded again, from
+    other noise. Elsewhere `_` follows cond_scale and the rank, so a prompt's text is never mistaken for these.
 
     Args:
         rank: The image's rank in its group, from 0; None for a gallery, whose name has none.
+        decoding: Of the image, from 0.
         page: Of a gallery, from 0.
         is_incomplete: Whether images are missing in the gallery because of bad rows.
         extra_settings: Of the group; what stands for them is a part of the MD5 of their JSON.
@@ -219,6 +233,8 @@ def make_file_name(
     if is_incomplete:
         settings += ",incomplete"
     rank_field = "" if rank is None else f"_{rank:02d}"
+    if decoding:
+        rank_field += f",decoding={decoding + 1}"
     return sanitize_file_name(f"{settings}{rank_field}_{sc_prompt}", extension)
 
 

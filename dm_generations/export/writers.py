@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self
+from typing import IO, Any, BinaryIO, Protocol, Self
 
 from dm_generations.atomic_io import TemporaryFile, write_atomic
 from dm_generations.errors import UserError, defer_sigint
@@ -217,7 +217,7 @@ class Tar:
 class Zip:
     """A zip file under construction in `file`. Images are compressed already, so they are stored."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: IO[bytes]):
         self._zip = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)
 
     def add(self, name: str, content: bytes) -> None:

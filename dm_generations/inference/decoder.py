@@ -7,16 +7,17 @@ R, C: rows and columns of images on a sheet
 import copy
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dm_generations.archive.records import key_words
 from dm_generations.errors import UserError
-from dm_generations.models.loading import Checkpoint, load_checkpoint
+from dm_generations.models.loading import MAX_CODEBOOK_SIZE, Checkpoint, load_checkpoint
 from dm_generations.models.registry import get_kind
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import (
@@ -30,12 +31,35 @@ from dm_generations.runtime.device import (
     memory_errors,
 )
 
+if TYPE_CHECKING:
+    from dm_generations.inference.diffusion import Diffusion
+
 _AXIS = "images"
 # Pixels of a batch beyond which more are no faster: a CPU is busy with one image, a GPU with some dozens.
-_ENOUGH_PIXELS = {"cpu": 1 << 20}
-_ENOUGH_PIXELS_ELSEWHERE = 1 << 24
+_ENOUGH_PIXELS = {"cpu": 1 << 20, "elsewhere": 1 << 24}
 _COPIES = 6  # of the largest array: what a convolution reads, adds and writes, and the workspace of its library
 _MEMORY_SHARE = 0.5  # of the free memory; the next batch is under way while the last one is fetched
+
+
+class RowKey(NamedTuple):
+    """What a diffusion decoder reads of an image besides its tokens.
+
+    Attributes:
+        key0: Of its row, a word of 32 bits.
+        key1: The second word.
+        decoding: Which of the images that it makes of the row, from 0.
+        prompt: For guidance.
+    """
+
+    key0: int = 0
+    key1: int = 0
+    decoding: int = 0
+    prompt: str | None = None
+
+    @classmethod
+    def of(cls, image: Any) -> "RowKey":
+        """Return the key of an image with `key` and `prompt`; what it lacks is left as it is here."""
+        return cls(*key_words(*getattr(image, "key", (0, 0))), 0, getattr(image, "prompt", None))
 
 
 class HasTokens(Protocol):
@@ -58,9 +82,12 @@ class Decoder:
         codebook_size: Tokens are below it.
         image_size: Pixels a side of an image.
         name: Of the codec.
+        on_step: Called, by a decoder that takes steps, with how many of a batch are done, and of how many.
     """
 
     name = "codec"
+    on_step: Callable[[int, int], None] | None = None
+    _enough_pixels: Mapping[str, int] = _ENOUGH_PIXELS
 
     def __init__(
         self,
@@ -83,27 +110,34 @@ class Decoder:
             grid: Tokens a side; None is the size that the codec was trained at. The networks are convolutions, with
                 attention over all positions, so they decode other grids to images of another size.
         """
-        self.grid = grid or config.grid
-        self.token_count = self.grid**2
-        self.codebook_size = config.codebook_size
-        self.image_size = config.image_size // config.grid * self.grid
+        grid = grid or config.grid
+        self._set_sizes(grid, config.codebook_size, config.image_size // config.grid * grid)
+        decoder = get_kind(kind).make_decoder(config, np.dtype(dtype), self._devices[0].platform)
+        with memory_errors(WEIGHTS_ADVICE):
+            self._params = decoder.prepare_params(params, self._replicate)
+
+        rounds_pixels = getattr(config, "rounds_pixels", False)  # others are truncated, as the 2022 script did it
+
+        def to_uint8(params, tokens):  # (b, L) or grids (b, h, w), unsigned -> (b, H, W, 3) uint8, of one device
+            pixels = decoder.decode(params, tokens.astype(jnp.int32))
+            pixels = jnp.clip(pixels, 0.0, 1.0) * jnp.float32(255)
+            return (jnp.round(pixels) if rounds_pixels else pixels).astype(jnp.uint8)
+
+        self._set_function(to_uint8)
+        self.set_batch_size(self._auto_batch_size() if batch_size == "auto" else batch_size)
+
+    def _set_sizes(self, grid: int, codebook_size: int, image_size: int) -> None:
+        """Set what does not depend on the network, and the devices."""
+        self.grid, self.token_count = grid, grid**2
+        self.codebook_size, self.image_size = codebook_size, image_size
+        self._token_dtype = np.uint16 if codebook_size <= MAX_CODEBOOK_SIZE else np.uint32
         # What is decoded as one: the shape of its tokens, its rows and columns of images, and a name.
         self._item_shape: tuple[int, ...] = (self.token_count,)
         self._sheet_shape, self._item_name = (1, 1), "image"
         self._devices = jax.local_devices()
         self._mesh = Mesh(self._devices, (_AXIS,))
         self._shard_batch = NamedSharding(self._mesh, PartitionSpec(_AXIS))
-        decoder = get_kind(kind).make_decoder(config, np.dtype(dtype), self._devices[0].platform)
-        with memory_errors(WEIGHTS_ADVICE):
-            self._params = decoder.prepare_params(params, NamedSharding(self._mesh, PartitionSpec()))
-
-        def to_uint8(params, tokens):  # (b, L) or grids (b, h, w), uint16 -> (b, H, W, 3) uint8, of one device
-            pixels = decoder.decode(params, tokens.astype(jnp.int32))
-            # Truncated, not rounded: what the 2022 script wrote.
-            return (jnp.clip(pixels, 0.0, 1.0) * jnp.float32(255)).astype(jnp.uint8)
-
-        self._set_function(to_uint8)
-        self.set_batch_size(self._auto_batch_size() if batch_size == "auto" else batch_size)
+        self._replicate = NamedSharding(self._mesh, PartitionSpec())
 
     @classmethod
     def from_checkpoint(
@@ -112,8 +146,21 @@ class Decoder:
         batch_size: int | Literal["auto"],
         dtype: str = "float32",
         grid: int | None = None,
+        diffusion: "Diffusion | None" = None,
     ) -> "Decoder":
-        """Make the decoder of a loaded checkpoint; see `Decoder` for the arguments."""
+        """Make the decoder of a loaded checkpoint.
+
+        Args:
+            checkpoint: Of a codec.
+            batch_size: See `Decoder`, as for the next two.
+            dtype: Of activations.
+            grid: Tokens a side.
+            diffusion: What decodes in place of the codec's own decoder; it reads the codec's codebook.
+        """
+        if diffusion is not None:
+            from dm_generations.inference.diffusion import DiffusionDecoder
+
+            return DiffusionDecoder(checkpoint, diffusion, batch_size, dtype, grid)
         decoder = cls(checkpoint.kind, checkpoint.config, checkpoint.params, batch_size, dtype, grid)
         decoder.name = checkpoint.name
         return decoder
@@ -125,23 +172,32 @@ class Decoder:
         batch_size: int | Literal["auto"] = 32,
         dtype: str = "float32",
         grid: int | None = None,
+        diffusion: "Diffusion | None" = None,
     ) -> "Decoder":
         """Load a codec from a folder, a file or the Hugging Face hub; None is the one that ships.
 
         >>> Decoder.load()
         <Decoder embedded/vqgan: 8x8 tokens below 4,096 to images of 64 px>
 
+        Args:
+            codec: The codec.
+            batch_size: See `Decoder`, as for the next two.
+            dtype: Of activations.
+            grid: Tokens a side.
+            diffusion: What decodes in place of the codec's own decoder: `Diffusion.load` of
+                `dm_generations.inference.diffusion` reads one.
+
         Raises:
             UserError: The codec is missing or broken, or memory does not hold it.
         """
         compile_cache.enable()
-        return cls.from_checkpoint(load_checkpoint(codec, "codec"), batch_size, dtype, grid)
+        return cls.from_checkpoint(load_checkpoint(codec, "codec"), batch_size, dtype, grid, diffusion)
 
     def __repr__(self) -> str:
         tokens = f"{self.grid}x{self.grid} tokens below {self.codebook_size:,}"
         return f"<Decoder {self.name}: {tokens} to images of {self.image_size} px>"
 
-    def __call__(self, tokens: np.ndarray | Sequence) -> np.ndarray:
+    def __call__(self, tokens: np.ndarray | Sequence, keys: Sequence[RowKey] | None = None) -> np.ndarray:
         """Decode images.
 
         >>> Decoder.load()([[7] * 64, [8] * 64]).shape
@@ -149,6 +205,8 @@ class Decoder:
 
         Args:
             tokens: Whole numbers (n, L), or (L,) of one image.
+            keys: What a diffusion decoder reads of each image besides; None is the same for all. Other decoders do not
+                read it.
 
         Returns:
             (n, H, W, 3) uint8.
@@ -164,7 +222,7 @@ class Decoder:
         if array.size and (array.min() < 0 or array.max() >= self.codebook_size):
             wrong = int(array.min() if array.min() < 0 else array.max())
             raise UserError(f"token {wrong:,} is outside the codec's codebook of {self.codebook_size:,}")
-        return self.decode(array.astype(np.uint16))
+        return self.decode(array.astype(self._token_dtype), keys)
 
     def decode_batches(self, images: Iterable[HasTokens]) -> Iterator[tuple[list[HasTokens], np.ndarray]]:
         """Decode many images in batches, with the next batch under way while the last one is used.
@@ -179,7 +237,8 @@ class Decoder:
         2 (2, 64, 64, 3)
 
         Args:
-            images: Anything with `tokens` (L,): the images of an archive, say, which are read as they are needed.
+            images: Anything with `tokens` (L,), and for a diffusion decoder `key` and `prompt`: the images of an
+                archive, say, which are read as they are needed.
 
         Yields:
             Up to `batch_size` of the images, and their pixels (n, H, W, 3) uint8.
@@ -193,7 +252,8 @@ class Decoder:
             for image in batch:
                 if image.tokens.shape != self._item_shape:
                     raise UserError(f"{image!r:.200} has {image.tokens.size:,} tokens, the codec {self.token_count:,}")
-            started = batch, self.start(np.stack([image.tokens for image in batch]).astype(np.uint16))
+            keys = [RowKey.of(image) for image in batch]
+            started = batch, self.start(np.stack([image.tokens for image in batch]).astype(self._token_dtype), keys)
             if running is not None:
                 yield running[0], running[1].images()
             running = started
@@ -220,7 +280,7 @@ class Decoder:
         sheets._item_name = f"sheet of {cols} x {rows} images"
         sheets._set_function(to_uint8)
         sheets.set_batch_size(self.batch_size // (rows * cols))
-        sheets._check_memory()
+        sheets._check_memory("put fewer images on it")
         return sheets
 
     @property
@@ -241,17 +301,22 @@ class Decoder:
             "or use --dtype bfloat16"
         )
         size = max(1, -(-wanted // count)) * count
-        self._runner = BatchRunner(size, batch_concurrency(self._devices), message, step=count)
+        self._runner = BatchRunner(size, self._count_concurrent(), message, step=count)
+
+    def _count_concurrent(self) -> int:
+        return batch_concurrency(self._devices)
 
     def compile(self) -> jax.ShapeDtypeStruct:
         """Compile ahead of the first batch, and return the shape of a batch of images, (B, H, W, 3) uint8."""
         return self._to_uint8.lower(self._params, self._batch_shape(self.batch_size)).compile().out_info
 
-    def start(self, tokens: np.ndarray) -> "Decoding":
+    def start(self, tokens: np.ndarray, keys: Sequence[RowKey] | None = None) -> "Decoding":
         """Start decoding; does not wait for the images.
 
         Args:
-            tokens: (n, L) uint16, for any n; of a tiled decoder (n, R * C, L).
+            tokens: (n, L) uint16, or uint32 of a codebook of more than 65,536; for any n. Of a tiled decoder
+                (n, R * C, L).
+            keys: See `__call__`.
 
         Raises:
             UserError: A token is outside the codebook (the network would make an image of NaN), or memory is too
@@ -259,20 +324,31 @@ class Decoder:
         """
         if tokens.size and int(tokens.max()) >= self.codebook_size:
             raise UserError(f"token {int(tokens.max()):,} is outside the codec's codebook of {self.codebook_size:,}")
+        keys = [RowKey()] * len(tokens) if keys is None else keys
+        arrays = (
+            tokens.astype(self._token_dtype, copy=False),
+            *self._row_arrays(keys),
+        )
 
-        def take(first: int, size: int) -> tuple[np.ndarray, int]:
-            part = tokens[first : first + size]
-            padded = np.zeros((size, *self._item_shape), np.uint16)  # new: the device may read it later
-            padded[: len(part)] = part
-            return padded, first + len(part)
+        def take(first: int, size: int) -> tuple[list[np.ndarray], int]:
+            parts = [array[first : first + size] for array in arrays]
+            batch = [np.zeros((size, *part.shape[1:]), part.dtype) for part in parts]  # the device may read it later
+            for padded, part in zip(batch, parts, strict=True):
+                padded[: len(part)] = part
+            return batch, first + len(parts[0])
 
         rows, cols = self._sheet_shape
         image_shape = rows * self.image_size, cols * self.image_size, 3
-        return Decoding(len(tokens), image_shape, self._runner.run(Work(len(tokens), take, self.decode_batch)))
+        work = Work(len(tokens), take, lambda batch: self.decode_batch(*batch))
+        return Decoding(len(tokens), image_shape, self._runner.run(work))
 
-    def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """Return images (n, H, W, 3) uint8 of `tokens` (n, L) uint16. Raises as `start`."""
-        return self.start(tokens).images()
+    def _row_arrays(self, keys: Sequence[RowKey]) -> tuple[np.ndarray, ...]:
+        """Return what decoding needs of n images besides their tokens, arrays of n rows."""
+        return ()
+
+    def decode(self, tokens: np.ndarray, keys: Sequence[RowKey] | None = None) -> np.ndarray:
+        """Return images (n, H, W, 3) uint8 of `tokens` (n, L) uint16. Takes and raises as `start`."""
+        return self.start(tokens, keys).images()
 
     def decode_batch(self, tokens: np.ndarray) -> jax.Array:
         """Start decoding one whole batch, without a retry when memory runs out; `start` is made of these.
@@ -286,24 +362,32 @@ class Decoder:
         return self._to_uint8(self._params, jax.device_put(tokens, self._shard_batch))
 
     def _batch_shape(self, batch_size: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch_size, *self._item_shape), np.uint16, sharding=self._shard_batch)
+        return jax.ShapeDtypeStruct((batch_size, *self._item_shape), self._token_dtype, sharding=self._shard_batch)
 
     def _set_function(self, to_uint8: Callable) -> None:
         """Take (params, tokens of a batch) -> images, of one device, as what this decoder computes."""
         self._of_one_device = to_uint8
-        self._to_uint8 = jax.jit(_on_each_device(to_uint8, self._mesh) if len(self._devices) > 1 else to_uint8)
+        self._to_uint8 = self._compiled(to_uint8, (False, True))
+
+    def _compiled(self, function: Callable, is_sharded: Sequence[bool]) -> Any:
+        """Compile a function of one device for all devices, by which of its arguments are divided among them."""
+        if len(self._devices) > 1:
+            specs = tuple(PartitionSpec(_AXIS) if flag else PartitionSpec() for flag in is_sharded)
+            function = jax.shard_map(function, mesh=self._mesh, in_specs=specs, out_specs=PartitionSpec(_AXIS))
+        return jax.jit(function)
 
     def _auto_batch_size(self) -> int:
         """Return a power of two for each device: enough to keep it busy, or less if memory is too small for that."""
-        enough = _ENOUGH_PIXELS.get(self._devices[0].platform, _ENOUGH_PIXELS_ELSEWHERE) // self.image_size**2
+        platform = self._devices[0].platform
+        enough = self._enough_pixels.get(platform, self._enough_pixels["elsewhere"]) // self.image_size**2
         size = 1 << max(enough, 1).bit_length() - 1
         free = free_bytes_of_each(self._devices)
         while size > 1 and self._largest_bytes(size * len(self._devices)) * _COPIES > free * _MEMORY_SHARE:
             size //= 2
         return size * len(self._devices)
 
-    def _check_memory(self) -> None:
-        """Raise UserError where decoding one item takes more memory than is free.
+    def _check_memory(self, advice: str) -> None:
+        """Raise UserError, with some advice, where decoding one item takes more memory than is free.
 
         For what grows faster than its pixels: the attention of a sheet holds a number for each pair of its tokens. A
         CPU that is asked for too much may grant it, and end the program later.
@@ -313,8 +397,8 @@ class Decoder:
         free = free_bytes(self._devices[0])
         if needed > free:
             raise UserError(
-                f"a {self._item_name} takes {needed / 1e9:,.0f} GB to decode as one, and {free / 1e9:,.1f} GB are "
-                "free; put fewer images on it"
+                f"one {self._item_name} takes {needed / 1e9:,.1f} GB to decode, and {free / 1e9:,.1f} GB are free; "
+                f"{advice}"
             )
 
     def _largest_bytes(self, batch_size: int) -> int:
@@ -354,9 +438,3 @@ class Decoding:
             count = min(left, len(images))
             left -= count
             yield images, count
-
-
-def _on_each_device(function: Callable, mesh: Mesh) -> Callable:
-    """Run `function` of parameters and rows on all devices, the rows divided among them."""
-    specs: dict[str, Any] = {"in_specs": (PartitionSpec(), PartitionSpec(_AXIS)), "out_specs": PartitionSpec(_AXIS)}
-    return jax.shard_map(function, mesh=mesh, **specs)

@@ -8,9 +8,9 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +18,23 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dm_generations.archive import DTYPES
+from dm_generations.archive.records import ClassLabel
 from dm_generations.errors import UserError
-from dm_generations.models.base import Tokenizer
+from dm_generations.models.base import Tokenizer, check_prompt_kinds, class_count_of, extra_settings_of
 from dm_generations.models.dalle_mini.config import DalleBartConfig
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import BatchRunner, Work, batch_concurrency, free_bytes_of_each, put_params
 from dm_generations.sampling import decode_loop as loop
 from dm_generations.sampling.batching import Row, RowInputs, pack_batch, sequence_count, take_until_full
-from dm_generations.sampling.methods import DalleMiniSampler
-from dm_generations.sampling.params import SamplingParams
+from dm_generations.sampling.methods import DalleMiniSampler, TokenSampler, make_sampler
+from dm_generations.sampling.params import SamplingParams, complete_extra_settings
 from dm_generations.sampling.prng import WORD
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
+Prompt = str | ClassLabel
+ExtraSettings = Mapping[str, float] | Sequence[Mapping[str, float]]
 _UNKNOWN_TEXT = "\U000f0000"  # for private use: no tokenizer was trained on it
 _TIMED_STEPS = 4
 _LOGITS_COPIES = 8  # halves, guided, filtered, noise and a compiler's temporary copies of them
@@ -100,17 +103,13 @@ class Generator:
         self.token_count = config.image_length
         self.codebook_size = config.codebook_size
         self.dtype = dtype
+        self._extra_settings = extra_settings_of(config)
         self._name = checkpoint.name
         self._tokenizer = tokenizer
-        config, params = checkpoint.network_class.prepare_params(config, params)
-        self._model = checkpoint.network_class(config, jnp.dtype(dtype))
-        self._sampler: loop.Sampler
-        if rng == "dalle-mini":
-            columns = config.image_vocab_size + 1
-            self._sampler = DalleMiniSampler(columns, config.eos_token_id, config.pad_token_id)
-        else:
-            self._sampler = loop.GumbelSampler(self.codebook_size, config.sampling_order)
         self._devices = jax.local_devices()
+        config, params = checkpoint.network_class.prepare_params(config, params, self._devices[0].platform)
+        self._model = checkpoint.network_class(config, jnp.dtype(dtype))
+        self._sampler = make_sampler(config, self.codebook_size, is_dalle_mini=rng == "dalle-mini")
         self._mesh = Mesh(self._devices, (loop.AXIS,)) if len(self._devices) > 1 else None
         self._shard_batch, self._replicate = (
             None if self._mesh is None else NamedSharding(self._mesh, spec)
@@ -166,55 +165,77 @@ class Generator:
         )
         self._runner = BatchRunner(wanted, concurrency, message)
 
-    def check_texts(self, texts: Sequence[str | None]) -> None:
+    def check_texts(self, texts: Sequence[Prompt | None]) -> None:
         """Warn of texts that the model reads only in part, or not at all.
 
         Raises:
-            UserError: A text has a token that the model does not have, as a wrong tokenizer makes.
+            UserError: A text has a token that the model does not have, as a wrong tokenizer makes; or it is a class and
+                the model reads texts, or the other way round, or the model has no such class.
         """
+        check_prompt_kinds([text for text in texts if text is not None], self._model.config, self._name)
+        if class_count_of(self._model.config):
+            return
         length = self._model.config.max_text_length
-        ids, mask = self._tokenizer.encode(texts, length + 1)
-        if cut := [text for text, is_cut in zip(texts, mask.sum(axis=1) > length, strict=True) if is_cut]:
+        read = cast(Sequence[str | None], texts)
+        ids, mask = self._tokenizer.encode(read, length + 1)
+        if cut := [text for text, is_cut in zip(read, mask.sum(axis=1) > length, strict=True) if is_cut]:
             _warn_of("longer than the %s tokens that the model reads, so cut there", cut, length)
         with contextlib.suppress(UserError):  # a tokenizer may have no token for what it does not know
             nothing, _ = self._tokenizer.encode(["", _UNKNOWN_TEXT], length)
             unknown = {*nothing.flat, *getattr(self._tokenizer, "unknown_ids", ())}
-            pairs = zip(texts, ids, strict=True)
+            pairs = zip(read, ids, strict=True)
             if unread := [text for text, row in pairs if text and text.strip() and unknown.issuperset(row)]:
                 _warn_of("without a character that the model knows, so these images may show anything", unread)
 
+    def check_every(self, every: int) -> None:
+        """Check that unfinished images can be had after every `every` tokens.
+
+        Raises:
+            UserError: The model samples all tokens at once.
+            ValueError: `every` is below 1.
+        """
+        if every < 1:
+            raise ValueError(f"every (={every}) must be at least 1")
+        if not isinstance(self._sampler, TokenSampler):
+            raise UserError(f"model {self._name!r} samples all tokens at once, so it shows no unfinished images")
+
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
         init_tokens: np.ndarray | None = None,
         init_count: np.ndarray | int = 0,
+        extra_settings: ExtraSettings | None = None,
     ) -> np.ndarray:
         """Return tokens (n, L) of n rows; see `sample`."""
-        return self.sample(prompts, settings, keys, sc_prompts, init_tokens, init_count).tokens
+        rows = prompts, settings, keys, sc_prompts, init_tokens, init_count, extra_settings
+        return self.start(*rows).samples().tokens
 
     def sample(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
         init_tokens: np.ndarray | None = None,
         init_count: np.ndarray | int = 0,
+        extra_settings: ExtraSettings | None = None,
         every: int | None = None,
         on_tokens: Callable[[int, np.ndarray], None] = lambda first_row, tokens: None,
     ) -> Samples:
         """Sample tokens of n rows, with their log-probabilities.
 
         Args:
-            prompts: n texts.
+            prompts: n texts, or classes of a model that draws these.
             settings: Of each row, or one for all.
             keys: (n, 2) uint32, of `sampling.prng.row_key`.
             sc_prompts: n texts, or None for the model's own empty prompt; None for all.
             init_tokens: (n, L), of which the first `init_count` of each row are copied; the rest is sampled.
             init_count: (n,), or one number for all.
+            extra_settings: Of each row, or one for all; see `models.base.extra_settings_of`. What they lack, and None,
+                is the model's default.
             every: Steps after which `on_tokens` is called; None for never.
             on_tokens: Called with the number of the first row and the tokens so far, (m, count), of the m rows that
                 are sampled together.
@@ -224,10 +245,11 @@ class Generator:
                 one image.
             ValueError: Arguments do not match each other, or are out of range.
         """
+        arguments = prompts, settings, keys, sc_prompts, init_tokens, init_count, extra_settings
         if every is None:
-            return self.start(prompts, settings, keys, sc_prompts, init_tokens, init_count).samples()
-        _check_every(every)
-        rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
+            return self.start(*arguments).samples()
+        self.check_every(every)
+        rows = self._rows(*arguments)
 
         def sample(batch: _Batch) -> Samples:
             for samples in self._stream(batch.rows, every):
@@ -238,27 +260,28 @@ class Generator:
 
     def start(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
         init_tokens: np.ndarray | None = None,
         init_count: np.ndarray | int = 0,
+        extra_settings: ExtraSettings | None = None,
     ) -> "Sampling":
         """Start sampling; does not wait for the tokens. The arguments and errors are those of `sample`."""
-        rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
+        rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count, extra_settings)
 
         def sample(batch: _Batch) -> tuple[loop.DecodeState, list[int]]:
             inputs = self._inputs(batch.rows)
-            state = self._advance(inputs, self._init_cache(self._params, inputs), 0, self.token_count)
-            return state, list(map(len, batch.rows))
+            state = self._init_cache(self._params, inputs)
+            return self._advance(inputs, state, 0, self._step_count(batch.rows)), list(map(len, batch.rows))
 
         batches = self._in_batches(rows, sample, "sample")
         return Sampling(lambda: self._joined(self._samples(state, counts) for state, counts in batches))
 
     def stream(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         every: int,
@@ -274,7 +297,7 @@ class Generator:
             UserError: As `sample`, and for more rows than one batch holds.
             ValueError: As `sample`.
         """
-        _check_every(every)
+        self.check_every(every)
         rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
         batch = self._next_batch(rows, self.batch_size)
         if sum(map(len, batch)) < len(rows):
@@ -283,19 +306,25 @@ class Generator:
 
     def teacher_forced_margins(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: SamplingParams | Sequence[SamplingParams],
         keys: np.ndarray,
         tokens: np.ndarray,
         sc_prompts: Sequence[str | None] | None = None,
         init_count: np.ndarray | int = 0,
+        extra_settings: ExtraSettings | None = None,
     ) -> np.ndarray:
         """Return by how much each of `tokens` (n, L) missed being sampled, float32 (n, L); see `sampling.margin`.
 
         Every step reads these tokens, whatever would have been sampled. NaN where the model gives no numbers, 0 for
         the first `init_count` tokens, which were not sampled. Other arguments are those of `sample`.
+
+        Raises:
+            UserError: As `sample`, and for masked decoding, of which the tokens do not tell the steps.
         """
-        rows = self._rows(prompts, settings, keys, sc_prompts, tokens, self.token_count)
+        if not isinstance(self._sampler, TokenSampler):
+            raise UserError(f"model {self._name!r} samples all tokens at once, which cannot be replayed: regenerate")
+        rows = self._rows(prompts, settings, keys, sc_prompts, tokens, self.token_count, extra_settings)
 
         def measure(batch: _Batch) -> np.ndarray:
             inputs = self._inputs(batch.rows)
@@ -309,22 +338,25 @@ class Generator:
 
     def measure_seconds(self) -> float:
         """Return how long batches of these `capacities` take, from a few steps of them. Compiles what that needs."""
+        steps = self._step_count([self._rows([""], SamplingParams(), np.zeros((1, 2), np.uint32))])
 
         def seconds(_: int) -> float:
             encoding, step = self.measure_steps(_TIMED_STEPS)
-            return encoding + step * self.token_count
+            return encoding + step * steps
 
         self.measure_steps(_TIMED_STEPS)  # compiled, and warm
         with ThreadPoolExecutor(self.concurrency) as pool:
             return max(pool.map(seconds, range(self.concurrency)))
 
-    def measure_steps(self, steps: int) -> tuple[float, float]:
-        """Run the first `steps` of a full batch, all guided; return the seconds of encoding its prompts, and of a step.
+    def measure_steps(self, steps: int, cond_scale: float = 3.0) -> tuple[float, float]:
+        """Run the first `steps` of a full batch; return the seconds of encoding its prompts, and of a step.
 
         Every step reads the whole cache, so all take the same time.
         """
-        count = self.batch_size * len(self._devices)
-        rows = self._rows([""] * count, SamplingParams(cond_scale=3.0), np.zeros((count, 2), np.uint32), None, None, 0)
+        count = sum(self.capacities) // self.concurrency // sequence_count(cond_scale)
+        prompt = ClassLabel("", 0) if class_count_of(self._model.config) else ""
+        settings = SamplingParams(256, cond_scale=cond_scale)
+        rows = self._rows([prompt] * count, settings, np.zeros((count, 2), np.uint32))
         inputs = self._inputs(self._next_batch(rows, self.batch_size))
         started = time.perf_counter()
         state = jax.block_until_ready(self._init_cache(self._params, inputs))
@@ -338,16 +370,20 @@ class Generator:
         JAX traces the program for it, and reuses that for the first batch.
         """
         length = self._model.config.max_text_length
-        inputs = pack_batch([], 2 * batch_size, self._tokenizer, length, self.token_count)
+        inputs = pack_batch([], 2 * batch_size, self._tokenizer, length, self.token_count, len(self._extra_settings))
         init_cache = functools.partial(loop.init_cache, self._model, self._sampler, None)
         state = jax.eval_shape(init_cache, self._params, inputs)
         cached = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        return cached + 2 * batch_size * self._sampler.columns * 4 * _LOGITS_COPIES
+        places = 1 if isinstance(self._sampler, TokenSampler) else self.token_count
+        return cached + 2 * batch_size * places * self._sampler.columns * 4 * _LOGITS_COPIES
 
     # Implementation.
 
-    def _rows(self, prompts, settings, keys, sc_prompts, init_tokens, init_count) -> list[Row]:
+    def _rows(
+        self, prompts, settings, keys, sc_prompts=None, init_tokens=None, init_count=0, extra_settings=None
+    ) -> list[Row]:
         count = len(prompts)
+        check_prompt_kinds([prompt for prompt in prompts if prompt is not None], self._model.config, self._name)
         if isinstance(settings, SamplingParams):
             settings = [settings] * count
         if len(settings) != count:
@@ -369,7 +405,10 @@ class Generator:
             if init_tokens.shape != (count, self.token_count):
                 raise ValueError(f"init_tokens are {init_tokens.shape}, not {(count, self.token_count)}")
         sc_prompts = [None] * count if sc_prompts is None else sc_prompts
-        values = zip(prompts, sc_prompts, settings, keys, init_tokens, init_count, strict=True)
+        if extra_settings is None or isinstance(extra_settings, Mapping):
+            extra_settings = [extra_settings or {}] * count
+        extra = [tuple(complete_extra_settings(self._extra_settings, each).values()) for each in extra_settings]
+        values = zip(prompts, sc_prompts, settings, keys, init_tokens, init_count, extra, strict=True)
         return [Row(*row) for row in values]
 
     def _in_batches(
@@ -395,11 +434,17 @@ class Generator:
 
     def _inputs(self, batch: list[Sequence[Row]]) -> RowInputs:
         text_length = self._model.config.max_text_length
-        parts = [
-            pack_batch(rows, 2 * self.batch_size, self._tokenizer, text_length, self.token_count) for rows in batch
-        ]
+        sizes = text_length, self.token_count, len(self._extra_settings)
+        parts = [pack_batch(rows, 2 * self.batch_size, self._tokenizer, *sizes) for rows in batch]
         inputs = parts[0] if len(parts) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
         return jax.device_put(inputs, self._shard_batch)
+
+    def _step_count(self, batch: Sequence[Sequence[Row]]) -> int:
+        """Return the steps of a batch: as many as its images have tokens, or in masked decoding the most of a row."""
+        if isinstance(self._sampler, TokenSampler):
+            return self.token_count
+        number = list(self._extra_settings).index("steps")
+        return max(int(row.extra[number]) for rows in batch for row in rows)
 
     def _advance(self, inputs: RowInputs, state: loop.DecodeState, first: int, end: int) -> loop.DecodeState:
         steps = jax.device_put((np.int32(first), np.int32(end)), self._replicate)
@@ -436,11 +481,6 @@ class Generator:
         return np.int32 if isinstance(self._sampler, DalleMiniSampler) else np.uint16
 
 
-def _check_every(every: int) -> None:
-    if every < 1:
-        raise ValueError(f"every (={every}) must be at least 1")
-
-
 def _checked_whole(name: str, values: np.ndarray, lowest: int, highest: int) -> np.ndarray:
     """Return `values` as an array. Raises ValueError for other than whole numbers within these limits."""
     values = np.asarray(values)
@@ -449,6 +489,6 @@ def _checked_whole(name: str, values: np.ndarray, lowest: int, highest: int) -> 
     return values
 
 
-def _warn_of(what: str, texts: Sequence[str | None], *values: object) -> None:
+def _warn_of(what: str, texts: Sequence[Prompt | None], *values: object) -> None:
     subject = "1 prompt " if len(texts) == 1 else f"{len(texts):,} prompts "
     _logger.warning(f"{subject}{what}: %.60r", *values, texts[0])

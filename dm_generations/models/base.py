@@ -5,19 +5,23 @@ h, w: rows and columns of a token grid   H, W: pixels   D: width of a codebook r
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import math
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from flax import linen as nn
 
+from dm_generations.archive.records import ClassLabel
 from dm_generations.errors import UserError, short_repr
 from dm_generations.runtime.device import matmul_precision, put_params
+from dm_generations.sampling.params import ExtraSetting, SamplingParams
 from dm_generations.weights.state_dict import Shape, same_name
 
 # The largest sizes that a config may have, far above those of any model that exists: whoever writes a file of a few
@@ -27,6 +31,8 @@ LAYERS, WIDTH, VOCABULARY, POSITIONS = (
     (1, largest) for largest in (MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS)
 )
 ANY_ID = (0, 2**31 - 1)
+
+_RECOMPUTES: contextvars.ContextVar[bool] = contextvars.ContextVar("recomputes", default=False)
 
 Bounds = Mapping[str, tuple[float, float]]
 
@@ -123,11 +129,49 @@ class GeneratorConfig(Protocol):
         """Order of temperature and filters, see `sampling.filter_logits`."""
 
 
+def extra_settings_of(config: Any) -> Mapping[str, ExtraSetting]:
+    """Return the settings that a text-to-image model has beyond `SamplingParams`: its config's `extra_settings`."""
+    return getattr(config, "extra_settings", {})
+
+
+def default_params_of(config: Any) -> SamplingParams | None:
+    """Return the settings of a model's own sampling program; None where this program has its own defaults."""
+    return getattr(config, "default_params", None)
+
+
+def class_count_of(config: Any) -> int:
+    """Return how many classes a text-to-image model draws; 0 for one that reads texts."""
+    return getattr(config, "num_classes", 0)
+
+
+def check_prompt_kinds(prompts: Sequence[str | ClassLabel], config: Any, name: str) -> None:
+    """Check that prompts are what a model takes.
+
+    Args:
+        prompts: Texts or classes.
+        config: Of the model.
+        name: Of the model.
+
+    Raises:
+        UserError: One is a class and the model reads texts, or the other way round, or the model has no such class.
+    """
+    count = class_count_of(config)
+    for prompt in prompts:
+        if isinstance(prompt, ClassLabel) and not count:
+            raise UserError(f"model {name!r} reads texts: give --prompts, not --classes")
+        if isinstance(prompt, str) and count:
+            raise UserError(f"model {name!r} draws {count:,} classes: give --classes, not the text {prompt!r:.60}")
+        if isinstance(prompt, ClassLabel) and not 0 <= prompt.label < count:
+            raise UserError(f"model {name!r} has no class {prompt.label}: they are 0 to {count - 1:,}")
+
+
 @runtime_checkable
 class TextToImageModel(Protocol):
     """A network that turns prompts into image tokens: a Linen module whose methods go through `apply`.
 
-    Generation is `encode_prompt`, `init_cache`, then `decode_step` for steps 0 to L - 1.
+    Generation is `encode_prompt`, `init_cache`, then `decode_step` for steps 0 to L - 1. In masked decoding (a config
+    with a `masking_schedule`), `decode_step` reads all tokens (B, L), gives logits (B, L, V), and is called as often as
+    the extra setting `steps` says. `init_cache` of a model with extra settings also takes their values, (B, E) float32.
     """
 
     config: Any  # a GeneratorConfig
@@ -138,8 +182,8 @@ class TextToImageModel(Protocol):
         """What `__call__` takes, so that `init` makes all parameters."""
 
     @staticmethod
-    def prepare_params(config: Any, params: dict) -> tuple[Any, dict]:
-        """Config and parameters in the form that generation takes, from those of a checkpoint."""
+    def prepare_params(config: Any, params: dict, platform: str) -> tuple[Any, dict]:
+        """Config and parameters in the form that generation takes on a "cpu", "gpu" or "tpu", from a checkpoint's."""
 
     def encode_prompt(self, input_ids: jax.Array, attention_mask: jax.Array) -> Any:
         """What generation reads of prompts (B, T) int32. Axis 0 of every array of the result is B."""
@@ -154,6 +198,30 @@ class TextToImageModel(Protocol):
             cache: From `init_cache` or the step before.
             token: (B,) int32, the token before it; `start_token` at step 0.
             step: int32 scalar, may be traced.
+        """
+
+
+class TrainingLogits(NamedTuple):
+    """What a network that reads prompts and all tokens of their images predicts of both, for the loss."""
+
+    image: jax.Array  # (B, L, V) float32
+    text: jax.Array | None = None  # (B, N, W) float32; None of a model that does not predict text
+    text_targets: jax.Array | None = None  # (B, N) int32, what `text` should predict
+
+
+class TrainableModel(TextToImageModel, Protocol):
+    """A text-to-image model that can be trained."""
+
+    def training_logits(
+        self, input_ids: jax.Array, attention_mask: jax.Array, tokens: jax.Array, deterministic: bool = True
+    ) -> TrainingLogits:
+        """Logits of each token, given those before it and the prompt.
+
+        Args:
+            input_ids: (B, T) int32.
+            attention_mask: (B, T) int32.
+            tokens: (B, L) int32.
+            deterministic: Whether dropouts are off; else they need a "dropout" rng.
         """
 
 
@@ -224,9 +292,13 @@ class NetworkDecoder:
 
 
 class Tokenizer(Protocol):
-    """Turns prompts into the ids that a model reads."""
+    """Turns prompts into the ids that a model reads.
 
-    def encode(self, texts: Sequence[str | None], length: int) -> tuple[np.ndarray, np.ndarray]:
+    Where the unconditional prompt depends on the prompt, `unconditional_by_prompt` is true, and `encode` takes
+    `sampling.params.Unconditional`. That of a model of classes takes `archive.records.ClassLabel`.
+    """
+
+    def encode(self, texts: Sequence[Any], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and attention mask, both int32 (B, length). None is the model's unconditional prompt."""
 
 
@@ -247,11 +319,28 @@ class RawCheckpoint:
     file_by_prefix: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     # For messages too: path and shape of a parameter to its name and shape in the file, whether it is there or not.
     name_in_file: Callable[[str, Shape], tuple[str, Shape]] = same_name
+    lineage: dict[str, Any] | None = None  # which weights, archives and options it was trained from, if that is known
 
     def file_of(self, path: str) -> Path:
         """The file that has, or should have, the parameter of this path ("a/b/kernel")."""
         prefix = max((prefix for prefix in self.file_by_prefix if path.startswith(prefix)), key=len, default=None)
         return self.files[0] if prefix is None else self.file_by_prefix[prefix]
+
+
+@contextlib.contextmanager
+def recompute_layers(is_wanted: bool) -> Iterator[None]:
+    """Within it, networks that are traced keep only what enters a layer, and compute the rest again for gradients."""
+    token = _RECOMPUTES.set(is_wanted)
+    try:
+        yield
+    finally:
+        _RECOMPUTES.reset(token)
+
+
+def layer_class(layer: Any, *static: int) -> Any:
+    """Return the class of a layer, changed within `recompute_layers`; `static` are places of arguments, from 0."""
+    # Flax counts the layer itself as the first one.
+    return nn.remat(layer, static_argnums=tuple(place + 1 for place in static)) if _RECOMPUTES.get() else layer
 
 
 def example_images(size: int) -> jax.ShapeDtypeStruct:

@@ -60,6 +60,7 @@ class Checkpoint:
     folder: Path  # that of the configs that belong to the weights
     tokenizer: Path | None = None
     text_style: str | None = None
+    lineage: dict[str, Any] | None = None  # of a model that `train` made: what it was trained from
 
     @property
     def role(self) -> str:
@@ -78,6 +79,8 @@ class Checkpoint:
             grid: Of a codec, tokens a side, if it decodes another grid than its own.
         """
         config = json.loads(json.dumps(dataclasses.asdict(self.config)))  # tuples come back as lists
+        if self.lineage is not None:
+            config[native.LINEAGE] = self.lineage
         if self.role != "codec":
             return ModelInfo(self.role, self.name, self.sha256, config)
         if grid is not None and grid != self.config.grid:
@@ -116,29 +119,42 @@ class Models:
         return math.isqrt(self.generator.config.image_length)
 
 
-def load_checkpoint(path_or_name: str | os.PathLike | None, role: str) -> Checkpoint:
+def load_checkpoint(
+    path_or_name: str | os.PathLike | None, role: str, overrides: Mapping[str, Any] = MappingProxyType({})
+) -> Checkpoint:
     """Load the model for a role.
 
     Args:
         path_or_name: A folder, a file or a name on the Hugging Face hub; None is the embedded model.
-        role: One of `registry.ROLES`; there is no embedded "scorer".
+        role: One of `registry.ROLES`; there is no embedded "decoder" or "scorer".
+        overrides: Entries of the config that replace what the files say.
 
     Raises:
         UserError: There is nothing, nothing of a known format or not for this role, or a tensor is missing,
-            unexpected or of another shape than the config says.
+            unexpected or of another shape than the config says; or an override is not in the config.
     """
-    found = find_checkpoint(path_or_name, role)
+    found = find_checkpoint(path_or_name, role, overrides)
     if found is None:
         path = Path(str(path_or_name))
-        others = [other for other in ROLES if path.exists() and other != role and _read(path, other) is not None]
-        what = f"a {others[0]}, not a {role}" if others else "no model that this program knows"
+        others = (_read(path, other) for other in ROLES if path.exists() and other != role)
+        what = next(
+            (_describe(other, role) for other in others if other is not None), "no model that this program knows"
+        )
         formats = ", or ".join([_NATIVE_FILES, *(kind.files for kind in kinds_of_role(role) if kind.files)])
         raise UserError(f"{path_or_name} holds {what}; a {role} is {formats}")
     return found
 
 
+def _describe(raw: RawCheckpoint, role: str) -> str:
+    """Say what a checkpoint is that does not serve for this role, and by which tensor that is seen."""
+    path, array = next(iter(flatten(raw.params).items()))
+    return f"a {get_kind(raw.kind).role}, not a {role} (it has {raw.name_in_file(path, array.shape)[0]})"
+
+
 @memory_errors(WEIGHTS_ADVICE)
-def find_checkpoint(path_or_name: str | os.PathLike | None, role: str) -> Checkpoint | None:
+def find_checkpoint(
+    path_or_name: str | os.PathLike | None, role: str, overrides: Mapping[str, Any] = MappingProxyType({})
+) -> Checkpoint | None:
     """Load as `load_checkpoint` does, but return None for a path that holds nothing for this role."""
     path: Path | None
     if path_or_name is None:
@@ -153,13 +169,17 @@ def find_checkpoint(path_or_name: str | os.PathLike | None, role: str) -> Checkp
     raw = None if path is None else _read(path, role)
     if path is None or raw is None:
         return None
+    if overrides:
+        raw = dataclasses.replace(raw, config=_override(raw, name, overrides))
     if path_or_name is not None:  # the embedded models are this package's own, and tracing a network takes a while
-        check_names_and_shapes(_expected_shapes(raw, path), raw)
+        with prefix_errors(raw.files[0]):
+            expected = _expected_shapes(raw, path)
+        check_names_and_shapes(expected, raw)
     folder = path if path.is_dir() else path.parent
     params = _to_native_order(raw.params)
     digest = native.digest(params)
     digest = _RECORDED_SHA256.get(digest, digest)
-    return Checkpoint(raw.kind, raw.config, params, name, digest, folder, raw.tokenizer, raw.text_style)
+    return Checkpoint(raw.kind, raw.config, params, name, digest, folder, raw.tokenizer, raw.text_style, raw.lineage)
 
 
 def load_generator(
@@ -175,15 +195,8 @@ def load_generator(
     Raises:
         UserError: As `load_checkpoint`, or an override is not in the config.
     """
-    checkpoint = load_checkpoint(model, "generator")
-    if tokenizer is not None:
-        checkpoint = dataclasses.replace(checkpoint, tokenizer=tokenizer)
-    options = {field.name for field in dataclasses.fields(checkpoint.config)}
-    if unknown := [name for name in overrides if name not in options]:
-        raise UserError(
-            f"model {checkpoint.name!r} is a {checkpoint.kind}, which has no option {', '.join(unknown)}: leave it out"
-        )
-    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, **overrides))
+    checkpoint = load_checkpoint(model, "generator", overrides)
+    return checkpoint if tokenizer is None else dataclasses.replace(checkpoint, tokenizer=tokenizer)
 
 
 def load_models(
@@ -254,7 +267,9 @@ def check_names_and_shapes(expected: Mapping[str, Shape], raw: RawCheckpoint) ->
     for tensor, shape in wanted.items():  # by the file's names: one of other axes may have become another parameter
         if tensor in present and present[tensor] != shape:
             file, name = tensor
-            raise UserError(f"{file}: {name} has shape {present[tensor]}, its config asks for {shape}")
+            raise UserError(
+                f"{file}: {name} has shape {present[tensor]}, its config asks for {shape}; take both from one download"
+            )
     missing = _name_in_files({path: expected[path] for path in sorted(expected.keys() - shapes.keys())}, raw)
     extra = _name_in_files({path: shapes[path] for path in sorted(shapes.keys() - expected.keys())}, raw)
     for what, tensors in (("lacks", missing), ("has unexpected", extra)):
@@ -298,9 +313,13 @@ def _read_native_kind(folder: Path, kind: ModelKind, values: dict[str, Any]) -> 
     weights, params = folder / native.WEIGHTS_FILE, native.read_params(folder)
     with prefix_errors(folder / native.CONFIG_FILE):
         config = kind.config_class.from_dict(values)
-    if kind.role in ("codec", "scorer"):
-        return RawCheckpoint(kind.name, config, params, (weights,))
-    return RawCheckpoint(kind.name, config, params, (weights,), folder, values.get("text_style", kind.name))
+    lineage = values.get(native.LINEAGE)
+    if not isinstance(lineage, dict | None):
+        raise UserError(f"{folder / native.CONFIG_FILE}: {native.LINEAGE} must be a JSON object")
+    raw = RawCheckpoint(kind.name, config, params, (weights,), lineage=lineage)
+    if kind.role in ("codec", "decoder", "scorer"):
+        return raw
+    return dataclasses.replace(raw, tokenizer=folder, text_style=values.get("text_style", kind.name))
 
 
 def _expected_shapes(raw: RawCheckpoint, path: Path) -> dict[str, Shape]:
@@ -320,6 +339,18 @@ def _name_in_files(shapes: Mapping[str, Shape], raw: RawCheckpoint) -> dict[tupl
     """Shapes by file and by name there, from those of parameters by path."""
     named = ((raw.file_of(path), *raw.name_in_file(path, shape)) for path, shape in shapes.items())
     return {(file, name): shape for file, name, shape in named}
+
+
+def _override(raw: RawCheckpoint, name: str, overrides: Mapping[str, Any]) -> Any:
+    """Return the config of a model with other values.
+
+    Raises:
+        UserError: It has no such entries, or they are out of range.
+    """
+    options = {field.name for field in dataclasses.fields(raw.config)}
+    if unknown := [option for option in overrides if option not in options]:
+        raise UserError(f"model {name!r} is a {raw.kind}, which has no option {', '.join(unknown)}: leave it out")
+    return dataclasses.replace(raw.config, **overrides)
 
 
 def _to_native_order(params: dict) -> dict:
@@ -350,10 +381,12 @@ def _check_compatible(generator: Checkpoint, codec: Checkpoint) -> None:
             f"model {generator.name!r} makes tokens below {codebook_size:,}, codec {codec.name!r} has "
             f"{codec.config.codebook_size:,}: give the model's own codec with --codec"
         )
-    if codebook_size > MAX_CODEBOOK_SIZE:
-        raise UserError(
-            f"model {generator.name!r} has a codebook of {codebook_size:,}, archives hold {MAX_CODEBOOK_SIZE:,}"
-        )
+    for each in (generator, codec):
+        if each.config.codebook_size > MAX_CODEBOOK_SIZE:
+            raise UserError(
+                f"{each.role} {each.name!r} has a codebook of {each.config.codebook_size:,}, archives hold "
+                f"{MAX_CODEBOOK_SIZE:,}"
+            )
 
 
 def _embedded_name(role: str) -> str:

@@ -16,7 +16,7 @@ from dm_generations.errors import UserError
 from dm_generations.models.base import ImageDecoder, NetworkDecoder, RawCheckpoint, Tokenizer
 from dm_generations.weights.state_dict import Shape
 
-ROLES = ("generator", "codec", "clip", "scorer")
+ROLES = ("generator", "codec", "decoder", "clip", "scorer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,12 @@ class ModelKind:
         return _load_attribute(self.decoder)(config, dtype, platform)
 
 
+_TRANSFORMERS_FILES = (
+    ("model.safetensors",),
+    ("model-*-of-*.safetensors",),
+    ("pytorch_model.bin",),
+    ("pytorch_model-*-of-*.bin",),
+)
 KINDS = (
     ModelKind(
         name="dalle_bart",
@@ -103,6 +109,41 @@ KINDS = (
         tokenizers={"dalle_pytorch": "dalle_pytorch.tokenizer:DallePytorchTokenizer"},
     ),
     ModelKind(
+        name="llamagen",
+        role="generator",
+        config="llamagen.network:LlamaGenConfig",
+        network="llamagen.network:LlamaGen",
+        readers=("llamagen.checkpoint:read_generator",),
+        files="c2i_*.pt or t2i_*.pt",
+        tokenizers={
+            "llamagen_class": "llamagen.tokenizer:ClassTokenizer",
+            "llamagen_caption": "llamagen.tokenizer:CaptionTokenizer",
+        },
+    ),
+    ModelKind(
+        name="amused",
+        role="generator",
+        config="amused.config:AmusedConfig",
+        network="amused.network:Amused",
+        readers=("amused.checkpoint:read_generator",),
+        files="the folders of aMUSEd's pipeline in diffusers, transformer/ among them",
+        hub_files=(
+            ("diffusion_pytorch_model.safetensors", "model.safetensors"),
+            ("diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"),
+        ),
+        tokenizers={"amused": "amused.tokenizer:load_amused_tokenizer"},
+    ),
+    ModelKind(
+        name="janus",
+        role="generator",
+        config="janus.network:JanusConfig",
+        network="janus.network:Janus",
+        readers=("janus.checkpoint:read_generator",),
+        files="config.json with model.safetensors or pytorch_model.bin",
+        hub_files=_TRANSFORMERS_FILES,
+        tokenizers={"janus": "janus.tokenizer:JanusTokenizer"},
+    ),
+    ModelKind(
         name="vqgan",
         role="codec",
         config="vqgan.network:VQGANConfig",
@@ -112,11 +153,29 @@ KINDS = (
             "vqgan.checkpoint:read_detoker",
             "kakao_mindalle.checkpoint:read_codec",
             "dalle_pytorch.checkpoint:read_codec",  # of any kind that a dalle.pt can hold
+            "amused.checkpoint:read_codec",
             "vqgan.checkpoint:read_taming",
+            "llamagen.checkpoint:read_codec",
+            "janus.checkpoint:read_codec",
         ),
-        files="config.json with flax_model.msgpack, detoker.pt, a .ckpt with its .yaml, dalle.pt",
-        hub_files=(("flax_model.msgpack",), ("detoker.pt",), ("stage1_last.ckpt",), ("dalle.pt",), ("*.ckpt",)),
+        files="config.json with flax_model.msgpack, detoker.pt, a .ckpt with its .yaml, dalle.pt, vqvae/ of diffusers, "
+        "vq_ds16_*.pt",
+        hub_files=(
+            *(("flax_model.msgpack",), ("detoker.pt",), ("stage1_last.ckpt",), ("dalle.pt",), ("*.ckpt",)),
+            ("diffusion_pytorch_model.safetensors",),
+            ("diffusion_pytorch_model.fp16.safetensors",),
+            *_TRANSFORMERS_FILES,
+        ),
         decoder="vqgan.fast_decoder:VQGANDecoder",
+    ),
+    ModelKind(
+        name="open_magvit2",
+        role="codec",
+        config="open_magvit2.network:OpenMagvit2Config",
+        network="open_magvit2.network:OpenMagvit2",
+        readers=("open_magvit2.checkpoint:read_tokenizer",),
+        files="a .ckpt with its .yaml",
+        hub_files=(("*.ckpt",),),
     ),
     ModelKind(
         name="discrete_vae",
@@ -137,18 +196,22 @@ KINDS = (
         hub_files=(("encoder.pkl", "decoder.pkl"), ("*.pt", "*.pth")),
     ),
     ModelKind(
+        name="diffusion_decoder",
+        role="decoder",
+        config="diffusion_decoder.network:DiffusionDecoderConfig",
+        network="diffusion_decoder.network:UNet",
+        readers=("diffusion_decoder.checkpoint:read_guided_diffusion",),
+        files="model-latest.pt or another file of guided-diffusion's trainer",
+        hub_files=(("model-latest.pt",), ("ema_*.pt",)),
+    ),
+    ModelKind(
         name="clip",
         role="clip",
         config="clip.network:CLIPConfig",
         network="clip.network:CLIP",
         readers=("clip.checkpoint:read_transformers",),
         files="config.json with model.safetensors or pytorch_model.bin, whole or in several files",
-        hub_files=(
-            ("model.safetensors",),
-            ("model-*-of-*.safetensors",),
-            ("pytorch_model.bin",),
-            ("pytorch_model-*-of-*.bin",),
-        ),
+        hub_files=_TRANSFORMERS_FILES,
         tokenizers={"clip": "clip.tokenizer:load_clip_tokenizer"},
     ),
     ModelKind(

@@ -385,6 +385,10 @@ class PromptTokenizer:
         ids = [[self.bos_id, *inner, self.eos_id] for inner in self._encode_inner(texts, length)]
         return pad_ids(ids, length, self.pad_id, self.vocab_size, self.path)
 
+    def find_id(self, token: str) -> int | None:
+        """Return the id of a token of the vocabulary, None if there is none."""
+        return self._pipeline.token_to_id(token)
+
     def round_trip(self, text: str, length: int) -> str:
         """Encode a text and decode its ids, without special tokens.
 

@@ -3,12 +3,16 @@
 import dataclasses
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from dm_generations.errors import UserError
+from dm_generations.models.base import class_count_of
 from dm_generations.models.dalle_mini.tokenizer import WORDS_FILE
 from dm_generations.models.kakao_mindalle import checkpoint as kakao_mindalle
 from dm_generations.models.loading import Checkpoint, find_checkpoint
@@ -30,19 +34,26 @@ TOKENIZER_FILES = (
     "bpe_simple_vocab_16e6.txt",
     "bpe_simple_vocab_16e6.txt.gz",
 )
-_EXTRA_FILES = (WORDS_FILE, "preprocessor_config.json", "processor_config.json")
+_EXTRA_FILES = (WORDS_FILE, "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
 _DTYPES: dict[str, type] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @memory_errors("convert the model on a machine with more")
-def convert(spec: str, out: Path, tokenizer: Path | None = None, dtype: str | None = None) -> list[str]:
+def convert(
+    spec: str,
+    out: Path,
+    tokenizer: Path | None = None,
+    dtype: str | None = None,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+) -> list[str]:
     """Write every model of a checkpoint as folders of our own. `out` appears as a whole or not at all.
 
     Args:
         spec: a folder, a file or a name on the Hugging Face hub.
-        out: the folder to write; a generator's codec goes to its subfolder `codec`.
+        out: the folder to write; what is with its first model goes to subfolders, a generator's codec to `codec`.
         tokenizer: the generator's, in place of its own.
         dtype: "float32", "float16" or "bfloat16"; None leaves weights as they are.
+        overrides: entries of the generator's config that replace what the files say.
 
     Returns:
         A line about each model.
@@ -52,7 +63,9 @@ def convert(spec: str, out: Path, tokenizer: Path | None = None, dtype: str | No
     """
     if os.path.lexists(out):
         raise UserError(f"{out} exists already; choose another --out")
-    found = [checkpoint for role in ROLES if (checkpoint := find_checkpoint(spec, role)) is not None]
+    options = {"generator": overrides}
+    checkpoints = (find_checkpoint(spec, role, options.get(role, {})) for role in ROLES)
+    found = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
     if not found:
         raise UserError(f"{spec} holds no model that this program knows")
     if tokenizer is not None and found[0].text_style is None:
@@ -61,8 +74,7 @@ def convert(spec: str, out: Path, tokenizer: Path | None = None, dtype: str | No
     try:
         lines = []
         for index, checkpoint in enumerate(found):
-            is_own_codec = index > 0
-            folder, final = (root / native.CODEC_FOLDER if is_own_codec else root for root in (unfinished, out))
+            folder, final = (root / checkpoint.role if index else root for root in (unfinished, out))
             lines.append(_write(checkpoint, folder, final, tokenizer, dtype))
         os.rename(unfinished, out)
     except OSError as error:
@@ -73,24 +85,42 @@ def convert(spec: str, out: Path, tokenizer: Path | None = None, dtype: str | No
 
 
 def _write(checkpoint: Checkpoint, folder: Path, final: Path, tokenizer: Path | None, dtype: str | None) -> str:
-    config = (
-        checkpoint.config.to_dict() if hasattr(checkpoint.config, "to_dict") else dataclasses.asdict(checkpoint.config)
-    )
-    if dtype == "float16":
-        _check_range(checkpoint)
-    native.save(
-        folder,
-        checkpoint.kind,
-        config,
-        checkpoint.params,
-        _DTYPES[dtype] if dtype else None,
-        checkpoint.text_style or "",
-    )
-    source = tokenizer or checkpoint.tokenizer
-    is_complete = checkpoint.text_style is None or (source is not None and _copy_tokenizer(source, folder))
+    is_complete = write_checkpoint(checkpoint, folder, tokenizer, dtype)
     missing = "" if is_complete else ", without a tokenizer: it is not in the model's folder, give it with --tokenizer"
     size = (folder / native.WEIGHTS_FILE).stat().st_size
     return f"{final}: {checkpoint.kind}, {size / 1e6:,.1f} MB{missing}"
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint, folder: Path, tokenizer: Path | None = None, dtype: str | None = None
+) -> bool:
+    """Write a model as a folder of our own, with its tokenizer and lineage.
+
+    Args:
+        checkpoint: The model.
+        folder: Made if it does not exist.
+        tokenizer: In place of its own.
+        dtype: See `convert`.
+
+    Returns:
+        Whether it is complete: False for a model of prompts whose tokenizer is missing.
+
+    Raises:
+        UserError: A value does not fit `dtype`.
+        OSError: The folder cannot be written.
+    """
+    config = (
+        checkpoint.config.to_dict() if hasattr(checkpoint.config, "to_dict") else dataclasses.asdict(checkpoint.config)
+    )
+    if checkpoint.lineage is not None:
+        config = {**config, native.LINEAGE: checkpoint.lineage}
+    if dtype == "float16":
+        _check_range(checkpoint)
+    stored = _DTYPES[dtype] if dtype else None
+    native.save(folder, checkpoint.kind, config, checkpoint.params, stored, checkpoint.text_style or "")
+    source = tokenizer or checkpoint.tokenizer
+    needs_none = checkpoint.text_style is None or class_count_of(checkpoint.config) > 0
+    return needs_none or (source is not None and _copy_tokenizer(source, folder))
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> bool:

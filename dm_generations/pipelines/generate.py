@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dm_generations.archive import Archive, NewImage
-from dm_generations.archive.records import TOKEN_DTYPE
+from dm_generations.archive.records import TOKEN_DTYPE, ClassLabel, parse_config
+from dm_generations.archive.vocabulary import class_text
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
 from dm_generations.inference.scorer import Scorer
+from dm_generations.models.base import check_prompt_kinds, class_count_of, default_params_of, extra_settings_of
+from dm_generations.models.labels import class_vocabulary
 from dm_generations.models.loading import Models, load_models
 from dm_generations.pipelines.sweep import (
     DEFAULT_BATCH_SIZE,
@@ -181,7 +184,11 @@ class Pipeline:
         """
         compile_cache.enable()
         self.models = models
+        class_count = class_count_of(models.generator.config)
+        self._vocabulary = class_vocabulary(class_count) if class_count else ("", [])
         self.generator, self.decoder, self.scorer = loaded or _load(models, options)
+        if options.progressive_every is not None:
+            self.generator.check_every(options.progressive_every)
         self._sampler_version = SAMPLER_VERSIONS[options.rng]
         self._init = init
         self._init_md5 = "" if init is None else init.md5
@@ -209,10 +216,11 @@ class Pipeline:
             [combination.sc_prompt for combination in combinations],
             None if self._init is None else np.tile(self._init.tokens, (count, 1)),
             init_count,
+            [parse_config(combination.extra_settings or "{}") for combination in combinations],
         )
         if self._options.progressive_every is None:
             sampling = self.generator.start(*rows)
-            self._compile_scoring(rows[0])  # while the devices sample
+            self._compile_scoring(self.texts(rows[0]))  # while the devices sample
             tokens, log_probs = sampling.samples()
         else:
             last_token = self.generator.codebook_size - 1  # dalle-mini also samples other tokens
@@ -238,6 +246,7 @@ class Pipeline:
                 dtype=self.generator.dtype,
                 init_count=init_count,
                 init_md5=self._init_md5,
+                extra_settings=sample.combination.extra_settings,
             )
             for sample, row, log_prob in zip(samples, tokens, log_probs, strict=True)
         ]
@@ -287,6 +296,8 @@ class Pipeline:
         """Add images in one transaction; returns how many were new."""
         models = self.models
         with archive.transaction():
+            if any(isinstance(image.prompt, ClassLabel) for image in images):
+                archive.add_vocabulary(*self._vocabulary)
             generator_id = archive.add_model(models.generator.model_info())
             codec_id = archive.add_model(models.codec.model_info(models.grid))
             clip = None if self.scorer is None else self.scorer.info
@@ -298,7 +309,7 @@ class Pipeline:
         if self.scorer is None or self.decoder is None or not images:
             return images
         decoding = self.decoder.start(tokens.astype(np.uint16))
-        scores = self.scorer.score(decoding, [str(image.prompt) for image in images])
+        scores = self.scorer.score(decoding, self.texts([image.prompt for image in images]))
         time_scored = time.time()
         return [
             dataclasses.replace(
@@ -309,6 +320,11 @@ class Pipeline:
             )
             for image, score_input, score_tokenized in zip(images, *scores, strict=True)
         ]
+
+    def texts(self, prompts: Sequence[str | ClassLabel]) -> list[str]:
+        """Return prompts as an archive has them, classes with their labels."""
+        labels = self._vocabulary[1]
+        return [class_text(prompt, labels) if isinstance(prompt, ClassLabel) else prompt for prompt in prompts]
 
     def _compile_scoring(self, prompts: Sequence[str]) -> None:
         """Compile what scores the images, once."""
@@ -368,6 +384,9 @@ def prepare(sweep: Sweep, options: GenerateOptions, mode: Literal["r", "w"]) -> 
             "trained with",
             *(codec.name, f"{codec.config.codebook_size:,}", models.generator.name, f"{config.codebook_size:,}"),
         )
+    sweep = fit_sweep(sweep, config)
+    texts = [text for text in sweep.sc_prompts if text is not None]
+    check_prompt_kinds([*sweep.prompts, *texts], config, models.generator.name)  # before it is put on the devices
     pipeline = Pipeline(models, options, _load_init_tokens(models, options))
     generator = pipeline.generator
     generator.check_texts([*sweep.prompts, *sweep.sc_prompts])
@@ -377,6 +396,23 @@ def prepare(sweep: Sweep, options: GenerateOptions, mode: Literal["r", "w"]) -> 
         defaults = SamplingParams(config.top_k, config.top_p, config.temperature, DEFAULT_PARAMS.cond_scale)
         sweep = sweep.with_defaults(defaults)
     return pipeline, sweep
+
+
+def fit_sweep(sweep: Sweep, config: Any) -> Sweep:
+    """Return a sweep for a model: with its own defaults, its extra settings checked and its classes named.
+
+    Args:
+        sweep: What to generate.
+        config: Of the text-to-image model.
+
+    Raises:
+        UserError: The model has no such extra setting, or a value is out of range.
+    """
+    defaults = default_params_of(config)
+    fitted = sweep if defaults is None else sweep.with_defaults(defaults)
+    class_count = class_count_of(config)
+    vocabulary = class_vocabulary(class_count)[0] if class_count else ""
+    return fitted.for_model(vocabulary, extra_settings_of(config))
 
 
 def _load_init_tokens(models: Models, options: GenerateOptions) -> "InitTokens | None":

@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from dm_generations.archive import init_md5
 from dm_generations.archive.records import TOKEN_DTYPE
 from dm_generations.errors import UserError, one_line
+from dm_generations.inference.encoder import Encoder
 from dm_generations.models.loading import Checkpoint
-from dm_generations.runtime.device import matmul_precision, put_params
 
 # How much of an image is used by default: 14 rows of 32, as OpenAI primed DALL-E (Ramesh et al., "Zero-Shot
 # Text-to-Image Generation", 2021) and DALLE-pytorch's `generate_images` does.
@@ -140,44 +138,25 @@ def encode_image_file(path: Path, codec: Checkpoint, token_count: int) -> np.nda
     Raises:
         UserError: The file is not an image, or the codec has no encoder.
     """
-    if not has_encoder(codec):
-        raise UserError(f"codec {codec.name!r} has no encoder to make tokens of an image; give one with it as --codec")
+    encoder = Encoder(codec)
     grid = math.isqrt(token_count)
     image = read_image(path, codec.config.image_size // codec.config.grid * grid)
-    return encode_images(image[None], codec)[0]
+    return encoder.encode(image[None])[0]
 
 
-def has_encoder(codec: Checkpoint) -> bool:
-    """Return whether a codec also encodes images: min-dalle's `detoker.pt`, for one, has only a decoder."""
-    return codec.params.keys() >= set(codec.network_class.ENCODER_PARTS)
-
-
-def encode_images(pixels: np.ndarray, codec: Checkpoint) -> np.ndarray:
-    """Encode images in float32.
-
-    Args:
-        pixels: (n, S, S, 3) uint8, sRGB.
-        codec: It has an encoder.
-
-    Returns:
-        (n, L) uint16.
-    """
-    model = codec.network_class(codec.config, jnp.float32)
-
-    @jax.jit
-    def encode(params, pixels):
-        with matmul_precision(jnp.float32):
-            _, tokens = model.apply({"params": params}, pixels.astype(jnp.float32) / 255, method="encode")
-        return tokens.astype(jnp.uint16)
-
-    return jax.device_get(encode(put_params(codec.params), jax.device_put(pixels)))
-
-
-def read_image(path: Path, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
+def read_image(
+    path: Path, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS, content: bytes | None = None
+) -> np.ndarray:
     """Read the middle square of an image file, resized.
 
     The image is turned as its EXIF data says, its colours are converted from its colour profile to sRGB, transparent
     pixels become white, and of an animation the first image is used.
+
+    Args:
+        path: The file.
+        size: Pixels a side.
+        resample: How it is resized.
+        content: Of the file, if it has been read; then `path` is its name in messages.
 
     Returns:
         (size, size, 3) uint8, sRGB.
@@ -189,7 +168,7 @@ def read_image(path: Path, size: int, resample: Image.Resampling = Image.Resampl
         with warnings.catch_warnings(), _long_texts():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
+            with Image.open(path if content is None else io.BytesIO(content)) as opened:
                 if opened.mode == "F":  # of no agreed range
                     raise UserError(f"{str(path)!r} has floating-point pixels; save it with 8 or 16 bits a channel")
                 opened.load()

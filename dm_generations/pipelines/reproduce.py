@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dm_generations.archive import Archive, ImageRow
-from dm_generations.archive.records import BadTokensError, tokens_from_blob
+from dm_generations.archive.records import BadTokensError, parse_config, tokens_from_blob
 from dm_generations.archive.selection import EVERY, Where
 from dm_generations.errors import UserError
 from dm_generations.inference.generator import Generator
+from dm_generations.models.base import extra_settings_of
 from dm_generations.models.loading import Checkpoint
 from dm_generations.pipelines.generate import SAMPLER_VERSIONS
 from dm_generations.runtime import compile_cache
+from dm_generations.sampling.params import complete_extra_settings
 
 logger = logging.getLogger(__name__)
 
@@ -143,35 +145,38 @@ def find_mismatches(
     """
     compile_cache.enable()
     generator = Generator(checkpoint, checkpoint.load_tokenizer(), batch_size, dtype=dtype)
-    prompts, sc_prompts = archive.prompts(), archive.sc_prompts()
-    rows = archive.read_rows(ids)
+    prompts, sc_prompts, classes = archive.prompts(), archive.sc_prompts(), archive.classes()
+    rows, known = archive.read_rows(ids), extra_settings_of(checkpoint.config)
     while batch := list(itertools.islice(rows, sum(generator.capacities))):
         found: list[Mismatch] = []
         usable: list[ImageRow] = []
         tokens: list[np.ndarray] = []
+        extra: list[dict[str, int | float]] = []
         for row in batch:
             try:
                 row_tokens = tokens_from_blob(
                     row.quantvec, row.quantvec_md5, generator.token_count, generator.codebook_size
                 )
                 row.params.validate()
+                extra_settings = complete_extra_settings(known, parse_config(row.extra_settings or "{}"))
             except (BadTokensError, UserError) as error:
                 found.append(Mismatch(row.id, 0, str(error)))
                 continue
             usable.append(row)
+            extra.append(extra_settings)
             tokens.append(row_tokens)
         if usable:
             stored = np.stack(tokens)
             params = [row.params for row in usable]
-            texts = [prompts[row.prompt_id] or "" for row in usable]
+            texts = [classes.get(row.prompt_id) or prompts[row.prompt_id] or "" for row in usable]
             keys = np.array([(row.key0, row.key1) for row in usable], np.uint32)
             sc_texts = [sc_prompts[row.sc_prompt_id] for row in usable]
             init_counts = np.array([row.init_count for row in usable])
             if max_margin is None:
-                sampled = generator.generate(texts, params, keys, sc_texts, stored, init_counts)
+                sampled = generator.generate(texts, params, keys, sc_texts, stored, init_counts, extra)
                 found += _compare_tokens(usable, stored, sampled)
             else:
-                margins = generator.teacher_forced_margins(texts, params, keys, stored, sc_texts, init_counts)
+                margins = generator.teacher_forced_margins(texts, params, keys, stored, sc_texts, init_counts, extra)
                 found += _compare_margins(usable, margins, max_margin)
         yield len(batch), found
 

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -15,12 +16,15 @@ from dm_generations.archive.records import BadTokensError, square_side, tokens_f
 from dm_generations.archive.scores import Due, add_clip_scores, add_scores, find_due, scorer_id
 from dm_generations.archive.selection import EVERY, Where
 from dm_generations.archive.vectors import VECTOR_DTYPE, add_vectors
-from dm_generations.inference.decoder import Decoder
+from dm_generations.inference.decoder import Decoder, RowKey
 from dm_generations.inference.scorer import AestheticScorer, Scorer
 from dm_generations.models.loading import Checkpoint
 from dm_generations.pipelines.generate import SMALLER_BATCH, finite_or_none
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors
+
+if TYPE_CHECKING:
+    from dm_generations.inference.diffusion import Diffusion
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Judges:
         adds: Whether they are included, and keep those scores: the new ones are added to the table of scores.
         head: An aesthetic head on the CLIP's vectors, whose scores are added too.
         vectors: Whether the CLIP's vectors are stored.
+        diffusion: What decodes the images, in place of their codec's own decoder; see `judge_of_decoder`.
+        decoding: Which of its decodings of an image is scored, from 0.
     """
 
     clip: Checkpoint
@@ -40,6 +46,15 @@ class Judges:
     adds: bool = False
     head: Checkpoint | None = None
     vectors: bool = False
+    diffusion: "Diffusion | None" = None
+    decoding: int = 0
+
+
+def judge_of_decoder(clip: Checkpoint, diffusion: "Diffusion", decoding: int) -> Checkpoint:
+    """Return a CLIP as the judge that it is of the images of a diffusion decoder: archives keep its scores apart."""
+    number = f", decoding {decoding + 1}" if decoding else ""
+    name = f"{clip.name} of {diffusion.checkpoint.name} {diffusion.steps.text}{number}"
+    return dataclasses.replace(clip, name=name, sha256=diffusion.hash_with(clip.sha256, decoding))
 
 
 @dataclass
@@ -65,6 +80,7 @@ def score_archive(
     batch_size: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     where: Where = EVERY,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> ScoreReport:
     """Score the images that lack a score, each batch in a transaction.
 
@@ -78,6 +94,7 @@ def score_archive(
         batch_size: Images at a time.
         on_progress: Called with (done, total) images at the start and after every batch.
         where: Which images, a compiled selection.
+        on_step: Called with how many steps of a batch a diffusion decoder has taken, and of how many.
 
     Raises:
         UserError: Memory does not hold a batch, CLIP's tokenizer is missing, or the head reads vectors of another
@@ -90,7 +107,9 @@ def score_archive(
     compile_cache.enable()
     codec_id = archive.find_model(dataclasses.replace(codec.model_info(), token_shape=None))
     grid = None if codec_id is None else square_side(archive.models()[codec_id].token_shape)
-    decoder = Decoder.from_checkpoint(codec, batch_size, grid=grid)
+    size: int | Literal["auto"] = batch_size if judges.diffusion is None else "auto"
+    decoder = Decoder.from_checkpoint(codec, size, grid=grid, diffusion=judges.diffusion)
+    decoder.on_step = on_step
     scorer = Scorer.from_checkpoint(judges.clip, batch_size)
     model_names = {row_id: model.name for row_id, model in archive.models().items()}
     on_progress(done := 0, report.due_count)
@@ -104,7 +123,8 @@ def score_archive(
                 report.count_by_other_codec[model_names.get(row.codec_id, f"id {row.codec_id}")] += 1
         if usable := _read_tokens(own_rows, decoder, report):
             with memory_errors(SMALLER_BATCH):
-                features = scorer.image_features(decoder.start(np.stack([tokens for _, tokens in usable])))
+                keys = [RowKey(*row.key, judges.decoding, panel.prompt_of(row)) for row, _ in usable]
+                features = scorer.image_features(decoder.start(np.stack([tokens for _, tokens in usable]), keys))
                 panel.store([row for row, _ in usable], features, scorer)
             report.scored_count += len(usable)
         done += len(batch)
@@ -128,6 +148,10 @@ class _Panel:
         due = Due(self._judges.adds, head_id, self._judges.vectors)
         return self._judges.rescore, self._archive.find_model(self._clip_info), due
 
+    def prompt_of(self, row: ImageRow) -> str:
+        """Return the prompt of an image."""
+        return self._prompts.get(row.prompt_id) or ""
+
     def store(self, rows: list[ImageRow], features: np.ndarray, scorer: Scorer) -> None:
         """Store what the judges say of images, in one transaction.
 
@@ -141,7 +165,7 @@ class _Panel:
         flags = (archive.find_model(self._clip_info), f"({COLUMNS_DUE} OR {SCORES_DUE})", judges.rescore, judges.adds)
         due = set(find_due(archive, ids, *flags))
         places = [place for place, row_id in enumerate(ids) if row_id in due]
-        prompts = [self._prompts.get(rows[place].prompt_id) or "" for place in places]
+        prompts = [self.prompt_of(rows[place]) for place in places]
         scores = scorer.score_features(features[places], prompts) if places else ((), ())
         found = [
             (ids[place], finite_or_none(score_input), finite_or_none(score_tokenized))

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from dm_generations.archive import Archive, GroupKey
+from dm_generations.archive.records import ClassLabel, canonical_settings
 from dm_generations.errors import UserError, one_line
-from dm_generations.sampling.params import SamplingParams, check_range
+from dm_generations.sampling.params import ExtraSetting, SamplingParams, check_range, complete_extra_settings
 from dm_generations.sampling.prng import row_key
 
 DEFAULT_PARAMS = SamplingParams(top_k=256, cond_scale=3.0)
@@ -37,11 +39,19 @@ MAX_SEED = 2**64 - 1
 # What each key of a sweep file holds, and whether it can list several values.
 SWEEP_KEYS: dict[str, tuple[tuple[type, ...], bool]] = {
     "prompts": ((str,), True),
+    "classes": ((str, int), True),
     "sc_prompts": ((str,), True),
     "top_k": ((int,), True),
     "top_p": ((int, float), True),
     "temperature": ((int, float), True),
     "cond_scale": ((int, float), True),
+    "cfg_interval": ((int,), True),
+    "steps": ((int,), True),
+    "mask_temperature": ((int, float), True),
+    "mask_temperature_end": ((int, float), True),
+    "aesthetic_score": ((int, float), True),
+    "crop_top": ((int, float), True),
+    "crop_left": ((int, float), True),
     "keys": ((str,), True),
     "n": ((int,), False),
     "seed": ((int,), False),
@@ -49,15 +59,21 @@ SWEEP_KEYS: dict[str, tuple[tuple[type, ...], bool]] = {
 }
 _TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _PARAM_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
+# Of settings that only some models have.
+_EXTRA_NAMES = (
+    *("cfg_interval", "steps", "mask_temperature", "mask_temperature_end"),
+    *("aesthetic_score", "crop_top", "crop_left"),
+)
 
 
 @dataclass(frozen=True)
 class Combination:
     """One value of each axis: a group of the archive, before its prompts have ids."""
 
-    prompt: str
+    prompt: str | ClassLabel
     sc_prompt: str | None  # None: the model's own empty prompt
     params: SamplingParams
+    extra_settings: str = ""  # as an archive stores them
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,7 @@ class Sweep:
     dropped. An empty text among `sc_prompts` is the model's own empty prompt.
 
     Attributes:
+        extra_settings: Settings that only some models have, as an archive stores them.
         row_keys: The keys of the images of each combination; they replace `count` and `seed`.
         unset: Names of settings that the user left open, for which a model can have defaults of its own.
 
@@ -116,12 +133,13 @@ class Sweep:
         UserError: A value is out of range, or an axis has no value.
     """
 
-    prompts: Sequence[str]
+    prompts: Sequence[str | ClassLabel]
     sc_prompts: Sequence[str | None] = (None,)
     top_k: Sequence[int] = (DEFAULT_PARAMS.top_k,)
     top_p: Sequence[float] = (DEFAULT_PARAMS.top_p,)
     temperature: Sequence[float] = (DEFAULT_PARAMS.temperature,)
     cond_scale: Sequence[float] = (DEFAULT_PARAMS.cond_scale,)
+    extra_settings: Sequence[str] = ("",)
     count: int = DEFAULT_COUNT
     seed: int = DEFAULT_SEED
     same_seeds: bool = True
@@ -136,6 +154,7 @@ class Sweep:
             "top_p": [_to_float(value) for value in self.top_p],
             "temperature": [_to_float(value) for value in self.temperature],
             "cond_scale": [_to_float(value) for value in self.cond_scale],
+            "extra_settings": self.extra_settings,
         }
         for name, values in axes.items():
             object.__setattr__(self, name, tuple(dict.fromkeys(values)))
@@ -149,7 +168,7 @@ class Sweep:
         self._check()
 
     def _check(self) -> None:
-        _check_texts("prompt", self.prompts)
+        _check_texts("prompt", [prompt for prompt in self.prompts if isinstance(prompt, str)])
         _check_texts("unconditional prompt", [text for text in self.sc_prompts if text is not None])
         check_range("n", self.count, 1, MAX_IMAGES)
         check_range("seed", self.seed, 0, MAX_SEED)
@@ -173,8 +192,8 @@ class Sweep:
 
     def combinations(self) -> Iterator[Combination]:
         """Yield the combinations in the order of the archive's groups: the last axis changes fastest."""
-        for prompt, sc_prompt, *values in itertools.product(*self._axes()):
-            yield Combination(prompt, sc_prompt, SamplingParams(*values))
+        for prompt, sc_prompt, *values, extra_settings in itertools.product(*self._axes()):
+            yield Combination(prompt, sc_prompt, SamplingParams(*values), extra_settings)
 
     def keys(self, combination: Combination) -> Sequence[tuple[int, int]]:
         """Return (key0, key1) of each image of a combination, by its index."""
@@ -187,8 +206,27 @@ class Sweep:
         changes: dict[str, Any] = {name: (getattr(defaults, name),) for name in self.unset}
         return dataclasses.replace(self, **changes)
 
+    def for_model(self, vocabulary: str, known: Mapping[str, ExtraSetting]) -> "Sweep":
+        """Return this sweep for a model: its classes named, and its extra settings checked, defaults left out.
+
+        Args:
+            vocabulary: Name of the vocabulary of classes.
+            known: The model's extra settings, by name.
+
+        Raises:
+            UserError: The model has no such setting, or a value is out of range.
+        """
+        prompts = [ClassLabel(vocabulary, p.label) if isinstance(p, ClassLabel) else p for p in self.prompts]
+        extra_settings = []
+        for text in self.extra_settings:
+            completed = complete_extra_settings(known, json.loads(text or "{}"))
+            changed = {name: value for name, value in completed.items() if value != known[name].default}
+            extra_settings.append(canonical_settings(changed))
+        return dataclasses.replace(self, prompts=prompts, extra_settings=extra_settings)
+
     def _axes(self) -> tuple[Sequence[Any], ...]:
-        return self.prompts, self.sc_prompts, self.top_k, self.top_p, self.temperature, self.cond_scale
+        settings = self.top_k, self.top_p, self.temperature, self.cond_scale, self.extra_settings
+        return self.prompts, self.sc_prompts, *settings
 
 
 @dataclass(frozen=True)
@@ -229,6 +267,11 @@ def load_sweep(flags: Mapping[str, Any], sweep_file: Path | None = None, prompts
     """
     values = ({} if sweep_file is None else read_sweep_file(sweep_file)) | dict(flags)
     prompts = [*values.pop("prompts", []), *([] if prompts_file is None else read_prompts(prompts_file))]
+    if "classes" in values:
+        if prompts:
+            raise UserError("use just one of --classes and of prompts")
+        prompts = parse_classes(values.pop("classes"))
+    values["extra_settings"] = combine_settings({name: values.pop(name) for name in _EXTRA_NAMES if name in values})
     unset = frozenset(_PARAM_NAMES) - values.keys()
     if "keys" in values:
         values["row_keys"] = [parse_key(text) for text in values.pop("keys")]
@@ -282,6 +325,37 @@ def parse_key(text: str) -> tuple[int, int]:
     return key0, key1
 
 
+def combine_settings(values: Mapping[str, Sequence[float]]) -> list[str]:
+    """Return every combination of some extra settings, as an archive stores them.
+
+    >>> combine_settings({"steps": [8, 12]})
+    ['{"steps":8}', '{"steps":12}']
+
+    Args:
+        values: By name.
+    """
+    combined = itertools.product(*values.values())
+    return [canonical_settings(dict(zip(values, chosen, strict=True))) for chosen in combined]
+
+
+def parse_classes(values: Sequence[str | int]) -> list[ClassLabel]:
+    """Read classes written as numbers and ranges, "7" and "0-999"; their vocabulary is that of a model, see `Sweep`.
+
+    Raises:
+        UserError: A value is something else, or there are more than MAX_IMAGES.
+    """
+    labels: list[int] = []
+    for value in values:
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", str(value))
+        first, last = (0, -1) if match is None else (int(match[1]), int(match[2] or match[1]))
+        if last < first:
+            raise UserError(f"--classes {str(value)!r:.60} is not a number or a range, as 207 or 0-999")
+        if len(labels) + last - first >= MAX_IMAGES:
+            raise UserError(f"--classes {value}: more than {MAX_IMAGES:,} classes")
+        labels += range(first, last + 1)
+    return [ClassLabel("", label) for label in labels]
+
+
 def plan_sweep(
     sweep: Sweep,
     archive: Archive | None,
@@ -303,10 +377,12 @@ def plan_sweep(
         init_md5: MD5 of the initial tokens that the images continue; "" if there are none.
         shard: The part of the sweep to plan.
     """
-    prompt_ids: dict[str | None, int] = {}
+    prompt_ids: dict[str | ClassLabel | None, int] = {}
     sc_prompt_ids: dict[str | None, int] = {}
     if archive is not None and generator_id is not None:
-        prompt_ids = {text: row_id for row_id, text in archive.prompts().items()}
+        has_classes = any(isinstance(prompt, ClassLabel) for prompt in sweep.prompts)
+        classes = archive.classes() if has_classes else {}
+        prompt_ids = {classes.get(row_id, text): row_id for row_id, text in archive.prompts().items()}
         sc_prompt_ids = {text: row_id for row_id, text in archive.sc_prompts().items()}
     missing: list[tuple[Combination, Sequence[int]]] = []
     existing_count = 0
@@ -315,7 +391,7 @@ def plan_sweep(
         indices: Sequence[int] = of_shard
         if archive is not None and combination.prompt in prompt_ids and combination.sc_prompt in sc_prompt_ids:
             ids = prompt_ids[combination.prompt], sc_prompt_ids[combination.sc_prompt]
-            group_key = GroupKey(*ids, combination.params)
+            group_key = GroupKey(*ids, combination.params, combination.extra_settings)
             existing = archive.existing_keys(group_key, generator_id, sampler_version, init_md5)
             keys = sweep.keys(combination) if existing else ()
             indices = [index for index in of_shard if keys[index] not in existing] if existing else of_shard
@@ -332,7 +408,10 @@ def _derive_keys(seed: int, count: int) -> tuple[tuple[int, int], ...]:
 
 def _derive_seed(seed: int, combination: Combination) -> int:
     """Return a seed for one combination, which the other values of a sweep do not change. See `schema/sampling.md`."""
-    values = [seed, combination.prompt, combination.sc_prompt, *combination.params.values()]
+    is_class = isinstance(combination.prompt, ClassLabel)
+    prompt = str(combination.prompt) if is_class else combination.prompt
+    values = [seed, prompt, combination.sc_prompt, *combination.params.values()]
+    values += [combination.extra_settings] if combination.extra_settings else []
     text = json.dumps(values, separators=(",", ":"))
     return int.from_bytes(hashlib.sha256(text.encode("ascii")).digest()[:8], "big")
 

@@ -2,7 +2,8 @@
 
 The arrays of a checkpoint are views of mapped files. Pages that have been copied are released while the copying goes
 on, so that loading N bytes of weights takes little more than N bytes of memory. Weights that need no copy (float32 on
-a CPU) are read from the disk when they are first used, and shared with other processes.
+a CPU, except what `models.base` splits) are read from the disk when they are first used, and shared with other
+processes.
 """
 
 import collections

@@ -4,7 +4,7 @@ A row needs one sequence of tokens under its prompt, and a second one under its 
 cond_scale is 1. Rows are packed into a fixed number of sequences, so that one program serves every mix.
 
 S: sequences of one device's batch   R: rows at most, S   N: texts at most, S in whole batches of TEXT_BATCH
-T: text tokens   L: tokens of an image
+T: text tokens   L: tokens of an image   E: extra settings of the model
 """
 
 import itertools
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from dm_generations.sampling.params import SamplingParams
+from dm_generations.archive.records import ClassLabel
+from dm_generations.sampling.params import SamplingParams, Unconditional
 
 if TYPE_CHECKING:
     from dm_generations.models.base import Tokenizer
@@ -42,6 +43,7 @@ class RowInputs(NamedTuple):
     cond_scale: jax.Array
     init_tokens: jax.Array  # (R, L) int32
     init_count: jax.Array  # (R,) int32, how many of them are used
+    extra: jax.Array  # (R, E) float32, the model's extra settings in its order
 
 
 OF_ROWS = RowInputs._fields[RowInputs._fields.index("cond") :]  # with one entry for each row
@@ -50,12 +52,13 @@ OF_ROWS = RowInputs._fields[RowInputs._fields.index("cond") :]  # with one entry
 class Row(NamedTuple):
     """One image to sample."""
 
-    prompt: str | None
+    prompt: str | ClassLabel | None
     sc_prompt: str | None
     params: SamplingParams
     key: tuple[int, int]
     init_tokens: np.ndarray | None  # (L,)
     init_count: int
+    extra: tuple[float, ...] = ()
 
 
 def sequence_count(cond_scale: float) -> int:
@@ -78,7 +81,9 @@ def take_until_full(rows: Sequence[_T], sequences: Sequence[int], capacity: int)
     return rows[: max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= capacity, used)))]
 
 
-def pack_batch(rows: Sequence[Row], capacity: int, tokenizer: "Tokenizer", text_length: int, length: int) -> RowInputs:
+def pack_batch(
+    rows: Sequence[Row], capacity: int, tokenizer: "Tokenizer", text_length: int, length: int, extra_count: int = 0
+) -> RowInputs:
     """Pack rows into the arrays of one device's batch.
 
     Args:
@@ -87,18 +92,21 @@ def pack_batch(rows: Sequence[Row], capacity: int, tokenizer: "Tokenizer", text_
         tokenizer: For the prompts.
         text_length: T.
         length: L.
+        extra_count: E.
 
     Returns:
         NumPy arrays.
     """
-    texts: dict[str | None, int] = {}
+    texts: dict[str | ClassLabel | Unconditional | None, int] = {}
+    depends_on_prompt = getattr(tokenizer, "unconditional_by_prompt", False)
     sequences: list[tuple[int, int]] = []  # text, row
     cond, uncond = [], []
     for number, row in enumerate(rows):
         cond.append(len(sequences))
         sequences.append((texts.setdefault(row.prompt, len(texts)), number))
         if sequence_count(row.params.cond_scale) == 2:
-            sequences.append((texts.setdefault(row.sc_prompt or None, len(texts)), number))
+            own = Unconditional(str(row.prompt or "")) if depends_on_prompt else None
+            sequences.append((texts.setdefault(row.sc_prompt or own, len(texts)), number))
         uncond.append(len(sequences) - 1)
     padding = [None] * (-(-capacity // TEXT_BATCH) * TEXT_BATCH - len(texts))
     init_tokens = np.zeros((capacity, length), np.int32)
@@ -125,5 +133,6 @@ def pack_batch(rows: Sequence[Row], capacity: int, tokenizer: "Tokenizer", text_
         column([row.params.cond_scale for row in rows], np.float32),
         init_tokens,
         column([row.init_count for row in rows], np.int32),
+        column(np.array([row.extra for row in rows], np.float32).reshape(len(rows), extra_count), np.float32),
     ]
     return RowInputs(*arrays)

@@ -1,5 +1,7 @@
 """The sampling loop of every text-to-image model, compiled whole: a batch of rows from its prompts to its tokens.
 
+A step samples a token of each row, or in masked decoding all that are masked; the sampler knows.
+
 Rows do not read each other, and a batch always has the same shape. So sampling is batch-invariant: with one batch size,
 on one kind of device, a row gives the same tokens alone, at any position and among any other rows.
 
@@ -18,22 +20,13 @@ from jax.sharding import Mesh, PartitionSpec
 from dm_generations.runtime.device import matmul_precision
 from dm_generations.sampling import logits as sampling
 from dm_generations.sampling.batching import OF_ROWS, TEXT_BATCH, RowInputs
-from dm_generations.sampling.methods import GumbelSampler, Sampler, row_settings
+from dm_generations.sampling.methods import GumbelSampler, RowState, Sampler, row_settings
 
 AXIS = "rows"  # of a mesh of devices, each of which has a batch of its own
 
 
-class RowState(NamedTuple):
-    """What a step makes of each row."""
-
-    token: jax.Array  # (R,) int32, which the next step reads
-    log_prob: jax.Array  # (R,) float32, summed over the tokens sampled so far
-    can_sample: jax.Array  # (R,) bool, whether every step had a token to sample
-    noise: Any  # state of the sampler
-
-
 class DecodeState(NamedTuple):
-    """A batch between two tokens."""
+    """A batch between two steps."""
 
     cache: Any  # of the model, S sequences
     tokens: jax.Array  # (R, L) int32, those sampled so far
@@ -54,16 +47,13 @@ def init_cache(model: nn.Module, sampler: Sampler, mesh: Mesh | None, params: di
     """
 
     def on_one_device(params, rows):
-        count = len(rows.top_k)
+        inputs: tuple[Any, ...] = (_encode_prompts(model, params, rows),)
+        if rows.extra.shape[1]:  # a model without extra settings takes none
+            inputs += (rows.extra[rows.row_of_sequence],)
         return DecodeState(
-            model.apply({"params": params}, _encode_prompts(model, params, rows), method="init_cache"),
-            jnp.zeros((count, model.config.image_length), jnp.int32),
-            RowState(
-                jnp.full(count, model.config.start_token, jnp.int32),
-                jnp.zeros(count, jnp.float32),
-                jnp.ones(count, bool),
-                sampler.init_noise(rows),
-            ),
+            model.apply({"params": params}, *inputs, method="init_cache"),
+            jnp.zeros((len(rows.top_k), model.config.image_length), jnp.int32),
+            sampler.init_rows(rows, model.config.start_token),
         )
 
     return _on_each_device(model, on_one_device, mesh, (False, True))(params, rows)
@@ -89,21 +79,11 @@ def decode_steps(
         def one_step(step, state):
             logits, cache = _logits(model, params, rows, state.cache, state.last.token, step)
 
-            def sample(rows, last):
-                guided = _guided(model, rows, logits, step)
-                token, can_sample, noise = sampler.sample(guided, step, rows, last.noise)
-                is_init = step < rows.init_count
-                token = jnp.where(is_init, rows.init_tokens[:, step], token)
-                log_prob = sampling.log_prob(guided, token, sampler.columns)
-                return RowState(
-                    token,
-                    last.log_prob + jnp.where(is_init, 0.0, log_prob),
-                    last.can_sample & (can_sample | is_init),
-                    noise,
-                )
+            def advance(rows, last):
+                return sampler.advance(_guided(model, rows, logits, step), step, rows, last)
 
-            last = _for_rows_in_use(sample, rows, state.last)
-            return DecodeState(cache, state.tokens.at[:, step].set(last.token), last)
+            last = _for_rows_in_use(advance, rows, state.last)
+            return DecodeState(cache, sampler.place(state.tokens, step, last.token), last)
 
         return jax.lax.fori_loop(first, end, one_step, state)
 
@@ -167,44 +147,48 @@ def _encode_prompts(model: nn.Module, params: dict, rows: RowInputs) -> Any:
 
 
 def _logits(model: nn.Module, params: dict, rows: RowInputs, cache: Any, token: jax.Array, step: jax.Array):
-    """Return logits (S, V) float32 of a step, and the cache for the next.
+    """Return logits (S, V) float32 of a step, and the cache for the next; of masked decoding (S, L, V).
 
-    Both sequences of a row read its token (R,).
+    Both sequences of a row read its token (R,), or its tokens (R, L).
     """
     return model.apply({"params": params}, cache, token[rows.row_of_sequence], step, method="decode_step")
 
 
 def _guided(model: nn.Module, rows: RowInputs, logits: jax.Array, step: jax.Array) -> jax.Array:
-    """Return guided logits (R, V) of the sequences' (S, V)."""
+    """Return guided logits (R, V) of the sequences' (S, V), or (R, L, V) of (S, L, V)."""
     cond, uncond = logits[rows.cond], logits[rows.uncond]
-    guided = sampling.guide(cond, uncond, rows.cond_scale)
+    scale = rows.cond_scale.reshape(-1, *[1] * (logits.ndim - 2))
+    guided = sampling.guide(cond, uncond, scale)
     if getattr(model.config, "guides_first_code_alone", False):
         guided = jnp.where(((step > 0) & (rows.cond_scale != 1))[:, None], uncond, guided)
+    if "cfg_interval" in (names := list(getattr(model.config, "extra_settings", ()))):
+        interval = rows.extra[:, names.index("cfg_interval")]
+        guided = jnp.where(((interval >= 0) & (step > interval + 1))[:, None], cond, guided)
     return guided
 
 
-def _for_rows_in_use(sample: Callable[[RowInputs, RowState], RowState], rows: RowInputs, last: RowState) -> RowState:
-    """Sample one half of the rows after the other; the upper one only if it is in use, that is, if not all are guided.
+def _for_rows_in_use(advance: Callable[[RowInputs, RowState], RowState], rows: RowInputs, last: RowState) -> RowState:
+    """Advance one half of the rows after the other; the upper one only if it is in use, that is, if not all are guided.
 
-    A loop and not a condition, in which a CPU computes on one core; and `sample` is compiled once.
+    A loop and not a condition, in which a CPU computes on one core; and `advance` is compiled once.
     """
     half, rest = divmod(len(rows.top_k), 2)
     if rest or rows.keys.ndim == 1:
-        return sample(rows, last)
+        return advance(rows, last)
 
-    def sample_half(number, last):
+    def advance_half(number, last):
         start = number * half
 
         def part(tree):
             return jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, start, half), tree)
 
         of_rows = {name: part(getattr(rows, name)) for name in OF_ROWS}
-        sampled = sample(rows._replace(**of_rows), part(last))
+        advanced = advance(rows._replace(**of_rows), part(last))
         return jax.tree.map(
-            lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new, start, axis=0), last, sampled
+            lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new, start, axis=0), last, advanced
         )
 
-    return jax.lax.fori_loop(0, jnp.where(rows.row_count[0] > half, 2, 1), sample_half, last)
+    return jax.lax.fori_loop(0, jnp.where(rows.row_count[0] > half, 2, 1), advance_half, last)
 
 
 def _on_each_device(model: nn.Module, function: Callable, mesh: Mesh | None, is_divided: tuple[bool, ...]) -> Callable:

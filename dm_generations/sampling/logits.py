@@ -27,6 +27,7 @@ __all__ = [
     "filter_logits",
     "guide",
     "gumbel",
+    "gumbel_from_bits",
     "log_prob",
     "margin",
     "sample",
@@ -73,6 +74,11 @@ def gumbel(keys: jax.Array, step: jax.Array, codebook_size: int) -> jax.Array:
     tokens = jnp.arange(codebook_size, dtype=jnp.uint32)[None, :]
     steps = jnp.asarray(step).astype(jnp.uint32).reshape(1, 1)
     bits, _ = threefry2x32(keys[:, 0:1], keys[:, 1:2], steps, tokens)  # (B, codebook_size)
+    return gumbel_from_bits(bits)
+
+
+def gumbel_from_bits(bits: jax.Array) -> jax.Array:
+    """Map words of 32 random bits, uint32 of any shape, to standard Gumbel noise float32."""
     # The uniform is fine near 0, where -log(-log1p(-w)) is large: the noise that wins is the best resolved.
     uniform = jnp.minimum(bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33, _HIGHEST_UNIFORM)
     return -jnp.log(-jnp.log1p(-uniform))

@@ -34,15 +34,65 @@ _ONE = 0x3F800000  # the bits of 1.0
 _TINY = 2.0**-126  # the smallest normal float32: stands for a uniform number of 0
 
 
+class RowState(NamedTuple):
+    """What a step makes of each row."""
+
+    token: jax.Array  # which the next step reads: (R,) int32; of masked decoding all of them, (R, L)
+    log_prob: jax.Array  # (R,) float32, summed over the tokens sampled so far
+    can_sample: jax.Array  # (R,) bool, whether every step had a token to sample
+    noise: Any  # state of the sampler: arrays of R rows
+
+
 class Sampler(Protocol):
-    """How logits become a token. Hashable: a program is compiled for each."""
+    """How logits become tokens. Hashable: a program is compiled for each."""
 
     @property
     def columns(self) -> int:
         """Columns of the logits, among which is sampled."""
 
+    def init_rows(self, rows: RowInputs, start_token: int) -> RowState:
+        """Return the rows before the first step, which reads `start_token`."""
+
+    def advance(self, guided: jax.Array, step: jax.Array, rows: RowInputs, last: RowState) -> RowState:
+        """Return the rows after a step.
+
+        Args:
+            guided: Logits (R, V) float32 after guidance; of masked decoding (R, L, V).
+            step: () int32.
+            rows: Settings of the rows.
+            last: The rows before.
+        """
+
+    def place(self, tokens: jax.Array, step: jax.Array, token: jax.Array) -> jax.Array:
+        """Return the tokens so far, (R, L) int32, with those of a step."""
+
+
+class TokenSampler:
+    """A sampler of one token a step, in order; subclasses sample it."""
+
+    columns: int
+
+    def init_rows(self, rows: RowInputs, start_token: int) -> RowState:
+        """See `Sampler`."""
+        count = len(rows.top_k)
+        start = jnp.full(count, start_token, jnp.int32)
+        return RowState(start, jnp.zeros(count, jnp.float32), jnp.ones(count, bool), self.init_noise(rows))
+
+    def advance(self, guided: jax.Array, step: jax.Array, rows: RowInputs, last: RowState) -> RowState:
+        """See `Sampler`."""
+        token, can_sample, noise = self.sample(guided, step, rows, last.noise)
+        is_init = step < rows.init_count
+        token = jnp.where(is_init, rows.init_tokens[:, step], token)
+        log_prob = jnp.where(is_init, 0.0, logits.log_prob(guided, token, self.columns))
+        return RowState(token, last.log_prob + log_prob, last.can_sample & (can_sample | is_init), noise)
+
+    def place(self, tokens: jax.Array, step: jax.Array, token: jax.Array) -> jax.Array:
+        """See `Sampler`."""
+        return tokens.at[:, step].set(token)
+
     def init_noise(self, rows: RowInputs) -> Any:
         """Return its state before the first step: arrays of R rows."""
+        raise NotImplementedError
 
     def sample(
         self, guided: jax.Array, step: jax.Array, rows: RowInputs, noise: Any
@@ -58,23 +108,24 @@ class Sampler(Protocol):
         Returns:
             Tokens (R,) int32, whether there was one to sample (R,) bool, and the state for the next step.
         """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class GumbelSampler:
+class GumbelSampler(TokenSampler):
     """Samples with this program's own noise, a function of the row's key, the step and the token; see `logits`."""
 
     columns: int
     order: str
 
     def init_noise(self, rows: RowInputs) -> tuple[()]:
-        """See `Sampler`."""
+        """See `TokenSampler`."""
         return ()
 
     def sample(
         self, guided: jax.Array, step: jax.Array, rows: RowInputs, noise: tuple[()]
     ) -> tuple[jax.Array, jax.Array, tuple[()]]:
-        """See `Sampler`."""
+        """See `TokenSampler`."""
         token = logits.sample(guided, step, *row_settings(rows), self.columns, self.order)
         return token, logits.can_sample(guided, self.columns), noise
 
@@ -82,6 +133,24 @@ class GumbelSampler:
 def row_settings(rows: RowInputs) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return keys, top_k, top_p and temperature of the rows, as `logits.sample` takes them."""
     return rows.keys, rows.top_k, rows.top_p, rows.temperature
+
+
+def make_sampler(config: Any, codebook_size: int, is_dalle_mini: bool) -> Sampler:
+    """Return the sampler of a text-to-image model.
+
+    Args:
+        config: Of the model.
+        codebook_size: Only tokens below it are sampled.
+        is_dalle_mini: Whether to sample as dalle-mini's `generate` does.
+    """
+    if is_dalle_mini:
+        return DalleMiniSampler(config.image_vocab_size + 1, config.eos_token_id, config.pad_token_id)
+    if schedule := getattr(config, "masking_schedule", None):
+        from dm_generations.sampling.masked import MaskedSampler
+
+        places = config.image_length, config.start_token
+        return MaskedSampler(codebook_size, config.sampling_order, *places, schedule)
+    return GumbelSampler(codebook_size, config.sampling_order)
 
 
 class Noise(NamedTuple):
@@ -92,7 +161,7 @@ class Noise(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DalleMiniSampler:
+class DalleMiniSampler(TokenSampler):
     """A sampler for the loop.
 
     A row with a key of its own does not depend on the others; a row of one call does, through the shape of the noise.
@@ -103,13 +172,13 @@ class DalleMiniSampler:
     pad_token: int  # `pad_token_id`
 
     def init_noise(self, rows: RowInputs) -> Noise:
-        """See `Sampler`."""
+        """See `TokenSampler`."""
         return Noise(rows.keys, jnp.zeros(len(rows.top_k), bool))
 
     def sample(
         self, guided: jax.Array, step: jax.Array, rows: RowInputs, noise: Noise
     ) -> tuple[jax.Array, jax.Array, Noise]:
-        """See `Sampler`."""
+        """See `TokenSampler`."""
         keys, next_keys = split(noise.keys)
         is_one_call = keys.ndim == 1
         gumbel = call_gumbel(keys, len(guided), self.columns) if is_one_call else row_gumbel(keys, self.columns)

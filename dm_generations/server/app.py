@@ -12,29 +12,37 @@ import json
 import logging
 import math
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dm_generations.archive.browse import MAX_IMAGES, Query
 from dm_generations.errors import UserError, one_line
+from dm_generations.export.writers import Zip
+from dm_generations.server.archives import ServedArchives
 from dm_generations.server.data import BadRequestError, ServedArchive
-from dm_generations.server.images import ImageService
+from dm_generations.server.images import ImageService, UndecodableError, UnknownImageError, draw_notice
 
 MAX_BODY_BYTES: Final = 4 << 20
 MAX_PROMPTS: Final = 2000  # of one answer
 MAX_GROUPS: Final = 2000
 MAX_WORDS: Final = 1000  # characters of a search
+MAX_ZIPPED: Final = 2000  # images
+ZIP_PROBLEMS: Final = "not-decoded.txt"  # in a zip: which images are missing, and why
 TOKEN_META: Final = '<meta name="live" content="">'
 _MAX_ID: Final = 2**63 - 1
+_ZIP_CHUNK: Final = 64  # images that are waited for at a time
+_ZIP_MEMORY_BYTES: Final = 16 << 20  # a larger zip is made on disk
 _HEADERS: Final = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -96,11 +104,13 @@ class PageServer:
         needs_token: Whether the page itself asks for it; its cookie is for the rest.
     """
 
-    def __init__(self, archive: ServedArchive, images: ImageService, page: str, token: str, needs_token: bool):
+    def __init__(
+        self, archive: ServedArchive | ServedArchives, images: ImageService, page: str, token: str, needs_token: bool
+    ):
         """Take what is served.
 
         Args:
-            archive: The archive.
+            archive: The archive, or several.
             images: Its images.
             page: The HTML page, with TOKEN_META.
             token: A secret.
@@ -123,6 +133,7 @@ class PageServer:
             Route("/api/changes", self._for_page(self.changes)),
             Route("/api/judgements", self._for_page(self.judgements), methods=["GET"]),
             Route("/api/judgements", self._for_page(self.judge), methods=["POST"]),
+            Route("/api/zip", self._for_page(self.zip), methods=["POST"]),
             Route("/image/{codec}/{md5}", self._for_page(self.image)),
         ]
         handlers: Any = {HTTPException: _handle_http_error}
@@ -225,6 +236,49 @@ class PageServer:
 
     async def judge(self, request: Request) -> Response:
         """Store judgements that the page sends."""
+        return _json(await self._archive.call(self._archive.add_judgements, await self._read_own(request)))
+
+    async def zip(self, request: Request) -> Response:
+        """Answer images as a zip; the body lists the MD5s of their tokens."""
+        md5s = await self._read_own(request)
+        if not isinstance(md5s, list) or not all(isinstance(md5, str) and _is_hex(md5, 32) for md5 in md5s):
+            raise HTTPException(400, "the body is not a list of MD5s")
+        if not 0 < len(md5s) <= MAX_ZIPPED:
+            raise HTTPException(400, f"{len(md5s)} images are asked for; a zip has 1 to {MAX_ZIPPED:,}")
+        names = await self._archive.call(self._archive.file_names, list(dict.fromkeys(md5s)))
+        file = tempfile.SpooledTemporaryFile(_ZIP_MEMORY_BYTES)  # noqa: SIM115  # closed after the answer
+        try:
+            await self._write_zip(Zip(file), names, [md5 for md5 in md5s if md5 not in names])
+        except BaseException:
+            file.close()
+            raise
+        size = file.tell()
+        file.seek(0)
+        headers = {"Content-Disposition": 'attachment; filename="images.zip"', "Content-Length": str(size)}
+        headers["Cache-Control"] = "no-store"
+        chunks = iter(lambda: file.read(1 << 16), b"")
+        return StreamingResponse(
+            chunks, media_type="application/zip", headers=headers, background=BackgroundTask(file.close)
+        )
+
+    async def _write_zip(self, archive: Zip, names: dict[str, str], unknown: list[str]) -> None:
+        problems = [f"{md5}: there is no such image" for md5 in unknown]
+        for first in range(0, len(names), _ZIP_CHUNK):
+            part = list(names.items())[first : first + _ZIP_CHUNK]
+            images = await asyncio.gather(*(self._images.get(md5) for md5, _ in part), return_exceptions=True)
+            for (md5, name), image in zip(part, images, strict=True):
+                if isinstance(image, bytes):
+                    archive.add(name, image)
+                elif isinstance(image, UserError):
+                    problems.append(f"{md5}: {one_line(image)}")
+                else:
+                    raise image
+        if problems:
+            archive.add(ZIP_PROBLEMS, "".join(f"{line}\n" for line in problems).encode())
+        archive.close()
+
+    async def _read_own(self, request: Request) -> Any:
+        """Return the JSON that the page itself sends; another site, or one without the token, is refused."""
         origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "same-origin")
         own = f"{request.url.scheme}://{request.headers['host']}"
         if (origin is not None and origin.lower() != own.lower()) or site not in ("same-origin", "none"):
@@ -233,10 +287,9 @@ class PageServer:
             raise HTTPException(403, "the token is missing or wrong; load the page again")
         body = await _read_body(request)
         try:
-            judgements = json.loads(body)
+            return json.loads(body)
         except (ValueError, RecursionError) as error:
             raise HTTPException(400, f"the body is not JSON: {one_line(error)}") from error
-        return _json(await self._archive.call(self._archive.add_judgements, judgements))
 
     async def image(self, request: Request) -> Response:
         """Answer an image; it is not waited for when the client has gone."""
@@ -252,7 +305,13 @@ class PageServer:
             if not image.done():
                 return Response(status_code=499)  # nobody reads it
             headers = {"Cache-Control": "private, max-age=31536000, immutable"}
-            return Response(image.result(), media_type="image/webp", headers=headers)
+            try:
+                return Response(image.result(), media_type="image/webp", headers=headers)
+            except UnknownImageError as error:
+                raise HTTPException(404, str(error)) from error
+            except UndecodableError as error:
+                notice = draw_notice(str(error))
+                return Response(notice, 422, {"Cache-Control": "no-store"}, "image/webp")
         finally:
             image.cancel()
             gone.cancel()
@@ -357,7 +416,7 @@ async def _read_body(request: Request) -> bytes:
         elif size > 32 * MAX_BODY_BYTES:
             break
     if size > MAX_BODY_BYTES:
-        raise HTTPException(413, f"the body has more than {MAX_BODY_BYTES:,} bytes; send fewer judgements at a time")
+        raise HTTPException(413, f"the body has more than {MAX_BODY_BYTES:,} bytes; send less at a time")
     return b"".join(parts)
 
 

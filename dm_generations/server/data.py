@@ -8,24 +8,41 @@ import os
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import numpy as np
 
 from dm_generations.archive import Archive, ArchiveError
-from dm_generations.archive.browse import AXES, Browser, GroupId, Listed, Query, ValueStatistics, data_version, plain
+from dm_generations.archive.browse import (
+    AXES,
+    Browser,
+    GroupId,
+    Listed,
+    Query,
+    Question,
+    ValueStatistics,
+    data_version,
+    plain,
+    statistics,
+)
 from dm_generations.archive.ratings import add_ratings, parse_judgement, read_judgements
-from dm_generations.archive.records import GROUP_COLUMNS, BadTokensError
+from dm_generations.archive.records import GROUP_COLUMNS, PARAM_COLUMNS, BadTokensError, key_words
 from dm_generations.archive.schema import SCHEMA_VERSION
 from dm_generations.errors import UserError
+from dm_generations.export.output_file import EXTENSIONS
+from dm_generations.export.plan import make_file_name, make_folder_name
+from dm_generations.inference.decoder import RowKey
 from dm_generations.models.loading import Checkpoint
-from dm_generations.server.images import HASH_DIGITS, read_tokens
+from dm_generations.server.images import HASH_DIGITS, UndecodableError, UnknownImageError, hash_of, read_tokens
+
+if TYPE_CHECKING:
+    from dm_generations.inference.diffusion import Diffusion
 
 LOCK_TIMEOUT: Final = 3.0  # seconds; a request waits so long for another program's lock
 MAX_JUDGEMENTS: Final = 100_000
 MAX_REMEMBERED: Final = 200_000  # images whose MD5 the page was told
 SUMMARY_VERSION: Final = 2
-_VALUES: Final = ("top_k", "top_p", "temperature", "cond_scale", "sc_prompt", "extra_settings", "model", "archive")
+VALUES: Final = ("top_k", "top_p", "temperature", "cond_scale", "sc_prompt", "extra_settings", "model", "archive")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -34,36 +51,43 @@ class BadRequestError(UserError):
     """What was asked or sent is wrong; the archive is not."""
 
 
-class ServedArchive:
-    """An archive that may change, vanish and come back while it is served.
+class ArchiveThread:
+    """The thread on which archives are read: only `call` is used on other ones, and runs the other methods on it."""
 
-    Only `call` is used on other threads; it runs the other methods on the archive's own.
+    def __init__(self) -> None:
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "archive")
+
+    async def call(self, method: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Run a method of this class on its thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: method(*args, **kwargs))
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+class ServedArchive(ArchiveThread):
+    """An archive that may change, vanish and come back while it is served.
 
     Attributes:
         path: The archive.
         revision: A number that grows when images or scores were added.
     """
 
-    def __init__(self, path: Path, codec: Checkpoint):
-        """Take an archive and the codec that decodes its images."""
+    def __init__(self, path: Path, codec: Checkpoint, diffusion: "Diffusion | None" = None, is_writable: bool = True):
+        """Take an archive, what decodes its images, and whether judgements may be stored in it."""
+        super().__init__()
         self.path = path
+        self._is_writable = is_writable
         self.revision = 0
         self._codec = codec
+        self._codec_hash = hash_of(codec, diffusion)
         self._archive: Archive | None = None
         self._browser: Browser | None = None
         self._file: tuple[int, int] | None = None
         self._version = 0
-        self._statistics: dict[Any, list[ValueStatistics]] = {}
+        self._statistics: dict[Any, list[list[Any]]] = {}
         self._ids: collections.OrderedDict[str, int] = collections.OrderedDict()
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "archive")
-
-    async def call(self, method: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Run a method of this class on the archive's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: method(*args, **kwargs))
-
-    def close(self) -> None:
-        """Close the archive."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def browser(self) -> Browser:
         """Return the archive as it is now, opened again if it has been replaced.
@@ -192,7 +216,8 @@ class ServedArchive:
             group = str(GroupId(values, browser.model_position(row["generator_id"])))
         key = plain(row["key0"]), plain(row["key1"])
         name = f"{key[0]}.{key[1]}" + (f".{listed.namesakes}" if listed.namesakes else "")
-        codec_hash = (self._codec if codec is None else codec).sha256[:HASH_DIGITS]
+        recorded = self._codec.sha256 if codec is None else codec.sha256
+        codec_hash = (self._codec_hash if recorded == self._codec.sha256 else recorded)[:HASH_DIGITS]
         return [
             *(name, group, listed.rank, listed.score, *key, browser.seeds.get(key, -1), md5, listed.time, codec_hash),
             *(plain(row[column]) for column in ("sampler_version", "init_count", "dtype", "log_prob")),
@@ -207,31 +232,50 @@ class ServedArchive:
         fixed = {name: value for name, value in fixed.items() if name not in (axis, "archive")}
         question = (axis, prompt_id, tuple(sorted(fixed.items())))
         if question not in self._statistics:
-            self._statistics[question] = browser.statistics(axis, prompt_id, fixed)
-        rows = [[one.value, one.n, one.mean, one.sd, one.counts, one.difference] for one in self._statistics[question]]
-        return {"range": browser.score_range, "values": rows}
+            asked = Question(axis, None if prompt_id is None else [prompt_id], fixed)
+            found = statistics([browser], [asked], lambda _, value: browser.shown(axis, value), browser.score_range)
+            self._statistics[question] = statistics_rows(found)
+        return {"range": browser.score_range, "values": self._statistics[question]}
 
-    def load_tokens(self, md5s: Sequence[str]) -> dict[str, "np.ndarray | UserError"]:
-        """Return tokens (L,) uint16 by their MD5, or why an image cannot be shown."""
+    def load_tokens(self, md5s: Sequence[str]) -> dict[str, "tuple[np.ndarray, RowKey] | UserError"]:
+        """Return tokens (L,) uint16 and the key of a row that has them by their MD5, or why it cannot be shown."""
+        models = self.browser().archive.models()
+        found: dict[str, tuple[np.ndarray, RowKey] | UserError] = {}
+        for md5, row in self._find_rows(md5s).items():
+            if row is None:
+                found[md5] = UnknownImageError(f"no image of {self.path} has tokens with the MD5 {md5}")
+                continue
+            try:
+                found[md5] = read_tokens(row, models, self._codec), RowKey(*key_words(row["key0"], row["key1"]))
+            except BadTokensError as error:
+                found[md5] = UndecodableError(f"image {row['id']} cannot be decoded: {error}")
+        return found
+
+    def _find_rows(self, md5s: Sequence[str]) -> dict[str, dict[str, Any] | None]:
+        """Return columns of images by the MD5 of their tokens; None where there is no such image."""
         browser = self.browser()
-        models = browser.archive.models()
         ids: dict[str, int | None] = {}
         for md5 in md5s:
             if (row_id := self._ids.get(md5)) is None and (row_id := browser.find_md5(md5)) is not None:
                 self._ids[md5] = row_id  # the page was told by a server before this one
             ids[md5] = row_id
-        rows = browser.details([row_id for row_id in ids.values() if row_id is not None])
-        found: dict[str, np.ndarray | UserError] = {}
-        for md5, row_id in ids.items():
-            row = None if row_id is None else rows.get(row_id)
-            if row is None or row["quantvec_md5"] != md5:
-                found[md5] = UserError(f"no image of {self.path} has tokens with the MD5 {md5}")
-                continue
-            try:
-                found[md5] = read_tokens(row, models, self._codec)
-            except BadTokensError as error:
-                found[md5] = UserError(f"this image cannot be decoded: {error}")
-        return found
+        details = browser.details([row_id for row_id in ids.values() if row_id is not None])
+        rows = {md5: None if row_id is None else details.get(row_id) for md5, row_id in ids.items()}
+        return {md5: row if row and row["quantvec_md5"] == md5 else None for md5, row in rows.items()}
+
+    def file_names(self, md5s: Sequence[str]) -> dict[str, str]:
+        """Return file names, in their prompts' folders, by the MD5 of the tokens; unknown ones are left out."""
+        browser = self.browser()
+        rows = {md5: row for md5, row in self._find_rows(md5s).items() if row is not None}
+        prompts = dict(browser.prompt_texts(sorted({row["prompt_id"] for row in rows.values()})))
+        sc_prompts = browser.archive.sc_prompts()
+        names = {}
+        for md5, row in rows.items():
+            values = [row[name] for name in ("sc_prompt_id", *PARAM_COLUMNS)]
+            texts = {"sc_prompt": sc_prompts.get(row["sc_prompt_id"]), "extra_settings": row["extra_settings"]}
+            name = make_file_name(*values, **texts, rank=row["id"], extension=EXTENSIONS["webp"])
+            names[md5] = f"{make_folder_name(row['prompt_id'], prompts.get(row['prompt_id']))}/{name}"
+        return names
 
     # Judgements
 
@@ -246,6 +290,8 @@ class ServedArchive:
             BadRequestError: One is wrong, or its image is not in the archive.
             ArchiveError: The archive cannot be written at the moment.
         """
+        if not self._is_writable:
+            raise BadRequestError("this archive was downloaded; browse a copy of the file to store judgements")
         if not isinstance(judgements, list):
             raise BadRequestError("the body is not a list of judgements")
         try:
@@ -267,7 +313,12 @@ class ServedArchive:
         return {"stored": stored_count}
 
 
+def statistics_rows(found: Sequence[ValueStatistics]) -> list[list[Any]]:
+    """Return statistics as the page gets them."""
+    return [[one.value, one.n, one.mean, one.sd, one.counts, one.difference] for one in found]
+
+
 def _values(group: GroupId) -> dict[str, Any]:
     values = dict(zip(GROUP_COLUMNS, group.values, strict=True)) | {"model": group.model, "archive": 0}
     values["sc_prompt"] = values.pop("sc_prompt_id")
-    return {name: plain(values[name]) for name in _VALUES}
+    return {name: plain(values[name]) for name in VALUES}

@@ -6,25 +6,31 @@ L: tokens of an image   n: images of a batch   H, W: pixels of an image
 import asyncio
 import concurrent.futures
 import contextlib
+import io
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping
+import textwrap
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import jax
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from dm_generations.archive import ModelInfo
 from dm_generations.archive.records import BadTokensError, format_shape, square_side, tokens_from_blob
 from dm_generations.atomic_io import remove_stale_temporaries, write_atomic
-from dm_generations.errors import UserError, one_line
+from dm_generations.errors import UserError, one_line, printable
 from dm_generations.export.output_file import Encoding
-from dm_generations.inference.decoder import Decoder
+from dm_generations.inference.decoder import Decoder, RowKey
 from dm_generations.models.loading import Checkpoint
 from dm_generations.paths import cache_dir
 from dm_generations.runtime import compile_cache
+
+if TYPE_CHECKING:
+    from dm_generations.inference.diffusion import Diffusion
 
 HASH_DIGITS: Final = 16  # of a codec, in addresses
 MAX_SIDE: Final = 2048  # pixels
@@ -35,10 +41,26 @@ COLLECT_S: Final = 0.008  # requests that arrive within this time are decoded to
 _CPU_BATCH_PIXELS: Final = 1 << 14
 _MAX_BATCH: Final = 16
 _PRUNE_AFTER: Final = 64 << 20  # bytes written
+_NOTICE_SIDE: Final = 256  # pixels
+_NOTICE_COLOURS: Final = (238, 238, 240), (70, 70, 76)  # of the ground and the text
 _logger = logging.getLogger(__name__)
 
-# The tokens (L,) uint16 of images by MD5; an exception in place of those that cannot be shown.
-LoadTokens = Callable[[list[str]], Awaitable[Mapping[str, "np.ndarray | UserError"]]]
+
+class UnknownImageError(UserError):
+    """An image that is not in the archive."""
+
+
+class UndecodableError(UserError):
+    """An image that is in the archive, with tokens that this codec does not decode."""
+
+
+# Tokens (L,) uint16 and the key of the row of images by MD5; an exception in place of those that cannot be shown.
+LoadTokens = Callable[[list[str]], Awaitable[Mapping[str, "tuple[np.ndarray, RowKey] | UserError"]]]
+
+
+def hash_of(codec: Checkpoint, diffusion: "Diffusion | None" = None) -> str:
+    """Return hex digits that differ for what decodes the same tokens to other images."""
+    return codec.sha256 if diffusion is None else diffusion.hash_with(codec.sha256)
 
 
 class ImageCache:
@@ -102,11 +124,13 @@ class ImageService:
         codec: What decodes the tokens.
         load_tokens: Asked for tokens by MD5.
         cache: Where files are kept.
+        diffusion: What decodes in place of the codec's own decoder.
     """
 
     codec: Checkpoint
     load_tokens: LoadTokens
     cache: ImageCache
+    diffusion: "Diffusion | None" = None
     decoded_count: int = 0
     _waiting: dict[str, _Job] = field(default_factory=dict)
     _decoders: dict[int, Decoder] = field(default_factory=dict)
@@ -119,7 +143,7 @@ class ImageService:
     @property
     def codec_hash(self) -> str:
         """The codec in addresses."""
-        return self.codec.sha256[:HASH_DIGITS]
+        return hash_of(self.codec, self.diffusion)[:HASH_DIGITS]
 
     async def get(self, md5: str) -> bytes:
         """Return an image as a WebP file. If the caller is cancelled before the image's turn, it is not decoded.
@@ -180,17 +204,17 @@ class ImageService:
     async def _decode_jobs(self, jobs: dict[str, _Job]) -> "list[tuple[str, _Job, np.ndarray]]":
         """Return images with their pixels (H, W, 3) uint8; those without tokens have failed."""
         tokens = await self.load_tokens(list(jobs))
-        by_length: dict[int, dict[str, np.ndarray]] = {}
+        by_length: dict[int, dict[str, tuple[np.ndarray, RowKey]]] = {}
         for md5, job in jobs.items():
             found = tokens[md5]
             if isinstance(found, UserError):
                 _fail(job, found)
             else:
-                by_length.setdefault(len(found), {})[md5] = found
+                by_length.setdefault(len(found[0]), {})[md5] = found
         decoded = []
         for batch in by_length.values():
-            arrays = np.stack(list(batch.values()))
-            pixels = await asyncio.get_running_loop().run_in_executor(self._device, self._decode, arrays)
+            arrays, keys = np.stack([found for found, _ in batch.values()]), [key for _, key in batch.values()]
+            pixels = await asyncio.get_running_loop().run_in_executor(self._device, self._decode, arrays, keys)
             decoded += [(md5, jobs[md5], image) for md5, image in zip(batch, pixels, strict=True)]
         return decoded
 
@@ -217,26 +241,38 @@ class ImageService:
         """Compile before the first request; its error, if there is one, is that of the first request."""
         with contextlib.suppress(Exception):
             compile_cache.enable()
-            self._decode(np.zeros((1, self.codec.config.grid**2), np.uint16))
+            self._decode(np.zeros((1, self.codec.config.grid**2), np.uint16), [RowKey()])
             self.decoded_count = 0
 
-    def _decode(self, tokens: np.ndarray) -> np.ndarray:
-        """Return images (n, H, W, 3) uint8 of tokens (n, L) uint16 of a square grid."""
+    def _decode(self, tokens: np.ndarray, keys: Sequence[RowKey]) -> np.ndarray:
+        """Return images (n, H, W, 3) uint8 of tokens (n, L) uint16 of a square grid, of rows with these keys."""
         grid = round(tokens.shape[1] ** 0.5)
         if (decoder := self._decoders.get(grid)) is None:
             if len(self._decoders) == MAX_DECODERS:
                 raise UserError(f"this archive has tokens of more than {MAX_DECODERS} sizes")
             decoder = self._decoders[grid] = self._make_decoder(grid)
         self.decoded_count += len(tokens)
-        return decoder.decode(tokens)
+        return decoder.decode(tokens, keys)
 
     def _make_decoder(self, grid: int) -> Decoder:
-        if jax.local_devices()[0].platform == "cpu":
+        if jax.local_devices()[0].platform == "cpu" and self.diffusion is None:
             size = self.codec.config.image_size // self.codec.config.grid * grid
             return Decoder.from_checkpoint(self.codec, max(1, _CPU_BATCH_PIXELS // size**2), grid=grid)
-        decoder = Decoder.from_checkpoint(self.codec, "auto", grid=grid)
+        decoder = Decoder.from_checkpoint(self.codec, "auto", grid=grid, diffusion=self.diffusion)
         decoder.set_batch_size(min(decoder.batch_size, _MAX_BATCH))
         return decoder
+
+
+def draw_notice(text: str) -> bytes:
+    """Return a WebP image that says why there is no other one; `text` may be of others."""
+    ground, ink = _NOTICE_COLOURS
+    image = Image.new("RGB", (_NOTICE_SIDE, _NOTICE_SIDE), ground)
+    font = ImageFont.load_default(15)
+    lines = textwrap.wrap(printable(text, 400), 30, max_lines=12)
+    ImageDraw.Draw(image).multiline_text((14, 14), "\n".join(lines), ink, font)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=True)
+    return buffer.getvalue()
 
 
 def _fail(job: _Job, error: Exception) -> None:

@@ -25,6 +25,7 @@ from dm_generations.weights.mmap import MappedFile, refuse_lfs_pointer, release
 
 FORMAT = "dm-generations"
 CONFIG_FILE, WEIGHTS_FILE, CODEC_FOLDER = "config.json", "model.safetensors", "codec"
+LINEAGE = "lineage"  # in config.json, of a model that `train` made: an object
 _ALIGNMENT = 64
 _MAX_JSON = 16 << 20  # bytes: the index of a model in many files can have some
 DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # those of weights

@@ -1,7 +1,7 @@
 """PyTorch state dicts: tensors looked up, renamed and laid out as Flax has them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,15 @@ import numpy as np
 from dm_generations.errors import UserError
 
 Shape = tuple[int, ...]
+NameInFile = Callable[[str, Shape], tuple[str, Shape]]  # path and shape of a parameter to its name and shape there
 
 # Under what training saves the weights: Lightning and others, DeepSpeed, and last moving averages of them.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "params", "ema_state_dict", "ema")
+_AVERAGES = "model_ema."
+
+
+# What torch.compile and FSDP put into names.
+_WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 
 
 def get_tensor(state: Mapping[str, Any], name: str, ndim: int, path: Path, prefix: str = "") -> np.ndarray:
@@ -45,6 +51,56 @@ def count_numbered(state: Mapping[str, Any], template: str, first: int = 0) -> i
     return number - first
 
 
+def refuse_stubs(state: Mapping[str, Any], path: Path) -> None:
+    """Refuse what a process of sharded training saves in place of weights that others hold.
+
+    Raises:
+        UserError: A weight has the shape (0,) or (1,).
+    """
+    for name, value in state.items():
+        if str(name).endswith("weight") and getattr(value, "shape", None) in ((0,), (1,)):
+            raise UserError(
+                f"{path}: {name} has shape {value.shape}, a stub of sharded training (DeepSpeed, FSDP): gather the "
+                "weights into one file first, with DeepSpeed's zero_to_fp32.py or FSDP's full state dict"
+            )
+
+
+class TensorNames:
+    """Names of tensors in a file, and the paths of their parameters.
+
+    Attributes:
+        pairs: Of a name and a path, each with placeholders like `{i}`, which stand for the same letters and digits.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Take the pairs, of which the first that fits counts."""
+        self.pairs = [(_compiled(name), _compiled(path), name, path) for name, path in pairs]
+
+    def path_of(self, name: str) -> str | None:
+        """Return the path of a name; None for one that has none."""
+        found = ((path, match) for pattern, _, _, path in self.pairs if (match := pattern.fullmatch(name)))
+        return next((path.format(**match.groupdict()) for path, match in found), None)
+
+    def name_of(self, path: str) -> str | None:
+        """Return the name of a path; None for one that has none."""
+        found = ((name, match) for _, pattern, name, _ in self.pairs if (match := pattern.fullmatch(path)))
+        return next((name.format(**match.groupdict()) for name, match in found), None)
+
+    def rename(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the tensors that have a path by it, as Flax lays them out."""
+        paths = ((self.path_of(name), array) for name, array in state.items())
+        return {path: array.T if path.endswith("/kernel") else array for path, array in paths if path}
+
+    def name_in_file(self, path: str, shape: Shape) -> tuple[str, Shape]:
+        """Return name and shape in the file of a parameter; see `torch_name`."""
+        name, shape = torch_name(path, shape)
+        return self.name_of(path) or name, shape
+
+
+def _compiled(template: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\w+)", re.escape(template)))
+
+
 def check_tensors(state: Any, path: Path, prefix: str = "") -> dict[str, np.ndarray]:
     """Return `state` as a dict of tensors by name.
 
@@ -68,7 +124,7 @@ def find_state(content: Any) -> Any:
     """Return the state dict in what training saved, without its wrappers.
 
     Optimizers, counts of epochs and moving averages that lie next to the weights are left behind. Names lose what
-    `torch.compile` and DistributedDataParallel put in them.
+    `torch.compile`, FSDP and DistributedDataParallel put in them.
 
     Args:
         content: What a file holds, of any type.
@@ -85,13 +141,50 @@ def find_state(content: Any) -> Any:
 
 
 def _unwrap(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """Return a state dict without `_orig_mod.` in its names and without `module.` before all of them."""
+    """Return a state dict without the names of wrappers, and without `module.` before all of its names."""
     if not state or not all(isinstance(name, str) for name in state):
         return state
-    unwrapped = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    unwrapped = {_WRAPPERS.sub("", name): value for name, value in state.items()}
     while all(name.startswith("module.") for name in unwrapped):
         unwrapped = strip_prefix(unwrapped, "module.")
     return unwrapped if len(unwrapped) == len(state) else state
+
+
+def choose_averages(
+    state: Mapping[str, Any], path: Path, name_in_file: NameInFile
+) -> tuple[dict[str, Any], NameInFile]:
+    """Replace weights by the moving averages that lie next to them, as `LitEma` of latent-diffusion stores them.
+
+    The average of `encoder.conv_in.weight` is `model_ema.encoderconv_inweight`. Losses have none.
+
+    Args:
+        state: A state dict.
+        path: The file, for messages.
+        name_in_file: Path and shape of a parameter to name and shape of the weight.
+
+    Returns:
+        The averages under the names of the weights, and `name_in_file` for them; the arguments if there are none.
+
+    Raises:
+        UserError: Some weights have an average and others not.
+    """
+    averages = strip_prefix(state, _AVERAGES)
+    if not averages:
+        return dict(state), name_in_file
+
+    def name_of_average(parameter: str, shape: Shape) -> tuple[str, Shape]:
+        name, shape = name_in_file(parameter, shape)
+        return _AVERAGES + name.replace(".", ""), shape
+
+    chosen = {}
+    for name in map(str, state):
+        if name.startswith((_AVERAGES, "loss.")):
+            continue
+        chosen[name] = averages.get(name.replace(".", ""))
+        if chosen[name] is None:
+            average = _AVERAGES + name.replace(".", "")
+            raise UserError(f"{path} lacks {average}, the moving average of {name}: download the file again")
+    return chosen, name_of_average
 
 
 def strip_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     python -m recipes.emoji
 
-Needs `pip install -e '.[training]'` and npm, which fetches the emoji. README.md in this folder says how long each part
+Needs `pip install -e '.[recipes]'` and npm, which fetches the emoji. README.md in this folder says how long each part
 takes and what it makes.
 """
 

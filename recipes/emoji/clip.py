@@ -28,7 +28,7 @@ from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.models.vqgan.network import VQGAN
 from dm_generations.weights import native
 from recipes.emoji.captions import sample_caption
-from recipes.emoji.common import Run, make_optimizer, to_float32
+from recipes.emoji.common import make_optimizer, open_run, to_float32
 from recipes.emoji.data import Emoji, load_dataset
 from recipes.emoji.vqgan import augment, reconstruct
 
@@ -228,7 +228,7 @@ def main() -> None:
         loaded = load_checkpoint(args.init, "clip")
         config, params = loaded.config, to_float32(loaded.params)
     trainer = Trainer(CLIP(config), pixels[train], reconstructed[train], [emoji[i] for i in train], tokenizer, args)
-    run = Run(args.run, trainer.init(params), save_every=500, args=args)
+    run = open_run(args.run, trainer.init(params), save_every=500, args=args)
 
     def evaluate_state(state: dict[str, Any]) -> dict[str, float]:
         params = jax.device_get(state["params"])

@@ -1,19 +1,14 @@
-"""What the three trainers share: the optimiser, bfloat16 products, a training loop that resumes, image grids.
-
-All randomness comes from (seed, step), and every schedule counts steps. A run that was stopped and resumed therefore
-sees the same batches as a run that was not.
+"""What the three trainers share: the optimiser, bfloat16 products, a run of the package, image grids.
 
 N, B: rows of a batch   I, O: input and output width of a kernel   H, W, S: pixels
 """
 
 import argparse
-import json
-import time
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,9 +18,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from dm_generations.atomic_io import write_atomic
-
-MUON_RMS = 0.2  # root mean square of an update before the learning rate, about that of AdamW
+from dm_generations.training.optimizers import make_muon, make_schedule
+from dm_generations.training.run import Run
 
 
 def _sharding(spec: PartitionSpec) -> NamedSharding:
@@ -46,27 +40,10 @@ def shard_batch(batch: Any) -> Any:
     return jax.device_put(batch, _sharding(PartitionSpec("batch")))
 
 
-def _muon_dimensions(params: Any) -> Any:
-    """Choose the hidden kernels: (I, O) and (height, width, I, O), except embeddings, logits and RGB convolutions."""
-
-    def choose(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        is_end = any(str(key.key).startswith(("embed", "lm_head")) for key in path)
-        is_rgb = leaf.ndim == 4 and 3 in leaf.shape[2:]
-        if leaf.ndim not in (2, 4) or is_end or is_rgb:
-            return None
-        return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
-
-    return jax.tree_util.tree_map_with_path(choose, params)
-
-
 def make_optimizer(
     learning_rate: float, steps: int, warmup: int, weight_decay: float = 0.01, adam_share: float = 0.4
 ) -> optax.GradientTransformation:
-    """Make a Muon optimiser for hidden kernels, with Adam for embeddings, logits and vectors.
-
-    Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
-    https://kellerjordan.github.io/posts/muon; updates scaled as in Liu et al., "Muon is Scalable for LLM Training",
-    2025, https://arxiv.org/abs/2502.16982. Gradients are clipped to norm 1.
+    """Make the package's Muon, with gradients clipped to norm 1.
 
     Args:
         learning_rate: Peak rate of Muon, after a linear warm-up; a cosine takes it to zero.
@@ -76,20 +53,9 @@ def make_optimizer(
         adam_share: Rate of Adam as a share of Muon's.
     """
     muon_rate, adam_rate = (
-        optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
-        for peak in (learning_rate, adam_share * learning_rate)
+        make_schedule("cosine", peak, steps, warmup) for peak in (learning_rate, adam_share * learning_rate)
     )
-    muon = optax.contrib.muon(
-        muon_rate,
-        weight_decay=weight_decay,
-        adam_b2=0.98,
-        adam_learning_rate=adam_rate,
-        muon_weight_dimension_numbers=_muon_dimensions,
-        consistent_rms=MUON_RMS,
-    )
-    # With fewer bits, Newton-Schulz meets negative eigenvalues, which grow.
-    update = jax.default_matmul_precision("float32")(muon.update)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.GradientTransformation(muon.init, update))
+    return optax.chain(optax.clip_by_global_norm(1.0), make_muon(muon_rate, adam_rate, weight_decay))
 
 
 def has_bfloat16_units() -> bool:
@@ -158,87 +124,18 @@ def to_float32(params: Any) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
 
 
-class Run:
-    """A training run in a folder: `state.msgpack` to resume from and the curve in `log.jsonl`.
+def open_run(folder: Path, state: Any, save_every: int, args: argparse.Namespace) -> Run:
+    """Open a run of the package, with its state on every device. It shows its curve, and resumes with the same flags.
 
-    Attributes:
-        state: The trainer's state, on every device.
-        step: Steps done.
-        seconds: Time of the steps done, evaluation included.
+    Args:
+        folder: Folder of the run, made if it is missing.
+        state: State to start from, a tree of arrays.
+        save_every: Steps between saved states.
+        args: Flags of the trainer; only numbers and switches count.
     """
-
-    def __init__(self, folder: Path, state: Any, save_every: int, args: argparse.Namespace) -> None:
-        """Open a run and resume it if the folder has a state.
-
-        Args:
-            folder: Folder of the run, made if it is missing.
-            state: State to start from, a tree of arrays.
-            save_every: Steps between saved states.
-            args: Flags of the trainer. A run is resumed only with the same numbers and switches.
-
-        Raises:
-            SystemExit: The run was begun with other numbers or switches.
-        """
-        self.folder, self.save_every = folder, save_every
-        self.settings = {name: value for name, value in vars(args).items() if isinstance(value, int | float)}
-        self.state, self.step, self.seconds = replicate(state), 0, 0.0
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "state.msgpack"
-        if path.exists():
-            self._resume(flax.serialization.msgpack_restore(path.read_bytes()), state)
-
-    def _resume(self, stored: dict[str, Any], state: Any) -> None:
-        for name, value in stored["settings"].items():
-            if self.settings[name] != value:
-                flag = name.replace("_", "-")
-                flag = {True: flag, False: f"no-{flag}"}[value] if isinstance(value, bool) else f"{flag} {value}"
-                raise SystemExit(f"{self.folder} was begun with --{flag}: use the same flag or another --run")
-        self.step, self.seconds = int(stored["step"]), float(stored["seconds"])
-        self.state = replicate(flax.serialization.from_state_dict(state, stored["state"]))
-        print(f"resuming {self.folder} at step {self.step}", flush=True)
-        # Lines logged after the last saved state will be logged again.
-        log = self.folder / "log.jsonl"
-        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-        write_atomic(log, "".join(line + "\n" for line in lines).encode())
-
-    def save(self) -> None:
-        """Write the state, replacing the one before."""
-        state = flax.serialization.to_state_dict(jax.device_get(self.state))
-        stored = {"settings": self.settings, "step": self.step, "seconds": self.seconds, "state": state}
-        write_atomic(self.folder / "state.msgpack", flax.serialization.msgpack_serialize(stored))
-
-    def log(self, **values: float) -> None:
-        """Append a line to the curve and print it."""
-        line = {"step": self.step, "seconds": round(self.seconds)} | {
-            key: round(float(value), 5) for key, value in values.items()
-        }
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        print("  ".join(f"{key} {value:g}" for key, value in line.items()), flush=True)
-
-    def train(
-        self,
-        steps: int,
-        train_step: Callable[[Any, int], tuple[Any, dict[str, Any]]],
-        log_every: int,
-        evaluate: Callable[[Any], dict[str, Any]] | None = None,
-        evaluate_every: int = 0,
-    ) -> None:
-        """Call `state, metrics = train_step(state, step)` until `steps` are done, saving and logging on the way."""
-        started = time.perf_counter() - self.seconds
-        while self.step < steps:
-            self.state, metrics = train_step(self.state, self.step)
-            self.step += 1
-            is_last = self.step == steps
-            if self.step % log_every == 0 or is_last:
-                metrics = jax.device_get(metrics)
-                self.seconds = time.perf_counter() - started
-                if evaluate and (is_last or self.step % evaluate_every == 0):
-                    metrics = metrics | evaluate(self.state)
-                self.log(**metrics)
-            if self.step % self.save_every == 0 or is_last:
-                self.seconds = time.perf_counter() - started
-                self.save()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    settings = {name: value for name, value in vars(args).items() if isinstance(value, int | float)}
+    return Run(folder, state, settings, save_every, put=replicate)
 
 
 def make_grid(images: np.ndarray, columns: int) -> Image.Image:

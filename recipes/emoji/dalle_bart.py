@@ -38,9 +38,11 @@ from dm_generations.models.dalle_mini.network import DalleBart, DalleBartConfig
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.models.vqgan.network import VQGAN
+from dm_generations.training.data import choose_rows
+from dm_generations.training.objectives import cross_entropy
 from dm_generations.weights import native
 from recipes.emoji.captions import sample_caption
-from recipes.emoji.common import Run, has_bfloat16_units, make_optimizer, to_float32, use_bfloat16_dense
+from recipes.emoji.common import has_bfloat16_units, make_optimizer, open_run, to_float32, use_bfloat16_dense
 from recipes.emoji.data import Emoji, load_dataset
 from recipes.emoji.vqgan import encode_entropy_constrained, encode_images
 
@@ -139,10 +141,7 @@ class Trainer:
         def loss_of(params: Any) -> jax.Array:
             with nn.intercept_methods(use_bfloat16_dense) if self.args.bfloat16 else contextlib.nullcontext():
                 logits = self.logits(params, ids, mask, inputs)
-            log_z = jax.nn.logsumexp(logits, axis=-1)
-            chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-            loss = log_z - (1 - smoothing[:, None]) * chosen - smoothing[:, None] * logits.mean(-1)
-            return (loss * self.weights).mean()
+            return (cross_entropy(logits, targets, smoothing[:, None]) * self.weights).mean()
 
         loss, grads = jax.value_and_grad(loss_of)(state["params"])
         updates, opt = self.optimizer.update(grads, state["opt"], state["params"])
@@ -150,12 +149,7 @@ class Trainer:
 
     def choose_images(self, step: int) -> np.ndarray:
         """Choose the images (B,) of a step. Each epoch has all images once, in random order."""
-        epochs, places = np.divmod(step * self.args.batch_size + np.arange(self.args.batch_size), len(self.emoji))
-        indices = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            order = np.random.default_rng([self.args.seed, epoch, 1]).permutation(len(self.emoji))
-            indices[epochs == epoch] = order[places[epochs == epoch]]
-        return indices
+        return choose_rows(self.args.seed, step, self.args.batch_size, len(self.emoji))
 
     def encode_text(self, texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Encode captions to ids and mask, int32 (B, length)."""
@@ -197,8 +191,7 @@ class Trainer:
 
     @partial(jax.jit, static_argnums=0)
     def _nll(self, params: Any, ids: jax.Array, mask: jax.Array, tokens: jax.Array) -> jax.Array:
-        log_p = jax.nn.log_softmax(self.logits(params, ids, mask, tokens))
-        return -jnp.take_along_axis(log_p, tokens[..., None], axis=-1).mean()
+        return cross_entropy(self.logits(params, ids, mask, tokens), tokens).mean()
 
     def nll(self, params: Any, tokens: np.ndarray, texts: list[str]) -> float:
         """Compute the mean negative log-likelihood of tokens (B, L), in nats, without corruption."""
@@ -284,7 +277,7 @@ def main() -> None:
     is_train = np.array([not one["held_out"] for one in emoji])
     train_emoji = [one for one in emoji if not one["held_out"]]
     trainer = Trainer(DalleBart(config), tokens[is_train], train_emoji, tokenizer, args)
-    run = Run(args.run, trainer.init(params), save_every=250, args=args)
+    run = open_run(args.run, trainer.init(params), save_every=250, args=args)
 
     seen = np.random.default_rng(0).choice(np.flatnonzero(is_train), PROBE_ROWS, replace=False)
     unseen = np.flatnonzero(~is_train)[:PROBE_ROWS]

@@ -26,7 +26,7 @@ import optax
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
 from dm_generations.weights import native
-from recipes.emoji.common import Run, make_grid, make_optimizer, replicate, shard_batch, to_float32
+from recipes.emoji.common import make_grid, make_optimizer, open_run, replicate, shard_batch, to_float32
 from recipes.emoji.data import load_dataset
 
 CONFIG = VQGANConfig(
@@ -344,7 +344,7 @@ def main() -> None:
     if config.resolution != pixels.shape[1]:
         raise SystemExit(f"{args.data} is {pixels.shape[1]} px a side, the model {config.resolution}")
     trainer = Trainer(config, pixels[train], weights[train], args)
-    run = Run(args.run, trainer.init(params), save_every=500, args=args)
+    run = open_run(args.run, trainer.init(params), save_every=500, args=args)
 
     def evaluate(state: dict[str, Any]) -> dict[str, float]:
         images, tokens = reconstruct(trainer.model, jax.device_get(state["params"]), pixels[held_out])

@@ -207,6 +207,7 @@ def test_prompts_that_generate_refuses_are_added(tmp_path):
         assert list(archive.prompts().values()) == ["a blue ball", "a red cube", "a\0b"]
 
 
+@pytest.mark.e2e
 def test_more_sources_than_files_that_may_be_open(tmp_path):
     resource = pytest.importorskip("resource")
     sources = [make(tmp_path / f"{i}.db", new_image(i)) for i in range(80)]

@@ -51,7 +51,7 @@ def test_cells_hold_the_best_images_of_their_place(archive, cell, count):
         expected = rows(archive, prompt=prompts.labels[prompt], cond_scale=scale[0])[:count]
         assert list(ids) == [row.id for row in expected]
         assert [grid.scores[row_id] for row_id in ids] == [row.clip_score_input for row in expected]
-    assert grid.fixed["top_k"] == "50" and not {"key", "prompt", "cond_scale"} & grid.fixed.keys()
+    assert grid.fixed["top_k"] == "50" and not {"seed", "prompt", "cond_scale"} & grid.fixed.keys()
 
 
 def test_the_same_seed_is_in_all_cells(archive):
@@ -62,11 +62,11 @@ def test_the_same_seed_is_in_all_cells(archive):
     assert len(found) == len(PROMPTS) * len(SCALES)
     totals = {key: sum(score(i, j, key) for i in range(2) for j in range(3)) for key in (0, 1)}
     assert {row.key1 for row in found} == {max(totals, key=totals.__getitem__)}
-    assert grid.fixed["key"] == f"{found[0].key0}: {found[0].key1}"
+    assert grid.fixed["seed"] == f"{found[0].key0}: {found[0].key1}"
 
 
 def test_pages_and_keys_are_axes(archive):
-    grid = plan_grid(archive, Selection.of(cond_scale="3.."), ["prompt", "key", "cond_scale"])
+    grid = plan_grid(archive, Selection.of(cond_scale="3.."), ["prompt", "seed", "cond_scale"])
     assert len(grid.cells) == len(PROMPTS) * 2 * len(KEYS) and all(len(ids) == 1 for ids in grid.cells.values())
     assert list(grid.axes[1].labels.values()) == [f"1: {key}" for key in KEYS]
     assert list(grid.axes[2].labels.values()) == ["3", "10"]
@@ -96,7 +96,7 @@ def test_axes_that_still_vary_are_named_with_values_and_remedy(archive):
         (["prompt", "colour"], "best1", "colour"),
         (["prompt", "prompt"], "best1", "prompt"),
         (["prompt", "cond_scale"], "best7", "best7"),
-        (["cond_scale", "key"], "same-seed", "key"),
+        (["cond_scale", "seed"], "same-seed", "seed"),
     ],
 )
 def test_wrong_names_are_errors(archive, axes, cell, named):

@@ -61,7 +61,7 @@ def page(browser, trouble):
 
 
 def note_request(url: str, trouble: list[str]):
-    if not url.startswith(("file:///", "data:,", "http://127.0.0.1:")):
+    if not url.startswith(("file:///", "data:,", "http://127.0.0.1:", "blob:http://127.0.0.1:")):
         trouble.append(f"request: {url}")
 
 

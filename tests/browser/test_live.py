@@ -61,6 +61,10 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/api/zip":
+            self.log["zips"].append((self.headers["X-Token"], body))
+            self.answer(b"a zip", "application/zip")
+            return
         self.log["posts"].append((self.headers["X-Token"], body))
         if self.log["refuses"]:
             self.answer_json({"error": "the archive is locked; try again"}, 503)
@@ -128,7 +132,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    log = {"gets": [], "posts": [], "grown": 0, "refuses": False}
+    log = {"gets": [], "posts": [], "zips": [], "grown": 0, "refuses": False}
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, log=log)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         log["address"] = f"http://127.0.0.1:{server.server_port}/"
@@ -185,6 +189,24 @@ def test_judgements_are_sent_with_the_token_and_a_refusal_is_told(live, server):
     live.keyboard.press("8")
     live.locator(".toast", has_text="the archive is locked").wait_for()
     assert "8" not in live.locator("#images .mark").inner_text()
+
+
+def test_images_of_the_view_favourites_and_tags_are_saved_as_a_zip(live, server):
+    def save(choice: str):
+        live.locator("#save").click()
+        live.locator("#save-as").select_option(choice)
+        with live.expect_download() as download:
+            live.locator("#save-now").click()
+        live.locator("#sheet-close").click()
+        assert download.value.path().read_bytes() == b"a zip"
+        return server["zips"][-1]
+
+    token, shown = save("zip")
+    assert token == TOKEN and len(shown) == 2 and all(len(md5) == 32 for md5 in shown)
+    live.locator("#images .tile").nth(1).focus()
+    live.keyboard.press("f")
+    live.locator("#images .mark").wait_for()
+    assert save("zip favourite")[1] == [shown[1]]
 
 
 def test_new_images_are_shown_without_a_reload(live, server):

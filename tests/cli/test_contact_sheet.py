@@ -49,7 +49,7 @@ def test_pages_get_numbers(tmp_path):
         (["--out", "sheet.gif"], "sheet.gif"),
         (["--out", "nowhere/sheet.png"], "nowhere"),
         (["--cols", "prompt"], "prompt"),
-        (["--cell", "same-seed", "--cols", "key"], "key"),
+        (["--cell", "same-seed", "--cols", "seed"], "seed"),
         (["--where", "cond_scale=99"], "cond_scale"),
         ([], "top_p"),
     ],

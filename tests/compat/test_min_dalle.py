@@ -142,6 +142,7 @@ def test_settings_reach_the_sampling_loop(model, models, decoder):
     np.testing.assert_array_equal(np.asarray(image), expected)
 
 
+@pytest.mark.e2e
 def test_seed_minus_one_is_another_one_each_time(model, capsys):
     for _ in range(2):
         model.generate_image("a boat", -1, is_verbose=True)

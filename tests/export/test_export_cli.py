@@ -19,7 +19,7 @@ def test_the_flags_of_2022_have_their_defaults():
     args = vars(parse())
     expected = {
         "db": None,  # the archive that ships
-        "batch_size": 32,
+        "batch_size": None,  # 32, with the decoder of a codec
         "cpu_only": False,
         "num_workers": None,
         "mode": "images",

@@ -73,11 +73,12 @@ def test_only_a_file_with_content_is_finished(tmp_path):
 def test_the_page_names_a_model_only_if_it_still_generates_the_image():
     plan = GroupPlan(SETTINGS, "a boat", None, 1)
     row = ImageRow(1, 1, 1, SETTINGS.params, 0, 5, b"\1\0", "ab" * 16, 31.5, 30.25, generator_id=1, codec_id=None)
-    (target,) = plan.targets(Layout("images", 1, 1))
+    layout = Layout("images", 1, 1)
+    (target,) = plan.targets(layout)
 
     def model_of(name: str, sha256: str) -> str | None:
         models = {1: ModelInfo("generator", name, sha256, {})}
-        return make_entry(plan, target, target.path, [row], models).model
+        return make_entry(plan, target, target.path, [row], models, layout).model
 
     embedded = load_checkpoint(None, "generator")
     assert model_of(embedded.name, embedded.sha256) == embedded.name

@@ -99,6 +99,7 @@ def test_cells_without_an_image_get_another():
     assert rows.tolist() == [[7, 7], [7, 7], [8, 8], [8, 8]]
 
 
+@pytest.mark.e2e
 def test_a_seamless_gallery_is_decoded_as_one(decode, tiny_codec):
     assert decode("--seamless") == 0
     (sheet,) = read_images(decode.out).values()
@@ -139,7 +140,7 @@ def test_a_gallery_that_is_there_stays_as_with_other_options(decode, capsys):
         (["--score-labels"], "use just one of --seamless and --score-labels"),
         (["--mode", "images"], "--seamless has no effect here: it is for --mode gallery"),
         (["--output", "npy"], "--seamless has no effect here: it is for --mode gallery"),
-        (["--gallery-cols", "900", "--gallery-rows", "800"], "GB to decode as one"),
+        (["--gallery-cols", "900", "--gallery-rows", "800"], "GB to decode"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused_by_name(decode, capsys, flags, message):

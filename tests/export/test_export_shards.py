@@ -129,7 +129,9 @@ def test_a_run_goes_on_by_whole_shards(decode, tmp_path, monkeypatch):
     (tmp_path / "out" / names[1]).unlink()
     (tmp_path / "out" / names[2]).write_bytes(b"")  # what a power cut may leave
     started, start = [], Decoder.start
-    monkeypatch.setattr(Decoder, "start", lambda codec, tokens: started.append(len(tokens)) or start(codec, tokens))
+    monkeypatch.setattr(
+        Decoder, "start", lambda codec, tokens, keys: started.append(len(tokens)) or start(codec, tokens, keys)
+    )
     assert decode("--mode", "tar") == (0, "")
     assert sum(started) == 12 and all_files(tmp_path / "out") == before
 

@@ -40,12 +40,12 @@ def on_the_way(monkeypatch):
     start, batch_count = Decoder.start, 0
 
     def happen(action):
-        def start_after_action(codec, tokens):
+        def start_after_action(codec, tokens, keys=None):
             nonlocal batch_count
             batch_count += 1
             if batch_count == 3:
                 action()
-            return start(codec, tokens)
+            return start(codec, tokens, keys)
 
         monkeypatch.setattr(Decoder, "start", start_after_action)
 

@@ -25,9 +25,9 @@ def test_a_disk_that_stands_still_holds_the_device_back(command, tmp_path, monke
     def once_it_moves(write):
         return lambda *arguments: (moves.wait(60), write(*arguments))[1]
 
-    def counting_start(codec, tokens):
+    def counting_start(codec, tokens, keys=None):
         started.append(len(tokens))
-        return start(codec, tokens)
+        return start(codec, tokens, keys)
 
     monkeypatch.setattr(writers_module, "write_atomic", once_it_moves(writers_module.write_atomic))
     for container in writers_module.CONTAINERS.values():
@@ -58,7 +58,9 @@ def test_finished_images_need_no_codec(decode, tmp_path):
 def test_what_is_there_is_not_decoded_again(decode, tmp_path, monkeypatch):
     assert decode("--n-best", "4") == (0, "")
     started, start = [], Decoder.start
-    monkeypatch.setattr(Decoder, "start", lambda codec, tokens: started.append(len(tokens)) or start(codec, tokens))
+    monkeypatch.setattr(
+        Decoder, "start", lambda codec, tokens, keys: started.append(len(tokens)) or start(codec, tokens, keys)
+    )
     (tmp_path / "out" / "0001_a boat" / "0001_k=50,p=1.0,t=1.0,c=10.0_02_None.png").write_bytes(b"")  # a power cut
     assert decode() == (0, "")
     assert sum(started) == 3 and len(read_images(tmp_path / "out")) == 6

@@ -1,5 +1,7 @@
 """The compiled loop: against the same model run without a cache, and batch-invariant."""
 
+import functools
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +21,8 @@ from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.sampling import decode_loop
 from dm_generations.sampling import logits as sampling
+from dm_generations.sampling.batching import pack_batch
+from dm_generations.sampling.methods import GumbelSampler
 from dm_generations.sampling.params import SamplingParams
 from dm_generations.sampling.prng import row_key
 
@@ -246,6 +250,7 @@ def make_small_generator(checkpoint) -> Generator:
     return generator
 
 
+@pytest.mark.e2e
 def test_two_batches_are_sampled_at_the_same_time(checkpoint, tokens, monkeypatch):
     meeting, is_compiled = threading.Barrier(2), threading.Event()
 
@@ -363,6 +368,21 @@ def test_a_generator_of_a_size_or_dtype_that_is_none_is_refused(checkpoint, argu
 
 def test_no_rows_give_no_tokens(generator):
     assert generator.generate(*rows([])).shape == (0, 16)
+
+
+@pytest.mark.e2e
+def test_caches_are_updated_in_place(checkpoint):
+    """A step that copied them would need as much memory again."""
+    config, params = DalleBart.prepare_params(checkpoint.config, checkpoint.params, "cpu")
+    static = DalleBart(config), GumbelSampler(CODEBOOK_SIZE, config.sampling_order), None
+    tokenizer = PromptTokenizer(checkpoint.folder)
+    inputs = pack_batch([], 64, tokenizer, config.max_text_length, config.image_length)
+    state = jax.eval_shape(functools.partial(decode_loop.init_cache, *static), params, inputs)
+    steps = np.int32(0), np.int32(config.image_length)
+    memory = decode_loop.decode_steps.lower(*static, params, inputs, state, *steps).compile().memory_analysis()
+    cached = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache.layers)]
+    assert memory.alias_size_in_bytes > sum(cached)
+    assert memory.temp_size_in_bytes < max(cached)
 
 
 def test_the_loop_copies_nothing_to_the_device_behind_our_back(generator, tokens):

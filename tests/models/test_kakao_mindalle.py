@@ -43,7 +43,8 @@ def arrays_of(case: Path, name: str) -> dict[str, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def stepped(model, params, input_ids, tokens):
-    """The logits (B, L, V) of a generation that samples `tokens` (B, L)."""
+    """The logits (B, L, V) of a generation that samples `tokens` (B, L), with parameters as a CPU takes them."""
+    _, params = model.prepare_params(model.config, params, "cpu")
     apply = functools.partial(model.apply, {"params": params})
 
     def step(state, inputs):

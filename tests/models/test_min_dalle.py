@@ -265,6 +265,7 @@ def detoker(tmp_path):
     return codec_kit.saved(tmp_path / "detoker.pt", state), flat, state
 
 
+@pytest.mark.e2e
 def test_a_detoker_gives_its_own_arrays_and_sizes(detoker):
     file, flat, _ = detoker
     for path in (file, file.parent):

@@ -6,13 +6,14 @@ import tiny
 from dm_generations.models.base import ImageCodec, TextToImageModel
 from dm_generations.models.registry import KINDS, ROLES, find_kind, kinds_of_role
 
-PROTOCOLS = {"generator": TextToImageModel, "codec": ImageCodec, "clip": object, "scorer": object}
+PROTOCOLS = {"generator": TextToImageModel, "codec": ImageCodec, "decoder": object, "clip": object, "scorer": object}
 CONFIG_NAMES = {
     "generator": (
         *("image_length", "codebook_size", "max_text_length", "text_vocab_size", "start_token", "sampling_order"),
         "decodes_own_grid",
     ),
     "codec": ("grid", "codebook_size", "image_size"),
+    "decoder": ("image_size", "diffusion_steps"),
     "clip": (),
     "scorer": ("widths",),
 }

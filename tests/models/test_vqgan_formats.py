@@ -7,7 +7,7 @@ import codec_kit
 import numpy as np
 import pytest
 import torch_files
-from helpers import golden
+from helpers import golden, golden_dirs
 
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
@@ -16,6 +16,8 @@ from dm_generations.models.vqgan.checkpoint import config_from_shapes, read_tami
 from dm_generations.models.vqgan.network import VQGANConfig
 
 CASES = sorted(file.parent for file in golden("taming").glob("*/golden.npz"))
+# Too large for a checkout: weights of Chameleon's kind.
+CHAMELEONS = sorted(file.parent for folder in golden_dirs("chameleon") for file in folder.glob("*/golden.npz"))
 # Two levels, so that attention, shortcuts and resampling are there; 32 groups need 32 channels.
 YAML = """
 model:
@@ -62,6 +64,17 @@ def test_encodes_as_the_original(case):
     is_clear = arrays[f"{name}_margin"] > 1e-3
     expected = arrays["argmax_indices" if model.config.is_gumbel else "indices"]
     np.testing.assert_array_equal(np.asarray(indices)[is_clear], expected[is_clear])
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("folder", CHAMELEONS, ids=lambda folder: folder.name)
+def test_the_tokenizer_of_chameleon_is_such_a_vqgan(folder):
+    with np.load(folder / "golden.npz") as arrays:
+        found = load_checkpoint(folder, "codec"), dict(arrays)
+    test_decodes_as_the_original(found)
+    test_encodes_as_the_original(found)
+    pixels = Decoder.from_checkpoint(found[0], batch_size=1)(found[1]["codes"])
+    assert (pixels == found[1]["pixels_uint8_nhwc"]).mean() > 0.99
 
 
 @pytest.mark.e2e

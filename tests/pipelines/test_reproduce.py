@@ -54,6 +54,7 @@ def test_untouched_rows_are_reproduced_anywhere_in_a_batch(models, db, flag, cap
     assert "12 images" in capsys.readouterr().out
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("flag", ["--regenerate", "--replay"])
 def test_a_changed_token_is_found_with_its_position(models, db, flag, capsys):
     change_token(db, 17, 9)

@@ -87,6 +87,7 @@ def test_two_processes_without_shards_store_every_image_once(arguments, environm
     check_whole(tmp_path / "a.db")
 
 
+@pytest.mark.e2e
 def test_what_another_process_stored_meanwhile_is_counted(arguments, monkeypatch, capsys, tmp_path):
     add_images = Archive.add_images
 

@@ -11,7 +11,8 @@ import pytest
 from flax import linen as nn
 
 from dm_generations.models.dalle_mini.network import DalleBart
-from recipes.emoji.common import MUON_RMS, bfloat16_matmul, has_bfloat16_units, make_optimizer, use_bfloat16_dense
+from dm_generations.training.optimizers import MUON_RMS
+from recipes.emoji.common import bfloat16_matmul, has_bfloat16_units, make_optimizer, use_bfloat16_dense
 from recipes.emoji.dalle_bart import make_config
 
 pytestmark = pytest.mark.slow

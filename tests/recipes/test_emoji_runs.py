@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 
+from dm_generations.errors import UserError
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.vqgan.network import VQGANConfig
 from dm_generations.weights import native
 from recipes.emoji import vqgan
 from recipes.emoji.__main__ import STEPS
-from recipes.emoji.common import Run
+from recipes.emoji.common import open_run
 from recipes.emoji.vqgan import Trainer, encode_entropy_constrained, encode_images, reconstruct
 
 pytestmark = pytest.mark.slow
@@ -45,9 +46,9 @@ def initial(trainer):
 
 
 def train(trainer, initial, folder, count):
-    run = Run(folder, initial, save_every=4, args=trainer.args)
-    run.train(count, trainer.step, log_every=2)
-    return run
+    with open_run(folder, initial, save_every=4, args=trainer.args) as run:
+        run.train(count, trainer.step, log_every=2)
+        return run
 
 
 def test_a_resumed_run_equals_an_undisturbed_one(trainer, initial, tmp_path):
@@ -63,15 +64,16 @@ def test_a_resumed_run_equals_an_undisturbed_one(trainer, initial, tmp_path):
 def test_a_run_is_not_resumed_with_other_numbers(trainer, initial, tmp_path):
     train(trainer, initial, tmp_path, 2)
     others = argparse.Namespace(**vars(trainer.args) | {"batch_size": 8, "out": tmp_path})
-    with pytest.raises(SystemExit, match="--batch-size 4"):
-        Run(tmp_path, initial, save_every=4, args=others)
+    with pytest.raises(UserError, match="batch_size 4"):
+        open_run(tmp_path, initial, save_every=4, args=others)
 
 
-@pytest.mark.parametrize(("begun", "flag"), [(True, "--bfloat16"), (False, "--no-bfloat16")])
-def test_a_run_is_not_resumed_in_another_precision(begun, flag, trainer, initial, tmp_path):
-    Run(tmp_path, initial, save_every=4, args=argparse.Namespace(bfloat16=begun)).save()
-    with pytest.raises(SystemExit, match=f" {flag}:"):
-        Run(tmp_path, initial, save_every=4, args=argparse.Namespace(bfloat16=not begun))
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_run_is_not_resumed_in_another_precision(begun, trainer, initial, tmp_path):
+    with open_run(tmp_path, initial, save_every=4, args=argparse.Namespace(bfloat16=begun)) as run:
+        run.save()
+    with pytest.raises(UserError, match=f"bfloat16 {begun}"):
+        open_run(tmp_path, initial, save_every=4, args=argparse.Namespace(bfloat16=not begun))
 
 
 def test_a_trained_model_loads_and_reconstructs_images(trainer, initial, tmp_path):

@@ -68,6 +68,7 @@ def generate(case, keys, indices=None, **values):
         cond_scale=ones * values.get("condition_scale", 1),
         init_tokens=np.zeros((count, config.image_length), np.int32),
         init_count=np.zeros(count, np.int32),
+        extra=np.zeros((count, 0), np.float32),
     )
     sampler = DalleMiniSampler(config.image_vocab_size + 1, config.eos_token_id, config.pad_token_id)
     fixed = model, sampler, None, params, rows

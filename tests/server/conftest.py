@@ -13,6 +13,7 @@ from dm_generations.inference.decoder import Decoder
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.sampling.params import SamplingParams
 from dm_generations.server.app import TOKEN_META, PageServer
+from dm_generations.server.archives import ServedArchives
 from dm_generations.server.data import ServedArchive
 from dm_generations.server.images import ImageCache, ImageService
 
@@ -90,11 +91,12 @@ def sharing(decoders):
 
 @contextlib.contextmanager
 def serving(path, codec, decoders, cache_home=None, host=None, has_cookie=True):
-    """A client of a server of its own, which has opened the page."""
+    """A client of a server of its own, which has opened the page; `path` is an archive or a list of several."""
     with sharing(decoders) as patch:
         if cache_home is not None:
             patch.setenv("XDG_CACHE_HOME", str(cache_home))
-        archive = ServedArchive(path, codec)
+        is_one = not isinstance(path, list)
+        archive = ServedArchive(path, codec) if is_one else ServedArchives([ServedArchive(one, codec) for one in path])
         images = ImageService(codec, lambda md5s: archive.call(archive.load_tokens, md5s), ImageCache(codec.sha256))
         server = PageServer(archive, images, PAGE, TOKEN, needs_token=host is not None)
         with TestClient(server.make_app(host), f"http://127.0.0.1:{PORT}", follow_redirects=False) as client:

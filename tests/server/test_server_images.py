@@ -35,7 +35,7 @@ class Loader:
     async def __call__(self, names):
         self.asked.append(list(names))
         await self.gate.wait()
-        return {name: UserError("no tokens") if name == "bad" else tokens(int(name)) for name in names}
+        return {name: UserError("no tokens") if name == "bad" else (tokens(int(name)), (0, 0)) for name in names}
 
 
 def serve(codec, decoders, work, cache=None):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sqlite3
+import zipfile
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from PIL import Image
 from dm_generations.archive import Archive, verify
 from dm_generations.archive.ratings import read_ratings
 from dm_generations.inference.decoder import Decoder
+from dm_generations.server.app import MAX_ZIPPED
+from dm_generations.server.data import BadRequestError, ServedArchive
 
 from .conftest import GENERATOR, OTHER_GENERATOR, PROMPTS, TOKEN, add, new_images, tokens_of
 
@@ -336,17 +339,48 @@ def test_images_that_cannot_be_decoded_say_why(make_client, path, codec, models,
     (row,) = images(client, group)["images"]
     assert "another" in row[PROBLEM] and row[IMAGE.index("codec")] == "f" * 16
     assert is_an_error(client.get(f"/image/{'f' * 16}/{row[IMAGE.index('md5')]}"), 404)
-    for row in rows[:2]:
-        assert is_an_error(client.get(f"/image/{codec.sha256[:16]}/{row[IMAGE.index('md5')]}"), 503)
+    for row in rows[:2]:  # an image that says why
+        answer = client.get(f"/image/{codec.sha256[:16]}/{row[IMAGE.index('md5')]}")
+        assert (answer.status_code, answer.headers["cache-control"]) == (422, "no-store")
+        assert len(Image.open(io.BytesIO(answer.content)).convert("RGB").getcolors()) > 1
     good = rows[3]
     assert client.get(f"/image/{good[IMAGE.index('codec')]}/{good[IMAGE.index('md5')]}").status_code == 200
+
+
+def zipped(client, *md5s, **headers):
+    own = {"X-Token": TOKEN, "Origin": "http://127.0.0.1:8765"}
+    return client.post("/api/zip", json=list(md5s), headers=own | headers)
+
+
+def test_images_as_a_zip(client, path, codec, listed):
+    change(path, "UPDATE images SET quantvec = ? WHERE id = 2", b"\1\0")
+    change(path, "UPDATE prompts SET desc = '../<b>/' || desc")
+    md5s = [row[IMAGE.index("md5")] for row in listed]
+    answer = zipped(client, *md5s, md5s[0], "0" * 32)
+    assert answer.status_code == 200 and answer.headers["content-type"] == "application/zip"
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as file:
+        *names, problems = file.namelist()
+        assert len(names) == len(set(names)) == 3 and all(name.count("/") == 1 and name[0] == "0" for name in names)
+        lines = file.read(problems).decode().splitlines()
+        assert [line[:32] for line in lines] == ["0" * 32, md5s[1]]
+        for name, number in zip(names, (0, 2, 3), strict=True):
+            shown = np.asarray(Image.open(io.BytesIO(file.read(name))))
+            np.testing.assert_array_equal(shown, decoded(codec, number)[0])
+
+
+def test_a_zip_is_only_for_the_page_and_has_a_limit(client, listed):
+    md5 = listed[0][IMAGE.index("md5")]
+    assert is_an_error(zipped(client, md5, **{"X-Token": "wrong"}), 403)
+    assert is_an_error(zipped(client, md5, Origin="http://another.example"), 403)
+    for wrong in ([], [7], ["../" + md5], [md5] * (MAX_ZIPPED + 1)):
+        assert is_an_error(zipped(client, *wrong), 400)
 
 
 def test_an_image_that_no_one_was_told_of_is_found(make_client, codec, listed):
     another = make_client()  # a server that was started anew
     md5 = listed[0][IMAGE.index("md5")]
     assert another.get(f"/image/{codec.sha256[:16]}/{md5}").status_code == 200
-    assert is_an_error(another.get(f"/image/{codec.sha256[:16]}/{'0' * 32}"), 503)
+    assert is_an_error(another.get(f"/image/{codec.sha256[:16]}/{'0' * 32}"), 404)
 
 
 def test_an_empty_archive(make_client, tmp_path):
@@ -383,4 +417,13 @@ def test_an_archive_of_2022(make_client, tmp_path, codec):
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(answer.content))), decoded(codec, 2)[0])
     assert client.get("/api/judgements").json() == []
     assert is_an_error(judge(client, judgement(found[0], "a boat")), 503)
+    assert path.read_bytes() == before
+
+
+def test_judgements_of_a_download_are_refused(path, codec):
+    before = path.read_bytes()
+    served = ServedArchive(path, codec, is_writable=False)
+    with pytest.raises(BadRequestError):
+        served.add_judgements([])
+    served.close()
     assert path.read_bytes() == before

@@ -31,14 +31,14 @@ def read_transformers(path: Path) -> RawCheckpoint | None:
     values = read_config(path)
     if values is None or values.get("model_type") != "clip" or values.get("format") == FORMAT:
         return None
-    files = _find_weight_files(path)
+    files = find_weight_files(path)
     if not files:
         raise UserError(f"{path} lacks its weights: {' or '.join(WEIGHT_FILES)}")
     config = CLIPConfig.from_dict(values)
     tensors: dict[str, np.ndarray] = {}
     file_by_prefix: dict[str, Path] = {}
     for file in files:
-        found = _read_tensors(file)
+        found = read_tensors(file)
         tensors |= found
         if len(files) > 1:
             file_by_prefix |= dict.fromkeys(flatten(flax_from_torch(found)), file)
@@ -76,8 +76,12 @@ def flax_from_torch(tensors: Mapping[str, np.ndarray]) -> dict:
     return tree
 
 
-def _find_weight_files(folder: Path) -> tuple[Path, ...]:
-    """The file of the weights, or the files that its index lists; empty if there is neither."""
+def find_weight_files(folder: Path) -> tuple[Path, ...]:
+    """Return the file of the weights, or the files that its index lists; empty if there is neither.
+
+    Raises:
+        UserError: A file that the index lists is missing.
+    """
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return (folder / name,)
@@ -99,7 +103,8 @@ def _read_index(index: Path) -> tuple[Path, ...]:
     return files
 
 
-def _read_tensors(file: Path) -> dict[str, np.ndarray]:
+def read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """Read the tensors of a weight file."""
     with prefix_errors(file):
         if file.suffix == ".safetensors":
             return find_state(read_safetensors(file))

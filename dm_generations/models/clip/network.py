@@ -222,11 +222,12 @@ class Layers(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """Map x (B, T, D) to (B, T, D); mask as in `Attention`."""
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Map x (B, T, D) to what the last block gives and what it reads, both (B, T, D); mask as in `Attention`."""
+        before = x
         for index in range(self.config.num_hidden_layers):
-            x = Layer(self.config, self.dtype, name=str(index))(x, mask)
-        return x
+            before, x = x, Layer(self.config, self.dtype, name=str(index))(x, mask)
+        return x, before
 
 
 class Encoder(nn.Module):
@@ -236,8 +237,8 @@ class Encoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Map x (B, T, D) to (B, T, D); mask as in `Attention`."""
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """See `Layers`."""
         return Layers(self.config, self.dtype, name="layers")(x, mask)
 
 
@@ -304,17 +305,25 @@ class TextTransformer(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, input_ids: jax.Array, attention_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """input_ids, attention_mask (B, T) -> all positions, normed (B, T, D), and the pooled one (B, D)."""
+    def __call__(self, input_ids: jax.Array, attention_mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Encode texts.
+
+        Args:
+            input_ids: (B, T) int32.
+            attention_mask: (B, T) int32.
+
+        Returns:
+            All positions, normed (B, T, D); the pooled one (B, D); and what the last block reads (B, T, D).
+        """
         config, length = self.config, input_ids.shape[1]
         causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
         mask = causal & (attention_mask != 0)[:, None, None, :]
         x = TextEmbeddings(config, self.dtype, name="embeddings")(input_ids)
-        x = Encoder(config, self.dtype, name="encoder")(x, mask)
+        x, before_last = Encoder(config, self.dtype, name="encoder")(x, mask)
         x = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(x)
         scored = input_ids if config.pools_at_highest_id else input_ids == config.eos_token_id
         end = jnp.argmax(scored, axis=1)  # the first of equals
-        return x, jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        return x, jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0], before_last
 
 
 class VisionTransformer(nn.Module):
@@ -329,7 +338,7 @@ class VisionTransformer(nn.Module):
         config = self.config
         x = VisionEmbeddings(config, self.dtype, name="embeddings")(pixel_values)
         x = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="pre_layrnorm")(x)  # (sic)
-        x = Encoder(config, self.dtype, name="encoder")(x)
+        x, _ = Encoder(config, self.dtype, name="encoder")(x)
         pooled = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="post_layernorm")(x[:, 0])
         return x, pooled
 

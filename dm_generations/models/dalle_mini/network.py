@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from dm_generations.models.base import example_ids
+from dm_generations.models.base import TrainingLogits, example_ids, layer_class
 from dm_generations.models.dalle_mini.config import NORM_PLACEMENTS, DalleBartConfig, unscan
+from dm_generations.models.dense import Dense, split_kernels
 
 NORM_EPSILON = 1e-5
 MASKED = -1e30  # finite, unlike -inf: a row whose keys are all masked (padding of a batch) stays finite
@@ -53,26 +54,14 @@ def norm_before_dense(config: DalleBartConfig, dtype: Any) -> nn.Module:
     return norm(config, dtype, use_scale=config.force_ln_scale)
 
 
-def _matrix_product(
-    x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None, preferred_element_type: Any = None
-) -> Array:
-    """`lax.dot_general` of x (..., features) with a kernel, as one matrix product over all rows.
-
-    On CPU, XLA computes the gradient of the kernel from two-dimensional operands in 0.6 of the time.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    product = lax.dot(rows, kernel, precision=precision, preferred_element_type=preferred_element_type)
-    return product.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def dense(config: DalleBartConfig, dtype: Any, features: int, use_bias: bool | None = None, **options: Any) -> nn.Dense:
+def dense(config: DalleBartConfig, dtype: Any, features: int, use_bias: bool | None = None, **options: Any) -> Dense:
     """Make a dense layer with the initial standard deviation that the config asks for."""
-    return nn.Dense(
+    return Dense(
         features,
         use_bias=config.use_bias if use_bias is None else use_bias,
         dtype=dtype,
         kernel_init=nn.initializers.normal(config.init_std),
-        dot_general=functools.partial(_matrix_product, **options),
+        **options,
     )
 
 
@@ -288,13 +277,14 @@ class _Layers(nn.Module):
 
     def setup(self) -> None:
         """Make the layers, under the names that dalle-mini gives them."""
-        name = self.layer.__name__
+        name, is_decoder = self.layer.__name__, self.layer is FlaxBartDecoderLayer
+        layer = layer_class(self.layer, 4 if is_decoder else 2)  # the place of `deterministic`
         if self.config.use_scan:
             options: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True, "dropout": True}}
-            stacked = nn.scan(self.layer, in_axes=nn.broadcast, length=self.count, **options)
+            stacked = nn.scan(layer, in_axes=nn.broadcast, length=self.count, **options)
             setattr(self, f"{name}s", stacked(self.config, self.dtype))
         else:
-            setattr(self, name, [self.layer(self.config, self.dtype) for _ in range(self.count)])
+            setattr(self, name, [layer(self.config, self.dtype) for _ in range(self.count)])
 
     def __call__(self, x: Array, *inputs: Any) -> Array:
         """Run x (B, L, d) through all layers; `inputs` go to each."""
@@ -419,8 +409,8 @@ class DalleBart(nn.Module):
     def setup(self) -> None:
         """Make the submodules."""
         self.model = _Model(self.config, self.dtype)
-        columns, options = self.config.image_vocab_size + 1, {"preferred_element_type": jnp.float32}
-        self.lm_head = dense(self.config, self.dtype, columns, use_bias=False, **options)
+        columns = self.config.image_vocab_size + 1
+        self.lm_head = dense(self.config, self.dtype, columns, use_bias=False, product_dtype=jnp.float32)
 
     @staticmethod
     def example_inputs(config: DalleBartConfig) -> list[jax.ShapeDtypeStruct]:
@@ -428,9 +418,13 @@ class DalleBart(nn.Module):
         return [example_ids(n) for n in (config.max_text_length, config.max_text_length, config.image_length)]
 
     @staticmethod
-    def prepare_params(config: DalleBartConfig, params: dict) -> tuple[DalleBartConfig, dict]:
+    def prepare_params(config: DalleBartConfig, params: dict, platform: str) -> tuple[DalleBartConfig, dict]:
         """Return config and parameters for generation: those of the same network with its layers apart."""
-        return unscan(config, params)
+        config, params = unscan(config, params)
+        if platform == "cpu":  # the encoder reads many rows, once
+            model = params["model"] | {"decoder": split_kernels(params["model"]["decoder"])}
+            params = params | {"model": model, "lm_head": split_kernels(params["lm_head"])}
+        return config, params
 
     def __call__(
         self, input_ids: Array, attention_mask: Array, decoder_input_ids: Array, deterministic: bool = True
@@ -438,6 +432,13 @@ class DalleBart(nn.Module):
         """Return teacher-forced logits (B, L, V + 1) float32; see `encode` and `decode`."""
         encoder_state = self.encode(input_ids, attention_mask, deterministic)
         return self.decode(decoder_input_ids, encoder_state, attention_mask, deterministic)
+
+    def training_logits(
+        self, input_ids: Array, attention_mask: Array, tokens: Array, deterministic: bool = True
+    ) -> TrainingLogits:
+        """Return the logits of tokens (B, L), each given those before it; see `TrainableModel`."""
+        inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=self.config.start_token)
+        return TrainingLogits(self(input_ids, attention_mask, inputs, deterministic))
 
     def encode(self, input_ids: Array, attention_mask: Array, deterministic: bool = True) -> Array:
         """Map ids (B, T <= max_text_length) int32 and mask (B, T), 1 for text and 0 for padding, to (B, T, d)."""

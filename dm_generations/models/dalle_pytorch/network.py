@@ -21,8 +21,9 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from dm_generations.models.base import example_ids
+from dm_generations.models.base import TrainingLogits, example_ids, layer_class
 from dm_generations.models.dalle_pytorch.config import SPARSE_BLOCK, DallePytorchConfig
+from dm_generations.models.dense import Dense, split_kernels
 
 MASKED = jnp.finfo(jnp.float32).min  # as in DALLE-pytorch, for attention and for logits of the other kind of token
 _CONV_KERNEL = 5
@@ -124,8 +125,8 @@ class _Attention(nn.Module):
     dtype: Any
 
     def setup(self) -> None:
-        self.to_qkv = nn.Dense(3 * self.config.heads * self.config.dim_head, use_bias=False, dtype=self.dtype)
-        self.to_out = nn.Dense(self.config.dim, dtype=self.dtype)
+        self.to_qkv = Dense(3 * self.config.heads * self.config.dim_head, use_bias=False, dtype=self.dtype)
+        self.to_out = Dense(self.config.dim, dtype=self.dtype)
 
     def queries_keys_values(self, x: jax.Array) -> list[jax.Array]:
         """Project x (B, n, d) to queries, keys and values, each (B, H, n, D)."""
@@ -149,8 +150,8 @@ class _FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x, gate = jnp.split(nn.Dense(8 * self.config.dim, dtype=self.dtype, name="net_0")(x), 2, axis=-1)
-        return nn.Dense(self.config.dim, dtype=self.dtype, name="net_3")(x * nn.gelu(gate, approximate=False))
+        x, gate = jnp.split(Dense(8 * self.config.dim, dtype=self.dtype, name="net_0")(x), 2, axis=-1)
+        return Dense(self.config.dim, dtype=self.dtype, name="net_3")(x * nn.gelu(gate, approximate=False))
 
 
 class _Wrapping(nn.Module):
@@ -182,7 +183,7 @@ class _Transformer(nn.Module):
     def setup(self) -> None:
         config = self.config
         self.attn = {str(i): _Attention(config, self.dtype) for i in sorted(set(config.attn_sources))}
-        self.ff = {str(i): _FeedForward(config, self.dtype) for i in sorted(set(config.ff_sources))}
+        self.ff = {str(i): layer_class(_FeedForward)(config, self.dtype) for i in sorted(set(config.ff_sources))}
         self.attn_wrapping = [_Wrapping(config, self.dtype) for _ in range(config.depth)]
         self.ff_wrapping = [_Wrapping(config, self.dtype) for _ in range(config.depth)]
         if config.rotary_emb:
@@ -370,8 +371,10 @@ class DallePytorch(nn.Module):
         return [example_ids(config.text_seq_len), example_ids(config.image_length)]
 
     @staticmethod
-    def prepare_params(config: DallePytorchConfig, params: dict) -> tuple[DallePytorchConfig, dict]:
-        """Config and parameters for generation: those of the checkpoint, as they are."""
+    def prepare_params(config: DallePytorchConfig, params: dict, platform: str) -> tuple[DallePytorchConfig, dict]:
+        """Config and parameters for generation: those of the checkpoint."""
+        if platform == "cpu":
+            params = params | {"transformer": split_kernels(params["transformer"])}
         return config, params
 
     def __call__(self, input_ids: jax.Array, image_tokens: jax.Array) -> jax.Array:
@@ -389,6 +392,14 @@ class DallePytorch(nn.Module):
         x = jnp.concatenate([text, image], axis=1)[:, : self.config.sequence_length]
         x, _ = self.transformer(x)
         return self.to_logits(x)
+
+    def training_logits(
+        self, input_ids: jax.Array, attention_mask: jax.Array, tokens: jax.Array, deterministic: bool = True
+    ) -> TrainingLogits:
+        """Logits of image and text; see `TrainableModel`. Padding is predicted too, by its own ids."""
+        logits, length = self(input_ids, tokens), self.config.text_seq_len
+        text, image = logits[:, :length, : self.config.text_rows], logits[:, length:, self.config.text_rows :]
+        return TrainingLogits(image, text, self._padded_ids(input_ids))
 
     def encode_prompt(self, input_ids: jax.Array, attention_mask: jax.Array) -> Cache:
         """What generation reads of prompts.
@@ -428,13 +439,16 @@ class DallePytorch(nn.Module):
 
     def _embed_text(self, input_ids: jax.Array) -> jax.Array:
         """Ids (B, T) -> (B, T + 1, d): <bos> (id 0) first, then the text with padding ids."""
-        padding = self.config.num_text_tokens + jnp.arange(self.config.text_seq_len, dtype=input_ids.dtype)
-        ids = jnp.where(input_ids == 0, padding[None], input_ids)
-        ids = jnp.pad(ids, ((0, 0), (1, 0)))
+        ids = jnp.pad(self._padded_ids(input_ids), ((0, 0), (1, 0)))
         x = self.to_logits.text.embed(ids) if self.config.share_input_output_emb else self.text_emb(ids)
         if not self.config.rotary_emb:
             x = x + self.text_pos_emb.embedding[None]
         return x.astype(self.dtype)
+
+    def _padded_ids(self, input_ids: jax.Array) -> jax.Array:
+        """Ids (B, T) with an id of its own for each position's padding."""
+        padding = self.config.num_text_tokens + jnp.arange(self.config.text_seq_len, dtype=input_ids.dtype)
+        return jnp.where(input_ids == 0, padding[None], input_ids)
 
     def _embed_image(self, tokens: jax.Array, index: jax.Array) -> jax.Array:
         """Tokens (B, n) at positions index (n,) of the image -> (B, n, d)."""

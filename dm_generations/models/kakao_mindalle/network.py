@@ -25,10 +25,13 @@ from dm_generations.models.base import (
     POSITIONS,
     VOCABULARY,
     WIDTH,
+    TrainingLogits,
     check_config,
     example_ids,
+    layer_class,
     select_fields,
 )
+from dm_generations.models.dense import Dense, split_kernels
 
 NORM_EPSILON = 1e-5
 MASKED = -1e30
@@ -129,7 +132,7 @@ class Attention(nn.Module):
     def setup(self) -> None:
         """Make the submodules."""
         config = self.config
-        projection = functools.partial(nn.Dense, config.embed_dim, config.attn_bias, self.dtype)
+        projection = functools.partial(Dense, config.embed_dim, config.attn_bias, self.dtype)
         self.key, self.query, self.value, self.proj = (projection() for _ in range(4))
 
     def keys_values(self, x: jax.Array) -> LayerCache:
@@ -160,8 +163,8 @@ class Block(nn.Module):
         config, dtype = self.config, self.dtype
         self.ln1, self.ln2 = (nn.LayerNorm(NORM_EPSILON, dtype=dtype, use_fast_variance=False) for _ in range(2))
         self.attn = Attention(config, dtype)
-        self.mlp_0 = nn.Dense(4 * config.embed_dim, config.mlp_bias, dtype)
-        self.mlp_2 = nn.Dense(config.embed_dim, config.mlp_bias, dtype)
+        self.mlp_0 = Dense(4 * config.embed_dim, config.mlp_bias, dtype)
+        self.mlp_2 = Dense(config.embed_dim, config.mlp_bias, dtype)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, LayerCache]:
         """The first Q positions: x (B, Q, d) -> (B, Q, d), and their keys and values (B, H, Q, D)."""
@@ -216,11 +219,10 @@ class KakaoMinDalle(nn.Module):
         self.tok_emb_img, self.pos_emb_img = (
             nn.Embed(rows, width) for rows in (config.vocab_size_img, config.ctx_len_img)
         )
-        self.blocks = [Block(config, dtype) for _ in range(config.n_layers)]
+        self.blocks = [layer_class(Block)(config, dtype) for _ in range(config.n_layers)]
         self.ln_f = nn.LayerNorm(NORM_EPSILON, dtype=dtype, use_fast_variance=False)
-        product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
         self.head_txt, self.head_img = (
-            nn.Dense(rows, use_bias=False, dtype=dtype, dot_general=product)
+            Dense(rows, use_bias=False, dtype=dtype, product_dtype=jnp.float32)
             for rows in (config.vocab_size_txt, config.vocab_size_img)
         )
 
@@ -230,9 +232,9 @@ class KakaoMinDalle(nn.Module):
         return [example_ids(config.ctx_len_txt), example_ids(config.ctx_len_img)]
 
     @staticmethod
-    def prepare_params(config: KakaoMinDalleConfig, params: dict) -> tuple[KakaoMinDalleConfig, dict]:
-        """Config and parameters for generation: those of the checkpoint, as they are."""
-        return config, params
+    def prepare_params(config: KakaoMinDalleConfig, params: dict, platform: str) -> tuple[KakaoMinDalleConfig, dict]:
+        """Config and parameters for generation: those of the checkpoint."""
+        return config, split_kernels(params) if platform == "cpu" else params
 
     def __call__(self, input_ids: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Teacher-forced logits, float32, of the image and of the text after its first token.
@@ -252,6 +254,13 @@ class KakaoMinDalle(nn.Module):
             x, _ = block(x)
         x = self.ln_f(x)
         return self.head_img(x[:, text_length - 1 :]), self.head_txt(x[:, : text_length - 1])
+
+    def training_logits(
+        self, input_ids: jax.Array, attention_mask: jax.Array, tokens: jax.Array, deterministic: bool = True
+    ) -> TrainingLogits:
+        """Logits of image and text; see `TrainableModel`. Padding is predicted like words, as it is read."""
+        image, text = self(input_ids, tokens)
+        return TrainingLogits(image, text, input_ids[:, 1:])
 
     def encode_prompt(self, input_ids: jax.Array, attention_mask: jax.Array) -> Cache:
         """What generation reads of prompts (B, N) int32; attention_mask is not read. Axis 0 of every array is B."""

@@ -4,16 +4,18 @@
 - min-dalle: `detoker.pt`, a PyTorch file that holds nothing but tensors.
 - taming-transformers: a Lightning `.ckpt` of `VQModel` or `GumbelVQ`, and the `.yaml` with its sizes. The network is
   that of vqgan-jax with pixels in [-1, 1]. Names are the same except that `down.0.block.1` is `down_0/block_1` here,
-  and that weights have PyTorch's names and layouts. Losses are skipped.
+  and that weights have PyTorch's names and layouts. Losses are skipped. Chameleon's `vqgan.ckpt` is such a file.
+- IBQ (SEED-Voken): the same, with a `.yaml` of Lightning's command line (`model.class_path`, `model.init_args`). Its
+  moving averages are used, as its own evaluation does.
 """
 
 import functools
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,8 +26,10 @@ from dm_generations.weights.flax_msgpack import read_flax_msgpack
 from dm_generations.weights.mmap import is_apple_double, refuse_lfs_pointer
 from dm_generations.weights.native import CONFIG_FILE, FORMAT, read_config, unflatten
 from dm_generations.weights.state_dict import (
+    NameInFile,
     Shape,
     check_tensors,
+    choose_averages,
     convolution_kernel,
     count_numbered,
     find_state,
@@ -50,6 +54,8 @@ _EMBEDDINGS = ("embedding", "embed")
 # Of `Encoder` and `Decoder` of the family: the default of the only size that has one, and sizes without one.
 _DEFAULT_CH_MULT = (1, 2, 4, 8)
 _REQUIRED = ("ch", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")
+_OURS = {"num_groups", "group_norm_eps", "is_signed", "is_gumbel", "is_dot_product", "conv_in_ch"}
+_OURS |= {"has_mid_attention", "is_normalized", "rounds_pixels"}  # fields that no file of the family has
 _UNSUPPORTED = ("double_z", "give_pre_end")  # they change the network, and no published VQGAN has them on
 
 
@@ -84,7 +90,7 @@ def read_detoker(path: Path) -> RawCheckpoint | None:
 
 
 def read_taming(path: Path) -> RawCheckpoint | None:
-    """Read a VQGAN of taming-transformers.
+    """Read a VQGAN of taming-transformers, or of its descendants with the same names (Chameleon's, IBQ's).
 
     Args:
         path: A `.ckpt` with its `.yaml` in the same folder, or a folder of the two, which may be in its subfolders
@@ -93,11 +99,47 @@ def read_taming(path: Path) -> RawCheckpoint | None:
     Returns:
         None if there is no such pair.
     """
+    found = read_lightning(path, _is_vqgan)
+    if found is None:
+        return None
+    file, state, yaml, class_name, values = found
+    name_in_file: NameInFile = vqgan_name_in_file
+    if class_name is not None and values.get("use_ema"):  # of Lightning's command line, not of taming's own
+        state, name_in_file = choose_averages(state, file, vqgan_name_in_file)
+    with prefix_errors(yaml):
+        for name in ("l2_normalize", "cosine_similarity"):
+            if values.get(name):
+                raise UserError(f"VQGAN config: {name} {short_repr(values[name])} is not supported, only false")
+        is_gumbel = "quantize.embed.weight" in state
+        config = config_from_yaml_values(values, is_gumbel=is_gumbel, is_dot_product=class_name == "IBQ")
+    return RawCheckpoint("vqgan", config, vqgan_params(state, file), (file,), name_in_file=name_in_file)
+
+
+class LightningCheckpoint(NamedTuple):
+    """What a `.ckpt` and its `.yaml` hold."""
+
+    file: Path
+    state: dict[str, Any]
+    yaml: Path
+    class_name: str | None  # of the model, as Lightning's command line writes it; None where the YAML is taming's own
+    values: dict[str, Any]  # the arguments of this class, `ddconfig` among them
+
+
+def read_lightning(path: Path, is_state: Callable[[Mapping[str, Any]], bool]) -> LightningCheckpoint | None:
+    """Read a `.ckpt` with the `.yaml` of its sizes.
+
+    Args:
+        path: As `read_taming` takes it.
+        is_state: Whether a state dict is of the kind that is wanted.
+
+    Returns:
+        None if there is no such pair.
+    """
     found = _find_checkpoint_files(path)
     if not found:
         return None
     yamls = _find_yaml_files(path)
-    configs: dict[Path, dict] = {}
+    configs: dict[Path, tuple[str | None, dict]] = {}
     errors = []
     for file in yamls:
         try:
@@ -113,24 +155,25 @@ def read_taming(path: Path) -> RawCheckpoint | None:
     if len(found) > 1:
         names = ", ".join(file.name for file in found[:3])
         raise UserError(f"{path} holds several checkpoints ({names}): name the file")
-    state = _read_state(found[0])
-    if state is None:
+    state = find_state(read_torch(found[0]))
+    if not isinstance(state, Mapping) or not is_state(state):
         return None
     if not configs:
         raise UserError(f"{path} lacks its .yaml: put the one it came with into its folder")
-    file = _choose_config(found[0], list(configs))
-    with prefix_errors(file):
-        config = config_from_yaml_values(configs[file], is_gumbel="quantize.embed.weight" in state)
-    return RawCheckpoint("vqgan", config, vqgan_params(state, found[0]), (found[0],), name_in_file=vqgan_name_in_file)
+    yaml = _choose_config(found[0], list(configs))
+    return LightningCheckpoint(found[0], dict(state), yaml, *configs[yaml])
 
 
-def config_from_yaml_values(values: Mapping[str, Any], is_gumbel: bool = False) -> VQGANConfig:
+def config_from_yaml_values(
+    values: Mapping[str, Any], is_gumbel: bool = False, is_dot_product: bool = False
+) -> VQGANConfig:
     """Return the config that a YAML file of the family holds.
 
     Args:
         values: `embed_dim`, `n_embed` and either `ddconfig` or `hparams`: what taming has under `model.params` and
             minDALL-E under `stage1`.
         is_gumbel: Whether it is a `GumbelVQ`.
+        is_dot_product: Whether it is an `IBQ`.
 
     Raises:
         UserError: A value is bad, or an option changes images or tokens and is not supported.
@@ -138,8 +181,7 @@ def config_from_yaml_values(values: Mapping[str, Any], is_gumbel: bool = False) 
     sizes = values.get("ddconfig", values.get("hparams"))
     if not isinstance(sizes, Mapping):
         raise UserError("VQGAN config: ddconfig is missing")
-    own = {"num_groups", "group_norm_eps", "is_signed", "is_gumbel"}  # ours alone
-    sizes = {"ch_mult": _DEFAULT_CH_MULT} | {name: value for name, value in sizes.items() if name not in own}
+    sizes = {"ch_mult": _DEFAULT_CH_MULT} | {name: value for name, value in sizes.items() if name not in _OURS}
     sizes |= {name: values[name] for name in ("embed_dim", "n_embed") if name in values}
     for name in (*_REQUIRED, "embed_dim", "n_embed"):
         if name not in sizes:
@@ -151,7 +193,7 @@ def config_from_yaml_values(values: Mapping[str, Any], is_gumbel: bool = False) 
         raise UserError(
             "VQGAN config: remap is not supported: tokens that are numbers in a list of the codebook's rows"
         )
-    return VQGANConfig.from_dict(sizes | {"is_signed": True, "is_gumbel": is_gumbel})
+    return VQGANConfig.from_dict(sizes | {"is_signed": True, "is_gumbel": is_gumbel, "is_dot_product": is_dot_product})
 
 
 def config_from_shapes(
@@ -268,21 +310,20 @@ def _detoker_name_in_file(path: str, shape: Shape) -> tuple[str, Shape]:
     return vqgan_name_in_file(path.removeprefix("quantize/"), shape)
 
 
-def _read_vqgan_values(file: Path) -> dict | None:
-    """`model.params` of the YAML of a first-stage model; None for one of something else."""
+def _read_vqgan_values(file: Path) -> tuple[str | None, dict] | None:
+    """The class and the arguments of the first-stage model in a YAML file; None for one of something else."""
     model = read_yaml(file).get("model")
-    values = model.get("params") if isinstance(model, dict) else None
-    return values if isinstance(values, dict) and "ddconfig" in values else None
-
-
-def _read_state(file: Path) -> dict[str, Any] | None:
-    """The state dict in a file of Lightning, or in one that is a state dict; None if it is not a VQGAN's."""
-    state = find_state(read_torch(file))
-    if not isinstance(state, Mapping):
+    if not isinstance(model, dict):
         return None
+    class_path = model.get("class_path")
+    class_name = class_path.rsplit(".", 1)[-1] if isinstance(class_path, str) else None
+    values = model.get("params" if class_name is None else "init_args")
+    return (class_name, values) if isinstance(values, dict) and "ddconfig" in values else None
+
+
+def _is_vqgan(state: Mapping[str, Any]) -> bool:
     tops = {name.split(".")[0] for name in state if isinstance(name, str)}
-    is_vqgan = "decoder" in tops and not {"quantize", "post_quant_conv"}.isdisjoint(tops)
-    return dict(state) if is_vqgan else None
+    return "decoder" in tops and not {"quantize", "post_quant_conv"}.isdisjoint(tops)
 
 
 def _find_checkpoint_files(path: Path) -> list[Path]:

@@ -26,7 +26,7 @@ import numpy as np
 from jax import lax
 
 from dm_generations.models.base import token_grid
-from dm_generations.models.vqgan.network import VQGANConfig
+from dm_generations.models.vqgan.network import VQGANConfig, normalized
 from dm_generations.runtime.device import matmul_precision
 from dm_generations.weights.mmap import release
 
@@ -59,7 +59,10 @@ class VQGANDecoder:
         (codebook,) = (part["embedding"] for part in params["quantize"].values() if "embedding" in part)
         after = {name: np.array(leaf, self._wide, order="C") for name, leaf in params["post_quant_conv"].items()}
         # All are in C order, also views of a file of another order: sums of products are rounded by it.
-        rows = np.array(codebook, self._wide, order="C") @ after["kernel"][0, 0] + after["bias"]
+        rows = np.array(codebook, self._wide, order="C")
+        if self.config.is_normalized:
+            rows = np.asarray(normalized(jnp.asarray(rows)))
+        rows = rows @ after["kernel"][0, 0] + after["bias"]
         release([codebook])
         return {
             "codebook": jax.device_put(rows.astype(self.dtype), sharding),
@@ -127,7 +130,9 @@ class VQGANDecoder:
 
     def _mid(self, weights: dict, x: jax.Array) -> jax.Array:
         x = self._res_block(weights["block_1"], x)
-        return self._res_block(weights["block_2"], self._attention(weights["attn_1"], x))
+        if "attn_1" in weights:
+            x = self._attention(weights["attn_1"], x)
+        return self._res_block(weights["block_2"], x)
 
     def _level(self, weights: dict, x: jax.Array, is_last: bool) -> jax.Array:
         for j in range(self.config.num_res_blocks + 1):

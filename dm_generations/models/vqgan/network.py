@@ -1,7 +1,8 @@
 """VQGAN: an image to a grid of codebook indices, and back.
 
 Module and parameter names are those of vqgan-jax (`VQModel`), so its checkpoints load without renaming. The VQGANs of
-taming-transformers (`VQModel`, `GumbelVQ`) and of its descendants are the same network under other options.
+taming-transformers (`VQModel`, `GumbelVQ`) and of its descendants (Chameleon, IBQ, diffusers' `VQModel` of aMUSEd) are
+the same network under other options.
 Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021, https://arxiv.org/abs/2012.09841
 
 B: batch   H, W: pixels   h, w: token grid   L: tokens, h * w, row-major   C: channels   D: codebook width
@@ -28,8 +29,10 @@ from dm_generations.models.base import (
 )
 
 MAX_LEVELS = 16
+_SHORTEST = 1e-12  # length that a vector is divided by at least, as PyTorch's normalize
 _BOUNDS: Bounds = {
     "ch": WIDTH,
+    "conv_in_ch": WIDTH,
     "ch_mult": (1, 1024),
     "num_res_blocks": (1, MAX_LAYERS),
     "attn_resolutions": POSITIONS,
@@ -63,6 +66,11 @@ class VQGANConfig:
     group_norm_eps: float = 1e-6
     is_signed: bool = False  # inside, pixels are in [-1, 1]: taming's; vqgan-jax keeps them in [0, 1]
     is_gumbel: bool = False  # tokens are the argmax of logits, not the nearest codebook row
+    is_dot_product: bool = False  # the row with the largest dot product, not the nearest one: IBQ's
+    conv_in_ch: int | None = None  # channels of the encoder's first convolution; None is `ch`
+    has_mid_attention: bool = True
+    rounds_pixels: bool = False  # to the nearest of 256 levels; others cut off
+    is_normalized: bool = False  # codebook rows and vectors get length 1 wherever they are used: LlamaGen's
 
     def __post_init__(self) -> None:
         """Raise UserError for sizes that no network can have."""
@@ -205,7 +213,8 @@ class Mid(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x (B, H, W, C) to the same shape."""
         x = ResBlock(self.config, x.shape[-1], self.dtype, name="block_1")(x)
-        x = AttnBlock(self.config, self.dtype, name="attn_1")(x)
+        if self.config.has_mid_attention:
+            x = AttnBlock(self.config, self.dtype, name="attn_1")(x)
         return ResBlock(self.config, x.shape[-1], self.dtype, name="block_2")(x)
 
 
@@ -224,7 +233,7 @@ class Encoder(nn.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Map (B, H, W, 3) to (B, h, w, z_channels)."""
         config, last = self.config, len(self.config.ch_mult) - 1
-        x = _conv(config.ch, 3, self.dtype, "conv_in")(pixels)
+        x = _conv(config.conv_in_ch or config.ch, 3, self.dtype, "conv_in")(pixels)
         for i, mult in enumerate(config.ch_mult):
             resample = "downsample" if i != last else None
             attention = _has_attention(config, i)
@@ -263,8 +272,16 @@ class Decoder(nn.Module):
         return _conv(config.out_ch, 3, self.dtype, "conv_out")(x)
 
 
+def normalized(rows: jax.Array) -> jax.Array:
+    """Vectors (..., D) divided by their length."""
+    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), _SHORTEST)
+
+
 class Quantize(nn.Module):
-    """The codebook: a vector to the index of its nearest row (first on ties), and back."""
+    """The codebook: a vector to the index of its nearest row, or of the largest dot product, and back.
+
+    The first of equals counts.
+    """
 
     config: VQGANConfig
     dtype: jnp.dtype
@@ -275,15 +292,19 @@ class Quantize(nn.Module):
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """Map (..., D) to indices (...), int32."""
-        codebook = self.embedding.embedding
-        z = z.astype(jnp.float32)
+        codebook, z = self.embedding.embedding, z.astype(jnp.float32)
+        if self.config.is_normalized:
+            codebook, z = normalized(codebook), normalized(z)
         products = jnp.einsum("...d,nd->...n", z, codebook)
+        if self.config.is_dot_product:
+            return jnp.argmax(products, axis=-1).astype(jnp.int32)
         distances = jnp.sum(z**2, -1, keepdims=True) + jnp.sum(codebook**2, -1) - 2 * products
         return jnp.argmin(distances, axis=-1).astype(jnp.int32)
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Codebook rows (..., D) of indices (...)."""
-        return self.embedding(indices)
+        rows = self.embedding(indices)
+        return normalized(rows) if self.config.is_normalized else rows
 
 
 class GumbelQuantize(nn.Module):

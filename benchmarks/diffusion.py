@@ -1,0 +1,165 @@
+"""Time the UNet of a diffusion decoder at its real shape with random weights, and compare its samplers.
+
+    python benchmarks/diffusion.py network               # a step of one image, and of torch if it is installed
+    python benchmarks/diffusion.py network --dtype bfloat16 --batch-size 16 --steps 25      # images a second on a GPU
+    python benchmarks/diffusion.py guidance              # a step with CLIP guidance beside one without
+    python benchmarks/diffusion.py samplers --decoder FILE --codec PATH --tokens N.npy ...  # of a trained decoder
+
+`network` and `guidance` take --size 256, 128 or 64, the preset: 256 needs 8 GB of memory and some minutes on 2 cores.
+`samplers` prints how far the images of fewer steps are from those of 1,000, from the same noise: the mean difference,
+in units of 1/255.
+"""
+
+import argparse
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from timing import matrix_peak, seconds_of
+
+from dm_generations.archive import DTYPES
+from dm_generations.inference.decoder import Decoder, RowKey
+from dm_generations.inference.diffusion import Diffusion, DiffusionDecoder, Guidance
+from dm_generations.models.diffusion_decoder.checkpoint import preset_config
+from dm_generations.models.diffusion_decoder.network import DiffusionDecoderConfig, PreparedUNet, UNet
+from dm_generations.models.diffusion_decoder.samplers import Steps
+from dm_generations.models.loading import Checkpoint, load_checkpoint
+from dm_generations.models.registry import parameter_shapes
+from dm_generations.models.vqgan.network import VQGANConfig
+from dm_generations.weights.native import unflatten
+
+GRID = 16  # tokens a side
+RUNS = ("dpm10", "dpm15", "dpm25", "dpm50", "ddim10", "ddim25", "ddim50", "ddim250")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["network", "guidance", "samplers"])
+    parser.add_argument("--size", type=int, choices=[256, 128, 64], default=256, help="the preset (default: 256)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="(default: 1)")
+    parser.add_argument("--steps", type=int, default=25, metavar="N", help="of images a second (default: 25)")
+    parser.add_argument("--repeats", type=int, default=2, metavar="N", help="of which the best counts (default: 2)")
+    parser.add_argument("--decoder", metavar="FILE", help="of `samplers`")
+    parser.add_argument("--codec", metavar="PATH", help="of `samplers`")
+    parser.add_argument("--tokens", type=Path, nargs="+", metavar="FILE", help="of `samplers`: .npy of each image")
+    args = parser.parse_args()
+    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, load {os.getloadavg()[0]:.1f}", flush=True)
+    {"network": network, "guidance": guidance, "samplers": samplers}[args.what](args)
+
+
+def network(args: argparse.Namespace) -> None:
+    """Print the seconds of a step, its share of the rate of a matrix product, and images a second."""
+    config = preset_config(args.size)
+    params = random_params(config)
+    unet = PreparedUNet(config, np.dtype(args.dtype), jax.devices()[0].platform)
+    inputs = random_inputs(config, args.batch_size)
+    shapes = jax.eval_shape(unet.prepare_params, params)
+    written = jax.jit(lambda params, *inputs: UNet(config).apply({"params": params}, *inputs))
+    gflop = written.lower(jax.eval_shape(lambda: params), *inputs).cost_analysis()["flops"] / args.batch_size / 1e9
+    del shapes
+    peak = matrix_peak(args.dtype) / 1e9
+    print(f"{gflop:,.0f} GFLOP a step of an image", flush=True)
+
+    def line(what: str, seconds: float) -> None:
+        share = args.batch_size * gflop / seconds / peak
+        images = args.batch_size / seconds / args.steps
+        print(
+            f"{what:28} {seconds:8.2f} s a step, {share:4.0%} of the {peak:,.0f} GFLOP/s of a matrix product, "
+            f"{images:.3g} images/s in {args.steps} steps",
+            flush=True,
+        )
+
+    placed, step = unet.prepare_params(params), jax.jit(unet)
+    line(f"ours, {args.dtype}", seconds_of(functools.partial(step, placed, *inputs), args.repeats))
+    del placed
+    time_torch(config, params, inputs, args, line)
+
+
+def guidance(args: argparse.Namespace) -> None:
+    """Print the seconds of a step with and without guidance by the embedded CLIP."""
+    config = preset_config(args.size)
+    checkpoint = Checkpoint("diffusion_decoder", config, random_params(config), "random", "0" * 64, Path())
+    clip, codec = load_checkpoint(None, "clip"), random_codec(config)
+    steps = Steps.parse("dpm2", None, config.diffusion_steps)
+    tokens, key = np.zeros((1, GRID**2), np.uint16), [RowKey(prompt="a rocket")]
+    for what, by in (("without", None), ("with", Guidance(clip))):
+        decoder = DiffusionDecoder(codec, Diffusion(checkpoint, steps, guidance=by), 1, args.dtype, GRID)
+        seconds = seconds_of(functools.partial(decoder.decode, tokens, key), args.repeats) / 2
+        print(f"a step {what} guidance: {seconds:.2f} s", flush=True)
+        del decoder
+
+
+def samplers(args: argparse.Namespace) -> None:
+    """Print how far the images of fewer steps are from those of 1,000."""
+    codec = load_checkpoint(args.codec, "codec")
+    tokens = np.stack([np.load(file).astype(np.uint16) for file in args.tokens])
+    keys = [RowKey(7, number) for number in range(len(tokens))]
+
+    def images(steps: str) -> np.ndarray:
+        diffusion = Diffusion.load(args.decoder, steps)
+        decoder = Decoder.from_checkpoint(codec, "auto", args.dtype, round(tokens.shape[1] ** 0.5), diffusion)
+        return decoder(tokens, keys).astype(int)
+
+    exact = images("dpm1000")
+    for steps in RUNS:
+        print(f"{steps:8} {np.abs(images(steps) - exact).mean():6.2f}", flush=True)
+
+
+def random_params(config: DiffusionDecoderConfig) -> dict:
+    """Return weights that keep activations near 1."""
+    random, flat = np.random.default_rng(0), {}
+    for path, shape in parameter_shapes("diffusion_decoder", config).items():
+        scale = np.prod(shape[:-1]) ** -0.5 if path.endswith("kernel") else 0.1
+        flat[path] = random.standard_normal(shape, np.float32) * np.float32(scale) + np.float32(path.endswith("scale"))
+    return unflatten(flat)
+
+
+def random_codec(config: DiffusionDecoderConfig) -> Checkpoint:
+    """Return a codec that is a codebook."""
+    width = config.emb_input_dims
+    codec = VQGANConfig(n_embed=64, embed_dim=width, resolution=GRID * 16)
+    rows = np.random.default_rng(1).standard_normal((64, width), np.float32)
+    return Checkpoint("vqgan", codec, {"quantize": {"embedding": {"embedding": rows}}}, "random", "0" * 64, Path())
+
+
+def random_inputs(config: DiffusionDecoderConfig, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return noisy images, times and vectors of tokens."""
+    random, side = np.random.default_rng(2), config.image_side(GRID)
+    x = random.standard_normal((count, side, side, 3), np.float32)
+    vectors = random.standard_normal((count, GRID, GRID, config.emb_input_dims), np.float32)
+    return x, np.full(count, 500, np.float32), vectors
+
+
+def time_torch(
+    config: DiffusionDecoderConfig,
+    params: dict,
+    inputs: tuple[np.ndarray, ...],
+    args: argparse.Namespace,
+    line: Callable[[str, float], None],
+) -> None:
+    """Time the same network in PyTorch, channels last, and print how far its result is from ours in float32."""
+    try:
+        import torch
+    except ImportError:
+        print("torch is not installed")
+        return
+    from torch_unet import TorchUNet
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.benchmark = True
+    unet = TorchUNet(config, params, "cuda" if torch.cuda.is_available() else "cpu")
+    with torch.inference_mode(), torch.autocast(unet.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        line(f"torch {torch.__version__}, {args.dtype}", seconds_of(lambda: unet(*inputs), args.repeats))
+        found = unet(*inputs).cpu().float().numpy()
+    if args.dtype == "float32":
+        ours = PreparedUNet(config, np.dtype("float32"), jax.devices()[0].platform)
+        expected = jax.jit(ours)(ours.prepare_params(params), *inputs)
+        print(f"largest difference {np.abs(found.transpose(0, 2, 3, 1) - expected).max():.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""aMUSEd: text to image tokens by masked parallel decoding."""

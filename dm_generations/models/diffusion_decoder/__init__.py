@@ -1,0 +1,1 @@
+"""The diffusion decoder of DALL-3."""

@@ -1,0 +1,1 @@
+"""LlamaGen: images of classes or of captions, and its codec."""

@@ -1,0 +1,1 @@
+"""Open-MAGVIT2: images to tokens without a codebook, and back."""

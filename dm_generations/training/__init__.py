@@ -1,0 +1,1 @@
+"""Training: batches straight from archives, losses, optimisers, and runs that resume to the same weights."""

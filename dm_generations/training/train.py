@@ -1,0 +1,170 @@
+"""`train`: from archives and a model to a folder that --model takes, with its lineage."""
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import numpy as np
+
+from dm_generations.archive import Archive
+from dm_generations.errors import UserError, one_line
+from dm_generations.models.base import prefix_errors
+from dm_generations.models.loading import Checkpoint, Models, load_codec, load_generator
+from dm_generations.models.registry import find_kind
+from dm_generations.pipelines.convert import write_checkpoint
+from dm_generations.pipelines.generate import GenerateOptions, Pipeline
+from dm_generations.pipelines.sweep import Sweep
+from dm_generations.runtime import compile_cache
+from dm_generations.runtime.device import memory_errors
+from dm_generations.training.data import Examples
+from dm_generations.training.finetune import Trainer
+from dm_generations.training.options import TrainOptions
+from dm_generations.training.run import Run, State
+from dm_generations.weights import native
+
+MODEL_FOLDER: Final = "model"
+SAMPLES_FILE: Final = "samples.db"
+HELD_OUT_FILE: Final = "held_out.txt"
+_SAMPLED_PROMPTS: Final = 8  # of those that are held out
+_ADVICE: Final = "use a smaller --batch-size, --dtype bfloat16 or --lora-rank"
+
+logger = logging.getLogger(__name__)
+
+
+@memory_errors(_ADVICE)
+def train(options: TrainOptions) -> Path:
+    """Train a model, or go on with a run that was stopped.
+
+    Args:
+        options: The run.
+
+    Returns:
+        The folder of the model.
+
+    Raises:
+        UserError: An input is missing, broken or does not fit; the loss is no number; or a file cannot be written.
+    """
+    compile_cache.enable()
+    base = _make_model(options) if options.config is not None else load_generator(options.model, options.tokenizer)
+    if not hasattr(base.network_class, "training_logits"):
+        raise UserError(f"model {base.name!r} is a {base.kind}, which this program does not train")
+    codec, _ = load_codec(base, options.model, options.codec)
+    archives = [{"name": path.name, "sha256": _digest(path)} for path in options.archives]
+    settings = options.settings() | {"base": base.sha256, "codec": codec.sha256, "archives": archives}
+    with Examples(options.archives, options.selection, codec, base.config.image_length) as examples:
+        trainer = Trainer(base, examples, options)
+        writer = _Writer(trainer, codec, options, _lineage(base, settings))
+        with Run(
+            options.run,
+            trainer.init(),
+            settings,
+            options.save_every,
+            keep=options.keep,
+            put=trainer.put,
+            write_model=writer.write_checkpoint,
+        ) as run:
+            prompts = writer.write_held_out(examples)
+            draw = functools.partial(writer.draw, prompts=options.sample_prompts or prompts[:_SAMPLED_PROMPTS])
+            on_step = {options.sample_every: draw} if options.sample_every else None
+            if options.sample_every and not (options.sample_prompts or prompts):
+                raise UserError("--sample-every needs --sample-prompts where nothing is held out")
+            run.train(options.steps, trainer.step, options.log_every, trainer.evaluate, options.evaluate_every, on_step)
+            return writer.write_model(jax.device_get(run.state), run.step)
+
+
+class _Writer:
+    """Writes what a run leaves: models with their lineage, samples, and the prompts that were held out."""
+
+    def __init__(self, trainer: Trainer, codec: Checkpoint, options: TrainOptions, lineage: dict[str, Any]):
+        self._trainer, self._codec, self._options, self._lineage = trainer, codec, options, lineage
+
+    def checkpoint(self, state: State, step: int) -> Checkpoint:
+        """The model of a state on the host."""
+        params = self._trainer.params_of(state)
+        base = self._trainer.checkpoint
+        name = f"{self._options.run.resolve().name} step {step}"
+        lineage = self._lineage | {"step": step}
+        return dataclasses.replace(base, params=params, name=name, sha256=native.digest(params), lineage=lineage)
+
+    def write_checkpoint(self, folder: Path, state: State, step: int) -> None:
+        """Write the model of a state, without its codec, into a folder."""
+        write_checkpoint(self.checkpoint(state, step), folder)
+
+    def write_model(self, state: State, step: int) -> Path:
+        """Write the model that was trained, with its codec if that is not the embedded one."""
+        final = self._options.run / MODEL_FOLDER
+        unfinished = final.with_name(f".{final.name}.unfinished")
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            write_checkpoint(self.checkpoint(state, step), unfinished)
+            if not self._codec.name.startswith("embedded/"):
+                write_checkpoint(self._codec, unfinished / native.CODEC_FOLDER)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(unfinished, final)
+        except OSError as error:
+            raise UserError(f"cannot write {final}: {error.strerror or one_line(error)}") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return final
+
+    def write_held_out(self, examples: Examples) -> list[str]:
+        """Write the prompts that are held out, for `generate --prompts-file`; returns them."""
+        texts = [examples.texts[number] for number in np.unique(examples.rows["prompt"][self._trainer.held_out])]
+        path = self._options.run / HELD_OUT_FILE
+        try:
+            path.write_text("".join(f"{' '.join(text.split())}\n" for text in texts), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        return texts
+
+    def draw(self, state: State, step: int, prompts: tuple[str, ...] | list[str]) -> None:
+        """Draw samples of fixed keys into the run's archive; those that it has already are left."""
+        models = Models(self.checkpoint(jax.device_get(state), step), self._codec, None)
+        path = self._options.run / SAMPLES_FILE
+        pipeline = Pipeline(models, GenerateOptions(db=path, is_scored=False, batch_size=self._options.batch_size))
+        sweep = Sweep(prompts=tuple(prompts), count=self._options.sample_count)
+        with Archive.open_or_create(path) as archive:
+            report = pipeline.fill(archive, pipeline.plan(sweep, archive), lambda done, total: None)
+        logger.info("step %s: added %s samples to %s", f"{step:,}", f"{report.added_count:,}", path)
+
+
+def _make_model(options: TrainOptions) -> Checkpoint:
+    """Make a model with random weights."""
+    assert options.config is not None
+    values = native.read_json_object(options.config)
+    kind = find_kind(values.get("kind"))
+    if kind is None or kind.role != "generator":
+        raise UserError(f"{options.config}: kind {values.get('kind')!r:.60} is not a text-to-image model")
+    with prefix_errors(options.config):
+        config = kind.config_class.from_dict(values)
+    if getattr(config, "rotary_emb", False):
+        raise UserError(f"{options.config}: rotary_emb is read from checkpoints only; use false, or --model")
+    network = kind.network_class(config)
+    inputs = [np.zeros(each.shape, each.dtype) for each in network.example_inputs(config)]
+    params = jax.device_get(jax.jit(network.init)(jax.random.key(options.seed), *inputs)["params"])
+    style = values.get("text_style", kind.name)
+    folder = options.config.parent
+    digest = native.digest(params)
+    return Checkpoint(kind.name, config, params, options.config.stem, digest, folder, options.tokenizer, style)
+
+
+def _lineage(base: Checkpoint, settings: dict[str, Any]) -> dict[str, Any]:
+    origin: dict[str, Any] = {"name": base.name, "sha256": base.sha256}
+    if base.lineage is not None:
+        origin["lineage"] = base.lineage
+    return {**settings, "base": origin}
+
+
+def _digest(path: Path) -> str:
+    """Return the hex SHA-256 of a file. Raises UserError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error

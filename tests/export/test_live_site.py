@@ -1,0 +1,145 @@
+"""`export-site --live`: the codec as ONNX gives the pixels of `decode`; packages are checked; files are whole."""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from codec_kit import random_params
+from decode_kit import change, random_tokens, write_archive_2022
+from flax.traverse_util import unflatten_dict
+from tiny import CODEBOOK_SIZE, GRID
+
+from dm_generations.archive import Archive
+from dm_generations.errors import UserError
+from dm_generations.export import live_site, npm
+from dm_generations.export.live_site import export_codec
+from dm_generations.inference.decoder import Decoder
+from dm_generations.models.dvae.discrete import DiscreteVAEConfig
+from dm_generations.models.dvae.openai import OpenAIVAEConfig
+from dm_generations.models.loading import Checkpoint
+from dm_generations.models.vqgan.network import VQGANConfig
+
+SMALL = VQGANConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), resolution=16, z_channels=8)
+SMALL = dataclasses.replace(SMALL, n_embed=32, embed_dim=8, num_groups=4)
+CODECS = {
+    "vqgan": ("vqgan", SMALL),
+    "gumbel": ("vqgan", dataclasses.replace(SMALL, is_gumbel=True, is_signed=True, resamp_with_conv=False)),
+    "discrete": ("discrete_vae", DiscreteVAEConfig(16, 32, 8, num_layers=2, num_resnet_blocks=1, hidden_dim=8)),
+    "openai": ("openai_vae", OpenAIVAEConfig(n_hid=8, n_init=6, n_blk_per_group=1, vocab_size=32, image_size=32)),
+}
+
+
+def make_codec(name: str, folder) -> Checkpoint:
+    kind, config = CODECS[name]
+    return Checkpoint(kind, config, unflatten_dict(random_params(kind, config), sep="/"), name, "0" * 64, folder)
+
+
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore")
+def test_a_codec_that_the_library_cannot_convert_is_one_line(tmp_path):
+    pytest.importorskip("jax2onnx")
+    with pytest.raises(UserError, match="discrete"):
+        export_codec(make_codec("discrete", tmp_path), 4)
+
+
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "factor"), [("vqgan", 2), ("gumbel", 1), ("openai", 1)])
+def test_the_codec_as_onnx_gives_the_pixels_of_decode(name, factor, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    checkpoint = make_codec(name, tmp_path)
+    config, grid = checkpoint.config, factor * checkpoint.config.grid
+    session = onnxruntime.InferenceSession(export_codec(checkpoint, grid))
+    tokens = random_tokens(3, grid**2, config.codebook_size)
+    (name,) = [one.name for one in session.get_inputs()]
+    found = np.concatenate([session.run(None, {name: row[None].astype(np.int32)})[0] for row in tokens])
+    expected = Decoder.from_checkpoint(checkpoint, 3, grid=grid)(tokens)
+    assert found.min() >= 0 and found.max() <= 1 and expected.std() > 10
+    np.testing.assert_allclose((found * np.float32(255)).astype(np.uint8).astype(int), expected, atol=1)
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A package of npm in a folder, as `npm pack` writes it."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name in ("package/dist/a.js", "package/../../b.js", "package/package.json"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b"code"))
+    data = buffer.getvalue()
+    made = npm.Package("scripts", "1.2.3", base64.b64encode(hashlib.sha512(data).digest()).decode(), ["dist/a.js"])
+    (tmp_path / made.file).write_bytes(data)
+    return made
+
+
+def test_scripts_of_a_folder_of_packages(package, tmp_path):
+    assert npm.read_scripts(tmp_path, [package]) == {"a.js": b"code"}
+
+
+def test_a_package_that_is_missing_changed_or_lacks_a_file(package, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=package.file):
+        npm.read_scripts(tmp_path / "elsewhere", [package])
+    with pytest.raises(UserError, match=r"c\.js"):
+        npm.read_scripts(tmp_path, [dataclasses.replace(package, files=["dist/a.js", "c.js"])])
+    with pytest.raises(UserError, match=r"scripts 1\.2\.3"):
+        npm.read_scripts(tmp_path, [dataclasses.replace(package, sha512="A" * 88)])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="npm"):
+        npm.read_scripts(None, [package])
+
+
+@pytest.fixture
+def export(tmp_path, models, monkeypatch):
+    """Export a site of an archive, with other scripts, and a codec that is not converted."""
+    monkeypatch.setattr(live_site, "find_converter", lambda: None)
+    monkeypatch.setattr(live_site, "read_scripts", lambda folder: {"a.js": b"code"})
+    monkeypatch.setattr(live_site, "export_codec", lambda checkpoint, grid: f"{checkpoint.kind} {grid}".encode())
+    tokens = random_tokens(3, GRID**2, CODEBOOK_SIZE)
+    archive = write_archive_2022(tmp_path / "a.db", tokens, ("a boat", "a car"))
+
+    def export(codec=models.vqgan, **selection) -> int:
+        chosen = live_site.Selection.of(**selection)
+        return live_site.export_live_site(archive, tmp_path / "site", chosen, str(codec), None)[1]
+
+    export.archive, export.site = archive, tmp_path / "site"
+    return export
+
+
+def test_a_live_site_has_all_that_it_needs(export):
+    assert export(prompt=["a car"]) == 3
+    site = json.loads((export.site / "site.json").read_text())
+    with Archive.open(export.site / site["archive"]) as archive:
+        assert archive.count() == 3 and list(archive.prompts().values()) == ["a car"]
+    assert (export.site / site["codec"]["file"]).read_bytes() == f"vqgan {GRID}".encode()
+    assert (export.site / "scripts" / "a.js").read_bytes() == b"code"
+    assert '<meta name="site" content="site.json">' in (export.site / "index.html").read_text(encoding="utf-8")
+    assert sorted(path.name for path in export.site.iterdir()) == sorted(
+        ["archive.db", "index.html", "scripts", "site.json", "worker.js", site["codec"]["file"]]
+    )
+
+
+def test_without_the_library_it_is_one_line(export, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    with pytest.raises(UserError, match="site"):
+        export()
+    assert not export.site.exists()
+
+
+def test_a_run_that_fails_leaves_the_site_as_it_was(export, models, tmp_path):
+    export()
+    before = {path: path.read_bytes() for path in export.site.rglob("*") if path.is_file()}
+    change(export.archive, "UPDATE images SET quantvec = x'00' WHERE id = 1")
+    with pytest.raises(UserError):
+        export()
+    with pytest.raises(UserError):
+        export(codec=tmp_path / "no-codec")
+    assert {path: path.read_bytes() for path in export.site.rglob("*") if path.is_file()} == before

@@ -1,0 +1,160 @@
+"""Own images with captions, from folders, lists, tar and Parquet files, become tokens in an archive, once each."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import IMAGE_SIZE, tiny_vqgan
+
+from dm_generations.archive import Archive, verify
+from dm_generations.cli import main
+from dm_generations.errors import UserError
+from dm_generations.inference.encoder import Encoder
+from dm_generations.models.loading import load_checkpoint
+from dm_generations.pipelines.encode import Columns, encode_images
+
+CAPTIONS = [f"image {number}" for number in range(5)]
+
+
+def pixels_of(number):
+    return np.random.default_rng(number).integers(256, size=(IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+
+
+def png_of(number):
+    file = io.BytesIO()
+    Image.fromarray(pixels_of(number)).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def codec(models):
+    return load_checkpoint(models.vqgan, "codec")
+
+
+@pytest.fixture(scope="module")
+def expected(codec):
+    return dict(zip(CAPTIONS, Encoder(codec).encode(np.stack([pixels_of(n) for n in range(5)])), strict=True))
+
+
+def write_folder(folder):
+    (folder / "more").mkdir(parents=True)
+    for number, caption in enumerate(CAPTIONS):
+        path = folder / ("more" if number % 2 else ".") / f"{number}.png"
+        path.write_bytes(png_of(number))
+        path.with_suffix(".txt").write_text(f"{caption}\n")
+    return folder
+
+
+def write_json_lines(folder):
+    write_folder(folder)
+    lines = [{"file_name": f"{'more/' * (n % 2)}{n}.png", "text": caption} for n, caption in enumerate(CAPTIONS)]
+    (folder / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "list.jsonl"
+
+
+def write_csv(folder):
+    write_folder(folder)
+    lines = [f"{'more/' * (n % 2)}{n}.png,{caption}" for n, caption in enumerate(CAPTIONS)]
+    (folder / "list.csv").write_text("\n".join(["path,caption", *lines]))
+    return folder / "list.csv"
+
+
+def write_tar(folder):
+    folder.mkdir()
+    with tarfile.open(folder / "shard.tar", "w") as tar:
+        for number, caption in enumerate(CAPTIONS):
+            ending, text = ("json", json.dumps({"caption": caption})) if number % 2 else ("txt", caption)
+            for name, content in ((f"{number}.png", png_of(number)), (f"{number}.{ending}", text.encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return folder / "shard.tar"
+
+
+def write_parquet(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    folder.mkdir()
+    images = [{"bytes": png_of(number), "path": None} for number in range(5)]
+    parquet.write_table(pyarrow.table({"image": images, "text": CAPTIONS}), folder / "data.parquet")
+    return folder / "data.parquet"
+
+
+def tokens_by_prompt(db):
+    with Archive.open(db) as archive:
+        assert not list(verify(archive))
+        prompts = archive.prompts()
+        rows = [row for group in archive.groups() for row in archive.rows(group.key)]
+        return {prompts[row.prompt_id]: np.frombuffer(row.quantvec, "<u2") for row in rows}
+
+
+@pytest.mark.parametrize("write", [write_folder, write_json_lines, write_csv, write_tar, write_parquet])
+def test_every_source_gives_the_tokens_of_its_images(write, codec, expected, tmp_path):
+    source, db = write(tmp_path / "source"), tmp_path / "a.db"
+    report = encode_images(source, db, codec, 2, Columns())
+    assert (report.added_count, report.existing_count, report.problems) == (5, 0, [])
+    found = tokens_by_prompt(db)
+    assert found.keys() == expected.keys()
+    for caption, tokens in expected.items():
+        np.testing.assert_array_equal(found[caption], tokens)
+
+
+def test_what_is_there_is_not_encoded_again(codec, tmp_path, monkeypatch):
+    source, db = write_folder(tmp_path / "source"), tmp_path / "a.db"
+    (source / "4.png").rename(tmp_path / "4.png")
+    assert encode_images(source, db, codec, 2, Columns()).added_count == 4
+    (tmp_path / "4.png").rename(source / "4.png")
+    encoded = []
+    encode = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, pixels: (encoded.append(pixels), encode(self, pixels))[1])
+    report = encode_images(source, db, codec, 2, Columns())
+    assert (report.added_count, report.existing_count, len(encoded)) == (1, 4, 1)
+
+
+def test_images_that_cannot_be_used_are_named_and_the_rest_is_stored(codec, tmp_path, models, capsys):
+    source, db = write_folder(tmp_path / "source"), tmp_path / "a.db"
+    (source / "0.png").write_bytes(b"no image")
+    (source / "2.txt").unlink()
+    (source / "4.txt").write_bytes(b"\xff\xfe\xff")
+    assert main(["encode", str(source), "--db", str(db), "--codec", str(models.vqgan), "--batch-size", "2"]) == 1
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 3 and all(f"{number}.png" in errors for number in (0, 2, 4))
+    assert tokens_by_prompt(db).keys() == {CAPTIONS[1], CAPTIONS[3]}
+
+
+def test_a_list_does_not_lead_out_of_its_folder(codec, tmp_path):
+    (tmp_path / "secret.png").write_bytes(png_of(0))
+    source = write_csv(tmp_path / "source")
+    source.write_text("path,caption\n../secret.png,a secret")
+    with pytest.raises(UserError, match="secret"):
+        encode_images(source, tmp_path / "a.db", codec, 2, Columns())
+
+
+@pytest.mark.parametrize("columns", [Columns(), Columns("picture", "caption")])
+def test_columns_that_are_missing_are_named(columns, codec, tmp_path):
+    source = write_csv(tmp_path / "source")
+    source.write_text("a,b\nc,d")
+    with pytest.raises(UserError, match=columns.image or "path"):
+        encode_images(source, tmp_path / "a.db", codec, 2, columns)
+
+
+def test_an_archive_of_another_codec_is_refused(codec, tmp_path):
+    source, db = write_folder(tmp_path / "source"), tmp_path / "a.db"
+    encode_images(source, db, codec, 2, Columns())
+    other = load_checkpoint(tiny_vqgan(tmp_path / "other", seed=1), "codec")
+    with pytest.raises(UserError, match="other"):
+        encode_images(source, db, other, 2, Columns())
+
+
+@pytest.mark.parametrize("name", ["none", "file.doc", "broken.tar", "broken.parquet", "broken.jsonl"])
+def test_a_source_that_is_none_is_one_line(name, codec, tmp_path, models, capsys):
+    if name != "none":
+        (tmp_path / name).write_bytes(b"\x00 no such thing")
+    words = ["encode", str(tmp_path / name), "--db", str(tmp_path / "a.db"), "--codec", str(models.vqgan)]
+    assert main(words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert name in line
