@@ -350,11 +350,12 @@ class Decoder:
         """Return images (n, H, W, 3) uint8 of `tokens` (n, L) uint16. Takes and raises as `start`."""
         return self.start(tokens, keys).images()
 
-    def decode_batch(self, tokens: np.ndarray) -> jax.Array:
+    def decode_batch(self, tokens: np.ndarray, *row_arrays: np.ndarray) -> jax.Array:
         """Start decoding one whole batch, without a retry when memory runs out; `start` is made of these.
 
         Args:
             tokens: (B, L) uint16; of a tiled decoder (B, R * C, L).
+            row_arrays: What else a decoder reads of each row: that of a codec, nothing.
 
         Returns:
             Images (B, H, W, 3) uint8 on the devices, which may not be computed yet.

@@ -204,18 +204,17 @@ class DiffusionDecoder(Decoder):
 
         return begin
 
-    def decode_batch(self, tokens: np.ndarray, keys: np.ndarray, *targets: np.ndarray) -> jax.Array:  # type: ignore[override]
+    def decode_batch(self, tokens: np.ndarray, *row_arrays: np.ndarray) -> jax.Array:
         """Decode one whole batch, step by step.
 
         Args:
             tokens: (B, L) uint16.
-            keys: (B, 2) uint32, of the noise.
-            targets: With guidance, CLIP's vectors of the prompts (B, F).
+            row_arrays: (B, 2) uint32, the keys of the noise; then, with guidance, CLIP's vectors of the prompts (B, F).
 
         Returns:
             Images (B, H, W, 3) uint8 on the devices.
         """
-        on_device = [jax.device_put(array, self._shard_batch) for array in (tokens, keys, *targets)]
+        on_device = [jax.device_put(array, self._shard_batch) for array in (tokens, *row_arrays)]
         vectors, x = self._begin(self._params, *on_device[:2])
         given, state = (vectors, *on_device[1:]), (x, x)
         for number, row in enumerate(self._rows, 1):

@@ -28,6 +28,7 @@ from dm_generations.weights.state_dict import Shape, same_name
 # The largest sizes that a config may have, far above those of any model that exists: whoever writes a file of a few
 # bytes must not decide how long it takes to build a network.
 MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS = 128, 1 << 20, 1 << 24, 1 << 16
+MAX_LEVELS = 16  # of resolution, in an image codec
 LAYERS, WIDTH, VOCABULARY, POSITIONS = (
     (1, largest) for largest in (MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS)
 )
@@ -88,9 +89,31 @@ def _describe(bounds: tuple[float, float]) -> str:
 
 
 def select_fields(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of `values` that a config has fields for."""
+    """Return the entries of `values` that a config has fields for; lists, of JSON, as tuples."""
     known = {field.name for field in dataclasses.fields(config_class)}
-    return {name: value for name, value in values.items() if name in known}
+    found = {name: value for name, value in values.items() if name in known}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def check_levels(what: str, levels: int, blocks: int, resolution: int) -> None:
+    """Check the resolution levels of an image codec.
+
+    Args:
+        what: Names the network in messages.
+        levels: How many; each but the first has half the resolution of the one before.
+        blocks: Of a level.
+        resolution: Pixels a side.
+
+    Raises:
+        UserError: There are too many, or the resolution cannot be halved so often.
+    """
+    if not 1 <= levels <= MAX_LEVELS or levels * blocks > MAX_LAYERS:
+        raise UserError(
+            f"{what} config: ch_mult of {levels} levels with num_res_blocks {blocks} is not supported: "
+            f"from 1 to {MAX_LEVELS} levels and {MAX_LAYERS} blocks in all"
+        )
+    if resolution % 2 ** (levels - 1):
+        raise UserError(f"{what} config: resolution {resolution} cannot be halved {levels - 1} times")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ S: pixels a side of the codec's images   L: tokens of an image
 """
 
 import csv
+import functools
 import hashlib
 import json
 import logging
@@ -222,7 +223,7 @@ def _read_list(source: Path, columns: Columns) -> Iterator[Item]:
                 path = folder / name
                 if not path.resolve().is_relative_to(folder):
                     raise UserError(f"{source}: line {number} names {name!r:.100}, outside its folder; move the list")
-                yield Item(path, caption, lambda path=path: _read_file(path))  # type: ignore[misc]
+                yield Item(path, caption, functools.partial(_read_file, path))
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read {source}: {one_line(error)}") from error
 
@@ -299,7 +300,7 @@ def _read_parquet(source: Path, columns: Columns) -> Iterator[Item]:
                     content = value if isinstance(value, bytes) else b""
                     text = row[caption][0] if isinstance(row[caption], list) and row[caption] else row[caption]
                     text = text if isinstance(text, str) else None
-                    yield Item(source / f"row {number}", text, lambda content=content: content)  # type: ignore[misc]
+                    yield Item(source / f"row {number}", text, functools.partial(bytes, content))
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {source}: {one_line(error)}") from error
 

@@ -19,6 +19,7 @@ Source: JAX 0.3.25, `jax/_src/prng.py` (`threefry_seed`, `threefry_split`, `thre
 (`uniform`, `gumbel`).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -67,7 +68,7 @@ class Sampler(Protocol):
         """Return the tokens so far, (R, L) int32, with those of a step."""
 
 
-class TokenSampler:
+class TokenSampler(ABC):
     """A sampler of one token a step, in order; subclasses sample it."""
 
     columns: int
@@ -90,10 +91,11 @@ class TokenSampler:
         """See `Sampler`."""
         return tokens.at[:, step].set(token)
 
+    @abstractmethod
     def init_noise(self, rows: RowInputs) -> Any:
         """Return its state before the first step: arrays of R rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(
         self, guided: jax.Array, step: jax.Array, rows: RowInputs, noise: Any
     ) -> tuple[jax.Array, jax.Array, Any]:
@@ -108,7 +110,6 @@ class TokenSampler:
         Returns:
             Tokens (R,) int32, whether there was one to sample (R,) bool, and the state for the next step.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,7 @@ class AestheticConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "AestheticConfig":
         """Return the config of a `config.json`."""
-        own = select_fields(cls, values)
-        if isinstance(own.get("widths"), list):
-            own["widths"] = tuple(own["widths"])
-        return cls(**own)
+        return cls(**select_fields(cls, values))
 
 
 class AestheticHead(nn.Module):

@@ -110,9 +110,7 @@ class DiffusionDecoderConfig:
         Raises:
             UserError: A value is of a wrong type, or no network can have this size.
         """
-        known = select_fields(cls, values)
-        lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
-        return cls(**{**known, **lists})
+        return cls(**select_fields(cls, values))
 
     @property
     def out_channels(self) -> int:

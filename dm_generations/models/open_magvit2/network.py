@@ -8,26 +8,25 @@ B: batch   H, W: pixels   h, w: token grid   L: tokens, h * w, row-major   C: ch
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dm_generations.errors import UserError
 from dm_generations.models.base import (
     MAX_LAYERS,
     POSITIONS,
     WIDTH,
     Bounds,
     check_config,
+    check_levels,
     example_images,
     select_fields,
     token_grid,
 )
 
 GROUPS, EPSILON = 32, 1e-6  # of every group norm; the original fixes them
-MAX_LEVELS = 16
 _BOUNDS: Bounds = {
     "ch": WIDTH,
     "ch_mult": (1, 1024),
@@ -54,14 +53,7 @@ class OpenMagvit2Config:
     def __post_init__(self) -> None:
         """Raise UserError for sizes that no network can have."""
         check_config("Open-MAGVIT2", self, _BOUNDS)
-        levels = len(self.ch_mult)
-        if not 1 <= levels <= MAX_LEVELS or levels * self.num_res_blocks > MAX_LAYERS:
-            raise UserError(
-                f"Open-MAGVIT2 config: ch_mult of {levels} levels with num_res_blocks {self.num_res_blocks} is not "
-                f"supported: from 1 to {MAX_LEVELS} levels and {MAX_LAYERS} blocks in all"
-            )
-        if self.resolution % 2 ** (levels - 1):
-            raise UserError(f"Open-MAGVIT2 config: resolution {self.resolution} cannot be halved {levels - 1} times")
+        check_levels("Open-MAGVIT2", len(self.ch_mult), self.num_res_blocks, self.resolution)
 
     @classmethod
     def from_dict(cls, values: dict) -> "OpenMagvit2Config":
@@ -70,10 +62,7 @@ class OpenMagvit2Config:
         Raises:
             UserError: A value is bad.
         """
-        known: dict[str, Any] = select_fields(cls, values)
-        for name, value in known.items():
-            known[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**known)
+        return cls(**select_fields(cls, values))
 
     @property
     def grid(self) -> int:

@@ -9,13 +9,12 @@ B: batch   H, W: pixels   h, w: token grid   L: tokens, h * w, row-major   C: ch
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dm_generations.errors import UserError
 from dm_generations.models.base import (
     MAX_LAYERS,
     POSITIONS,
@@ -23,12 +22,12 @@ from dm_generations.models.base import (
     WIDTH,
     Bounds,
     check_config,
+    check_levels,
     example_images,
     select_fields,
     token_grid,
 )
 
-MAX_LEVELS = 16
 _SHORTEST = 1e-12  # length that a vector is divided by at least, as PyTorch's normalize
 _BOUNDS: Bounds = {
     "ch": WIDTH,
@@ -75,14 +74,7 @@ class VQGANConfig:
     def __post_init__(self) -> None:
         """Raise UserError for sizes that no network can have."""
         check_config("VQGAN", self, _BOUNDS)
-        levels = len(self.ch_mult)
-        if not 1 <= levels <= MAX_LEVELS or levels * self.num_res_blocks > MAX_LAYERS:
-            raise UserError(
-                f"VQGAN config: ch_mult of {levels} levels with num_res_blocks {self.num_res_blocks} is not supported: "
-                f"from 1 to {MAX_LEVELS} levels and {MAX_LAYERS} blocks in all"
-            )
-        if self.resolution % 2 ** (levels - 1):
-            raise UserError(f"VQGAN config: resolution {self.resolution} cannot be halved {levels - 1} times")
+        check_levels("VQGAN", len(self.ch_mult), self.num_res_blocks, self.resolution)
 
     @classmethod
     def from_dict(cls, values: dict) -> "VQGANConfig":
@@ -91,10 +83,7 @@ class VQGANConfig:
         Raises:
             UserError: A value is of a wrong type, or no network can have this size.
         """
-        known: dict[str, Any] = select_fields(cls, values)
-        for name, value in known.items():
-            known[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**known)
+        return cls(**select_fields(cls, values))
 
     @property
     def grid(self) -> int:
