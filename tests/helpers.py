@@ -5,8 +5,10 @@ The full set lies beside a checkout (`../shared/golden`); `tests/golden` holds w
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN_FOLDERS = (ROOT.parent / "shared" / "golden", ROOT / "tests" / "golden")
@@ -23,6 +25,11 @@ def golden(name: str) -> Path:
     if not found:
         raise FileNotFoundError(f"no golden files {name!r} in {' or '.join(map(str, GOLDEN_FOLDERS))}")
     return found[0]
+
+
+def first_fast(cases: Iterable) -> list:
+    """The first case for the fast set, the others for e2e."""
+    return [pytest.param(case, marks=[pytest.mark.e2e] * (number > 0)) for number, case in enumerate(cases)]
 
 
 @contextlib.contextmanager

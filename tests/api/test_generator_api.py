@@ -152,6 +152,7 @@ def test_a_model_without_its_codec_says_so(models):
         generator("a boat")
 
 
+@pytest.mark.e2e
 def test_images_of_any_size_are_scored_and_mistakes_named(scorer):
     images = [Image.new(mode, (9, 7)) for mode in ("RGB", "RGBA", "L")]
     assert scorer(images, "a boat").shape == (3,) and scorer([], []).shape == (0,)

@@ -77,7 +77,7 @@ def name_super_journal(journal: bytes, name: bytes) -> bytes:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGALRM")
 @pytest.mark.parametrize(
-    ("seed", "count"), [(0, 15), *(pytest.param(seed, 200, marks=pytest.mark.slow) for seed in range(1, 21))]
+    ("seed", "count"), [(0, 8), *(pytest.param(seed, 200, marks=pytest.mark.slow) for seed in range(1, 21))]
 )
 def test_damage_is_an_answer_or_one_line(sound, companions, seed, count, tmp_path, capsys):
     resource = pytest.importorskip("resource")

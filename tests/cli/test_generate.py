@@ -83,6 +83,7 @@ def test_settings_and_prompts_matter_and_keys_do(models, tmp_path):
     assert len(set(blobs)) == 12
 
 
+@pytest.mark.e2e
 def test_one_more_value_generates_exactly_what_is_missing(models, tmp_path, capsys):
     extended, whole = tmp_path / "extended.db", tmp_path / "whole.db"
     words = ["--prompts", "a boat", "--no-score"]
@@ -147,6 +148,7 @@ def test_a_prompt_of_10000_characters_is_stored_whole(models, tmp_path):
         assert list(archive.prompts().values()) == [prompt]
 
 
+@pytest.mark.e2e
 def test_rows_have_their_dtype_and_log_probability(models, tmp_path, capsys):
     db, words = tmp_path / "a.db", ["--prompts", "a boat", "--n", 3, "--no-score"]
     assert generate_into(models, db, *words) == 0
@@ -328,6 +330,7 @@ def test_too_little_memory_is_one_line_that_says_what_to_do(models, tmp_path, mo
         generate_into(models, tmp_path / "a.db", "--prompts", "a boat", "--no-score")
 
 
+@pytest.mark.e2e
 def test_a_platform_that_is_not_there_is_one_line(tmp_path):
     words = ("generate", "--db", tmp_path / "x.db", "--prompts", "a rocket", "--n", "1")
     ended = subprocess.run(

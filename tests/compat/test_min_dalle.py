@@ -219,6 +219,7 @@ def test_a_device_that_is_not_there_is_a_warning(device):
         MinDalle(device=device, is_reusable=False, is_verbose=False)
 
 
+@pytest.mark.e2e
 def test_models_are_loaded_for_each_call_if_not_reusable(models, tmp_path, image):
     models = tiny_models(tmp_path)
     model = MinDalle(model=models.dalle_bart, codec=models.vqgan, is_reusable=False, is_verbose=False)
@@ -228,6 +229,7 @@ def test_models_are_loaded_for_each_call_if_not_reusable(models, tmp_path, image
         model.generate_image("a boat", 7, 2)
 
 
+@pytest.mark.e2e
 def test_the_package_imports_jax_only_when_asked():
     program = ROOT / "tests" / "programs" / "import_lazily.py"
     subprocess.run([sys.executable, program], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -60,6 +60,7 @@ def test_the_pixels_of_any_image_come_back(height, width, seed, effort, bits):
     np.testing.assert_array_equal(decoded(Encoding(png=effort).encode(pixels)), pixels)
 
 
+@pytest.mark.e2e
 def test_sizes_against_pillows_default():
     """On three images of 16 unlike ones of the shipped archive each."""
     checkpoint = load_checkpoint(None, "codec")

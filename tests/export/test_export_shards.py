@@ -103,6 +103,7 @@ def test_the_format_is_that_of_the_members(decode, tmp_path, mode):
     assert not any(name.endswith(".png") for name in members)
 
 
+@pytest.mark.e2e
 def test_names_are_those_of_earlier_versions(decode, tmp_path):
     """Recorded from version 0.1.0: with other names, finished shards would be decoded again."""
     assert decode("--mode", "zip") == (0, "")

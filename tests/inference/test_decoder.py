@@ -134,6 +134,7 @@ def test_an_error_in_one_of_two_concurrent_batches_is_raised(monkeypatch):
     np.testing.assert_array_equal(codec.decode(tokens), expected)
 
 
+@pytest.mark.e2e
 def test_no_memory_for_one_image_is_an_error(monkeypatch):
     codec = Decoder.from_checkpoint(load_checkpoint(GOLDEN_CODEC, "codec"), batch_size=4)
     failing(codec, monkeypatch, 0)

@@ -270,6 +270,7 @@ def test_two_batches_are_sampled_at_the_same_time(checkpoint, tokens, monkeypatc
     np.testing.assert_array_equal(samples.tokens, tokens[indices])
 
 
+@pytest.mark.e2e
 def test_two_batches_that_memory_does_not_hold_are_sampled_in_turn(checkpoint, tokens, monkeypatch):
     def small(decode_steps):
         def run(*arguments):

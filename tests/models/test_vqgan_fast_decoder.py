@@ -76,6 +76,7 @@ def test_decodes_other_grids(platform):
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
+@pytest.mark.e2e
 def test_decodes_the_golden_tokens(platform):
     file = sorted(golden("vqgan_jax").glob("*/golden.npz"))[0]
     checkpoint = load_checkpoint(file.parent, "codec")

@@ -59,6 +59,7 @@ def test_strips_divide_every_height(scheme, tiles, monkeypatch):
         assert rows == height or (rows % scheme.step == 0 and rows + 2 <= height)
 
 
+@pytest.mark.e2e
 def test_loses_little_precision():
     """At 256 channels an error of 1 in 200,000 of the largest value; XLA's own convolution loses a fifth of that."""
     x, kernel, bias = arrays((1, 16, 16, 256), (3, 3, 256, 256), (256,))

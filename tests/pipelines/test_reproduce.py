@@ -66,6 +66,7 @@ def test_a_changed_token_is_found_with_its_position(models, db, flag, capsys):
     assert found["position"] == 9 if flag == "--regenerate" else found["position"] >= 9
 
 
+@pytest.mark.e2e
 def test_a_wide_margin_accepts_what_a_narrow_one_does_not(models, db):
     change_token(db, 17, 9)
     assert verify(models, db, "--replay", "--margin", 1e9) == 0

@@ -122,6 +122,7 @@ def test_a_killed_shard_is_completed_by_repeating_its_command(arguments, environ
     check_whole(path)
 
 
+@pytest.mark.e2e
 def test_a_dry_run_counts_the_shard_alone(arguments, capsys, tmp_path):
     assert main(["generate", *arguments, "--shard", "3/3", "--dry-run"]) == 0
     assert "13 to generate (0 already present)" in capsys.readouterr().out

@@ -120,7 +120,7 @@ def test_rows_with_keys_of_their_own_are_calls_with_one_prompt():
     assert len(np.unique(together, axis=0)) == count
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 5), (3, 4), (3, 65), (2, 1000)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 65)])
 def test_noise_is_that_of_jax_without_partitionable_threefry(rows, columns):
     with jax.threefry_partitionable(False):
         key = jax.random.PRNGKey(1234567890)

@@ -98,6 +98,7 @@ def test_a_million_samples_follow_the_filtered_distribution(number):
     assert p_value(sample_many(number, 10**6), reference_distribution(*distribution_case(number))) > 1e-3 / 50
 
 
+@pytest.mark.e2e
 def test_a_wrong_distribution_does_not_pass():
     number = next(number for number in range(50) if distribution_case(number)[1] > 8 and number % 2 == 0)
     tokens, case = sample_many(number, 1 << 16), distribution_case(number)
@@ -113,6 +114,7 @@ def test_a_wrong_distribution_does_not_pass():
     assert p_value(tokens, shifted) < 1e-6
 
 
+@pytest.mark.e2e
 def test_rows_of_one_batch_follow_their_own_distributions():
     random = np.random.default_rng(0)
     per_setting, code_count = 1 << 14, 12

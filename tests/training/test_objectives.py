@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden
+from helpers import first_fast, golden
 
 from dm_generations.models.base import TrainingLogits
 from dm_generations.models.dalle_mini.network import DalleBart, DalleBartConfig
@@ -35,13 +35,7 @@ def source(case):
     return checkpoint.read_generator(GOLDEN / case)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=[pytest.mark.e2e] * (source(case).config.image_length > 100))
-        for case in filter(has_loss, CASES)
-    ],
-)
+@pytest.mark.parametrize("case", first_fast(filter(has_loss, CASES)))
 def test_the_loss_of_dalle_pytorch_is_the_recorded_one(case):
     raw = source(case)
     with np.load(GOLDEN / case / "golden.npz") as arrays:
