@@ -1,5 +1,6 @@
 """`browse` as a process: what it prints, serves, and how it ends."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import httpx2
 import pytest
@@ -18,15 +20,22 @@ from dm_generations.cli import main
 from dm_generations.errors import INTERRUPTED, INTERRUPTED_LINE
 
 
-def start(*arguments: object) -> subprocess.Popen:
+@contextlib.contextmanager
+def start(*arguments: object) -> Iterator[subprocess.Popen]:
+    """Start a server, which does not outlive the block."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # also where tests run in a shell's background
     try:
         command = [sys.executable, "-m", "dm_generations", "browse", "--no-open", "--cpu-only", *map(str, arguments)]
         pipe = subprocess.PIPE
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
     finally:
         signal.signal(signal.SIGINT, before)
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def end(process: subprocess.Popen) -> None:
@@ -74,10 +83,10 @@ def test_a_server_from_start_to_end(tmp_path):
 @pytest.mark.e2e
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGINT for one process")
 def test_with_a_host_the_address_has_a_token():
-    with start("--port", 0, "--host", "127.0.0.1") as process:
+    with start("--port", 0, "--host", "127.0.0.1") as process, httpx2.Client(timeout=120) as client:
         address = address_of(process)
-        assert httpx2.get(address.partition("?")[0]).status_code == 403
-        assert httpx2.get(address, follow_redirects=True).status_code == 200
+        assert client.get(address.partition("?")[0]).status_code == 403
+        assert client.get(address, follow_redirects=True).status_code == 200
         end(process)
 
 
