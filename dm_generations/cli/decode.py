@@ -49,8 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--codec",
         metavar="PATH",
-        help="codec that the images were made with: a folder, a file or a name on the Hugging Face hub "
-        "(default: the embedded one)",
+        help="of the images: a folder, a file or a name on the Hugging Face hub (default: the embedded one)",
     )
     add(
         "--mode",

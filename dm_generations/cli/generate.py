@@ -79,11 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="TOML file with prompts, settings, n and seed, named as the flags with _ for -; flags take precedence",
     )
     add("--n", type=int, metavar="N", help=f"images of each combination (default: {DEFAULT_COUNT})")
-    add(
-        "--seed",
-        type=int,
-        help=f"whole number from 0 to 2^64 - 1; another seed gives other images (default: {DEFAULT_SEED})",
-    )
+    add("--seed", type=int, help=f"0 to 2^64 - 1; another seed gives other images (default: {DEFAULT_SEED})")
     add(
         "--shard",
         metavar="I/N",
@@ -98,13 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "with the row's key, for DALL-E mini's kind of model only (default: rows)",
     )
     add("--output", choices=["db", "npy"], default="db", help="npy: also write a file of tokens for each image")
-    add(
-        "--out-dir",
-        metavar="FOLDER",
-        type=file_path,
-        default=Path("npy"),
-        help="where --output npy writes (default: npy)",
-    )
+    out_dir = Path("npy")
+    add("--out-dir", metavar="FOLDER", type=file_path, default=out_dir, help="for --output npy (default: npy)")
     add(
         "--keys",
         nargs="+",
