@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from dm_generations.atomic_io import lock_file, open_regular, write_atomic
+from dm_generations.atomic_io import open_locked, write_atomic
 from dm_generations.errors import UserError, one_line, short_repr
 from dm_generations.weights import native
 
@@ -86,12 +86,10 @@ class Run:
         with _writing(folder):
             (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             _check_entries(folder)
-            self._lock = open_regular(folder / ".lock", os.O_RDWR | os.O_CREAT)
-        try:
-            lock_file(self._lock)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise UserError(f"{folder}: another process trains here; wait for it, or use another --run") from error
+            try:
+                self._lock = open_locked(folder / ".lock")
+            except BlockingIOError as error:
+                raise UserError(f"{folder}: another process trains here; wait for it, or use another --run") from error
         try:
             self._check_settings()
             stored = self.find_checkpoint()
