@@ -146,6 +146,21 @@ def open_regular(path: Path, flags: int) -> io.FileIO:
     return file
 
 
+def open_locked(path: Path) -> io.FileIO:
+    """Open a file, made if it is missing, which this process alone has open so until it closes it or ends.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file; BlockingIOError if another process has it open.
+    """
+    file = open_regular(path, os.O_RDWR | os.O_CREAT)
+    try:
+        lock_file(file)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
 def lock_file(file: io.FileIO | BinaryIO) -> bool:
     """Lock an open file for this process, until all its descriptors are closed.
 

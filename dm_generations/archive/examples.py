@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dm_generations.archive.database import Archive
 
 _NAN: Final = float("nan")
+_TOO_LARGE: Final = 1e30  # for a score, whose squares are added up
 _EXAMPLES: Final = f"""
 SELECT id, prompt_id, codec_id, {{rank}}, {RANGE_COLUMNS["rating"]} FROM images WHERE {{where}} ORDER BY id
 """
@@ -28,7 +29,8 @@ def read_examples(archive: "Archive", where: Where) -> Iterator[Example]:
         where: A compiled selection; its `rank` is the score.
 
     Yields:
-        Five numbers; the codec is 0 where none is recorded, score and rating are NaN where there are none.
+        Five numbers; the codec is 0 where none is recorded, score and rating are NaN where there are none, or none
+        that can be counted with.
 
     Raises:
         ArchiveError: An id is not a whole number, as in a damaged file.
@@ -37,8 +39,12 @@ def read_examples(archive: "Archive", where: Where) -> Iterator[Example]:
     for row_id, prompt_id, codec_id, *values in archive.connection.rows(query, where.parameters):
         if not isinstance(row_id, int) or not isinstance(prompt_id, int) or not isinstance(codec_id, int | None):
             raise ArchiveError(f"{archive.path}: an id of image {row_id!r:.40} is not a whole number; run `verify`")
-        score, rating = (float(value) if isinstance(value, int | float) else _NAN for value in values)
+        score, rating = (float(value) if _is_number(value) else _NAN for value in values)
         yield row_id, prompt_id, codec_id or 0, score, rating
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < _TOO_LARGE
 
 
 def read_pairs(archive: "Archive") -> Iterator[tuple[int, int]]:

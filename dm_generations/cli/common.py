@@ -211,15 +211,20 @@ def selection_from(args: argparse.Namespace) -> Selection:
     return Selection.of(**filters)
 
 
-def file_path(text: str) -> Path:
-    """Convert a flag's value, such as that of an unset variable of a shell.
+def file_name(text: str) -> str:
+    """Check a flag's value, such as that of an unset variable of a shell.
 
     Raises:
-        ArgumentTypeError: It is empty, which would mean this folder.
+        ArgumentTypeError: It is empty, which would mean this folder, or nothing.
     """
     if not text:
         raise argparse.ArgumentTypeError("the name of the file is empty")
-    return Path(text)
+    return text
+
+
+def file_path(text: str) -> Path:
+    """Convert a flag's value. Raises ArgumentTypeError if it is empty."""
+    return Path(file_name(text))
 
 
 def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
@@ -233,7 +238,7 @@ def add_model_options(parser: argparse.ArgumentParser, generates: bool) -> None:
         add(
             "--tokenizer",
             metavar="PATH",
-            type=Path,
+            type=file_path,
             help="tokenizer of the prompts, a file or folder, if it is not in the model's folder",
         )
         add_checkpoint_options(add)

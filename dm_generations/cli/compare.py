@@ -10,7 +10,7 @@ from dm_generations.archive import Archive, ArchiveError
 from dm_generations.archive.records import PARAM_COLUMNS
 from dm_generations.archive.scores import find_scorer
 from dm_generations.archive.vectors import find_vector_model
-from dm_generations.cli.common import add_archive, archive_path, prepare_device
+from dm_generations.cli.common import add_archive, archive_path, file_path, prepare_device
 from dm_generations.cli.table import FORMATS, print_rows
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
     add_archive(parser, "archive to compare", has_default=False)
-    add("--with", dest="other", metavar="FILE|FOLDER", type=Path, help="another archive, or a folder of images")
+    add("--with", dest="other", metavar="FILE|FOLDER", type=file_path, help="another archive, or a folder of images")
     add(
         "--rank-by",
         metavar="SCORER",

@@ -11,6 +11,7 @@ from dm_generations.cli.common import (
     add_selection_options,
     archive_path,
     counted,
+    file_name,
     file_path,
     prepare_device,
     print_line,
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--font",
         metavar="FILE",
+        type=file_name,
         help="font of the labels, for other scripts and for accents, which the default leaves out (default: Pillow's)",
     )
     add(

@@ -1,10 +1,9 @@
 """`convert`: write a model of any format as a folder of this program's own format."""
 
 import argparse
-from pathlib import Path
 
 from dm_generations.archive import DTYPES
-from dm_generations.cli.common import add_checkpoint_options, config_overrides, print_line
+from dm_generations.cli.common import add_checkpoint_options, config_overrides, file_path, print_line
 
 HELP = "write a public checkpoint in this program's own format"
 DESCRIPTION = """\
@@ -23,8 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
     add("model", metavar="PATH", help="a folder, a file or a name on the Hugging Face hub, owner/name@revision")
-    add("--out", metavar="FOLDER", type=Path, required=True, help="folder to write; it must not exist yet")
-    add("--tokenizer", metavar="PATH", type=Path, help="the generator's tokenizer, if it is not in the model's folder")
+    add("--out", metavar="FOLDER", type=file_path, required=True, help="folder to write; it must not exist yet")
+    add(
+        "--tokenizer",
+        metavar="PATH",
+        type=file_path,
+        help="the generator's tokenizer, if it is not in the model's folder",
+    )
     add_checkpoint_options(add)
     add("--dtype", choices=["as-is", *DTYPES], default="as-is", help="how weights are stored (default: as they are)")
 

@@ -13,6 +13,8 @@ from dm_generations.cli.common import (
     archive_path,
     at_least_one,
     counted,
+    file_name,
+    file_path,
     given_archive,
     is_decode_script,
     prepare_device,
@@ -47,8 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--codec",
         metavar="PATH",
-        help="codec that the images were made with: a folder, a file or a name on the Hugging Face hub "
-        "(default: the embedded one)",
+        help="of the images: a folder, a file or a name on the Hugging Face hub (default: the embedded one)",
     )
     add(
         "--mode",
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--out-dir",
         metavar="FOLDER",
+        type=file_path,
         help="folder to write into (default: the name of the archive, with -gallery and so on for other modes than "
         "images; for the archive that ships, and for dm_generations_decode.py, the name of the mode)",
     )
@@ -139,6 +141,7 @@ def _add_gallery(group: argparse._ArgumentGroup) -> None:
     add(
         "--caption-font",
         metavar="FILE",
+        type=file_name,
         help="font for this text, for other scripts and for accents, which the default leaves out (default: Pillow's)",
     )
 
@@ -159,7 +162,7 @@ def _decode(archive: Archive, args: argparse.Namespace, pool: "RayPool | None") 
 
     mode, batch_size = _mode(args), args.batch_size or (None if args.decoder else 32)
     options = ExportOptions(
-        out_dir=Path(args.out_dir or find_out_dir(given_archive(args), mode)),
+        out_dir=args.out_dir or find_out_dir(given_archive(args), mode),
         layout=Layout(
             mode,
             args.gallery_cols,

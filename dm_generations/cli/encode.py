@@ -1,7 +1,6 @@
 """`encode`: images with captions into an archive, as tokens."""
 
 import argparse
-from pathlib import Path
 
 from dm_generations.cli.common import at_least_one, counted, file_path, prepare_device, print_line
 from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
@@ -24,7 +23,7 @@ _MAX_PRINTED = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
-    add("source", metavar="SOURCE", type=Path, help="folder, .jsonl, .csv, .tar or .parquet")
+    add("source", metavar="SOURCE", type=file_path, help="folder, .jsonl, .csv, .tar or .parquet")
     add("--db", metavar="FILE", type=file_path, required=True, help="archive to fill; made if there is none")
     add(
         "--columns",

@@ -71,19 +71,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CLASS",
         help="of a model that draws classes: numbers and ranges, as 207 0-999, in place of prompts",
     )
-    add("--prompts-file", metavar="FILE", type=Path, help="more prompts: UTF-8 text, one a line")
+    add("--prompts-file", metavar="FILE", type=file_path, help="more prompts: UTF-8 text, one a line")
     add(
         "--sweep",
         metavar="FILE",
-        type=Path,
+        type=file_path,
         help="TOML file with prompts, settings, n and seed, named as the flags with _ for -; flags take precedence",
     )
     add("--n", type=int, metavar="N", help=f"images of each combination (default: {DEFAULT_COUNT})")
-    add(
-        "--seed",
-        type=int,
-        help=f"whole number from 0 to 2^64 - 1; another seed gives other images (default: {DEFAULT_SEED})",
-    )
+    add("--seed", type=int, help=f"0 to 2^64 - 1; another seed gives other images (default: {DEFAULT_SEED})")
     add(
         "--shard",
         metavar="I/N",
@@ -98,7 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "with the row's key, for DALL-E mini's kind of model only (default: rows)",
     )
     add("--output", choices=["db", "npy"], default="db", help="npy: also write a file of tokens for each image")
-    add("--out-dir", metavar="FOLDER", type=Path, default=Path("npy"), help="where --output npy writes (default: npy)")
+    out_dir = Path("npy")
+    add("--out-dir", metavar="FOLDER", type=file_path, default=out_dir, help="for --output npy (default: npy)")
     add(
         "--keys",
         nargs="+",
@@ -131,7 +128,7 @@ def _add_progressive(add: Callable[..., argparse.Action]) -> None:
     add(
         "--progressive-dir",
         metavar="FOLDER",
-        type=Path,
+        type=file_path,
         help="where --progressive writes (default: progressive)",
     )
 
@@ -212,8 +209,13 @@ def _check(args: argparse.Namespace) -> None:
 
 def _add_init_tokens(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--init-image", metavar="FILE", type=Path, help="an image, cropped to a square, through the codec's encoder")
-    add("--init-tokens", metavar="FILE", type=Path, help="a .npy file of tokens, as --output npy writes them")
+    add(
+        "--init-image",
+        metavar="FILE",
+        type=file_path,
+        help="an image, cropped to a square, through the codec's encoder",
+    )
+    add("--init-tokens", metavar="FILE", type=file_path, help="a .npy file of tokens, as --output npy writes them")
     add("--init-count", metavar="N", type=int, help="how many of them, row by row from the top (default: 7 of 16)")
 
 

@@ -4,7 +4,14 @@ import argparse
 from pathlib import Path
 
 from dm_generations.archive import Archive
-from dm_generations.cli.common import add_archive, add_selection_options, archive_path, print_line, selection_from
+from dm_generations.cli.common import (
+    add_archive,
+    add_selection_options,
+    archive_path,
+    file_path,
+    print_line,
+    selection_from,
+)
 
 HELP = "plot scores, token usage or times of an archive"
 DESCRIPTION = """\
@@ -26,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_archive(parser, "archive to plot")
     add = parser.add_argument
     add("--kind", choices=["score", "tokens", "time"], default="score", help="see above (default: score)")
-    add("--out", type=Path, metavar="FILE", help="a .png or .svg file (default: KIND.png)")
+    add("--out", type=file_path, metavar="FILE", help="a .png or .svg file (default: KIND.png)")
     add_selection_options(parser)
 
 

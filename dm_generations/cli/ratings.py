@@ -5,12 +5,11 @@ import csv
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dm_generations.archive import Archive
 from dm_generations.archive.ratings import add_ratings
-from dm_generations.cli.common import add_archive, archive_path, counted, print_line, printable
+from dm_generations.cli.common import add_archive, archive_path, counted, file_path, print_line, printable
 
 if TYPE_CHECKING:
     from dm_generations.pipelines.rank import Strength
@@ -37,13 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--import",
         dest="import_file",
         metavar="FILE",
-        type=Path,
+        type=file_path,
         help="add the ratings of a JSON file that the page exported, or of a CSV file as --export writes it",
     )
     actions.add_argument(
         "--export",
         metavar="FILE",
-        type=Path,
+        type=file_path,
         help="write pairs in the columns of Pick-a-Pic (.csv, or with pyarrow .parquet), or all ratings (.json)",
     )
     actions.add_argument("--rank", action="store_true", help="print strengths, from pairs; a tie is half a win")

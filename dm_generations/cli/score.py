@@ -16,6 +16,7 @@ from dm_generations.cli.common import (
     archive_path,
     at_least_one,
     counted,
+    file_name,
     prepare_device,
     print_line,
     ray_pool,
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--aesthetic",
         metavar="FILE",
+        type=file_name,
         help="also add scores of an aesthetic head, layers on the CLIP's image vectors: a .pth or .safetensors file",
     )
     add("--vectors", action="store_true", help="also store the CLIP's image vectors, for find and compare")

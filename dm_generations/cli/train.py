@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 from dm_generations.cli.common import (
     add_selection_options,
@@ -44,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(add: Callable[..., argparse.Action]) -> None:
     add("--model", metavar="PATH", help="model to start from (default: the embedded one)")
-    add("--config", metavar="FILE", type=Path, help="config.json of a model to train from random weights instead")
-    add("--tokenizer", metavar="PATH", type=Path, help="tokenizer, if it is not in the model's folder")
+    add("--config", metavar="FILE", type=file_path, help="config.json of a model to train from random weights instead")
+    add("--tokenizer", metavar="PATH", type=file_path, help="tokenizer, if it is not in the model's folder")
     add("--codec", metavar="PATH", help="codec of the tokens (default: the model's own, else the embedded one)")
     add("--lora-rank", type=int, default=0, metavar="R", help="train low-rank changes of dense layers; 0 trains all")
     add("--lora-alpha", type=float, default=16.0, metavar="A", help="they are multiplied with A / R (default: 16)")

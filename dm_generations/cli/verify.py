@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import logging
-from pathlib import Path
 
 from dm_generations.archive import Archive, verify
 from dm_generations.archive.selection import Where, compile_nonempty
@@ -17,6 +16,7 @@ from dm_generations.cli.common import (
     at_least_one,
     config_overrides,
     counted,
+    file_path,
     prepare_device,
     print_line,
     selection_from,
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--margin", type=float, default=0.01, help="by how much a token may miss (default: 0.01)")
     group.add_argument("--model", metavar="PATH", help="the model that sampled them (default: the one that ships)")
     group.add_argument(
-        "--tokenizer", metavar="PATH", type=Path, help="its tokenizer, if it is not in the model's folder"
+        "--tokenizer", metavar="PATH", type=file_path, help="its tokenizer, if it is not in the model's folder"
     )
     add_checkpoint_options(group.add_argument)
     group.add_argument(

@@ -5,7 +5,7 @@ import webbrowser
 from pathlib import Path
 
 from dm_generations.archive import Archive
-from dm_generations.cli.common import prepare_device, print_line
+from dm_generations.cli.common import file_path, prepare_device, print_line
 from dm_generations.cli.decode import find_out_dir, write_files
 from dm_generations.errors import UserError
 from dm_generations.paths import PAGE, shipped
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path",
         nargs="?",
         metavar="ARCHIVE|FOLDER",
-        type=Path,
+        type=file_path,
         help="an archive, or a folder that was decoded into (default: the emoji archive that ships)",
     )
     add("--codec", metavar="PATH", help="codec of the archive's images, as for decode (default: the embedded one)")

@@ -10,6 +10,7 @@
 All but `index.html`, which is written last, may be there from a run that was stopped.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import numpy as np
 from dm_generations.archive import Archive, merge
 from dm_generations.archive.ratings import model_label
 from dm_generations.archive.selection import ALL, Selection
-from dm_generations.atomic_io import remove_stale_temporaries, write_atomic
+from dm_generations.atomic_io import open_locked, remove_stale_temporaries, write_atomic
 from dm_generations.errors import UserError, one_line
 from dm_generations.export.npm import read_scripts
 from dm_generations.export.plan import check_codec, is_finished, select_groups
@@ -33,7 +34,7 @@ from dm_generations.paths import PAGE, shipped
 ARCHIVE, SITE, WORKER, SCRIPTS = "archive.db", "site.json", "worker.js", "scripts"
 SITE_VERSION = 1
 META = '<meta name="site" content="">'  # of the page
-_NEW_ARCHIVE = ".new-archive.db"
+_NEW_ARCHIVE, _LOCK = ".new-archive.db", ".lock"
 
 
 def export_live_site(
@@ -60,27 +61,30 @@ def export_live_site(
     scripts = read_scripts(packages)
     check_folders(out_dir, [SCRIPTS])
     make_folder(out_dir)
-    remove_stale_temporaries(out_dir)
     try:
-        (out_dir / _NEW_ARCHIVE).unlink(missing_ok=True)
-        merge([path], out_dir / _NEW_ARCHIVE, selection)
-        with Archive.open(out_dir / _NEW_ARCHIVE) as archive:
-            grid, _ = check_codec(archive, select_groups(archive, ALL), checkpoint)
-            image_count, site = archive.count(), _describe(archive, path.name, checkpoint, grid)
-        if not is_finished(out_dir, site["codec"]["file"]):
-            write_atomic(out_dir / site["codec"]["file"], export_codec(checkpoint, grid))
-        (out_dir / SCRIPTS).mkdir(exist_ok=True)
-        for name, content in scripts.items():
-            write_atomic(out_dir / SCRIPTS / name, content)
-        write_atomic(out_dir / WORKER, shipped(f"browser/{WORKER}").read_bytes())
-        os.replace(out_dir / _NEW_ARCHIVE, out_dir / ARCHIVE)
-        write_atomic(out_dir / SITE, json.dumps(site).encode())
-        page = shipped(PAGE).read_text(encoding="utf-8").replace(META, META.replace('""', f'"{SITE}"'), 1)
-        write_atomic(out_dir / INDEX, page.encode())
+        with open_locked(out_dir / _LOCK), contextlib.ExitStack() as at_end:
+            remove_stale_temporaries(out_dir)
+            new_archive = out_dir / _NEW_ARCHIVE
+            new_archive.unlink(missing_ok=True)
+            at_end.callback(new_archive.unlink, missing_ok=True)
+            merge([path], new_archive, selection)
+            with Archive.open(new_archive) as archive:
+                grid, _ = check_codec(archive, select_groups(archive, ALL), checkpoint)
+                image_count, site = archive.count(), _describe(archive, path.name, checkpoint, grid)
+            if not is_finished(out_dir, site["codec"]["file"]):
+                write_atomic(out_dir / site["codec"]["file"], export_codec(checkpoint, grid))
+            (out_dir / SCRIPTS).mkdir(exist_ok=True)
+            for name, content in scripts.items():
+                write_atomic(out_dir / SCRIPTS / name, content)
+            write_atomic(out_dir / WORKER, shipped(f"browser/{WORKER}").read_bytes())
+            os.replace(new_archive, out_dir / ARCHIVE)
+            write_atomic(out_dir / SITE, json.dumps(site).encode())
+            page = shipped(PAGE).read_text(encoding="utf-8").replace(META, META.replace('""', f'"{SITE}"'), 1)
+            write_atomic(out_dir / INDEX, page.encode())
+    except BlockingIOError as error:
+        raise UserError(f"{out_dir}: another process writes a site here; wait, or choose another --out-dir") from error
     except OSError as error:
-        raise UserError(f"cannot write the site into {out_dir}: {error.strerror}") from error
-    finally:
-        (out_dir / _NEW_ARCHIVE).unlink(missing_ok=True)
+        raise UserError(f"cannot write the site into {out_dir}: {error.strerror or one_line(error)}") from error
     return out_dir / INDEX, image_count
 
 

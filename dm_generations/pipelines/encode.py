@@ -6,13 +6,13 @@ and a run that was stopped goes on where it was.
 S: pixels a side of the codec's images   L: tokens of an image
 """
 
+import contextlib
 import csv
 import functools
 import hashlib
 import json
 import logging
 import os
-import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,16 +27,20 @@ from dm_generations.archive.selection import compile_selection
 from dm_generations.errors import UserError, one_line, short_repr
 from dm_generations.inference.encoder import Encoder
 from dm_generations.models.loading import Checkpoint
+from dm_generations.models.tokenization import replace_surrogates
 from dm_generations.pipelines.embed import IMAGE_SUFFIXES, list_images
 from dm_generations.pipelines.init_tokens import read_image
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors
 from dm_generations.sampling.params import SamplingParams
+from dm_generations.weights import tar
 
 PATH_NAMES: Final = ("path", "file_name", "file", "image")  # of a column or key, the first that is there
 CAPTION_NAMES: Final = ("caption", "text", "prompt")
 MAX_FILE_BYTES: Final = 256 << 20
 _LIST_SUFFIXES: Final = (".jsonl", ".csv")
+_MAX_CAPTION: Final = 100_000  # characters
+_MAX_LINE: Final = 1 << 20  # characters of a list, or bytes of a text in a tar
 _LOG_EVERY: Final = 1000  # images
 _TABLE_ROWS: Final = 256  # of a Parquet file, read at a time
 
@@ -137,8 +141,10 @@ class _Store:
     def add(self, item: Item) -> bool:
         """Read an image; returns whether the archive has it already. Raises UserError for one that cannot be used."""
         caption = (item.caption or "").strip()
-        if not caption or "\x00" in caption:
-            raise UserError(f"{str(item.name)!r} has no caption; give it one")
+        if not caption or "\x00" in caption or len(caption) > _MAX_CAPTION:
+            raise UserError(f"{str(item.name)!r} has no caption, or one of more than {_MAX_CAPTION:,} characters")
+        if replace_surrogates(caption) != caption:
+            raise UserError(f"{str(item.name)!r} has a caption that is not valid Unicode; give it another")
         content = item.read()
         digest = hashlib.sha256(content).digest()
         key = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
@@ -201,11 +207,11 @@ def open_source(source: Path, columns: Columns) -> Iterator[Item]:
 
 
 def _beside_text(path: Path) -> Item:
-    text = path.with_suffix(".txt")
-    try:
-        caption = text.read_text(encoding="utf-8-sig") if text.is_file() else None
-    except (OSError, ValueError):
-        caption = None
+    text, caption = path.with_suffix(".txt"), None
+    with contextlib.suppress(OSError, ValueError, UserError):
+        # A link may lead to where the image is, if that is one too: not to any file, whose text others would read.
+        if text.resolve() in (text.parent.resolve() / text.name, path.resolve().with_suffix(".txt")):
+            caption = _read_file(text)[: 4 * _MAX_CAPTION + 4].decode("utf-8-sig")
     return Item(path, caption, lambda: _read_file(path))
 
 
@@ -214,7 +220,8 @@ def _read_list(source: Path, columns: Columns) -> Iterator[Item]:
     folder = source.parent.resolve()
     try:
         with open(source, encoding="utf-8-sig", newline="") as file:
-            rows: Iterable[Any] = csv.DictReader(file) if source.suffix.lower() == ".csv" else map(json.loads, file)
+            lines = iter(lambda: file.readline(_MAX_LINE), "")
+            rows: Iterable[Any] = csv.DictReader(lines) if source.suffix.lower() == ".csv" else map(json.loads, lines)
             for number, row in enumerate(rows, start=1):
                 if not isinstance(row, dict):
                     raise UserError(f"{source}: line {number} is {short_repr(row)}, not an object")
@@ -224,7 +231,7 @@ def _read_list(source: Path, columns: Columns) -> Iterator[Item]:
                 if not path.resolve().is_relative_to(folder):
                     raise UserError(f"{source}: line {number} names {name!r:.100}, outside its folder; move the list")
                 yield Item(path, caption, functools.partial(_read_file, path))
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"cannot read {source}: {one_line(error)}") from error
 
 
@@ -239,26 +246,24 @@ def _value(row: dict[str, Any], name: str | None, usual: tuple[str, ...], where:
 def _read_tar(source: Path) -> Iterator[Item]:
     """Yield the images of a WebDataset: files of one name up to its first dot, one after the other."""
     try:
-        with tarfile.open(source) as tar:
+        with open(source, "rb") as file:
             key, image, caption = "", None, None
-            for member in tar:
+            for archive, member in tar.iterate(file):
                 stem, _, ending = os.path.basename(member.name).partition(".")
                 name = f"{os.path.dirname(member.name)}/{stem}"
                 if name != key:
                     if image is not None:
                         yield _item_of(source, image, caption)
                     key, image, caption = name, None, None
-                if not member.isfile() or member.size > MAX_FILE_BYTES:
-                    continue
-                opened = tar.extractfile(member)
-                content = b"" if opened is None else opened.read()
-                if f".{ending}".lower() in IMAGE_SUFFIXES:
-                    image = member.name, content
-                elif ending in ("txt", "json"):
+                is_image = f".{ending}".lower() in IMAGE_SUFFIXES
+                if is_image and member.isfile() and member.size <= MAX_FILE_BYTES:
+                    image = member.name, archive.extractfile(member).read()  # type: ignore[union-attr]
+                elif ending in ("txt", "json") and member.isfile() and member.size <= _MAX_LINE:
+                    content = archive.extractfile(member).read()  # type: ignore[union-attr]
                     caption = _caption_of(content, ending) or caption
             if image is not None:
                 yield _item_of(source, image, caption)
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except (OSError, *tar.DAMAGED) as error:
         raise UserError(f"cannot read {source}: {one_line(error)}") from error
 
 
@@ -307,6 +312,8 @@ def _read_parquet(source: Path, columns: Columns) -> Iterator[Item]:
 
 def _read_file(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is not a file")
         with open(path, "rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:

@@ -164,6 +164,8 @@ def read_image(
     Raises:
         UserError: Pillow cannot read the file, or it has more pixels than Pillow takes for harmless.
     """
+    if content is None and path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"cannot read {str(path)!r}: it is not a file")
     try:
         with warnings.catch_warnings(), _long_texts():
             warnings.simplefilter("ignore")

@@ -39,6 +39,7 @@ from dm_generations.archive.records import (
 from dm_generations.archive.schema import SCHEMA_VERSION
 from dm_generations.archive.tables import NEEDED_COLUMNS, Table
 from dm_generations.errors import UserError, one_line, short_repr
+from dm_generations.weights import tar
 from dm_generations.weights.native import read_safetensors
 
 SUFFIXES: Final = (".jsonl", ".tar", ".npy", ".safetensors")
@@ -278,20 +279,14 @@ def _read_samples(path: Path) -> Iterator[Record]:
             if file.read() != _END:
                 raise UserError(f"{path}: this tar file is cut short, compressed or something else")
             file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as shard:
-                members = ((_sample_key(member.name), member) for member in _regular(shard))
-                for key, group in itertools.groupby(members, lambda item: item[0]):
-                    parts = {member.name.rpartition(".")[2]: _read_member(shard, member) for _, member in group}
-                    yield _to_record(parts, f"{path}: sample {key!r:.200}")
-    except (OSError, tarfile.TarError) as error:
+            members = (
+                (_sample_key(member.name), shard, member) for shard, member in tar.iterate(file) if member.isreg()
+            )
+            for key, group in itertools.groupby(members, lambda item: item[0]):
+                parts = {member.name.rpartition(".")[2]: _read_member(shard, member) for _, shard, member in group}
+                yield _to_record(parts, f"{path}: sample {key!r:.200}")
+    except (OSError, *tar.DAMAGED) as error:
         raise UserError(f"{path}: damaged or not a tar file: {one_line(error)}") from error
-
-
-def _regular(shard: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    for member in shard:
-        shard.members.clear()  # type: ignore[attr-defined]  # a list of all, which is not needed
-        if member.isreg():
-            yield member
 
 
 def _sample_key(name: str) -> str:

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,13 +27,14 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from dm_generations.atomic_io import lock_file, write_atomic
+from dm_generations.atomic_io import open_locked, write_atomic
 from dm_generations.errors import UserError, one_line, short_repr
 from dm_generations.weights import native
 
 CONFIG_FILE, LOG_FILE, STATE_FILE, STEP_FILE = "config.json", "log.jsonl", "state.safetensors", "step.json"
 CHECKPOINTS, PARAMS = "checkpoints", "params"
-_STEP_FOLDER = re.compile(r"\d{8,}")
+_STEP_FOLDER = re.compile(r"\d{8,18}")
+_MAX_LINE = 1 << 20  # bytes of the log; longer ones are of someone else
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +85,11 @@ class Run:
         self._metrics: tuple[int, Metrics] = (0, {})
         with _writing(folder):
             (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / ".lock", "wb")  # noqa: SIM115
-        try:
-            lock_file(self._lock)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise UserError(f"{folder}: another process trains here; wait for it, or use another --run") from error
+            _check_entries(folder)
+            try:
+                self._lock = open_locked(folder / ".lock")
+            except BlockingIOError as error:
+                raise UserError(f"{folder}: another process trains here; wait for it, or use another --run") from error
         try:
             self._check_settings()
             stored = self.find_checkpoint()
@@ -232,7 +233,7 @@ class Run:
         flat = native.read_safetensors(folder / STATE_FILE)
         expected = {name: value for name, value in like.items() if self._write_model is None or name != PARAMS}
         names = _flatten(expected)
-        if flat.keys() != names.keys() or any(flat[name].shape != np.shape(names[name]) for name in names):
+        if _layout(flat) != _layout(names):
             raise UserError(f"{folder} is of another model or optimiser; use another --run")
         leaves = [np.array(flat[name]) for name in names]  # copies: devices write where they lie
         state = jax.tree.unflatten(jax.tree.structure(expected), leaves)
@@ -240,7 +241,9 @@ class Run:
             state[PARAMS] = jax.tree.map(np.array, native.read_params(folder))
         try:
             self.step, self.seconds = int(about["step"]), float(about["seconds"])
-        except (KeyError, TypeError, ValueError) as error:
+            if self.step != int(folder.name):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{folder / STEP_FILE} is damaged; remove {folder} to go on from the one before") from error
         logger.info("resuming %s at step %s", self.folder, f"{self.step:,}")
         return state
@@ -250,14 +253,26 @@ class Run:
         path = self.folder / LOG_FILE
         if not path.exists():
             return
-        lines = path.read_text(encoding="utf-8").splitlines()
         kept = []
-        for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                if json.loads(line)["step"] <= self.step:
-                    kept.append(line + "\n")
         with _writing(path):
-            write_atomic(path, "".join(kept).encode())
+            with open(path, "rb") as file:
+                for line in iter(lambda: file.readline(_MAX_LINE), b""):
+                    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                        if json.loads(line)["step"] <= self.step:
+                            kept.append(line)
+            write_atomic(path, b"".join(kept))
+
+
+def _check_entries(folder: Path) -> None:
+    """Refuse a folder in which others may have put links, through which files elsewhere would change, or pipes."""
+    for path in (*folder.iterdir(), *(folder / CHECKPOINTS).rglob("*")):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UserError(f"{path} is a link or no file, which a run has none of; remove it, or use another --run")
+
+
+def _layout(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    return {name: (array.shape, array.dtype) for name, array in arrays.items()}
 
 
 def _flatten(tree: Any) -> dict[str, np.ndarray]:

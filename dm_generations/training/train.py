@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from dm_generations.archive import Archive
+from dm_generations.atomic_io import write_atomic
 from dm_generations.errors import UserError, one_line
 from dm_generations.models.base import prefix_errors
 from dm_generations.models.loading import Checkpoint, Models, load_codec, load_generator
@@ -118,7 +119,7 @@ class _Writer:
         texts = [examples.texts[number] for number in np.unique(examples.rows["prompt"][self._trainer.held_out])]
         path = self._options.run / HELD_OUT_FILE
         try:
-            path.write_text("".join(f"{' '.join(text.split())}\n" for text in texts), encoding="utf-8")
+            write_atomic(path, "".join(f"{' '.join(text.split())}\n" for text in texts).encode())
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         return texts

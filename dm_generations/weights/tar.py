@@ -1,4 +1,4 @@
-"""Extract a few known files of a tar archive to the disk, where they can be mapped.
+"""Tar archives of others: their members, and a few known files extracted to the disk, where they can be mapped.
 
 No name or link in the archive decides where anything is written.
 """
@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -26,7 +26,7 @@ _PREFIX = ".dmg-extracted-"  # of temporary folders, which nothing else has
 _UNLOCKED_S = 60  # a folder as young as that may just be about to be locked
 _FREE_BYTES = 1 << 28  # left on the disk for others
 # What tarfile and the decompressors below it raise for bytes that are no archive, or half of one.
-_DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError, RecursionError)
+DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError, RecursionError)
 
 
 class _HeaderLimit:
@@ -42,6 +42,26 @@ class _HeaderLimit:
         if self._position > self.limit:
             raise tarfile.ReadError(f"a header is longer than {MAX_HEADER:,} bytes")
         return data
+
+
+def iterate(file: IO[bytes]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yield the members of an archive, each with the archive, which reads it before the next one is asked for.
+
+    Args:
+        file: The archive, which gzip may have compressed.
+
+    Raises:
+        OSError: It cannot be read.
+        DAMAGED: It is no archive, half of one, or has a header that is too long.
+    """
+    is_compressed = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    stream = _HeaderLimit(gzip.GzipFile(fileobj=file) if is_compressed else file)  # type: ignore[arg-type]
+    with tarfile.open(fileobj=stream, mode="r|") as archive:  # type: ignore[call-overload]
+        for member in archive:
+            archive.members.clear()  # a list of all, which is not needed
+            stream.limit = archive.offset + MAX_HEADER  # where the next header starts
+            yield archive, member
 
 
 def is_archive(path: Path) -> bool:
@@ -78,19 +98,14 @@ def _extract(
     folder = _make_temporary_folder(path)
     try:
         with open(path, "rb") as file:
-            head = file.read(100)
-            refuse_lfs_pointer(path, head)
-            is_compressed = head.startswith(b"\x1f\x8b")
+            refuse_lfs_pointer(path, file.read(100))
             file.seek(0)
-            stream = _HeaderLimit(gzip.GzipFile(fileobj=file) if is_compressed else file)  # type: ignore[arg-type]
-            with tarfile.open(fileobj=stream, mode="r|") as archive:  # type: ignore[call-overload]
-                for member in archive:
-                    stream.limit = member.offset_data + member.size + MAX_HEADER
-                    target = targets.get(PurePosixPath(member.name).name)
-                    if target is not None and member.isreg() and not member.issparse():
-                        _check_size(member.size, max_bytes, folder, f"{path}: {member.name:.200}")
-                        archive.extract(member.replace(name=target, deep=False), folder, filter="data")
-    except _DAMAGED as error:
+            for archive, member in iterate(file):
+                target = targets.get(PurePosixPath(member.name).name)
+                if target is not None and member.isreg() and not member.issparse():
+                    _check_size(member.size, max_bytes, folder, f"{path}: {member.name:.200}")
+                    archive.extract(member.replace(name=target, deep=False), folder, filter="data")
+    except DAMAGED as error:
         raise UserError(f"{path} is damaged ({one_line(error)}): download it again") from error
     except OSError as error:
         raise UserError(f"cannot extract {path} into {folder}: {error.strerror or error}") from error

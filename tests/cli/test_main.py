@@ -33,6 +33,8 @@ UNSET = [
         (["info", "--nonsense"], ["--nonsense"]),
         *(([*words, ""], [words[-1], "empty"]) for words in UNSET),
         (["merge", "--into", "x.db", ""], ["FILE", "empty"]),
+        (["encode", "", "--db", "x.db"], ["SOURCE", "empty"]),
+        (["import", "", "--into", "x.db"], ["PATH", "empty"]),
         ([], ["COMMAND"]),
     ],
 )

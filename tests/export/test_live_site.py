@@ -16,6 +16,7 @@ from flax.traverse_util import unflatten_dict
 from tiny import CODEBOOK_SIZE, GRID
 
 from dm_generations.archive import Archive
+from dm_generations.atomic_io import open_locked
 from dm_generations.errors import UserError
 from dm_generations.export import live_site, npm
 from dm_generations.export.live_site import export_codec
@@ -122,8 +123,14 @@ def test_a_live_site_has_all_that_it_needs(export):
     assert (export.site / "scripts" / "a.js").read_bytes() == b"code"
     assert '<meta name="site" content="site.json">' in (export.site / "index.html").read_text(encoding="utf-8")
     assert sorted(path.name for path in export.site.iterdir()) == sorted(
-        ["archive.db", "index.html", "scripts", "site.json", "worker.js", site["codec"]["file"]]
+        [".lock", "archive.db", "index.html", "scripts", "site.json", "worker.js", site["codec"]["file"]]
     )
+
+
+def test_two_exports_do_not_share_a_folder(export):
+    export()
+    with open_locked(export.site / ".lock"), pytest.raises(UserError, match="site"):
+        export()
 
 
 def test_without_the_library_it_is_one_line(export, monkeypatch):

@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
 import pytest
+from helpers import time_limit
 from PIL import Image
 from tiny import IMAGE_SIZE, tiny_vqgan
 
@@ -132,6 +134,68 @@ def test_a_list_does_not_lead_out_of_its_folder(codec, tmp_path):
     source.write_text("path,caption\n../secret.png,a secret")
     with pytest.raises(UserError, match="secret"):
         encode_images(source, tmp_path / "a.db", codec, 2, Columns())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links and pipes")
+def test_links_of_captions_and_pipes_are_not_read(codec, tmp_path):
+    source, db = write_folder(tmp_path / "source"), tmp_path / "a.db"
+    (tmp_path / "secret.txt").write_text("a secret")
+    (source / "0.txt").unlink()
+    (source / "0.txt").symlink_to(tmp_path / "secret.txt")
+    for name in ("2.png", "4.txt"):
+        (source / name).unlink()
+        os.mkfifo(source / name)
+    with time_limit(20):
+        report = encode_images(source, db, codec, 2, Columns())
+    assert [f"{number}.png" in line for number, line in zip((0, 2, 4), report.problems, strict=True)] == [True] * 3
+    assert tokens_by_prompt(db).keys() == {CAPTIONS[1], CAPTIONS[3]}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links")
+def test_a_folder_of_links_to_images_with_their_captions_is_read(codec, expected, tmp_path):
+    source = write_folder(tmp_path / "source")
+    (tmp_path / "chosen").mkdir()
+    for name in ("0.png", "0.txt"):
+        (tmp_path / "chosen" / name).symlink_to(source / name)
+    assert encode_images(tmp_path / "chosen", tmp_path / "a.db", codec, 2, Columns()).added_count == 1
+    np.testing.assert_array_equal(tokens_by_prompt(tmp_path / "a.db")[CAPTIONS[0]], expected[CAPTIONS[0]])
+
+
+@pytest.mark.parametrize(
+    "caption", ["\ud800", "a\0b", "x" * 200_000, "", None], ids=["surrogate", "NUL", "long", "empty", "none"]
+)
+def test_a_caption_that_cannot_be_stored_costs_its_own_image(caption, codec, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    source = write_tar(tmp_path / "source") if caption == "\ud800" else tmp_path / "data.parquet"
+    if source.suffix == ".tar":
+        content = json.dumps({"caption": caption}).encode()
+        with tarfile.open(source, "w") as tar:
+            for name, data in (("0.png", png_of(0)), ("0.json", content), ("1.png", png_of(1)), ("1.txt", b"one")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    else:
+        table = pyarrow.table({"image": [png_of(0), png_of(1)], "text": [caption, "one"]})
+        parquet.write_table(table, source)
+    report = encode_images(source, tmp_path / "a.db", codec, 2, Columns())
+    assert (report.added_count, len(report.problems)) == (1, 1)
+    assert tokens_by_prompt(tmp_path / "a.db").keys() == {"one"}
+
+
+@pytest.mark.parametrize("content", ["[" * 10**5, "[" * (3 << 20), '{"file_name": "a\\u0000", "text": "x"}', '"x"'])
+def test_lines_of_a_list_that_are_none_are_one_line(content, codec, tmp_path):
+    (tmp_path / "list.jsonl").write_text(content)
+    with pytest.raises(UserError, match="list"):
+        encode_images(tmp_path / "list.jsonl", tmp_path / "a.db", codec, 2, Columns())
+
+
+def test_a_long_header_in_a_tar_is_one_line(codec, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("0.png")
+        member.pax_headers = {"comment": "x" * (2 << 20)}
+        tar.addfile(member)
+    with pytest.raises(UserError, match=r"a\.tar"):
+        encode_images(tmp_path / "a.tar", tmp_path / "a.db", codec, 2, Columns())
 
 
 @pytest.mark.parametrize("columns", [Columns(), Columns("picture", "caption")])

@@ -157,6 +157,13 @@ def cut_tar(folder):
     (folder / "bad.tar").write_bytes(path.read_bytes()[:2048])
 
 
+def long_tar_header(folder):
+    with tarfile.open(folder / "bad.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.json")
+        info.pax_headers = {"comment": "x" * (2 << 20)}
+        tar.addfile(info)
+
+
 def huge_header(folder):
     with open(folder / "bad.npy", "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (1 << 50, LENGTH)})
@@ -183,7 +190,7 @@ BAD = [
         text("bad.db", b""),
     ),
     *(array(TOKENS[0] + 0.5), array(TOKENS[0] - 99), array(np.array([{}])), array(TOKENS[:, :-1]), array(TOKENS[:0])),
-    *(cut_tar, huge_header, lambda folder: (folder / "bad").mkdir(), lambda folder: None),
+    *(cut_tar, huge_header, long_tar_header, lambda folder: (folder / "bad").mkdir(), lambda folder: None),
     lambda folder: write_tar(folder / "bad.tar", {"a.txt": b"a prompt"}),
     lambda folder: write_tar(folder / "bad.tar", {"a.json": b"{}"}),
 ]

@@ -1,5 +1,9 @@
 """Which images are learnt from, how they are split and weighed, and in which order batches have them."""
 
+import contextlib
+import shutil
+import sqlite3
+
 import numpy as np
 import pytest
 from training_kit import PROMPTS, write_archive
@@ -42,6 +46,27 @@ def test_tokens_are_those_of_the_archive_in_any_order(codec, archive):
             (image,) = opened.read_rows([int(examples.rows["id"][number])])
             assert prompts[image.prompt_id] == text
             np.testing.assert_array_equal(row, np.frombuffer(image.quantvec, "<u2"))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        *("prompt_id = 'a'", "prompt_id = 1e300", "prompt_id = 99", "prompt_id = x'00'", "codec_id = 'a'"),
+        *("clip_score_input = 'a'", "clip_score_input = 9e999", "clip_score_input = x'00'", "codec_id = 99"),
+        *("quantvec = 'a'", "quantvec = zeroblob(9)", "quantvec = NULL", "quantvec_md5 = 7", "key0 = 'a'"),
+        *("prompt_id = NULL", "generator_id = 'a'", "sc_prompt_id = 'a'", "top_k = 'a'"),
+    ],
+)
+def test_values_that_an_archive_may_not_have(statement, codec, archive, tmp_path):
+    path = shutil.copy(archive, tmp_path / "a.db")
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        with contextlib.suppress(sqlite3.IntegrityError):
+            connection.execute(f"UPDATE images SET {statement} WHERE id % 7 = 1")
+    with contextlib.suppress(UserError), open_examples(codec, path, best=2) as examples:
+        examples.weights("score")
+        examples.pairs(np.arange(len(examples.rows)), "score", 0.0)
+        examples.read(np.arange(len(examples.rows)))
 
 
 def test_the_best_of_a_prompt_are_chosen_over_all_its_settings_and_archives(codec, models, archive, tmp_path):

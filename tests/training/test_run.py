@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import jax
 import numpy as np
@@ -128,6 +129,63 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     other = initial() | {"params": {"kernel": np.zeros((4, 3), np.float32)}}
     with pytest.raises(UserError, match="00000002"):
         Run(tmp_path, other, SETTINGS, 2)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links and pipes")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".lock", "config.json", "log.jsonl", "held_out.txt", "samples.db", "model", ".model.unfinished"),
+        *("checkpoints/00000002", "checkpoints/00000002/step.json", "checkpoints/00000002/state.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_links_and_pipes_in_a_folder_of_others_are_refused(name, kind, tmp_path):
+    with open_run(tmp_path / "run") as run:
+        run.train(2, train_step, log_every=1)
+    other, place = tmp_path / "other", tmp_path / "run" / name
+    if place.exists():
+        place.rename(other)
+    else:
+        other.write_text("mine")
+    before = other.read_bytes() if other.is_file() else sorted(other.iterdir())
+    place.symlink_to(other) if kind == "link" else os.mkfifo(place)
+    with pytest.raises(UserError, match=place.name):
+        open_run(tmp_path / "run")
+    assert before == (other.read_bytes() if other.is_file() else sorted(other.iterdir()))
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        *('{"step": 1e400, "seconds": 1}', '{"step": -1, "seconds": 1}', '{"step": "x", "seconds": 1}', "{}", "\0"),
+        '{"step": {}, "seconds": ' + "[" * 10**5 + "]" * 10**5 + "}",
+    ],
+)
+def test_a_damaged_step_is_one_line(about, tmp_path):
+    with open_run(tmp_path) as run:
+        run.train(2, train_step, log_every=1)
+    (tmp_path / "checkpoints" / "00000002" / "step.json").write_text(about)
+    with pytest.raises(UserError, match=r"step\.json"):
+        open_run(tmp_path)
+
+
+def test_arrays_of_another_type_are_refused(tmp_path):
+    with open_run(tmp_path) as run:
+        run.train(2, train_step, log_every=1)
+    other = initial() | {"params": {"kernel": np.zeros((2, 3), np.int8)}}
+    with pytest.raises(UserError, match="00000002"):
+        Run(tmp_path, other, SETTINGS, 2)
+
+
+def test_lines_of_a_log_that_are_someone_elses_cost_only_themselves(tmp_path):
+    with open_run(tmp_path) as run:
+        run.train(2, train_step, log_every=1)
+    with open(tmp_path / "log.jsonl", "ab") as file:
+        file.write(b"\xff\xfe\n" + b"[" * 10**6 + b"\n" + b'{"step": "x"}\n[]\n\0\n')
+    with open_run(tmp_path) as run:
+        run.train(4, train_step, log_every=1)
+    assert read_steps(tmp_path) == [1, 2, 3, 4]
 
 
 def test_a_line_that_a_kill_cut_off_is_removed(tmp_path):

@@ -81,6 +81,16 @@ def test_a_map_of_a_sparse_file_is_a_header_too(tmp_path):
         extract(path, WANTED)
 
 
+def test_a_sparse_file_said_to_be_large_allows_no_longer_headers(tmp_path):
+    names = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a"}
+    member = header("a", tarfile.REGTYPE, pax_headers=names | {"GNU.sparse.realsize": str(1 << 40)})
+    sparse = member, b"1\n0\n0\n".ljust(512, b"\0")
+    long_header = header("name", tarfile.XHDTYPE), bytes(4 << 20)
+    path = pack(tmp_path / "a.tar", sparse, long_header, ("config.yaml", b"a: 1"), format=tarfile.PAX_FORMAT)
+    with pytest.raises(UserError, match=r"a\.tar is damaged"):
+        extract(path, WANTED)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there the user's temporary folders are the system's to clean")
 def test_folders_of_killed_processes_are_removed_and_those_in_use_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
