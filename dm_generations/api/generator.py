@@ -126,7 +126,7 @@ class Generator(inference_generator.Generator):
             on_progress: Called with (done, total) images at the start and after every batch.
             on_unfinished: Called with the images so far, in which each image's first token fills what is not sampled
                 yet. In a notebook, `display("", display_id=True).update` shows them as they grow.
-            every: Tokens from one call of `on_unfinished` to the next; None is an eighth of an image.
+            every: Steps from one call of `on_unfinished` to the next; None is an eighth of an image.
 
         Returns:
             The images, combination by combination.
@@ -160,13 +160,13 @@ class Generator(inference_generator.Generator):
     ) -> "GeneratedImages":
         if every is not None and every < 1:
             raise UserError(f"every (={every}) must be at least 1")
-        every = None if on_unfinished is None else every or max(1, self.token_count // 8)
+        every = None if on_unfinished is None else every or max(1, self.step_count // 8)
         sweep = fit_sweep(sweep, self.models.generator.config)
         self.check_texts([*sweep.prompts, *sweep.sc_prompts])
         options = GenerateOptions(batch_size=self.batch_size, dtype=self.dtype, progressive_every=every)
         unfinished: dict[Sample, ImageRecord] = {}
 
-        def show(samples: Sequence[Sample], tokens: np.ndarray) -> None:
+        def show(samples: Sequence[Sample], step: int, tokens: np.ndarray) -> None:
             made = [self._unfinished(*each) for each in zip(samples, pad_tokens(tokens, self.token_count), strict=True)]
             unfinished.update(zip(samples, made, strict=True))
             assert on_unfinished is not None, "there is an `every`"

@@ -123,7 +123,8 @@ def _add_progressive(add: Callable[..., argparse.Action]) -> None:
         "--progressive",
         type=at_least_one,
         metavar="N",
-        help="write each unfinished image after every N tokens, the rest filled with the first token",
+        help="write each unfinished image after every N tokens, the rest filled with the first token; or after every N "
+        "steps of a model that samples all tokens in each",
     )
     add(
         "--progressive-dir",

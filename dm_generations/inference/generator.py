@@ -147,6 +147,12 @@ class Generator:
         """
         return [2 * self.batch_size] * len(self._devices) * self.concurrency
 
+    @property
+    def step_count(self) -> int:
+        """Steps of an image, with the model's default settings."""
+        is_masked = not isinstance(self._sampler, TokenSampler)
+        return int(self._extra_settings["steps"].default) if is_masked else self.token_count
+
     def set_batch_size(self, wanted: int) -> None:
         """Sample `wanted` images at a time on each device, halved until the free memory holds them."""
         free = free_bytes_of_each(self._devices)
@@ -164,18 +170,6 @@ class Generator:
     def check_texts(self, texts: Sequence[Prompt | None]) -> None:
         """Warn of texts that the model reads only in part, or not at all; see `models.base.check_texts`."""
         check_texts(texts, self._model.config, self._name, self._tokenizer)
-
-    def check_every(self, every: int) -> None:
-        """Check that unfinished images can be had after every `every` tokens.
-
-        Raises:
-            UserError: The model samples all tokens at once.
-            ValueError: `every` is below 1.
-        """
-        if every < 1:
-            raise ValueError(f"every (={every}) must be at least 1")
-        if not isinstance(self._sampler, TokenSampler):
-            raise UserError(f"model {self._name!r} samples all tokens at once, so it shows no unfinished images")
 
     def generate(
         self,
@@ -201,7 +195,7 @@ class Generator:
         init_count: np.ndarray | int = 0,
         extra_settings: ExtraSettings | None = None,
         every: int | None = None,
-        on_tokens: Callable[[int, np.ndarray], None] = lambda first_row, tokens: None,
+        on_tokens: Callable[[int, int, np.ndarray], None] = lambda first_row, step, tokens: None,
     ) -> Samples:
         """Sample tokens of n rows, with their log-probabilities.
 
@@ -215,8 +209,9 @@ class Generator:
             extra_settings: Of each row, or one for all; see `models.base.extra_settings_of`. What they lack, and None,
                 is the model's default.
             every: Steps after which `on_tokens` is called; None for never.
-            on_tokens: Called with the number of the first row and the tokens so far, (m, count), of the m rows that
-                are sampled together.
+            on_tokens: Called with the number of the first row, how many steps were made, and the tokens so far of the m
+                rows that are sampled together: (m, steps), or in masked decoding all (m, L), also those that will be
+                sampled again.
 
         Raises:
             UserError: Settings are out of range, the model gives no logits to sample from, or memory does not hold
@@ -226,12 +221,11 @@ class Generator:
         arguments = prompts, settings, keys, sc_prompts, init_tokens, init_count, extra_settings
         if every is None:
             return self.start(*arguments).samples()
-        self.check_every(every)
         rows = self._rows(*arguments)
 
         def sample(batch: _Batch) -> Samples:
-            for samples in self._stream(batch.rows, every):
-                on_tokens(batch.first, samples.tokens)
+            for step, samples in self._stream(batch.rows, every):
+                on_tokens(batch.first, step, samples.tokens)
             return samples
 
         return self._joined(self._in_batches(rows, sample, "sample", in_turn=True))
@@ -267,7 +261,7 @@ class Generator:
         init_tokens: np.ndarray | None = None,
         init_count: np.ndarray | int = 0,
     ) -> Iterator[np.ndarray]:
-        """Return the first tokens (n, count) after every `every` steps, at last all (n, L).
+        """Return the tokens so far after every `every` steps, as `sample` gives them to `on_tokens`; at last all.
 
         The arguments are those of `sample`.
 
@@ -275,12 +269,11 @@ class Generator:
             UserError: As `sample`, and for more rows than one batch holds.
             ValueError: As `sample`.
         """
-        self.check_every(every)
         rows = self._rows(prompts, settings, keys, sc_prompts, init_tokens, init_count)
         batch = self._next_batch(rows, self.batch_size)
         if sum(map(len, batch)) < len(rows):
             raise UserError(f"{len(rows)} images are too many for a batch of {self.batch_size}: sample fewer at a time")
-        return (samples.tokens for samples in self._stream(batch, every))
+        return (samples.tokens for _, samples in self._stream(batch, every))
 
     def teacher_forced_margins(
         self,
@@ -294,20 +287,20 @@ class Generator:
     ) -> np.ndarray:
         """Return by how much each of `tokens` (n, L) missed being sampled, float32 (n, L); see `sampling.margin`.
 
-        Every step reads these tokens, whatever would have been sampled. NaN where the model gives no numbers, 0 for
-        the first `init_count` tokens, which were not sampled. Other arguments are those of `sample`.
+        Every step reads these tokens, whatever would have been sampled; of masked decoding see `MaskedSampler`.
+        NaN where the model gives no numbers, 0 for the first `init_count` tokens, which were not sampled. Other
+        arguments are those of `sample`.
 
         Raises:
-            UserError: As `sample`, and for masked decoding, of which the tokens do not tell the steps.
+            UserError: As `sample`.
         """
-        if not isinstance(self._sampler, TokenSampler):
-            raise UserError(f"model {self._name!r} samples all tokens at once, which cannot be replayed: regenerate")
-        rows = self._rows(prompts, settings, keys, sc_prompts, tokens, self.token_count, extra_settings)
+        rows = self._rows(prompts, settings, keys, sc_prompts, tokens, init_count, extra_settings)
 
         def measure(batch: _Batch) -> np.ndarray:
             inputs = self._inputs(batch.rows)
             state = self._init_cache(self._params, inputs)
-            margins = self._teacher_forced_margins(self._params, inputs, state)
+            steps = jax.device_put(np.int32(self._step_count(batch.rows)), self._replicate)
+            margins = self._teacher_forced_margins(self._params, inputs, state, steps)
             return self._in_use(margins, list(map(len, batch.rows)))
 
         margins = [np.empty((0, self.token_count), np.float32), *self._in_batches(rows, measure, "margins")]
@@ -316,11 +309,10 @@ class Generator:
 
     def measure_seconds(self) -> float:
         """Return how long batches of these `capacities` take, from a few steps of them. Compiles what that needs."""
-        steps = self._step_count([self._rows([""], SamplingParams(), np.zeros((1, 2), np.uint32))])
 
         def seconds(_: int) -> float:
             encoding, step = self.measure_steps(_TIMED_STEPS)
-            return encoding + step * steps
+            return encoding + step * self.step_count
 
         self.measure_steps(_TIMED_STEPS)  # compiled, and warm
         with ThreadPoolExecutor(self.concurrency) as pool:
@@ -428,15 +420,18 @@ class Generator:
         steps = jax.device_put((np.int32(first), np.int32(end)), self._replicate)
         return self._decode_steps(self._params, inputs, state, *steps)
 
-    def _stream(self, batch: list[Sequence[Row]], every: int) -> Iterator[Samples]:
-        """Return tokens (m, count) and log-probabilities of m rows after every `every` steps, and at the end."""
-        inputs = self._inputs(batch)
+    def _stream(self, batch: list[Sequence[Row]], every: int) -> Iterator[tuple[int, Samples]]:
+        """Return steps, and tokens and log-probabilities of m rows, after every `every` steps, and at the end."""
+        if every < 1:
+            raise ValueError(f"every (={every}) must be at least 1")
+        inputs, steps = self._inputs(batch), self._step_count(batch)
         state = self._init_cache(self._params, inputs)
-        for first in range(0, self.token_count, every):
-            end = min(first + every, self.token_count)
+        for first in range(0, steps, every):
+            end = min(first + every, steps)
             state = self._advance(inputs, state, first, end)
             samples = self._samples(state, list(map(len, batch)))
-            yield Samples(samples.tokens[:, :end], samples.log_probs)
+            count = end if isinstance(self._sampler, TokenSampler) else self.token_count
+            yield end, Samples(samples.tokens[:, :count], samples.log_probs)
 
     def _samples(self, state: loop.DecodeState, counts: list[int]) -> Samples:
         """Wait for the samples of a batch, so many rows of each device."""

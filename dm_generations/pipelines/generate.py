@@ -56,9 +56,8 @@ SMALLER_BATCH = "use a smaller --batch-size"
 
 logger = logging.getLogger(__name__)
 OnProgress = Callable[[int, int], None]  # called with how many images are done, and of how many
-OnUnfinished = Callable[
-    [Sequence[Sample], np.ndarray], None
-]  # called with n samples, and their first tokens (n, count)
+# Called with n samples, how many steps were made, and the tokens so far, as `Generator.sample` gives them.
+OnUnfinished = Callable[[Sequence[Sample], int, np.ndarray], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,7 @@ class GenerateOptions:
         init_image: Image file whose first tokens start every image.
         init_tokens: `.npy` file of these tokens, in place of `init_image`.
         init_count: How many of these tokens are used; None is the default share.
-        progressive_every: Tokens after which unfinished images are written to `progressive_dir`; None for never.
+        progressive_every: Steps (tokens of most models) after which unfinished images are written; None for never.
         progressive_dir: Folder for unfinished images.
     """
 
@@ -184,7 +183,7 @@ class Pipeline:
             options: Batch size, dtype, noise and unfinished images.
             init: Tokens that every image starts with.
             loaded: What is on the devices already, in place of `models`.
-            on_unfinished: Called every `options.progressive_every` tokens; None writes the images as files.
+            on_unfinished: Called every `options.progressive_every` steps; None writes the images as files.
 
         Raises:
             UserError: Unfinished images are wanted of a model that has none.
@@ -201,8 +200,6 @@ class Pipeline:
         self._options = options
         self._is_compiled = False
         self._on_unfinished = on_unfinished or self._write_unfinished
-        if options.progressive_every is not None:
-            self.generator.check_every(options.progressive_every)
 
     @functools.cached_property
     def _on_devices(self) -> tuple[Generator, Decoder | None, Scorer | None]:
@@ -255,8 +252,8 @@ class Pipeline:
             tokens, log_probs = self.generator.sample(
                 *rows,
                 self._options.progressive_every,
-                lambda first, tokens: self._on_unfinished(
-                    samples[first : first + len(tokens)], np.minimum(tokens, last_token).astype(TOKEN_DTYPE)
+                lambda first, step, tokens: self._on_unfinished(
+                    samples[first : first + len(tokens)], step, np.minimum(tokens, last_token).astype(TOKEN_DTYPE)
                 ),
             )
         time_end = time.time()
@@ -378,12 +375,12 @@ class Pipeline:
             self.scorer.compile(self.decoder.compile(), prompts)
             self._is_compiled = True
 
-    def _write_unfinished(self, samples: Sequence[Sample], tokens: np.ndarray) -> None:
-        """Write images of the first tokens (n, count) uint16 of n samples."""
+    def _write_unfinished(self, samples: Sequence[Sample], step: int, tokens: np.ndarray) -> None:
+        """Write images of the tokens (n, count) uint16 of n samples after so many steps."""
         from dm_generations.pipelines.progressive import write_partial_images
 
         assert self.decoder is not None, "made with `progressive_every`"
-        write_partial_images(self._options.progressive_dir, samples, tokens, self.decoder)
+        write_partial_images(self._options.progressive_dir, samples, step, tokens, self.decoder)
 
 
 def _make_sampler(

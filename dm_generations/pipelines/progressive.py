@@ -35,12 +35,15 @@ def pad_tokens(tokens: np.ndarray, token_count: int) -> np.ndarray:
     return np.concatenate([tokens, np.repeat(tokens[:, :1], missing, axis=1)], axis=1)
 
 
-def write_partial_images(out_dir: Path, samples: Sequence[Sample], tokens: np.ndarray, decoder: Decoder) -> list[Path]:
+def write_partial_images(
+    out_dir: Path, samples: Sequence[Sample], step: int, tokens: np.ndarray, decoder: Decoder
+) -> list[Path]:
     """Write a PNG of each unfinished image.
 
     Args:
         out_dir: Folder to write to; it is created if there is none.
         samples: n samples.
+        step: How many steps were made.
         tokens: Their first tokens, (n, count) uint16.
         decoder: Of the images.
 
@@ -50,7 +53,7 @@ def write_partial_images(out_dir: Path, samples: Sequence[Sample], tokens: np.nd
     Raises:
         UserError: The folder cannot be written.
     """
-    paths = [utf8_path(out_dir, partial_image_name(sample, tokens.shape[1])) for sample in samples]
+    paths = [utf8_path(out_dir, partial_image_name(sample, step)) for sample in samples]
     images = decoder.decode(pad_tokens(tokens, decoder.token_count))
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -63,12 +66,12 @@ def write_partial_images(out_dir: Path, samples: Sequence[Sample], tokens: np.nd
     return paths
 
 
-def partial_image_name(sample: Sample, count: int) -> str:
-    """Return `8d3c0b51_0_42_0128_a prompt.png` for an image after `count` tokens, at most 255 bytes.
+def partial_image_name(sample: Sample, step: int) -> str:
+    """Return `8d3c0b51_0_42_0128_a prompt.png` for an image after `step` steps, at most 255 bytes.
 
     The first field is a hash of the combination, because combinations share keys. The steps of an image follow each
     other in the order of names.
     """
     combination = hashlib.sha256(repr(sample.combination).encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    name = f"{combination}_{sample.key0}_{sample.key1}_{count:04d}_{sample.combination.prompt}"
+    name = f"{combination}_{sample.key0}_{sample.key1}_{step:04d}_{sample.combination.prompt}"
     return sanitize_file_name(name, ".png")

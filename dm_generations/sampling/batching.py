@@ -42,7 +42,7 @@ class RowInputs(NamedTuple):
     temperature: jax.Array
     cond_scale: jax.Array
     init_tokens: jax.Array  # (R, L) int32
-    init_count: jax.Array  # (R,) int32, how many of them are used
+    init_count: jax.Array  # (R,) int32, how many of them are not sampled
     extra: jax.Array  # (R, E) float32, the model's extra settings in its order
 
 
@@ -112,7 +112,7 @@ def pack_batch(
     init_tokens = np.zeros((capacity, length), np.int32)
     for number, row in enumerate(rows):
         if row.init_tokens is not None:
-            init_tokens[number, : row.init_count] = row.init_tokens[: row.init_count]
+            init_tokens[number] = row.init_tokens
 
     def column(values: Sequence | np.ndarray, dtype: type) -> np.ndarray:
         array: np.ndarray = np.asarray(values, dtype)

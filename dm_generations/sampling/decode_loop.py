@@ -10,7 +10,7 @@ S, R, N, T, L: as in `batching`   V: columns of the logits
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -20,8 +20,9 @@ from jax.sharding import Mesh, PartitionSpec
 from dm_generations.runtime.device import matmul_precision
 from dm_generations.sampling import logits as sampling
 from dm_generations.sampling.batching import OF_ROWS, TEXT_BATCH, RowInputs
-from dm_generations.sampling.methods import GumbelSampler, RowState, Sampler, row_settings
+from dm_generations.sampling.methods import Replayed, ReplayingSampler, RowState, Sampler
 
+_T = TypeVar("_T")
 AXIS = "rows"  # of a mesh of devices, each of which has a batch of its own
 
 
@@ -83,7 +84,7 @@ def decode_steps(
                 return sampler.advance(_guided(model, rows, logits, step), step, rows, last)
 
             last = _for_rows_in_use(advance, rows, state.last)
-            return DecodeState(cache, sampler.place(state.tokens, step, last.token), last)
+            return DecodeState(cache, sampler.place(state.tokens, step, last), last)
 
         return jax.lax.fori_loop(first, end, one_step, state)
 
@@ -93,11 +94,18 @@ def decode_steps(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def teacher_forced_margins(
-    model: nn.Module, sampler: GumbelSampler, mesh: Mesh | None, params: dict, rows: RowInputs, state: DecodeState
+    model: nn.Module,
+    sampler: ReplayingSampler,
+    mesh: Mesh | None,
+    params: dict,
+    rows: RowInputs,
+    state: DecodeState,
+    end: jax.Array,
 ) -> jax.Array:
     """Return by how much each of `rows.init_tokens` missed being sampled, (R, L) float32: `sampling.margin`.
 
-    Every step reads those tokens, whatever would have been sampled. NaN where the model gives no numbers.
+    Every step reads those tokens, whatever would have been sampled. NaN where the model gives no numbers; what initial
+    tokens have means nothing.
 
     Args:
         model: A text-to-image model; this and the other arguments are those of `init_cache`.
@@ -106,22 +114,23 @@ def teacher_forced_margins(
         params: Of the model.
         rows: The batch.
         state: As `init_cache` returns it.
+        end: () int32, the number of steps.
     """
 
-    def on_one_device(params, rows, state):
-        def one_step(carry, step_and_tokens):
-            cache, token = carry
-            step, tokens = step_and_tokens
-            logits, cache = _logits(model, params, rows, cache, token, step)
-            guided = _guided(model, rows, logits, step)
-            margin = sampling.margin(guided, tokens, step, *row_settings(rows), sampler.columns, sampler.order)
-            return (cache, tokens), jnp.where(sampling.can_sample(guided, sampler.columns), margin, jnp.nan)
+    def on_one_device(params, rows, state, end):
+        def one_step(step, carry):
+            cache, last = carry
+            logits, cache = _logits(model, params, rows, cache, last.token, step)
 
-        steps = jnp.arange(model.config.image_length, dtype=jnp.int32)
-        _, margins = jax.lax.scan(one_step, (state.cache, state.last.token), (steps, rows.init_tokens.T))
-        return margins.T
+            def measure(rows, last):
+                return sampler.measure(_guided(model, rows, logits, step), step, rows, last)
 
-    return _on_each_device(model, on_one_device, mesh, (False, True, True))(params, rows, state)
+            return cache, _for_rows_in_use(measure, rows, last)
+
+        first = Replayed(state.last.token, jnp.full(rows.init_tokens.shape, jnp.inf))
+        return jax.lax.fori_loop(0, end, one_step, (state.cache, first))[1].margins
+
+    return _on_each_device(model, on_one_device, mesh, (False, True, True, False))(params, rows, state, end)
 
 
 def _encode_prompts(model: nn.Module, params: dict, rows: RowInputs) -> Any:
@@ -167,7 +176,7 @@ def _guided(model: nn.Module, rows: RowInputs, logits: jax.Array, step: jax.Arra
     return guided
 
 
-def _for_rows_in_use(advance: Callable[[RowInputs, RowState], RowState], rows: RowInputs, last: RowState) -> RowState:
+def _for_rows_in_use(advance: Callable[[RowInputs, _T], _T], rows: RowInputs, last: _T) -> _T:
     """Advance one half of the rows after the other; the upper one only if it is in use, that is, if not all are guided.
 
     A loop and not a condition, in which a CPU computes on one core; and `advance` is compiled once.

@@ -30,6 +30,7 @@ __all__ = [
     "gumbel_from_bits",
     "log_prob",
     "margin",
+    "margin_with_noise",
     "sample",
     "sample_with_noise",
 ]
@@ -170,10 +171,25 @@ def margin(
     Returns:
         (B,) float32.
     """
+    noise = gumbel(keys, step, min(logits.shape[1], codebook_size))
+    return margin_with_noise(logits, tokens, noise, top_k, top_p, temperature, codebook_size, order)
+
+
+def margin_with_noise(
+    logits: jax.Array,
+    tokens: jax.Array,
+    noise: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    temperature: jax.Array,
+    codebook_size: int,
+    order: str = "temperature_first",
+) -> jax.Array:
+    """Return what `margin` does, with Gumbel noise (B, min(V, codebook_size)) float32 from the caller."""
     logits = _codebook_logits(logits, codebook_size)
     is_greedy = _is_greedy(logits, temperature)[:, None]
     filtered = filter_logits(logits, top_k, top_p, temperature, codebook_size, order)
-    noise = jnp.where(is_greedy, 0.0, gumbel(keys, step, logits.shape[1]))
+    noise = jnp.where(is_greedy, 0.0, noise)
     tempered = logits / jnp.where(is_greedy, 1.0, temperature[:, None])
     best = (jnp.where(is_greedy, logits, filtered) + noise).max(axis=1)
     lowest_kept = jnp.where(is_greedy | jnp.isneginf(filtered), jnp.inf, filtered).min(axis=1)

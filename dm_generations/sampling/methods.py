@@ -44,6 +44,13 @@ class RowState(NamedTuple):
     noise: Any  # state of the sampler: arrays of R rows
 
 
+class Replayed(NamedTuple):
+    """What a step of a replay makes of each row."""
+
+    token: jax.Array  # as in `RowState`, of stored tokens
+    margins: jax.Array  # (R, L) float32, by how much each missed being sampled; infinite if that is not known yet
+
+
 class Sampler(Protocol):
     """How logits become tokens. Hashable: a program is compiled for each."""
 
@@ -64,8 +71,15 @@ class Sampler(Protocol):
             last: The rows before.
         """
 
-    def place(self, tokens: jax.Array, step: jax.Array, token: jax.Array) -> jax.Array:
+    def place(self, tokens: jax.Array, step: jax.Array, last: RowState) -> jax.Array:
         """Return the tokens so far, (R, L) int32, with those of a step."""
+
+
+class ReplayingSampler(Sampler, Protocol):
+    """One that can tell whether stored tokens are those that it samples."""
+
+    def measure(self, guided: jax.Array, step: jax.Array, rows: RowInputs, last: Replayed) -> Replayed:
+        """Return the rows after a step that samples the tokens `rows.init_tokens`; the arguments are as `advance`'s."""
 
 
 class TokenSampler(ABC):
@@ -87,9 +101,9 @@ class TokenSampler(ABC):
         log_prob = jnp.where(is_init, 0.0, logits.log_prob(guided, token, self.columns))
         return RowState(token, last.log_prob + log_prob, last.can_sample & (can_sample | is_init), noise)
 
-    def place(self, tokens: jax.Array, step: jax.Array, token: jax.Array) -> jax.Array:
+    def place(self, tokens: jax.Array, step: jax.Array, last: RowState) -> jax.Array:
         """See `Sampler`."""
-        return tokens.at[:, step].set(token)
+        return tokens.at[:, step].set(last.token)
 
     @abstractmethod
     def init_noise(self, rows: RowInputs) -> Any:
@@ -129,6 +143,13 @@ class GumbelSampler(TokenSampler):
         """See `TokenSampler`."""
         token = logits.sample(guided, step, *row_settings(rows), self.columns, self.order)
         return token, logits.can_sample(guided, self.columns), noise
+
+    def measure(self, guided: jax.Array, step: jax.Array, rows: RowInputs, last: Replayed) -> Replayed:
+        """See `ReplayingSampler`."""
+        token = rows.init_tokens[:, step]
+        margin = logits.margin(guided, token, step, *row_settings(rows), self.columns, self.order)
+        margin = jnp.where(logits.can_sample(guided, self.columns), margin, jnp.nan)
+        return Replayed(token, last.margins.at[:, step].set(margin))
 
 
 def row_settings(rows: RowInputs) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

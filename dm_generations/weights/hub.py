@@ -1,4 +1,7 @@
-"""Models of the Hugging Face hub by name: `owner/name` or `owner/name@revision`, stored in the hub's own cache."""
+"""Models of the Hugging Face hub by name, stored in the hub's own cache.
+
+A name is `owner/name`, or `owner/name/file.pt` for one file of a repository; each can have an `@revision` at its end.
+"""
 
 import fnmatch
 import re
@@ -9,7 +12,10 @@ from typing import Any
 from dm_generations.errors import UserError, one_line
 from dm_generations.weights.native import CONFIG_FILE, FORMAT, WEIGHTS_FILE, read_json_object
 
-_NAME = re.compile(r"(?P<repository>[\w.-]{1,96}/[\w.-]{1,96})(@(?P<revision>[\w./-]{1,200}))?")
+_NAME = re.compile(
+    r"(?P<repository>[\w.-]{1,96}/[\w.-]{1,96})(/(?P<file>[\w./-]{1,200}\.(pt|pth|ckpt|bin|safetensors)))?"
+    r"(@(?P<revision>[\w./-]{1,200}))?"
+)
 _SMALL = (".json", ".yaml", ".yml", ".txt", ".txt.gz", ".model", "tokenizer.tar.gz")
 
 WeightGroups = Sequence[Sequence[str]]
@@ -28,11 +34,11 @@ def download(name: str, weight_groups: WeightGroups) -> Path | None:
         weight_groups: See `choose_files`.
 
     Returns:
-        The folder in the hub's cache; None if the repository has no such weights.
+        The folder in the hub's cache, or the file of it; None if the repository has no such weights.
 
     Raises:
-        UserError: huggingface_hub is not installed, the hub has no such model or revision, or there is no network and
-            the model is not in the cache.
+        UserError: huggingface_hub is not installed, the hub has no such model, file or revision, or there is no network
+            and the model is not in the cache.
     """
     try:
         import huggingface_hub
@@ -55,8 +61,11 @@ def download(name: str, weight_groups: WeightGroups) -> Path | None:
         except Exception as error:
             if 400 <= (_status(error) or 0) < 500 or isinstance(error, ValueError):
                 raise
-            return _find_cached(huggingface_hub.snapshot_download, options)
+            return _find_cached(huggingface_hub.snapshot_download, options, match["file"] or "")
         files = [file.rfilename for file in siblings or ()]
+        if match["file"] is not None:
+            patterns = _choose_beside(files, match["file"], name)
+            return Path(huggingface_hub.snapshot_download(allow_patterns=patterns, **options)) / match["file"]
         is_native = CONFIG_FILE in files and _is_native(
             huggingface_hub.hf_hub_download(filename=CONFIG_FILE, **options)
         )
@@ -72,16 +81,30 @@ def download(name: str, weight_groups: WeightGroups) -> Path | None:
         ) from error
 
 
-def _find_cached(snapshot_download: Callable[..., str], options: dict[str, Any]) -> Path:
-    """Return the folder of a model in the hub's cache."""
+def _find_cached(snapshot_download: Callable[..., str], options: dict[str, Any], file: str) -> Path:
+    """Return the folder of a model in the hub's cache, or a file of it."""
     try:
-        return Path(snapshot_download(local_files_only=True, **options))
+        folder = Path(snapshot_download(local_files_only=True, **options))
     except FileNotFoundError as error:
         # The library calls a snapshot incomplete without the files of the repository that this program never reads.
-        folder = getattr(error, "snapshot_path", None)
-        if folder is None:
+        found = getattr(error, "snapshot_path", None)
+        if found is None:
             raise
-        return Path(folder)
+        folder = Path(found)
+    path = folder / file
+    if not path.exists():
+        raise FileNotFoundError(str(path))
+    return path
+
+
+def _choose_beside(names: Iterable[str], file: str, name: str) -> list[str]:
+    """Return a file of a repository, and the configs and tokenizers of its folder. Raises UserError without it."""
+    there = sorted(each for each in names if each.isprintable())
+    if file not in there:
+        weights = [each for each in there if not each.endswith(_SMALL)]
+        raise UserError(f"{name}: the repository has no file {file}, but {', '.join(weights[:20]):.500}")
+    folder = file.rpartition("/")[0]
+    return [file, *(each for each in there if each.endswith(_SMALL) and each.rpartition("/")[0] == folder)]
 
 
 def _status(error: Exception) -> int | None:

@@ -43,7 +43,8 @@ def test_from_text_to_archive_to_page_and_again(model, tmp_path, capsys):
     assert run(*sweep, "--n", 2, "--steps", 12) == 0  # they are there
     assert rows_of(db) == stored
 
-    assert run("verify", db, "--regenerate", "--model", model, *WORDS[1:]) == 0
+    for flag in ("--regenerate", "--replay"):
+        assert run("verify", db, flag, "--model", model, *WORDS[1:]) == 0
     assert run("decode", "--db", db, "--codec", model, "--out-dir", out, "--cpu-only") == 0
     assert (out / "samplebrowser.html").is_file()
     codec = load_checkpoint(model, "codec")
@@ -59,9 +60,23 @@ def test_from_text_to_archive_to_page_and_again(model, tmp_path, capsys):
         connection.execute("UPDATE images SET extra_settings = '{\"steps\":3}' WHERE extra_settings != ''")
     connection.close()
     capsys.readouterr()
-    assert run("verify", db, "--regenerate", "--model", model, "--json", *WORDS[1:]) == 1
-    problems = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(problems) == 2
+    for flag in ("--regenerate", "--replay"):
+        assert run("verify", db, flag, "--model", model, "--json", *WORDS[1:]) == 1
+        problems = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert len(problems) == 2
+
+
+@pytest.mark.e2e
+def test_progressive_writes_the_image_of_each_step(model, tmp_path):
+    words = ["--model", model, "--prompts", PROMPT, *WORDS, "--steps", 5, "--progressive", 2]
+    assert run("generate", "--db", tmp_path / "a.db", "--n", 1, *words, "--progressive-dir", tmp_path / "steps") == 0
+    files = sorted((tmp_path / "steps").iterdir())
+    assert [file.name.split("_")[3] for file in files] == ["0002", "0004", "0005"]
+    images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    ((blob,),) = rows_of(tmp_path / "a.db")
+    decoder = Decoder.from_checkpoint(load_checkpoint(model, "codec"), batch_size=1)
+    np.testing.assert_array_equal(images[-1], decoder(np.frombuffer(blob, "<u2")[None])[0])
+    assert (images[0] != images[-1]).any()
 
 
 @pytest.mark.e2e
@@ -72,7 +87,6 @@ def test_from_text_to_archive_to_page_and_again(model, tmp_path, capsys):
         (["--steps", 1000], "steps"),
         (["--mask-temperature", "nan"], "mask_temperature"),
         (["--aesthetic-score", "inf"], "aesthetic_score"),
-        (["--progressive", 4], "unfinished"),
     ],
 )
 def test_settings_out_of_range_are_one_line(words, named, model, tmp_path, capsys):

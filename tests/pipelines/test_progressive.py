@@ -32,8 +32,8 @@ def test_each_image_is_filled_with_its_own_first_token():
 
 
 def test_writes_each_unfinished_image(decoder, tmp_path):
-    paths = write_partial_images(tmp_path / "out", SAMPLES, TOKENS, decoder)
-    write_partial_images(tmp_path / "out", SAMPLES, pad_tokens(TOKENS, 16), decoder)
+    paths = write_partial_images(tmp_path / "out", SAMPLES, 3, TOKENS, decoder)
+    write_partial_images(tmp_path / "out", SAMPLES, 16, pad_tokens(TOKENS, 16), decoder)
     assert [path.name for path in paths] == [partial_image_name(sample, 3) for sample in SAMPLES]
     found = read_images(tmp_path / "out")
     expected = decoder.decode(pad_tokens(TOKENS, 16))
@@ -66,5 +66,5 @@ def test_names_stay_in_their_folder(prompt):
 def test_a_folder_that_is_a_file_is_refused(decoder, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(UserError, match="out"):
-        write_partial_images(tmp_path / "out", SAMPLES, TOKENS, decoder)
+        write_partial_images(tmp_path / "out", SAMPLES, 3, TOKENS, decoder)
     assert (tmp_path / "out").read_text() == "mine"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import safetensors.numpy
 import torch_files
@@ -50,6 +51,27 @@ def test_a_model_is_downloaded_once_and_loads_without_a_network(tmp_path):
     assert cached == {"config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json"}
     done = load_by_name(tmp_path / "home", endpoint, *names)
     assert done.stdout.split() == ["vqgan", "clip"], done.stderr
+
+
+@pytest.mark.e2e
+def test_a_file_of_a_repository_is_downloaded_alone(tmp_path):
+    """From a repository with several models: what it is asked for, not the others."""
+    pytest.importorskip("huggingface_hub")
+    repository = tmp_path / "hub" / "someone" / "heads"
+    (repository / "more").mkdir(parents=True)
+    state = {
+        "weight": torch_files.tensor(np.ones((1, 8), np.float32)),
+        "bias": torch_files.tensor(np.ones(1, np.float32)),
+    }
+    for name in ("a.pth", "b.pth", "more/c.pth"):
+        torch_files.save(repository / name, state)
+    names = ("scorer=someone/heads/b.pth", "scorer=someone/heads/more/c.pth")
+    with serve(tmp_path / "hub") as endpoint:
+        done = load_by_name(tmp_path / "home", endpoint, *names)
+    assert done.stdout.split() == ["aesthetic"] * 2, done.stderr
+    assert {path.name for path in (tmp_path / "home").rglob("snapshots/**/*.*")} == {"b.pth", "c.pth"}
+    done = load_by_name(tmp_path / "home", endpoint, *names)
+    assert done.stdout.split() == ["aesthetic"] * 2, done.stderr
 
 
 def clip_state(folder):
@@ -124,6 +146,17 @@ def test_loads_one_kind_of_weights_at_the_revision(fake_hub):
 OFFLINE = [ConnectionError("no route"), ClientError("no name"), HubError("busy", status=503)]
 
 
+def test_a_name_can_be_that_of_one_file(fake_hub, tmp_path):
+    """With the configs next to it, and nothing else of the repository."""
+    fake_hub.files += ["other.pt", "more/config.json"]
+    name = "someone/tiny-vqgan/model.safetensors@v1.2"
+    with pytest.raises(UserError, match="holds"):  # a file of our own folder is nothing without the folder
+        load_checkpoint(name, "codec")
+    assert fake_hub.calls == [("someone/tiny-vqgan", "v1.2", ["model.safetensors", "config.json", "vocab.json"], False)]
+    with pytest.raises(UserError, match=r"some\.pt.*other\.pt"):
+        load_checkpoint("someone/tiny-vqgan/some.pt", "codec")
+
+
 @pytest.mark.parametrize("failure", OFFLINE)
 def test_without_a_network_the_cache_serves(failure, fake_hub):
     fake_hub.failure = failure
@@ -150,11 +183,12 @@ def test_a_download_that_breaks_off_is_one_line(fake_hub):
         load_checkpoint("someone/tiny-vqgan", "codec")
 
 
+@pytest.mark.parametrize("name", ["someone/tiny-vqgan", "someone/tiny-vqgan/some.pt"])
 @pytest.mark.parametrize("failure", OFFLINE)
-def test_neither_network_nor_cache(failure, fake_hub):
-    fake_hub.failure, fake_hub.is_cache_empty = failure, True
+def test_neither_network_nor_cache(failure, name, fake_hub):
+    fake_hub.failure, fake_hub.is_cache_empty = failure, name.count("/") == 1
     with pytest.raises(UserError, match="not in the cache of the Hugging Face hub"):
-        load_checkpoint("someone/tiny-vqgan", "codec")
+        load_checkpoint(name, "codec")
 
 
 def test_a_folder_goes_before_the_hub(fake_hub, tmp_path, monkeypatch):
