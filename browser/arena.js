@@ -1,7 +1,7 @@
 // The arena: two images of one prompt, settings hidden; a person says which is better.
 
 import {$, attributes, cut, element, fillSelect, plural, promptText} from "./text.js";
-import {AXES, axisOf, axisValues} from "./axes.js";
+import {AXES, SETTING, axisValues} from "./axes.js";
 import {Z, strengths} from "./scores.js";
 import {identify} from "./judge.js";
 import {picture} from "./tile.js";
@@ -9,13 +9,15 @@ import {picture} from "./tile.js";
 const TRIES = 30;
 const VOTES = [["left", "← Left is better", "ArrowLeft"], ["tie", "↑ Equally good", "ArrowUp"],
   ["bad", "↓ Both bad", "ArrowDown"], ["right", "Right is better →", "ArrowRight"]];
-const SCOPES = [["one", "this prompt"], ["all", "any prompt"]];
+const SCOPES = [["prompt", "this prompt"], ["all", "any prompt"]];
+
+/** The settings of a judged image in words, without what is empty. */
+const settingOf = (image) => AXES.filter(({key, isNumber}) => isNumber || (["sc_prompt", "extra_settings"].includes(key) && image[key]))
+  .map(({key, label, isNumber, show}) => `${label} ${isNumber ? show(image[key]) : image[key]}`).join(", ");
 
 const randomOf = (list) => list[Math.floor(Math.random() * list.length)];
 
 export const arena = {
-  scope: "one",
-  axis: "cond_scale",
   pair: null,
 
   setUp(app) {
@@ -25,19 +27,19 @@ export const arena = {
       button.addEventListener("click", () => this.vote(vote));
       return button;
     }));
-    fillSelect($("arena-prompts"), SCOPES, this.scope);
-    $("arena-prompts").addEventListener("change", () => { this.scope = $("arena-prompts").value; this.next(); });
-    $("strengths-axis").addEventListener("change", () => { this.axis = $("strengths-axis").value; this.showStrengths(); });
+    $("arena-prompts").addEventListener("change", () => app.go({scope: $("arena-prompts").value}, {replace: true}));
+    $("strengths-axis").addEventListener("change", () => app.go({of: $("strengths-axis").value}, {replace: true}));
     $("strengths-box").addEventListener("toggle", () => this.showStrengths());
   },
 
   async show(app) {
     app.setStatus("Settings are hidden. Choose the better image, by click or arrow key.");
-    const axes = AXES.filter((axis) => axisValues(app.groups, axis).length > 1);
-    if (!axes.some(({key}) => key === this.axis)) this.axis = axes[0]?.key ?? "cond_scale";
-    fillSelect($("strengths-axis"), axes.map(({key, label}) => [key, label]), this.axis);
+    const axes = [...AXES.filter((axis) => axisValues(app.groups, axis).length > 1), SETTING];
+    this.axis = axes.find(({key}) => key === (app.view.of || "cond_scale")) ?? axes[0];
+    fillSelect($("strengths-axis"), axes.map(({key, label}) => [key, label]), this.axis.key);
+    fillSelect($("arena-prompts"), SCOPES, app.view.scope);
     this.showStrengths();
-    if (!this.pair || this.prompt !== app.prompt) await this.next();
+    if (!this.pair || this.prompt !== app.prompt || this.scope !== app.view.scope) await this.next();
   },
 
   /** Two images of different settings and tokens, in random places. */
@@ -68,6 +70,7 @@ export const arena = {
 
   async next() {
     this.prompt = this.app.prompt;
+    this.scope = this.app.view.scope;
     this.pair = await this.choose();
     if (this.app.view.view !== "arena") return;
     const {pair} = this;
@@ -99,8 +102,8 @@ export const arena = {
 
   showStrengths() {
     if (!$("strengths-box").open) return;
-    const axis = axisOf(this.axis);
-    const nameOf = (image) => String(image[axis.key] ?? (axis.key === "sc_prompt" ? "none" : "unknown"));
+    const {axis} = this;
+    const nameOf = (image) => (axis === SETTING ? settingOf(image) : String(image[axis.key] ?? (axis.key === "sc_prompt" ? "none" : "unknown")));
     const pairs = this.app.judge.pairs.filter(({value, images}) => value !== "bad" && images.length === 2)
       .map(({value, images}) => [...images.map(nameOf), value]).filter(([a, b]) => a !== b)
       .flatMap(([a, b, value]) => (value === "tie" ? [[a, b, .5], [b, a, .5]] : value === "first" ? [[a, b, 1]] : [[b, a, 1]]));
@@ -111,7 +114,7 @@ export const arena = {
     }
     const cells = (tag, texts) => element("tr", {}, ...texts.map((textContent) => element(tag, {textContent})));
     $("strengths").replaceChildren(element("table", {}, cells("th", [axis.label, "strength", "95% interval", "pairs"]),
-      ...found.map(([name, {strength, error, pairs: n}]) => cells("td", [cut(axis.isNumber ? axis.show(Number(name)) : name, 80), strength.toFixed(2),
+      ...found.map(([name, {strength, error, pairs: n}]) => cells("td", [cut(axis.isNumber ? axis.show(Number(name)) : name, 200), strength.toFixed(2),
         `${(strength - Z * error).toFixed(2)} to ${(strength + Z * error).toFixed(2)}`, String(n)]))));
   },
 

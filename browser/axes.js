@@ -26,6 +26,8 @@ export const AXES = [
 /** What a grid can also have as rows and columns. */
 export const PROMPT_AXIS = {key: "prompt", short: "prompt", label: "prompt", rank: same};
 export const SEED_AXIS = {key: "seed", short: "seed", label: "seed", rank: same, show: (v) => `#${v + 1}`};
+/** All of AXES together, for scores and strengths: a value is an object with theirs. */
+export const SETTING = {key: "setting", label: "each setting"};
 export const GRID_AXES = [...AXES, PROMPT_AXIS, SEED_AXIS];
 export const axisOf = (key) => GRID_AXES.find((axis) => axis.key === key) ?? null;
 
@@ -52,6 +54,10 @@ export function axisValues(groups, axis) {
 
 /** Different values of an axis, in their order. */
 export const sortValues = (axis, values) => [...new Set(values)].sort(compareValues(axis));
+
+/** Settings in words. */
+export const describeSettings = (values, axes, source) => (
+  axes.map((axis) => `${axis.label} ${axis.show(values[axis.key], source)}`).join(", ") || "the only one");
 
 /** A text that is the same for equal settings of these axes. */
 export const settingsKey = (values, axes = AXES) => JSON.stringify(axes.map((axis) => values[axis.key]));

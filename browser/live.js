@@ -1,6 +1,6 @@
 // The images of an archive that a server decodes on demand; source.js says what it is asked.
 
-import {SEED_AXIS, sortValues} from "./axes.js";
+import {SEED_AXIS, SETTING, sortValues} from "./axes.js";
 
 const CHANGES_MS = 3000;
 const VALUES = ["top_k", "top_p", "temperature", "cond_scale", "sc_prompt", "extra_settings", "model", "archive"];
@@ -81,8 +81,9 @@ export class LiveSource {
   async statistics({axis, prompt = null, values = {}}, signal) {
     const parameters = Object.entries({axis: axis.key, prompt, ...values}).filter(([name]) => name !== SEED_AXIS.key);
     const found = await this.get("statistics", parameters, signal);
+    const read = (value) => (axis === SETTING ? Object.fromEntries(VALUES.map((name, i) => [name, value[i]])) : value);
     return found.values.map(([value, n, mean, sd, counts, difference]) => (
-      {value, n, mean, sd, counts, difference: difference && {n: difference[0], mean: difference[1], sd: difference[2]}}));
+      {value: read(value), n, mean, sd, counts, difference: difference && {n: difference[0], mean: difference[1], sd: difference[2]}}));
   }
 
   async judge(judgements) {

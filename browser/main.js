@@ -442,14 +442,14 @@ const PROBLEMS = {
 async function start() {
   let loaded;
   if (isSite() && location.protocol === "file:") {
-    showMessage("This page needs a web server", "It reads an archive, which a page opened from disk may not. In its folder run:", "python -m http.server");
+    showMessage("This page needs a web server", "It reads archives, which a page opened from disk may not. In its folder run:", "python -m http.server");
     return;
   }
-  if (isSite()) showMessage("Loading the archive …", "Its images are decoded in this browser.");
+  if (isSite()) showMessage("Loading archives …", "Its images are decoded in this browser.");
   try {
     loaded = await openSource();
   } catch (error) {
-    if (isSite()) showMessage("The archive cannot be shown", visible(error.message));
+    if (isSite()) showMessage("The archives cannot be shown", visible(error.message));
     else showMessage("The server does not answer", visible(error.message), "python -m dm_generations browse");
     return;
   }

@@ -1,7 +1,7 @@
 // The images that manifest.js lists, beside which the page lies. dm_generations/export/manifest.py describes the format.
 
 import {fileUrl, promptText, element} from "./text.js";
-import {AXES, axisValues, settingsKey} from "./axes.js";
+import {AXES, SETTING, axisValues, settingsKey} from "./axes.js";
 import {differencesToBest, histogram, moments} from "./scores.js";
 import {LocalJudgements} from "./judge.js";
 
@@ -239,13 +239,14 @@ export class ManifestSource {
 
   async statistics({axis, prompt = null, values = {}}) {
     const groups = prompt === null ? this.groupList : this.promptsById.get(prompt)?.groups ?? [];
-    const others = AXES.filter((other) => other !== axis);
+    const others = axis === SETTING ? [] : AXES.filter((other) => other !== axis);
     const narrowed = groups.filter((group) => others.every(({key}) => values[key] === undefined || group.values[key] === values[key]));
     const samples = new Map();
     for (const group of narrowed) {
-      const value = group.values[axis.key], block = `${group.prompt} ${settingsKey(group.values, others)} `;
-      if (!samples.has(value)) samples.set(value, {scores: [], blocks: []});
-      const sample = samples.get(value);
+      const value = axis === SETTING ? group.values : group.values[axis.key];
+      const key = axis === SETTING ? settingsKey(value) : value, block = `${group.prompt} ${settingsKey(group.values, others)} `;
+      if (!samples.has(key)) samples.set(key, {value, scores: [], blocks: []});
+      const sample = samples.get(key);
       for (const row of group.rows) {
         const score = this.columns.score[row];
         if (typeof score !== "number") continue;
@@ -253,8 +254,8 @@ export class ManifestSource {
         sample.blocks.push(block + at(this.columns.seed, row));
       }
     }
-    const found = [...samples].filter(([, {scores}]) => scores.length).map(([value, sample]) => ({
-      value, n: sample.scores.length, counts: histogram(sample.scores, this.scoreRange), sample,
+    const found = [...samples.values()].filter(({scores}) => scores.length).map((sample) => ({
+      value: sample.value, n: sample.scores.length, counts: histogram(sample.scores, this.scoreRange), sample,
       ...moments(sample.scores.length, sample.scores.reduce((a, b) => a + b, 0), sample.scores.reduce((a, b) => a + b * b, 0)),
     }));
     return differencesToBest(found);

@@ -1,17 +1,17 @@
-// A live site: the archive itself, decoded in this browser by worker.js.
+// A live site: the archives themselves, decoded in this browser by worker.js.
 //
-// The worker is sent {id, open: address of site.json}, {id, decode: id of an image} and {cancel: id of a request}. It answers
-// {id, answer} or {id, error}: the archive in the form of manifest.js, or the image as a PNG.
+// The worker is sent {id, open: address of site.json}, {id, decode: name of an image} and {cancel: id of a request}. It answers
+// {id, answer} or {id, error}: the archives in the form of manifest.js, or the image as a PNG.
 
 import {ManifestImage, ManifestSource} from "./manifest.js";
 
 const MAX_KEPT = 1000; // decoded images
 
 class SiteImage extends ManifestImage {
-  get rowId() { return this.source.columns.name[this.row]; }
+  get place() { return this.source.columns.name[this.row]; } // of its row in the archives
   get file() { return null; }
   get thumbnail() { return null; }
-  get url() { return this.source.kept.get(this.rowId)?.url ?? "data:,"; }
+  get url() { return this.source.kept.get(this.place)?.url ?? "data:,"; }
 }
 
 export class SiteSource extends ManifestSource {
@@ -46,7 +46,7 @@ export class SiteSource extends ManifestSource {
   show(node, image) {
     this.stops.get(node)?.abort();
     node.shown = image;
-    if (this.kept.has(image.rowId)) { node.src = image.url; return; }
+    if (this.kept.has(image.place)) { node.src = image.url; return; }
     node.removeAttribute("src");
     this.observer.unobserve(node);
     this.observer.observe(node);
@@ -68,15 +68,15 @@ export class SiteSource extends ManifestSource {
 
   /** Decode an image to a PNG; afterwards its `url` shows it. */
   async decode(image, signal = null) {
-    const {kept} = this, id = image.rowId;
-    if (kept.has(id)) return kept.get(id).blob;
-    const blob = await this.ask({decode: id}, signal);
+    const {kept} = this, {place} = image;
+    if (kept.has(place)) return kept.get(place).blob;
+    const blob = await this.ask({decode: place}, signal);
     if (kept.size >= MAX_KEPT) {
       const [[first, {url}]] = kept;
       URL.revokeObjectURL(url);
       kept.delete(first);
     }
-    kept.set(id, {blob, url: URL.createObjectURL(blob)});
+    kept.set(place, {blob, url: URL.createObjectURL(blob)});
     return blob;
   }
 }

@@ -27,7 +27,7 @@
 //   images({groups, sort, descending, min, max, seed, limit, offset}, signal)   -> Map of group id to {total, images}
 //            `groups` are Groups. sort: "score", "seed" or "time". Equal images are one, with the best of their scores.
 //   statistics({axis, prompt, values}, signal)            -> [{value, n, mean, sd, counts, difference}, ...]
-//            Scores by the value of one axis, of one prompt or (null) of all; `values` narrows the other axes.
+//            Scores by the value of one axis or by SETTING, of one prompt or (null) of all; `values` narrows the other axes.
 //            counts: a histogram over 24 equal bins of scoreRange. difference: {n, mean, sd} of the scores minus those
 //            of the value with the highest mean, over images that differ in this axis alone; null where none pair.
 //   judge([judgement, ...])    judgements()    -> see judge.js
@@ -58,6 +58,7 @@
 //        md5: of the tokens, hex; codec: the first 16 hex digits of its sha256
 //   GET  api/statistics?axis=top_k&prompt=1&temperature=0.7   {range: [low, high], values: [[value, n, mean, sd,
 //                                                              [count, ...], [n, mean, sd] or null], ...]}
+//        With axis=setting, a value is [top_k, top_p, temperature, cond_scale, sc_prompt, extra_settings, model, archive].
 //   GET  image/CODEC/MD5     the image, WebP or PNG, immutable. What scrolls out of sight is no longer waited for.
 //   GET  api/judgements      [judgement, ...], newest last, at most 100,000
 //   POST api/judgements      [judgement, ...] with the header X-Token: TOKEN; answers {stored: N}; all or none

@@ -1,7 +1,7 @@
 // The view, and the address that holds all of it:
 // #view=grid&prompt=3&k=50&p=0.9&t=1&c=3&sc=1&rows=top_k&cols=cond_scale&image=1.2&pin=...
 
-import {AXES, GRID_AXES, axisOf} from "./axes.js";
+import {AXES, GRID_AXES, SETTING, axisOf} from "./axes.js";
 
 export const VIEWS = ["strip", "grid", "compare", "arena", "scores"];
 export const MAX_PINS = 9;
@@ -84,6 +84,7 @@ export function readAddress(text, source) {
   }
   for (const [name, choices] of Object.entries(CHOICES)) if (choices.includes(hash.get(name))) view[name] = hash.get(name);
   for (const name of AXIS_NAMES) if (axisOf(hash.get(name))) view[name] = hash.get(name);
+  if (hash.get("of") === SETTING.key) view.of = SETTING.key;
   const [seed, min] = ["seed", "min"].map((name) => hash.get(name));
   if (/^[1-9]\d{0,8}$/.test(seed ?? "")) view.seed = Number(seed) - 1;
   if (min && Number.isFinite(Number(min))) view.min = Number(min);

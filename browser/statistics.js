@@ -2,11 +2,10 @@
 // difference is noise.
 
 import {$, attributes, cut, element, fillSelect, plural, promptText, scoreText} from "./text.js";
-import {AXES, axisOf, axisValues} from "./axes.js";
+import {AXES, SETTING, axisValues, describeSettings} from "./axes.js";
 import {interval, verdict} from "./scores.js";
 
-const SETTING = {key: "setting", label: "each setting"};
-const SETTINGS_SHOWN = 60;
+const ROWS_SHOWN = 60;
 
 function shape(tag, values) {
   return attributes(document.createElementNS($("empty-plot").namespaceURI, tag), values);
@@ -26,35 +25,30 @@ export const statistics = {
     fillSelect($("scores-axis"), [...axes, SETTING].map(({key, label}) => [key, label]), axis.key);
     fillSelect($("scores-scope"), [["prompt", "this prompt"], ["all", "all prompts"]], view.scope);
     fillSelect($("scores-others"), [["all", "all together"], ["fixed", "as set above"]], view.others);
-    $("scores-scope").disabled = $("scores-others").disabled = axis === SETTING;
+    $("scores-others").disabled = axis === SETTING;
     if (!source.scoreRange) {
       $("scores").replaceChildren(element("p", {className: "empty", textContent: "No image of this archive has a score."}));
       app.setStatus("");
       return;
     }
-    const fixed = view.others === "fixed" ? {...group.values} : {};
+    const fixed = view.others === "fixed" && axis !== SETTING ? {...group.values} : {};
     delete fixed[axis.key];
-    const found = axis === SETTING ? this.settings(app)
-      : (await source.statistics({axis, prompt: view.scope === "prompt" ? prompt.id : null, values: fixed}, signal))
-        .map((row) => ({...row, text: axis.show(row.value, source), values: {[axis.key]: row.value}}));
+    const found = await source.statistics({axis, prompt: view.scope === "prompt" ? prompt.id : null, values: fixed}, signal);
     if (signal.aborted) return;
-    const rows = found.filter(({mean}) => mean !== null).sort((a, b) => b.mean - a.mean);
-    const of = axis === SETTING || view.scope === "prompt" ? cut(promptText(prompt), 80) : plural(source.promptCount, "prompt");
+    const rows = this.named(axis, found, source).filter(({mean}) => mean !== null).sort((a, b) => b.mean - a.mean);
+    const of = view.scope === "prompt" ? cut(promptText(prompt), 80) : plural(source.promptCount, "prompt");
     app.setStatus(`CLIP score by ${axis.label}: ${of}; means with 95% intervals.`);
-    const low = rows[0]?.counts ? source.scoreRange[0] : Math.min(...rows.map((row) => (interval(row) ?? [row.mean])[0]));
-    const high = rows[0]?.counts ? source.scoreRange[1] : Math.max(...rows.map((row) => (interval(row) ?? [row.mean, row.mean])[1]));
-    $("scores").replaceChildren(this.table(axis, rows.slice(0, SETTINGS_SHOWN), [low, high], app),
-      element("p", {className: "quiet note", textContent: axis === SETTING && rows.length > SETTINGS_SHOWN
-        ? `The best ${SETTINGS_SHOWN} of ${rows.length.toLocaleString("en")} settings.`
-        : "Differences are of images that differ in this setting alone, where there are such pairs. An interval that reaches 0 may be noise."}));
+    const first = rows.length > ROWS_SHOWN ? `The best ${ROWS_SHOWN} of ${rows.length.toLocaleString("en")}. ` : "";
+    $("scores").replaceChildren(this.table(axis, rows.slice(0, ROWS_SHOWN), source.scoreRange, app),
+      element("p", {className: "quiet note", textContent: `${first}Differences are of images of one prompt and seed that differ in ${
+        axis === SETTING ? "their settings" : "this setting"} alone, where there are such pairs. An interval that reaches 0 may be noise.`}));
   },
 
-  settings(app) {
-    const axes = AXES.filter((axis) => axisValues(app.groups, axis).length > 1);
-    return app.groups.filter(({mean}) => mean !== null).map((group) => ({
-      n: group.scored, mean: group.mean, sd: group.sd, counts: null, difference: null, values: group.values,
-      text: axes.map((axis) => `${axis.label} ${axis.show(group.values[axis.key], app.source)}`).join(", ") || "the only one",
-    }));
+  /** Add to each row its settings and its name. */
+  named(axis, rows, source) {
+    if (axis !== SETTING) return rows.map((row) => ({...row, text: axis.show(row.value, source), values: {[axis.key]: row.value}}));
+    const axes = AXES.filter((one) => new Set(rows.map(({value}) => value[one.key])).size > 1);
+    return rows.map((row) => ({...row, text: describeSettings(row.value, axes, source), values: row.value}));
   },
 
   table(axis, rows, range, app) {
@@ -77,9 +71,9 @@ export const statistics = {
 
   /** Histogram, and above it the mean with its interval. */
   plot(row, [low, high]) {
-    const width = 240, height = row.counts ? 40 : 16, x = (score) => high > low ? 4 + (width - 8) * (score - low) / (high - low) : width / 2;
-    const most = row.counts ? Math.max(...row.counts, 1) : 1;
-    const bars = (row.counts ?? []).map((count, i) => {
+    const width = 240, height = 40, x = (score) => high > low ? 4 + (width - 8) * (score - low) / (high - low) : width / 2;
+    const most = Math.max(...row.counts, 1);
+    const bars = row.counts.map((count, i) => {
       const step = (width - 8) / row.counts.length, tall = (height - 14) * count / most;
       return shape("rect", {class: "bar", x: 4 + i * step + .5, y: height - tall, width: step - 1, height: tall});
     });

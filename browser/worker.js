@@ -8,8 +8,9 @@ const COLUMNS = ["id", "prompt_id", "sc_prompt_id", "top_k", "top_p", "temperatu
   "generator_id", "sampler_version", "init_count", "dtype", "key0", "key1", "quantvec_md5", "clip_score_input", "time_end"];
 const GROUP = ["prompt_id", "sc_prompt_id", "top_k", "top_p", "temperature", "cond_scale", "extra_settings"];
 
-let site = null, database = null, session = null;
-const queue = new Map(); // id of a request -> id of an image
+let site = null, session = null;
+const databases = []; // in the order of site.archives
+const queue = new Map(); // id of a request -> name of an image: position of its archive, ".", its id there
 
 async function load(url) {
   const response = await fetch(url);
@@ -23,14 +24,14 @@ async function open(address) {
   site = await response.json();
   if (site.version !== 1) throw new Error(`${address} has version ${site.version}, which this page cannot read`);
   importScripts(SCRIPTS + "sql-wasm.js");
-  const [sql, bytes] = await Promise.all([initSqlJs({locateFile: (name) => SCRIPTS + name}), load(site.archive)]);
-  database = new sql.Database(bytes);
+  const [sql, ...files] = await Promise.all([initSqlJs({locateFile: (name) => SCRIPTS + name}), ...site.archives.map(({file}) => load(file))]);
+  databases.push(...files.map((bytes) => new sql.Database(bytes)));
   session = startSession();
   session.catch(() => {}); // told when an image is decoded
   return manifest();
 }
 
-function* rows(sql) {
+function* rows(database, sql) {
   const statement = database.prepare(sql);
   try {
     while (statement.step()) yield statement.get();
@@ -39,13 +40,21 @@ function* rows(sql) {
   }
 }
 
-/** The archive in the form of manifest.js, see dm_generations/export/manifest.py; names of images are their ids. */
+/** The texts of a table of all archives, equal ones once: [[new id, text], ...], and for each archive a Map of its ids to positions. */
+function unite(table, read = (text) => text) {
+  const positions = new Map();
+  const places = databases.map((database) => new Map([...rows(database, `SELECT id, desc FROM ${table} ORDER BY id`)].map(([id, desc]) => {
+    const text = read(desc);
+    if (!positions.has(text)) positions.set(text, positions.size);
+    return [id, positions.get(text)];
+  })));
+  return {list: [...positions.keys()].map((text, i) => [i + 1, text]), places};
+}
+
+/** The archives in the form of manifest.js, see dm_generations/export/manifest.py. */
 function manifest() {
-  const prompts = [...rows("SELECT id, desc FROM prompts ORDER BY id")];
-  const scPrompts = [...rows("SELECT id, desc FROM sc_prompts ORDER BY id")].map(([id, text]) => [id, text || null]);
-  const place = (list) => new Map(list.map(([id], i) => [id, i]));
-  const promptPlaces = place(prompts), scPromptPlaces = place(scPrompts);
-  const groups = Object.fromEntries(["prompt", "sc_prompt", ...GROUP.slice(2), "prefix", "suffix", "count"].map((name) => [name, []]));
+  const prompts = unite("prompts"), scPrompts = unite("sc_prompts", (text) => text || null);
+  const groups = Object.fromEntries(["prompt", "sc_prompt", ...GROUP.slice(2), "archive", "prefix", "suffix", "count"].map((name) => [name, []]));
   const images = {name: [], position: [], score: [], seed: [], provenance: [], md5: []}, seconds = [];
   const seeds = new Map(), provenances = new Map();
   const code = (codes, values) => {
@@ -53,29 +62,31 @@ function manifest() {
     if (!codes.has(key)) codes.set(key, codes.size);
     return codes.get(key);
   };
-  for (const key of rows("SELECT key0, key1 FROM images ORDER BY id")) code(seeds, key);
-  let last = null, rank = 0;
-  for (const row of rows(`SELECT ${COLUMNS} FROM images ORDER BY ${GROUP}, clip_score_input DESC, id`)) {
-    const values = row.slice(1, 1 + GROUP.length), key = JSON.stringify(values);
-    if (key !== last) {
-      [promptPlaces.get(values[0]), scPromptPlaces.get(values[1]), ...values.slice(2), "", "", 0]
-        .forEach((value, i) => Object.values(groups)[i].push(value));
-      last = key;
-      rank = 0;
+  for (const [number, database] of databases.entries()) {
+    for (const key of rows(database, "SELECT key0, key1 FROM images ORDER BY id")) code(seeds, key);
+    let last = null, rank = 0;
+    for (const row of rows(database, `SELECT ${COLUMNS} FROM images ORDER BY ${GROUP}, clip_score_input DESC, id`)) {
+      const values = row.slice(1, 1 + GROUP.length), key = JSON.stringify(values);
+      if (key !== last) {
+        [prompts.places[number].get(values[0]), scPrompts.places[number].get(values[1]), ...values.slice(2), number, "", "", 0]
+          .forEach((value, i) => Object.values(groups)[i].push(value));
+        last = key;
+        rank = 0;
+      }
+      groups.count[groups.count.length - 1] += 1;
+      const [generator, sampler, initCount, dtype, key0, key1, md5, score, time] = row.slice(1 + GROUP.length);
+      images.name.push(`${number}.${row[0]}`);
+      images.position.push(rank);
+      images.score.push(typeof score === "number" ? score : null);
+      images.seed.push(code(seeds, [key0, key1]));
+      images.provenance.push(code(provenances, [site.archives[number].models[generator] ?? null, sampler, initCount, dtype]));
+      images.md5.push(btoa(String.fromCharCode(...(md5 ?? "").match(/../g)?.map((hex) => parseInt(hex, 16)) ?? [])).slice(0, 22));
+      seconds.push(typeof time === "number" ? time : null);
+      rank += 1;
     }
-    groups.count[groups.count.length - 1] += 1;
-    const [generator, sampler, initCount, dtype, key0, key1, md5, score, time] = row.slice(1 + GROUP.length);
-    images.name.push(String(row[0]));
-    images.position.push(rank);
-    images.score.push(typeof score === "number" ? score : null);
-    images.seed.push(code(seeds, [key0, key1]));
-    images.provenance.push(code(provenances, [site.models[generator] ?? null, sampler, initCount, dtype]));
-    images.md5.push(btoa(String.fromCharCode(...(md5 ?? "").match(/../g)?.map((hex) => parseInt(hex, 16)) ?? [])).slice(0, 22));
-    seconds.push(typeof time === "number" ? time : null);
-    rank += 1;
   }
   const parsed = (codes) => [...codes.keys()].map((key) => JSON.parse(key));
-  return {version: 2, mode: "images", archives: [site.name], prompts, sc_prompts: scPrompts, seeds: parsed(seeds),
+  return {version: 2, mode: "images", archives: site.archives.map(({name}) => name), prompts: prompts.list, sc_prompts: scPrompts.list, seeds: parsed(seeds),
     provenances: parsed(provenances), groups, images: {...images, md5: images.md5.join(""), time: {start: 0, seconds}}};
 }
 
@@ -89,9 +100,10 @@ async function startSession() {
   return ort.InferenceSession.create(await load(site.codec.file), {executionProviders});
 }
 
-function tokensOf(id) {
-  const {token_count: count, codebook_size: size, ids} = site.codec;
-  const [row] = rows(`SELECT quantvec, codec_id FROM images WHERE id = ${Number(id)}`);
+function tokensOf(name) {
+  const {token_count: count, codebook_size: size} = site.codec;
+  const [number, id] = name.split(".").map(Number), {codec_ids: ids} = site.archives[number];
+  const [row] = rows(databases[number], `SELECT quantvec, codec_id FROM images WHERE id = ${id}`);
   if (!row) throw new Error("this image is not in the archive");
   const [blob, codec] = row;
   if (codec !== null && !ids.includes(codec)) throw new Error("it was made with another codec");
@@ -102,8 +114,8 @@ function tokensOf(id) {
   return tokens;
 }
 
-async function decode(id) {
-  const tokens = tokensOf(id), running = await session;
+async function decode(name) {
+  const tokens = tokensOf(name), running = await session;
   const {[running.outputNames[0]]: pixels} = await running.run(
     {[running.inputNames[0]]: new ort.Tensor("int32", tokens, [1, tokens.length])});
   const [, height, width] = pixels.dims;

@@ -28,7 +28,8 @@ def open_folder(page, folder, hash=""):
 
 
 def state(page) -> dict[str, str]:
-    return {name: values[0] for name, values in parse_qs(page.url.partition("#")[2]).items()}
+    """Return what the address says. `page.url` would be what Playwright was told of it, which comes later."""
+    return {name: values[0] for name, values in parse_qs(page.evaluate("location.hash.slice(1)")).items()}
 
 
 def texts(page, selector) -> list[str]:

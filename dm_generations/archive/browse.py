@@ -19,6 +19,7 @@ from dm_generations.errors import short_repr
 
 SETTINGS: Final = ("top_k", "top_p", "temperature", "cond_scale", "sc_prompt", "extra_settings")
 AXES: Final = (*SETTINGS, "model", "archive")
+SETTING: Final = "setting"  # all of AXES together; a value is a tuple of theirs
 COLUMNS: Final = {name: name for name in SETTINGS} | {
     **{"sc_prompt": "sc_prompt_id", "model": "generator_id"},
     "archive": "0",  # there is one
@@ -105,7 +106,10 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Which scores are asked for: by an axis of AXES, of these prompts (None: all), with these values of other axes."""
+    """Which scores are asked for: by an axis of AXES or by SETTING, of these prompts (None: all).
+
+    `fixed` has the values of other axes.
+    """
 
     axis: str
     prompt_ids: Sequence[Any] | None
@@ -350,15 +354,18 @@ class Browser:
             score_range: Of the histogram.
         """
         where, parameters = self._narrow(question)
+        columns = _columns_of(question.axis)
         low, high = score_range
         scale = BINS / (high - low) if high > low else 0.0
         bins = f"min({BINS - 1}, CAST(({_SCORE} - ?) * ? AS INTEGER))"
         sql = (
-            f"SELECT {COLUMNS[question.axis]}, {bins} AS bin, count(*), sum({_SCORE}), sum({_SCORE} * {_SCORE})"
-            f" FROM images WHERE {_SCORE} IS NOT NULL AND {where} GROUP BY 1, 2"
+            f"SELECT {', '.join(columns)}, {bins} AS bin, count(*), sum({_SCORE}), sum({_SCORE} * {_SCORE})"
+            f" FROM images WHERE {_SCORE} IS NOT NULL AND {where}"
+            f" GROUP BY {', '.join(str(i + 1) for i in range(len(columns) + 1))}"
         )
         found: dict[Any, Sums] = {}
-        for value, position, count, total, squares in self._rows(sql, [low, scale, *parameters]):
+        for *values, position, count, total, squares in self._rows(sql, [low, scale, *parameters]):
+            value = tuple(values) if question.axis == SETTING else values[0]
             counts = [0] * BINS
             counts[position] = count
             found[value] = found.get(value, NO_SCORES) + Sums(count, total, squares, tuple(counts))
@@ -381,22 +388,37 @@ class Browser:
     def difference_sums(self, question: Question, best: Any) -> dict[Any, Sums]:
         """Return what adds up of scores minus those of the value `best`, over images that differ in the axis alone."""
         where, parameters = self._narrow(question)
-        axis, column = question.axis, COLUMNS[question.axis]
-        same = [f"other.{name} = images.{name}" for name in _SAME_DRAW if name != column]
-        if axis != "model":  # as in the index of samples
+        columns, is_setting = _columns_of(question.axis), question.axis == SETTING
+        same = [f"other.{name} = images.{name}" for name in _SAME_DRAW if name not in columns]
+        if COLUMNS["model"] not in columns:  # as in the index of samples
             same.append("coalesce(other.generator_id, 0) = coalesce(images.generator_id, 0)")
+        same += [f"other.{column} IS ?" for column in columns]
+        own = ", ".join(f"images.{column}" for column in columns)
+        differs = " OR ".join(f"images.{column} IS NOT ?" for column in columns)
         difference = "(images.clip_score_input - other.clip_score_input)"
         sql = (
-            f"SELECT images.{column}, count({difference}), sum({difference}), sum({difference} * {difference})"
-            f" FROM images CROSS JOIN images AS other ON {' AND '.join(same)} AND other.{column} = ?"
-            f" WHERE images.{column} IS NOT ? AND {where} GROUP BY 1"
+            f"SELECT {own}, count({difference}), sum({difference}), sum({difference} * {difference})"
+            f" FROM images CROSS JOIN images AS other ON {' AND '.join(same)}"
+            f" WHERE ({differs}) AND {where} GROUP BY {own}"
         )
-        rows = self._rows(sql, [best, best, *parameters])
-        return {value: Sums(count, total, squares) for value, count, total, squares in rows if count}
+        bests = best if is_setting else (best,)
+        return {
+            (tuple(values) if is_setting else values[0]): Sums(count, total, squares)
+            for *values, count, total, squares in self._rows(sql, [*bests, *bests, *parameters])
+            if count
+        }
 
     def shown(self, axis: str, value: Any) -> Any:
         """Return a value of an axis as the page has it."""
+        if axis == SETTING:
+            *settings, generator_id = value
+            return (*map(plain, settings), self.model_position(generator_id), 0)
         return self.model_position(value) if axis == "model" else plain(value)
+
+
+def _columns_of(axis: str) -> list[str]:
+    """Return the columns of `images` whose values an axis has; a setting's archive is not one."""
+    return [COLUMNS[name] for name in (*SETTINGS, "model")] if axis == SETTING else [COLUMNS[axis]]
 
 
 def statistics(

@@ -23,14 +23,14 @@ Write a folder for any static web host: the page as index.html, the list of imag
 thumbnails. Several archives are shown side by side. Images that are there already are skipped, so a run that was
 stopped continues when it is repeated.
 
-With --live the folder has the archive in place of images, and the page decodes them in the visitor's browser, on its
+With --live the folder has the archives in place of images, and the page decodes them in the visitor's browser, on its
 GPU if it has one. Such a page has to be served; it does not open from disk.
 """
 EPILOG = """\
 example:
   python -m dm_generations export-site mine.db --out-dir site
   python -m dm_generations export-site --db mine.db --out-dir site --n-best 4 --quality 90
-  python -m dm_generations export-site mine.db --out-dir site --live
+  python -m dm_generations export-site before.db after.db --out-dir site --live
 """
 
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--quality", type=quality, metavar="N", help="1 to 100, of the images (default: lossless)")
     add("--overwrite", action="store_true", help="write images that are there already, too, as after another --quality")
-    add("--live", action="store_true", help="the archive in place of images, decoded in the browser (default: off)")
+    add("--live", action="store_true", help="the archives in place of images, decoded in the browser (default: off)")
     add(
         "--packages",
         metavar="FOLDER",
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     paths, selection = archive_paths(args), selection_from(args)
-    _check_flags(args, len(paths))
+    _check_flags(args)
     for path in paths:
         Archive.open(path).close()  # before anything is written
     prepare_device(args.cpu_only)
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.live:
         from dm_generations.export.live_site import export_live_site
 
-        page, image_count = export_live_site(paths[0], args.out_dir, selection, args.codec, args.packages)
+        page, image_count = export_live_site(paths, args.out_dir, selection, args.codec, args.packages)
         print_line(
             f"{counted(image_count, 'image')} as tokens in {args.out_dir}. Serve this folder, and open {page.name}."
         )
@@ -96,9 +96,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if has_problems else 0
 
 
-def _check_flags(args: argparse.Namespace, archive_count: int) -> None:
-    if args.live and archive_count > 1:
-        raise UserError("--live shows one archive; join them with `merge` first")
+def _check_flags(args: argparse.Namespace) -> None:
     if args.live and args.quality is not None:
         raise UserError("--quality has no effect here: with --live the browser decodes, without loss")
     if args.packages is not None and not args.live:

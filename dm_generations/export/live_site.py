@@ -1,10 +1,10 @@
-"""A site that decodes in the visitor's browser: the archive, the codec as ONNX, and the scripts that run them.
+"""A site that decodes in the visitor's browser: the archives, the codec as ONNX, and the scripts that run them.
 
     index.html     the page
     site.json      which files there are, and the codec that they were made for
-    archive.db     the selected images, in the newest format
+    archive-1.db   the selected images of the first archive, in the newest format; further ones have further numbers
     codec-*.onnx   tokens (1, L) int32 to pixels (1, H, W, 3) float32 from 0 to 1
-    worker.js      reads the archive and decodes, beside the page
+    worker.js      reads the archives and decodes, beside the page
     scripts/       onnxruntime-web and sql.js
 
 All but `index.html`, which is written last, may be there from a run that was stopped.
@@ -13,7 +13,7 @@ All but `index.html`, which is written last, may be there from a run that was st
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,22 @@ from dm_generations.export.plan import check_codec, is_finished, select_groups
 from dm_generations.export.site import INDEX
 from dm_generations.export.writers import check_folders, make_folder
 from dm_generations.models.loading import Checkpoint, is_other_embedded, load_checkpoint
-from dm_generations.paths import PAGE, shipped
+from dm_generations.paths import PAGE, label_paths, shipped
 
-ARCHIVE, SITE, WORKER, SCRIPTS = "archive.db", "site.json", "worker.js", "scripts"
+SITE, WORKER, SCRIPTS = "site.json", "worker.js", "scripts"
 SITE_VERSION = 1
 META = '<meta name="site" content="">'  # of the page
-_NEW_ARCHIVE, _LOCK = ".new-archive.db", ".lock"
+_LOCK = ".lock"
+_NEW = ".new-"  # begins the name of an archive that is not in its place yet
 
 
 def export_live_site(
-    path: Path, out_dir: Path, selection: Selection, codec: str | None, packages: Path | None
+    paths: Sequence[Path], out_dir: Path, selection: Selection, codec: str | None, packages: Path | None
 ) -> tuple[Path, int]:
-    """Write the site of an archive.
+    """Write the site of an archive, or of several side by side.
 
     Args:
-        path: The archive.
+        paths: The archives.
         out_dir: The folder.
         selection: Which images.
         codec: See ExportOptions.
@@ -53,7 +54,7 @@ def export_live_site(
         The page, and how many images there are.
 
     Raises:
-        UserError: The archive has a bad row, the codec is not one for it, a package is missing, or a file cannot be
+        UserError: An archive has a bad row, the codec is not one for it, a package is missing, or a file cannot be
             written.
     """
     find_converter()  # before anything takes time
@@ -61,23 +62,30 @@ def export_live_site(
     scripts = read_scripts(packages)
     check_folders(out_dir, [SCRIPTS])
     make_folder(out_dir)
+    files = [f"archive-{number}.db" for number in range(1, len(paths) + 1)]
     try:
         with open_locked(out_dir / _LOCK), contextlib.ExitStack() as at_end:
             remove_stale_temporaries(out_dir)
-            new_archive = out_dir / _NEW_ARCHIVE
-            new_archive.unlink(missing_ok=True)
-            at_end.callback(new_archive.unlink, missing_ok=True)
-            merge([path], new_archive, selection)
-            with Archive.open(new_archive) as archive:
-                grid, _ = check_codec(archive, select_groups(archive, ALL), checkpoint)
-                image_count, site = archive.count(), _describe(archive, path.name, checkpoint, grid)
-            if not is_finished(out_dir, site["codec"]["file"]):
-                write_atomic(out_dir / site["codec"]["file"], export_codec(checkpoint, grid))
+            archives, grids, image_count = [], {}, 0
+            for path, name, file in zip(paths, label_paths(paths), files, strict=True):
+                new_archive = out_dir / (_NEW + file)
+                new_archive.unlink(missing_ok=True)
+                at_end.callback(new_archive.unlink, missing_ok=True)
+                merge([path], new_archive, selection)
+                with Archive.open(new_archive) as archive:
+                    grids[path], _ = check_codec(archive, select_groups(archive, ALL), checkpoint)
+                    archives.append({"file": file, "name": name, **_describe_models(archive, checkpoint)})
+                    image_count += archive.count()
+            decoder = _describe_codec(checkpoint, _one_grid(grids))
+            if not is_finished(out_dir, decoder["file"]):
+                write_atomic(out_dir / decoder["file"], export_codec(checkpoint, grids[paths[0]]))
             (out_dir / SCRIPTS).mkdir(exist_ok=True)
             for name, content in scripts.items():
                 write_atomic(out_dir / SCRIPTS / name, content)
             write_atomic(out_dir / WORKER, shipped(f"browser/{WORKER}").read_bytes())
-            os.replace(new_archive, out_dir / ARCHIVE)
+            for file in files:
+                os.replace(out_dir / (_NEW + file), out_dir / file)
+            site = {"version": SITE_VERSION, "archives": archives, "codec": decoder}
             write_atomic(out_dir / SITE, json.dumps(site).encode())
             page = shipped(PAGE).read_text(encoding="utf-8").replace(META, META.replace('""', f'"{SITE}"'), 1)
             write_atomic(out_dir / INDEX, page.encode())
@@ -88,21 +96,34 @@ def export_live_site(
     return out_dir / INDEX, image_count
 
 
-def _describe(archive: Archive, name: str, checkpoint: Checkpoint, grid: int) -> dict[str, Any]:
+def _one_grid(grids: Mapping[Path, int]) -> int:
+    (first, grid), *others = grids.items()
+    for path, other in others:
+        if other != grid:
+            raise UserError(
+                f"{first} has grids of {grid} x {grid} tokens, {path} of {other} x {other}; export them apart"
+            )
+    return grid
+
+
+def _describe_models(archive: Archive, checkpoint: Checkpoint) -> dict[str, Any]:
     models = archive.models()
     labels = {
         row_id: None if is_other_embedded(model.name, model.sha256, "generator") else model_label(model.name)
         for row_id, model in models.items()
         if model.kind == "generator"
     }
-    codec = {
+    codec_ids = [row_id for row_id, model in models.items() if model.sha256 == checkpoint.sha256]
+    return {"models": labels, "codec_ids": codec_ids}
+
+
+def _describe_codec(checkpoint: Checkpoint, grid: int) -> dict[str, Any]:
+    return {
         "file": f"codec-{checkpoint.sha256[:16]}-{grid}.onnx",
-        "ids": [row_id for row_id, model in models.items() if model.sha256 == checkpoint.sha256],
         "token_count": grid**2,
         "codebook_size": checkpoint.config.codebook_size,
         "image_size": checkpoint.config.image_size // checkpoint.config.grid * grid,
     }
-    return {"version": SITE_VERSION, "archive": ARCHIVE, "name": name, "models": labels, "codec": codec}
 
 
 def find_converter() -> Callable[..., Any]:

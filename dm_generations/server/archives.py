@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Final
 
-from dm_generations.archive.browse import AXES, MAX_SEEDS, Browser, Query, Question, statistics
+from dm_generations.archive.browse import AXES, MAX_SEEDS, SETTING, Browser, Query, Question, statistics
 from dm_generations.errors import UserError
 from dm_generations.paths import label_paths, sanitize_name
 from dm_generations.server.data import (
@@ -190,8 +190,8 @@ class ServedArchives(ArchiveThread):
 
     def statistics(self, axis: str, prompt_id: int | None, fixed: Mapping[str, Any]) -> dict[str, Any]:
         """Return the scores by the values of an axis."""
-        if axis not in AXES:
-            raise BadRequestError(f"axis is {axis!r:.40}, not one of {', '.join(AXES)}")
+        if axis not in (*AXES, SETTING):
+            raise BadRequestError(f"axis is {axis!r:.40}, not one of {', '.join((*AXES, SETTING))}")
         browsers = self._browsers()
         score_range = _join_ranges([browser.score_range for browser in browsers])
         fixed = {name: value for name, value in fixed.items() if name != axis}
@@ -220,6 +220,10 @@ class ServedArchives(ArchiveThread):
         ids = {"sc_prompt": self._sc_prompts, "model": self._models}.get(axis)
         if axis == "archive":
             return lambda i, _: i
+        if axis == SETTING:
+            return lambda i, value: tuple(
+                self._merge_values(i, dict(zip(AXES, browsers[i].shown(axis, value), strict=True))).values()
+            )
         if ids is None:
             return lambda i, value: browsers[i].shown(axis, value)
         return lambda i, value: ids.get(i, browsers[i].shown(axis, value))

@@ -15,6 +15,7 @@ import numpy as np
 from dm_generations.archive import Archive, ArchiveError
 from dm_generations.archive.browse import (
     AXES,
+    SETTING,
     Browser,
     GroupId,
     Listed,
@@ -226,8 +227,8 @@ class ServedArchive(ArchiveThread):
 
     def statistics(self, axis: str, prompt_id: int | None, fixed: Mapping[str, Any]) -> dict[str, Any]:
         """Return the scores by the values of an axis."""
-        if axis not in AXES:
-            raise BadRequestError(f"axis is {axis!r:.40}, not one of {', '.join(AXES)}")
+        if axis not in (*AXES, SETTING):
+            raise BadRequestError(f"axis is {axis!r:.40}, not one of {', '.join((*AXES, SETTING))}")
         browser = self.browser()
         fixed = {name: value for name, value in fixed.items() if name not in (axis, "archive")}
         question = (axis, prompt_id, tuple(sorted(fixed.items())))

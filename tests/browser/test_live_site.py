@@ -32,14 +32,16 @@ async () => Promise.all([...document.querySelectorAll("#images img")].map(async 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, models):
+    """A site of two archives: the second has one prompt of the first, with the same tokens in the opposite order."""
     pytest.importorskip("jax2onnx")
     from dm_generations.export.live_site import export_live_site
 
     folder = tmp_path_factory.mktemp("site")
     tokens = random_tokens(COUNT, GRID**2, CODEBOOK_SIZE)
     archive = write_archive_2022(folder / "a.db", tokens, ("a boat", HOSTILE["markup"], HOSTILE["separators"]))
+    other = write_archive_2022(folder / "b.db", tokens[::-1], (HOSTILE["markup"],))
     try:
-        export_live_site(archive, folder / "site", ALL, str(models.vqgan), None)
+        export_live_site([archive, other], folder / "site", ALL, str(models.vqgan), None)
     except UserError as error:
         if "npm" not in str(error):
             raise
@@ -78,7 +80,7 @@ def test_pixels_are_those_of_decode(opened, models):
 
 
 def test_views_and_prompts(opened):
-    assert texts(opened, "#prompts .count") == [str(COUNT)] * 3
+    assert texts(opened, "#prompts .count") == [str(COUNT), str(2 * COUNT), str(COUNT)]
     opened.keyboard.press("g")
     opened.locator("#rows").select_option("prompt")
     opened.locator("#cols").select_option("seed")
@@ -92,6 +94,30 @@ def test_views_and_prompts(opened):
     assert opened.evaluate("window.pwned") is None and opened.evaluate("violations") == []
 
 
+def test_archives_are_an_axis(opened):
+    opened.evaluate("location.hash = '#view=grid&prompt=2&rows=archive&cols=seed'")
+    opened.locator(".cell .tile img").first.wait_for()
+    wait_for_images(opened, ".cell img")
+    assert texts(opened, ".row-label") == ["a.db", "b.db"]
+    # The same tokens stand in the opposite order in the other archive.
+    rows = opened.locator("#grid").evaluate(
+        """(grid) => {
+          const read = (image) => {
+            const canvas = document.createElement("canvas");
+            Object.assign(canvas, {width: image.naturalWidth, height: image.naturalHeight});
+            canvas.getContext("2d").drawImage(image, 0, 0);
+            return canvas.toDataURL();
+          };
+          const rows = [[], []];
+          for (const {place: [row, column], firstChild} of grid.querySelectorAll(".cell")) {
+            rows[row][column] = read(firstChild.querySelector("img"));
+          }
+          return rows;
+        }"""
+    )
+    assert len(rows[0]) == COUNT and rows[0] == rows[1][::-1] != rows[1]
+
+
 def test_from_disk_it_says_that_it_needs_a_server(page, site):
     page.goto((site / "index.html").as_uri())
     page.locator("#message:not([hidden]) pre", has_text="http.server").wait_for()
@@ -100,7 +126,7 @@ def test_from_disk_it_says_that_it_needs_a_server(page, site):
 def test_a_file_that_is_missing_is_told(page, site, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        page.route("**/archive.db", lambda route: route.fulfill(status=404))
+        page.route("**/archive-2.db", lambda route: route.fulfill(status=404))
         page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
-        page.locator("#message-text", has_text="archive.db").wait_for()
+        page.locator("#message-text", has_text="archive-2.db").wait_for()
         server.shutdown()

@@ -270,7 +270,19 @@ def test_scores_say_which_value_wins_and_by_how_much(page, sweep):
     assert "best" in rows[0].inner_text() and "9.00" in rows[1].inner_text()
     assert page.locator(".statistics svg rect").count() == 48
     page.locator("#scores-axis").select_option("setting")
+    page.locator("#scores-scope").select_option("all")
+    page.get_by_role("button", name="top k 50, top p off, cond scale 10").wait_for()
+    open_folder(page, sweep, "#" + page.url.partition("#")[2])
+    page.locator(".statistics").wait_for()
+    assert page.locator(".statistics tbody tr").count() == 12  # of both prompts; one has two settings fewer
+    images = sum(int(text) for text in texts(page, ".statistics tbody td:nth-child(4)"))
+    assert images == sum(int(text) for text in texts(page, "#prompts .count"))
+    assert page.locator(".statistics svg rect").count() == 12 * 24
+    # Both have the best score at top k 50 and off; against 256 each pair differs by 1.
+    row = page.locator(".statistics tbody tr", has_text="top k 256, top p off, cond scale 10").inner_text()
+    assert "\u22121.00" in row
     page.get_by_role("button", name="top k 50, top p off, cond scale 10").click()
+    page.locator("#view-strip:not([hidden])").wait_for()
     assert {"k": "50", "p": "1", "c": "10"}.items() <= state(page).items()
 
 

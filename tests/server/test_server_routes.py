@@ -179,6 +179,18 @@ def test_statistics(reader):
     assert [row[1] for row in reader.get("/api/statistics?axis=archive").json()["values"]] == [12]
 
 
+def test_statistics_of_each_setting(reader):
+    found = reader.get("/api/statistics?axis=setting").json()["values"]
+    rows = {(row[0][VALUES.index("top_k")], row[0][VALUES.index("model")]): row[1:] for row in found}
+    assert all(len(row[0]) == len(VALUES) for row in found)
+    assert {key: row[0] for key, row in rows.items()} == {(5, 0): 6, (9, 0): 4, (5, 1): 2}
+    assert [sum(row[3]) for row in rows.values()] == [row[0] for row in rows.values()]
+    # Of the best one, (5, 1), one other has images with the same prompt and keys.
+    assert {key: row[4] for key, row in rows.items()} == {(5, 0): [2, 0.0, 0.0], (9, 0): None, (5, 1): None}
+    of_one = reader.get("/api/statistics?axis=setting&prompt=1").json()["values"]
+    assert sorted((row[0][VALUES.index("top_k")], row[1]) for row in of_one) == [(5, 4), (9, 4)]
+
+
 @pytest.mark.parametrize(
     "address",
     [

@@ -99,6 +99,24 @@ def _conv(features: int, size: int, dtype: jnp.dtype, name: str) -> nn.Conv:
     return nn.Conv(features, (size, size), padding=size // 2, dtype=dtype, name=name)
 
 
+class UpConv(nn.Module):
+    """A transposed convolution that doubles the resolution; `nn.ConvTranspose` cannot be converted to ONNX."""
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, h, w, C) to (B, 2 h, 2 w, features)."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (4, 4, self.features, x.shape[-1]))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        # Padding is of the spread-out input; torch's padding 1 crops the output.
+        layout = ("NHWC", "HWIO", "NHWC")
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        x = jax.lax.conv_transpose(x, kernel, (2, 2), ((2, 2), (2, 2)), dimension_numbers=layout, transpose_kernel=True)
+        return x + bias.astype(self.dtype)
+
+
 class ResBlock(nn.Module):
     """Three convolutions with a shortcut around them."""
 
@@ -146,15 +164,7 @@ class Decoder(nn.Module):
         for _ in range(config.num_resnet_blocks):
             x, number = ResBlock(self.dtype, name=str(number))(x), number + 1
         for _ in range(config.num_layers):
-            up = nn.ConvTranspose(
-                config.hidden_dim,
-                (4, 4),
-                (2, 2),
-                padding=((2, 2), (2, 2)),  # of the spread-out input; torch's padding 1 crops the output
-                transpose_kernel=True,
-                dtype=self.dtype,
-                name=f"{number}_0",
-            )
+            up = UpConv(config.hidden_dim, self.dtype, name=f"{number}_0")
             x, number = nn.relu(up(x)), number + 1
         return _conv(3, 1, self.dtype, str(number))(x)
 
