@@ -72,6 +72,8 @@ export const large = {
     if (image.same > 1) facts.push(["equal images", String(image.same)]);
     if (image.initCount) facts.push(["initial tokens", String(image.initCount)]);
     if (image.logProb !== null) facts.push(["log-probability", image.logProb.toFixed(2)]);
+    if (image.sampler !== null) facts.push(["sampler version", String(image.sampler)]);
+    if (image.dtype !== null) facts.push(["dtype", visible(String(image.dtype))]);
     if (image.time !== null) facts.push(["sampled", new Date(image.time * 1000).toISOString().slice(0, 19).replace("T", " ") + " UTC"]);
     if (image.md5) facts.push(["MD5 of the tokens", image.md5]);
     if (image.file !== null) facts.push(["file", visible(image.file)]);
