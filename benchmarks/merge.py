@@ -86,6 +86,49 @@ def read_bytes() -> int:
     return 0
 
 
+def time_verify(parts: list[Path]) -> None:
+    """Check each archive, several at a time."""
+    processes = os.cpu_count() or 1
+    started, before = time.perf_counter(), os.times()
+    with concurrent.futures.ThreadPoolExecutor(processes) as threads:
+        list(threads.map(lambda part: run("verify", part), parts))
+    wall, after = time.perf_counter() - started, os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    print_row(f"`verify` of each, {processes} at a time", wall, cpu)
+
+
+def time_merges(parts: list[Path], whole: Path) -> None:
+    """Merge one archive after the other, the last one once more after a command that was killed."""
+    found = [run("merge", "--into", whole, part) for part in parts[:-1]]
+    for number in (0, len(found) - 1):
+        wall, cpu, memory = found[number]
+        print_row(f"`merge` archive {number + 1} of {len(parts)}", wall, cpu, f"{memory} MB of memory at most")
+    was_killed = kill_while_it_merges(parts[-1], whole)
+    wall, cpu, memory = run("merge", "--into", whole, parts[-1])
+    what = "after the same command was killed in it" if was_killed else "once more"
+    print_row(f"`merge` archive {len(parts)}, {what}", wall, cpu, f"{memory} MB of memory at most")
+    found.append((wall, cpu, memory))
+    print_row(
+        f"`merge` all {len(parts)}, a command each", sum(each[0] for each in found), sum(each[1] for each in found)
+    )
+    wall, cpu, memory = run("merge", "--into", whole, parts[0])
+    print_row("`merge` archive 1 once more", wall, cpu, "all of its images are there")
+
+
+def time_whole(whole: Path, row_count: int) -> None:
+    """Check the whole, and read parts of it."""
+    wall, cpu, _ = run("verify", whole)
+    print_row("`verify` of the whole", wall, cpu, f"{whole.stat().st_size / 1e6:,.0f} MB")
+    with read_part(whole, "open it, list 20 images"), Archive.open(whole) as archive:
+        count = len(list(list_rows(archive, Selection(), 20)))
+    with read_part(whole, "open it, read the images of a prompt"), Archive.open(whole) as archive:
+        groups = archive.groups(prompt="prompt number 1")
+        count += sum(1 for group in groups for _ in archive.rows(group.key))
+    with Archive.open(whole) as archive:
+        assert count > 20
+        assert archive.count() == row_count
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=int, default=20, help="archives to merge (default: 20)")
@@ -95,35 +138,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, whole = Path(name), Path(name) / "whole.db"
         parts = write_parts(folder, args.parts, args.rows, args.tokens)
-        print("| what | time | CPU time | |\n|---|---|---|---|")
-        processes = os.cpu_count() or 1
-        started, cpu = time.perf_counter(), os.times().children_user + os.times().children_system
-        with concurrent.futures.ThreadPoolExecutor(processes) as threads:
-            list(threads.map(lambda part: run("verify", part), parts))
-        cpu = os.times().children_user + os.times().children_system - cpu
-        print_row(f"`verify` of each, {processes} at a time", time.perf_counter() - started, cpu)
-        found = [run("merge", "--into", whole, part) for part in parts[:-1]]
-        for number in (0, len(found) - 1):
-            wall, cpu, memory = found[number]
-            print_row(f"`merge` archive {number + 1} of {args.parts}", wall, cpu, f"{memory} MB of memory at most")
-        was_killed = kill_while_it_merges(parts[-1], whole)
-        found.append(run("merge", "--into", whole, parts[-1]))
-        wall, cpu, memory = found[-1]
-        what = "the same command after one that was killed" if was_killed else "the same command once more"
-        print_row(f"`merge` archive {args.parts}, {what}", wall, cpu, f"{memory} MB of memory at most")
-        print_row("`merge` all, together", sum(wall for wall, *_ in found), sum(cpu for _, cpu, _ in found))
-        wall, cpu, memory = run("merge", "--into", whole, *parts)
-        print_row("`merge` all once more", wall, cpu, "all are there")
-        wall, cpu, memory = run("verify", whole)
-        print_row("`verify` of the whole", wall, cpu, f"{whole.stat().st_size / 1e6:,.0f} MB")
-        with read_part(whole, "open it, list 20 images"), Archive.open(whole) as archive:
-            count = len(list(list_rows(archive, Selection(), 20)))
-        with read_part(whole, "open it, read the images of a prompt"), Archive.open(whole) as archive:
-            groups = archive.groups(prompt="prompt number 1")
-            count += sum(1 for group in groups for _ in archive.rows(group.key))
-        with Archive.open(whole) as archive:
-            assert count > 20
-            assert archive.count() == args.parts * args.rows
+        print("| what | time | CPU time | |\n|---|---|---|---|", flush=True)
+        time_verify(parts)
+        time_merges(parts, whole)
+        time_whole(whole, args.parts * args.rows)
 
 
 if __name__ == "__main__":

@@ -239,6 +239,12 @@ def open_source(source: Path, columns: Columns) -> Iterator[Item]:
     Raises:
         UserError: It cannot be read as a whole.
     """
+    items = _open(source, columns)
+    first = next(items, None)  # tells whether it can be read, before anything is made for it
+    return items if first is None else itertools.chain([first], items)
+
+
+def _open(source: Path, columns: Columns) -> Iterator[Item]:
     suffix = source.suffix.lower()
     if source.is_dir():
         return map(_beside_text, list_images(source))

@@ -162,6 +162,7 @@ def test_columns_that_are_missing_are_named(columns, codec, tmp_path):
     source.write_text("a,b\nc,d")
     with pytest.raises(UserError, match=columns.image or "path"):
         encode_images(source, tmp_path / "a.db", codec, 2, columns)
+    assert not (tmp_path / "a.db").exists()
 
 
 def test_an_archive_of_another_codec_is_refused(codec, tmp_path):
@@ -180,3 +181,4 @@ def test_a_source_that_is_none_is_one_line(name, codec, tmp_path, models, capsys
     assert main(words) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert name in line
+    assert not (tmp_path / "a.db").exists()
