@@ -1,21 +1,20 @@
-"""Time exports and imports of an archive, and merging many archives into one; their size and the memory they take.
+"""Time exports and imports of an archive; their size and the memory they take.
 
-    python benchmarks/tables.py --rows 1000000 --parts 20
+    python benchmarks/tables.py --rows 1000000
 
 Writes temporary archives of random data (about 3 GB for 1,000,000 rows of 256 tokens) and removes them. CPU time tells
 what a quiet core would take.
 """
 
 import argparse
-import itertools
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from archive import Timer, new_images, timed_write
-from dm_generations.archive import Archive, merge, verify
+from archive import Timer, timed_write
+from dm_generations.archive import Archive
 from dm_generations.archive.selection import ALL
 from dm_generations.export.parquet import ParquetOptions, write_parquet
 from dm_generations.export.table_files import FORMS, write_table
@@ -44,44 +43,15 @@ def timed_tables(path: Path, folder: Path, rows: int) -> None:
             (folder / "out").unlink()
 
 
-def timed_merges(path: Path, folder: Path, rows: int, token_count: int, parts: int) -> None:
-    """Time merging archives with a share of the images each, one command after the other, and checking the whole."""
-    archives = [folder / f"part-{number}.db" for number in range(parts)]
-    step = -(-rows // parts)
-    with Archive.open(path) as source:
-        models = list(source.models().values())
-    images = new_images(rows, token_count)
-    for part in archives:
-        with Archive.create(part) as target, target.transaction():
-            generator_id, codec_id = map(target.model_id, models)
-            target.add_images(itertools.islice(images, step), generator_id, codec_id, None, sampler_version=1)
-    for number, part in enumerate(archives):
-        with (timer := Timer()):
-            merge([part], folder / "whole.db")
-        timer.report(f"merge archive {number + 1} of {parts}", step)
-    with (timer := Timer()):
-        merge(archives, folder / "at-once.db")
-    timer.report(f"merge all {parts} at once", rows)
-    with (timer := Timer()), Archive.open(folder / "whole.db") as archive:
-        assert archive.count() == rows
-        problem_count = sum(1 for _ in verify(archive))
-    timer.report(f"verify the whole ({problem_count} problems)", rows)
-    with (timer := Timer()), Archive.open(folder / "whole.db") as archive:
-        next(archive.rows(archive.groups()[0].key))
-    timer.report("open it, list groups, read a row")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000, help="images (default: 100,000)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of an image, a square (default: 256)")
-    parser.add_argument("--parts", type=int, default=5, help="archives to merge (default: 5)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, path = Path(name), Path(name) / "big.db"
         timed_write(path, args.rows, args.tokens, 10_000)
         timed_tables(path, folder, args.rows)
-        timed_merges(path, folder, args.rows, args.tokens, args.parts)
 
 
 if __name__ == "__main__":

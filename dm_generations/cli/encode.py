@@ -2,7 +2,15 @@
 
 import argparse
 
-from dm_generations.cli.common import at_least_one, counted, file_path, prepare_device, print_line
+from dm_generations.cli.common import (
+    add_ray_options,
+    at_least_one,
+    counted,
+    file_path,
+    prepare_device,
+    print_line,
+    ray_pool,
+)
 from dm_generations.pipelines.sweep import DEFAULT_BATCH_SIZE
 
 HELP = "put your own images with captions into an archive, as tokens"
@@ -40,18 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"images at a time (default: {DEFAULT_BATCH_SIZE})",
     )
     add("--cpu-only", action="store_true", help="do not use accelerators")
+    add_ray_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
-    prepare_device(args.cpu_only)
+    prepare_device(args.cpu_only or args.ray is not None)
     from dm_generations.models.loading import load_checkpoint
     from dm_generations.pipelines.encode import Columns, encode_images, open_source
 
     columns = Columns(*(args.columns or ()))
     open_source(args.source, columns)  # before the codec is loaded, which takes a moment
     codec = load_checkpoint(args.codec, "codec")
-    report = encode_images(args.source, args.db, codec, args.batch_size, columns)
+    with ray_pool(args) as pool:
+        report = encode_images(args.source, args.db, codec, args.batch_size, columns, pool)
     existing = f"{report.existing_count:,} skipped, already present"
     print_line(f"Added {counted(report.added_count, 'image')} to {args.db} ({existing})")
     for problem in report.problems[:_MAX_PRINTED]:

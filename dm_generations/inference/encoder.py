@@ -12,6 +12,12 @@ from dm_generations.models.loading import Checkpoint
 from dm_generations.runtime.device import matmul_precision, put_params
 
 
+def check_encoder(codec: Checkpoint) -> None:
+    """Raise UserError if a codec has no encoder: min-dalle's `detoker.pt`, for one, has only a decoder."""
+    if not codec.params.keys() >= set(codec.network_class.ENCODER_PARTS):
+        raise UserError(f"codec {codec.name!r} has no encoder to make tokens of an image; give one with it as --codec")
+
+
 class Encoder:
     """The encoder of an image codec, in float32. Each number of images is compiled once."""
 
@@ -19,12 +25,9 @@ class Encoder:
         """Put the codec on the device.
 
         Raises:
-            UserError: It has no encoder: min-dalle's `detoker.pt`, for one, has only a decoder.
+            UserError: It has no encoder.
         """
-        if not codec.params.keys() >= set(codec.network_class.ENCODER_PARTS):
-            raise UserError(
-                f"codec {codec.name!r} has no encoder to make tokens of an image; give one with it as --codec"
-            )
+        check_encoder(codec)
         network = codec.network_class(codec.config, jnp.float32)
         self._params = put_params(codec.params)
 

@@ -10,14 +10,15 @@ import contextlib
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
@@ -25,19 +26,24 @@ from dm_generations.archive import Archive, GroupKey, NewImage, Selection
 from dm_generations.archive.records import TOKEN_DTYPE
 from dm_generations.archive.selection import compile_selection
 from dm_generations.errors import UserError, one_line, short_repr
-from dm_generations.inference.encoder import Encoder
+from dm_generations.inference.encoder import Encoder, check_encoder
 from dm_generations.models.loading import Checkpoint
 from dm_generations.models.tokenization import replace_surrogates
 from dm_generations.pipelines.embed import IMAGE_SUFFIXES, list_images
+from dm_generations.pipelines.generate import SMALLER_BATCH
 from dm_generations.pipelines.init_tokens import read_image
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors
 from dm_generations.sampling.params import SamplingParams
 from dm_generations.weights import tar
 
+if TYPE_CHECKING:
+    from dm_generations.runtime.ray_pool import RayPool
+
 PATH_NAMES: Final = ("path", "file_name", "file", "image")  # of a column or key, the first that is there
 CAPTION_NAMES: Final = ("caption", "text", "prompt")
 MAX_FILE_BYTES: Final = 256 << 20
+_BATCH_BYTES: Final = 64 << 20  # of files that are encoded at a time, not many more
 _LIST_SUFFIXES: Final = (".jsonl", ".csv")
 _MAX_CAPTION: Final = 100_000  # characters
 _MAX_LINE: Final = 1 << 20  # characters of a list, or bytes of a text in a tar
@@ -53,6 +59,21 @@ class Item(NamedTuple):
     name: Path  # for messages
     caption: str | None
     read: Callable[[], bytes]
+
+
+class _File(NamedTuple):
+    """An image file that is to be encoded."""
+
+    name: Path  # for messages
+    content: bytes
+    caption: str
+    key: tuple[int, int]
+
+
+# Names and contents of image files.
+_Work = list[tuple[Path, bytes]]
+# Of each its tokens as an archive has them, or what is wrong with it; when that began and ended, in seconds since 1970.
+_Encoded = tuple[list[Any], float, float]
 
 
 class Columns(NamedTuple):
@@ -77,13 +98,13 @@ class EncodeReport:
     problems: list[str] = field(default_factory=list)
 
 
-@memory_errors("use a smaller --batch-size")
 def encode_images(
     source: Path,
     db: Path,
     codec: Checkpoint,
     batch_size: int,
     columns: Columns,
+    pool: "RayPool | None" = None,
 ) -> EncodeReport:
     """Encode images and add them to an archive, each batch in a transaction.
 
@@ -94,34 +115,60 @@ def encode_images(
         codec: It has an encoder.
         batch_size: Images at a time.
         columns: Of a `.jsonl`, `.csv` or `.parquet`.
+        pool: What decodes image files and encodes; None is this process. Files are read, and the archive is written,
+            here in any case.
 
     Raises:
         UserError: The source cannot be read as a whole, or the archive has images of another codec.
     """
     items = open_source(source, columns)
-    encoder, report = Encoder(codec), EncodeReport()
-    compile_cache.enable()
+    check_encoder(codec)
+    report = EncodeReport()
     with Archive.open_or_create(db) as archive:
-        store = _Store(archive, codec, encoder, batch_size)
-        for done, item in enumerate(items, start=1):
-            try:
-                report.existing_count += store.add(item)
-            except UserError as error:
-                report.problems.append(str(error))
-            if store.is_full:
-                report.added_count += store.flush()
-            if done % _LOG_EVERY == 0:
-                logger.info("%s images so far", f"{done:,}")
-        report.added_count += store.flush()
-        report.existing_count += store.repeated_count
+        store = _Store(archive, codec, report)
+        batches, sent = itertools.tee(store.batches(items, batch_size))
+        work = ([(file.name, file.content) for file in batch] for batch in sent)
+        make = functools.partial(_make_encoder, codec, batch_size)
+        results = map(make(), work) if pool is None else pool.map(make, work)
+        for encoded, batch in zip(results, batches, strict=False):
+            store.add(batch, encoded)
     return report
 
 
-class _Store:
-    """Images on their way into an archive: read, encoded in batches of one size, and stored."""
+def _make_encoder(codec: Checkpoint, batch_size: int) -> Callable[[_Work], _Encoded]:
+    """Return what encodes up to `batch_size` image files, with the codec on the devices of this process."""
+    compile_cache.enable()
+    size = codec.config.image_size
+    with memory_errors(SMALLER_BATCH):
+        encoder = Encoder(codec)
 
-    def __init__(self, archive: Archive, codec: Checkpoint, encoder: Encoder, batch_size: int):
-        self._archive, self._codec, self._encoder, self._batch_size = archive, codec, encoder, batch_size
+    @memory_errors(SMALLER_BATCH)
+    def encode(work: _Work) -> _Encoded:
+        time_start = time.time()
+        read = [_read_pixels(name, size, content) for name, content in work]
+        images = [pixels for pixels in read if not isinstance(pixels, str)]
+        if not images:
+            return read, time_start, time_start
+        tokens = iter(encoder.encode(np.stack([*images, *images[-1:] * (batch_size - len(images))])))
+        found = [image if isinstance(image, str) else next(tokens).astype(TOKEN_DTYPE).tobytes() for image in read]
+        return found, time_start, time.time()
+
+    return encode
+
+
+def _read_pixels(name: Path, size: int, content: bytes) -> np.ndarray | str:
+    """Return the pixels (size, size, 3) uint8 of an image file, or what is wrong with it."""
+    try:
+        return read_image(name, size, content=content)
+    except UserError as error:
+        return str(error)
+
+
+class _Store:
+    """Image files that an archive does not have yet, and what becomes of them."""
+
+    def __init__(self, archive: Archive, codec: Checkpoint, report: EncodeReport):
+        self._archive, self._codec, self._report = archive, codec, report
         info = codec.model_info()
         for model in archive.models().values():
             if model.kind != "codec" or model.matches(info):
@@ -131,59 +178,65 @@ class _Store:
                     f"{archive.path} holds images of codec {model.name!r:.100}, not of {codec.name!r}: use another --db"
                 )
         self._prompt_ids = {text: row_id for row_id, text in archive.prompts().items()}
-        self._pending: list[tuple[np.ndarray, str, tuple[int, int]]] = []
-        self.repeated_count = 0
 
-    @property
-    def is_full(self) -> bool:
-        return len(self._pending) == self._batch_size
+    def batches(self, items: Iterable[Item], size: int) -> Iterator[list[_File]]:
+        """Yield files that are to be encoded, up to `size` at a time; the report gets the other images."""
+        batch: list[_File] = []
+        for done, item in enumerate(items, start=1):
+            if (file := self._read(item)) is not None:
+                batch.append(file)
+            if len(batch) == size or sum(len(file.content) for file in batch) >= _BATCH_BYTES:
+                yield batch
+                batch = []
+            if done % _LOG_EVERY == 0:
+                logger.info("%s images so far", f"{done:,}")
+        if batch:
+            yield batch
 
-    def add(self, item: Item) -> bool:
-        """Read an image; returns whether the archive has it already. Raises UserError for one that cannot be used."""
-        caption = (item.caption or "").strip()
-        if not caption or "\x00" in caption or len(caption) > _MAX_CAPTION:
-            raise UserError(f"{str(item.name)!r} has no caption, or one of more than {_MAX_CAPTION:,} characters")
-        if replace_surrogates(caption) != caption:
-            raise UserError(f"{str(item.name)!r} has a caption that is not valid Unicode; give it another")
-        content = item.read()
+    def _read(self, item: Item) -> _File | None:
+        """Read an image's file; None if the archive has it, or it cannot be used."""
+        try:
+            caption = (item.caption or "").strip()
+            if not caption or "\x00" in caption or len(caption) > _MAX_CAPTION:
+                raise UserError(f"{str(item.name)!r} has no caption, or one of more than {_MAX_CAPTION:,} characters")
+            if replace_surrogates(caption) != caption:
+                raise UserError(f"{str(item.name)!r} has a caption that is not valid Unicode; give it another")
+            content = item.read()
+        except UserError as error:
+            self._report.problems.append(str(error))
+            return None
         digest = hashlib.sha256(content).digest()
         key = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
         prompt_id = self._prompt_ids.get(caption)
         if prompt_id is not None:
             group = GroupKey(prompt_id, 1, SamplingParams())
             if key in self._archive.existing_keys(group, None):
-                return True
-        size = self._codec.config.image_size
-        self._pending.append((read_image(item.name, size, content=content), caption, key))
-        return False
+                self._report.existing_count += 1
+                return None
+        return _File(item.name, content, caption, key)
 
-    def flush(self) -> int:
-        """Encode and store what is pending; returns how many images were new."""
-        if not self._pending:
-            return 0
-        count, time_start = len(self._pending), time.time()
-        pixels = np.stack([pixels for pixels, _, _ in self._pending])
-        padded = np.concatenate([pixels, np.repeat(pixels[-1:], self._batch_size - count, axis=0)])
-        tokens = self._encoder.encode(padded)[:count]
-        time_end = time.time()
+    def add(self, batch: Sequence[_File], encoded: _Encoded) -> None:
+        """Store what became of files, in one transaction."""
+        found, time_start, time_end = encoded
         images = [
             NewImage(
-                caption,
+                file.caption,
                 None,
                 SamplingParams(),
-                *key,
-                quantvec=row.astype(TOKEN_DTYPE).tobytes(),
+                *file.key,
+                quantvec=tokens,
                 time_start=time_start,
                 time_end=time_end,
             )
-            for row, (_, caption, key) in zip(tokens, self._pending, strict=True)
+            for tokens, file in zip(found, batch, strict=True)
+            if isinstance(tokens, bytes)
         ]
         with self._archive.transaction():
             codec_id = self._archive.add_model(self._codec.model_info())
             added = self._archive.add_images(images, None, codec_id, None, None)
-        self.repeated_count += count - added
-        self._pending.clear()
-        return added
+        self._report.added_count += added
+        self._report.existing_count += len(images) - added
+        self._report.problems += [problem for problem in found if isinstance(problem, str)]
 
 
 def open_source(source: Path, columns: Columns) -> Iterator[Item]:
@@ -192,6 +245,12 @@ def open_source(source: Path, columns: Columns) -> Iterator[Item]:
     Raises:
         UserError: It cannot be read as a whole.
     """
+    items = _open(source, columns)
+    first = next(items, None)  # tells whether it can be read, before anything is made for it
+    return items if first is None else itertools.chain([first], items)
+
+
+def _open(source: Path, columns: Columns) -> Iterator[Item]:
     suffix = source.suffix.lower()
     if source.is_dir():
         return map(_beside_text, list_images(source))

@@ -1,11 +1,13 @@
 """From a class, a caption or a prompt to the page, with the small golden models of today's token models."""
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
 from helpers import golden
 from PIL import Image
+from ray_kit import PickledPool
 
 from dm_generations.archive import Archive
 from dm_generations.archive.records import ClassLabel
@@ -47,9 +49,13 @@ def run(*words: object) -> int:
 def db(codec, tmp_path_factory):
     """Images of three classes, guided throughout and at the start alone."""
     path = tmp_path_factory.mktemp("db") / "classes.db"
+    generate_classes(path, codec)
+    return path
+
+
+def generate_classes(path, codec):
     words = ["--classes", "0-1", "3", "--n", 2, "--cfg-interval", -1, 2, "--no-score", "--codec", codec, *BATCH]
     assert run("generate", "--db", path, *CLASS_MODEL, *words) == 0
-    return path
 
 
 def test_classes_become_rows(db):
@@ -62,6 +68,18 @@ def test_classes_become_rows(db):
         assert {group.key.extra_settings for group in groups} == {"", '{"cfg_interval":2}'}
         # the settings of LlamaGen's own program
         assert {(group.key.params.top_k, group.key.params.cond_scale) for group in groups} == {(2000, 4.0)}
+
+
+def test_a_pool_samples_the_same_classes(db, codec, tmp_path, monkeypatch):
+    monkeypatch.setattr("dm_generations.cli.generate.ray_pool", lambda args: contextlib.nullcontext(PickledPool()))
+    generate_classes(tmp_path / "pool.db", codec)
+    found = []
+    for path in (db, tmp_path / "pool.db"):
+        with Archive.open(path) as archive:
+            classes = archive.classes()
+            rows = [(group.key, row) for group in archive.groups() for row in archive.rows(group.key)]
+            found.append([(classes[key.prompt_id], key.extra_settings, row.key, row.quantvec) for key, row in rows])
+    assert found[1] == found[0]
 
 
 def test_only_what_is_missing_is_generated(db, codec, capsys):

@@ -7,10 +7,12 @@ import sqlite3
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from decode_kit import all_files
 from faults_kit import bytes_under, without_progress
 from helpers import ROOT
+from PIL import Image
 from ray_kit import wait_for
 
 from dm_generations.cli import main
@@ -92,6 +94,24 @@ def test_a_sweep_whose_worker_and_driver_are_killed_is_continued(models, start, 
     finish(start([*scored, "--cpu-only"]))
     with contextlib.closing(sqlite3.connect(db)) as connection:
         assert connection.execute("SELECT count(clip_score_input) FROM images").fetchone() == (60,)
+
+
+@pytest.mark.slow
+def test_an_encode_whose_worker_is_killed_goes_on(models, start, ray_cluster, tmp_path):
+    folder, db, alone = tmp_path / "images", tmp_path / "a.db", tmp_path / "alone.db"
+    folder.mkdir()
+    for number, pixels in enumerate(np.random.default_rng(0).integers(256, size=(60, 8, 8, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"image {number}")
+    words = ["encode", folder, "--codec", models.vqgan, "--batch-size", 1, "--cpu-only"]
+    assert main([*map(str, words), "--db", str(alone)]) == 0
+    process = start([sys.executable, "-m", "dm_generations", *words, "--db", db])
+    wait_for(lambda: count(db) or process.poll() is not None)
+    for worker in ray_cluster.workers():
+        os.kill(worker, signal.SIGKILL)
+    finish(process)
+    assert rows(db) == rows(alone)
+    assert count(db) == 60
 
 
 def count(db):

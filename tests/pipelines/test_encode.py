@@ -1,14 +1,17 @@
 """Own images with captions, from folders, lists, tar and Parquet files, become tokens in an archive, once each."""
 
+import contextlib
 import io
 import json
 import os
+import sqlite3
 import tarfile
 
 import numpy as np
 import pytest
 from helpers import time_limit
 from PIL import Image
+from ray_kit import PickledPool
 from tiny import IMAGE_SIZE, tiny_vqgan
 
 from dm_generations.archive import Archive, verify
@@ -117,6 +120,25 @@ def test_what_is_there_is_not_encoded_again(codec, tmp_path, monkeypatch):
     assert (report.added_count, report.existing_count, len(encoded)) == (1, 4, 1)
 
 
+def test_a_pool_encodes_as_one_process_does(codec, tmp_path):
+    source, found = write_folder(tmp_path / "source"), []
+    (source / "0.png").write_bytes(b"no image")
+    (source / "2.txt").unlink()
+    (source / "copy.png").write_bytes(png_of(4))
+    (source / "copy.txt").write_text(CAPTIONS[4])
+    for name, pool in (("alone.db", None), ("pool.db", PickledPool())):
+        report = encode_images(source, tmp_path / name, codec, 2, Columns(), pool)
+        assert (report.added_count, report.existing_count, len(report.problems)) == (3, 1, 2)
+        again = encode_images(source, tmp_path / name, codec, 2, Columns(), pool)
+        assert (again.added_count, again.existing_count) == (0, 4)
+        assert sorted(again.problems) == sorted(report.problems)
+        with contextlib.closing(sqlite3.connect(tmp_path / name)) as connection:
+            columns = "desc, key0, key1, quantvec, codec_id"
+            query = f"SELECT {columns} FROM images JOIN prompts ON prompts.id = prompt_id ORDER BY images.id"
+            found.append((report.problems, connection.execute(query).fetchall()))
+    assert found[1] == found[0]
+
+
 def test_images_that_cannot_be_used_are_named_and_the_rest_is_stored(codec, tmp_path, models, capsys):
     source, db = write_folder(tmp_path / "source"), tmp_path / "a.db"
     (source / "0.png").write_bytes(b"no image")
@@ -204,6 +226,7 @@ def test_columns_that_are_missing_are_named(columns, codec, tmp_path):
     source.write_text("a,b\nc,d")
     with pytest.raises(UserError, match=columns.image or "path"):
         encode_images(source, tmp_path / "a.db", codec, 2, columns)
+    assert not (tmp_path / "a.db").exists()
 
 
 def test_an_archive_of_another_codec_is_refused(codec, tmp_path):
@@ -222,3 +245,4 @@ def test_a_source_that_is_none_is_one_line(name, codec, tmp_path, models, capsys
     assert main(words) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert name in line
+    assert not (tmp_path / "a.db").exists()

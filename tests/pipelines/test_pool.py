@@ -11,7 +11,7 @@ from diffusion_kit import TINY, tiny_decoder
 from ray_kit import PickledPool
 
 from dm_generations.archive import Archive, verify
-from dm_generations.inference.diffusion import Diffusion
+from dm_generations.inference.diffusion import Diffusion, Guidance
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.pipelines.generate import GenerateOptions, generate
 from dm_generations.pipelines.rescore import Judges, score_archive
@@ -77,10 +77,12 @@ def test_a_pool_samples_with_settings_that_only_some_models_have(tmp_path):
     assert len({settings for settings, *_ in found[0]}) == 2
 
 
-def test_a_pool_scores_what_a_diffusion_decoder_makes(fill, models, tmp_path):
+@pytest.mark.parametrize("is_guided", [False, True])
+def test_a_pool_scores_what_a_diffusion_decoder_makes(fill, models, tmp_path, is_guided):
     codec, clip = load_checkpoint(models.vqgan, "codec"), load_checkpoint(models.clip, "clip")
     network = dataclasses.replace(TINY, image_size=2, level_channels=(32,), attention_levels=())  # quick to compile
-    diffusion = Diffusion.load(tiny_decoder(tmp_path / "decoder", network), "ddim3")
+    guidance = Guidance(clip, 1e3, cutouts=2) if is_guided else None
+    diffusion = Diffusion.load(tiny_decoder(tmp_path / "decoder", network), "ddim3", guidance=guidance)
     judges = Judges(clip, adds=True, diffusion=diffusion, decoding=1)
     found, scores = [], []
     for name, pool in (("alone.db", None), ("pool.db", PickledPool())):
@@ -99,11 +101,12 @@ def test_a_pool_scores_what_a_diffusion_decoder_makes(fill, models, tmp_path):
 @pytest.mark.parametrize("vectors", [False, True])
 def test_a_pool_scores_as_one_process_does(fill, models, vectors):
     codec, clip = load_checkpoint(models.vqgan, "codec"), load_checkpoint(models.clip, "clip")
-    found = []
+    judges, found = Judges(clip, vectors=vectors), []
+    seen: list[tuple[int, int]] = []
     for name, pool in (("alone.db", None), ("pool.db", PickledPool())):
         db, _, _ = fill(name, is_scored=False, clip=None)
         with Archive.open(db, "w") as archive:
-            report = score_archive(archive, codec, Judges(clip, vectors=vectors), 4, pool=pool)
+            report = score_archive(archive, codec, judges, 4, lambda *counts: seen.append(counts), pool=pool)
             found.append((report, list(archive.scan(("image_id", "vector"), table="vectors")) if vectors else []))
         assert (report.due_count, report.scored_count, report.bad_rows) == (24, 24, [])
         with Archive.open(db) as archive:
@@ -111,3 +114,4 @@ def test_a_pool_scores_as_one_process_does(fill, models, vectors):
     (_, alone), (_, pooled) = found
     assert pooled == alone
     assert len(alone) == 24 * vectors
+    assert seen == 2 * [(0, 24), (8, 24), (16, 24), (24, 24)]
