@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from dm_generations.models.base import layer_class
+
 MASKED = -1e30
 
 
@@ -29,6 +31,7 @@ class TransformerSizes:
     epsilon: float  # of the norms
     is_interleaved: bool  # rotary positions turn channels 2i and 2i + 1; otherwise i and i + D/2
     is_fused: bool  # queries, keys and values come of one matrix, in this order
+    dropout: float = 0.0  # in training, of what each half of a block adds
 
 
 class LayerCache(NamedTuple):
@@ -140,12 +143,15 @@ class Block(nn.Module):
         self.attn_norm, self.mlp_norm = (RMSNorm(self.sizes.epsilon, self.dtype) for _ in range(2))
         self.attn = Attention(self.sizes, self.dtype)
         self.mlp = SwiGLU(self.sizes, self.dtype)
+        self.dropout = nn.Dropout(self.sizes.dropout)
 
-    def __call__(self, x: jax.Array, rotary: Rotary, visible: jax.Array) -> tuple[jax.Array, LayerCache]:
+    def __call__(
+        self, x: jax.Array, rotary: Rotary, visible: jax.Array, deterministic: bool = True
+    ) -> tuple[jax.Array, LayerCache]:
         """The first Q positions: x (B, Q, d) -> (B, Q, d), and their keys and values."""
         queries, layer = self.attn.project(self.attn_norm(x), rotary)
-        x = x + self.attn.attend(queries, layer, visible)
-        return x + self.mlp(self.mlp_norm(x)), layer
+        x = x + self.dropout(self.attn.attend(queries, layer, visible), deterministic)
+        return x + self.dropout(self.mlp(self.mlp_norm(x)), deterministic), layer
 
     def decode_step(
         self, x: jax.Array, rotary: Rotary, layer: LayerCache, position: jax.Array, visible: jax.Array
@@ -170,20 +176,24 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         """Make the submodules."""
-        self.layers = [Block(self.sizes, self.dtype) for _ in range(self.sizes.layers)]
+        block = layer_class(Block, 3)
+        self.layers = [block(self.sizes, self.dtype) for _ in range(self.sizes.layers)]
         self.norm = RMSNorm(self.sizes.epsilon, self.dtype)
 
-    def __call__(self, x: jax.Array, rotary: Rotary, visible: jax.Array) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+    def __call__(
+        self, x: jax.Array, rotary: Rotary, visible: jax.Array, deterministic: bool = True
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
         """The first Q positions: x (B, Q, d) -> (B, Q, d), and the caches of the layers.
 
         Args:
             x: (B, Q, d).
             rotary: Of the Q positions.
             visible: bool (B, Q, Q), or broadcasts to it: which positions each one attends to.
+            deterministic: Whether dropouts are off.
         """
         caches = []
         for layer in self.layers:
-            x, cache = layer(x, rotary, visible)
+            x, cache = layer(x, rotary, visible, deterministic)
             caches.append(cache)
         return self.norm(x), tuple(caches)
 

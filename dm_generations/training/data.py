@@ -14,7 +14,7 @@ import numpy as np
 
 from dm_generations.archive import Archive, Selection
 from dm_generations.archive.examples import read_examples, read_pairs
-from dm_generations.archive.records import BadTokensError, ModelInfo, tokens_from_blob
+from dm_generations.archive.records import BadTokensError, ClassLabel, ModelInfo, tokens_from_blob
 from dm_generations.archive.selection import check_known, compile_known
 from dm_generations.errors import UserError
 from dm_generations.models.loading import Checkpoint
@@ -43,7 +43,7 @@ class Examples:
     Attributes:
         rows: A structured array: `archive` (its number), `id`, `prompt` (its number in `texts`), `score` and `rating`
             (NaN where there is none) of each image.
-        texts: The prompts.
+        texts: The prompts: texts or classes.
     """
 
     def __init__(self, paths: Sequence[Path], selection: Selection, codec: Checkpoint, token_count: int):
@@ -61,13 +61,13 @@ class Examples:
         """
         self._codec, self._token_count = codec, token_count
         self._archives: list[Archive] = []
-        self.texts: list[str] = []
+        self.texts: list[str | ClassLabel] = []
         try:
             for path in paths:
                 self._archives.append(Archive.open(path))
             check_known(selection, self._archives)
             every = replace(selection, n_best=None)
-            numbers: dict[str, int] = {}
+            numbers: dict[str | ClassLabel, int] = {}
             parts = [self._index(number, every, numbers) for number in range(len(paths))]
             self.rows = np.concatenate(parts)
             self.texts = list(numbers)
@@ -120,7 +120,7 @@ class Examples:
                 f"{len(used):,} prompts with --held-out {share:g} leave none to learn from; use more, a smaller "
                 "share, or --held-out 0"
             )
-        digests = [hashlib.sha256(self.texts[number].encode("utf-8", "replace")).digest() for number in used]
+        digests = [hashlib.sha256(str(self.texts[number]).encode("utf-8", "replace")).digest() for number in used]
         held_out = {used[place] for place in sorted(range(len(used)), key=digests.__getitem__)[:count]}
         is_held_out = np.isin(self.rows["prompt"], list(held_out))
         return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
@@ -165,7 +165,7 @@ class Examples:
             raise UserError(f"{self._archives[0].path}: {what} among these images of a prompt; choose another --prefer")
         return found
 
-    def read(self, numbers: Iterable[int]) -> tuple[list[str], np.ndarray]:
+    def read(self, numbers: Iterable[int]) -> tuple[list[str | ClassLabel], np.ndarray]:
         """Read the prompts and the tokens (n, L) int32 of these images.
 
         Raises:
@@ -199,13 +199,13 @@ class Examples:
 
     # Private
 
-    def _index(self, number: int, selection: Selection, numbers: dict[str, int]) -> np.ndarray:
+    def _index(self, number: int, selection: Selection, numbers: dict[str | ClassLabel, int]) -> np.ndarray:
         """Index the images of one archive; `numbers` are those of the prompts so far."""
         archive = self._archives[number]
         where = compile_known(archive, selection)
         found = np.fromiter(read_examples(archive, where), _ROW)
         self._check_codecs(archive, np.unique(found["codec"]))
-        prompts = archive.prompts()
+        prompts: dict[int, str | ClassLabel | None] = {**archive.prompts(), **archive.classes()}
         ids, inverse = np.unique(found["prompt"], return_inverse=True)
         if unknown := [prompt_id for prompt_id in ids.tolist() if prompt_id not in prompts]:
             raise UserError(f"{archive.path}: images refer to prompt {unknown[0]}, which is missing; run `verify`")

@@ -17,9 +17,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dm_generations.errors import UserError
-from dm_generations.models.base import Tokenizer, recompute_layers
+from dm_generations.models.base import Tokenizer, check_prompt_kinds, class_count_of, recompute_layers
 from dm_generations.models.loading import Checkpoint
 from dm_generations.runtime.device import put_params
+from dm_generations.sampling.params import Unconditional
 from dm_generations.training import lora, objectives
 from dm_generations.training.data import Examples, choose_rows
 from dm_generations.training.optimizers import make_optimizer, make_schedule
@@ -118,7 +119,11 @@ class Trainer:
         texts, tokens = self._examples.read(numbers)
         rng = np.random.default_rng([options.seed, step])
         is_dropped = rng.random(len(texts)) < (0.0 if is_pair else options.caption_dropout)
-        prompts = [None if drop else text for drop, text in zip(is_dropped, texts, strict=True)]
+        by_prompt = getattr(self._tokenizer, "unconditional_by_prompt", False)
+        prompts: list[Any] = [
+            (Unconditional(str(text)) if by_prompt else None) if drop else text
+            for drop, text in zip(is_dropped, texts, strict=True)
+        ]
         ids, mask = self._tokenizer.encode(prompts, self._config.max_text_length)
         smoothing = np.where(is_dropped, options.unconditional_smoothing, options.label_smoothing)
         batch = {"ids": ids, "mask": mask, "tokens": tokens, "smoothing": smoothing.astype(np.float32)}
@@ -150,8 +155,9 @@ class Trainer:
             self._trained = examples.pairs(trained, options.prefer, options.min_gap)
         order = np.random.default_rng([options.seed, 3]).permutation(len(held_out))
         self.held_out, self._evaluated = held_out, held_out[np.sort(order[:EVALUATED_ROWS])]
+        check_prompt_kinds(examples.texts, self._config, self.checkpoint.name)
         length = self._config.max_text_length
-        if count := examples.count_cut(self._tokenizer, length):
+        if not class_count_of(self._config) and (count := examples.count_cut(self._tokenizer, length)):
             logger.warning(
                 "%s captions are longer than the %s tokens that the model reads, so cut", f"{count:,}", length
             )

@@ -17,8 +17,11 @@ from dm_generations.errors import UserError, short_repr
 from dm_generations.models.base import TrainableModel
 from dm_generations.weights.native import flatten, unflatten
 
-# Of attention, in all models: DalleBart; minDALL-E; DALLE-pytorch.
-DEFAULT_LAYERS: Final = (r"\b[qkv]_proj$|\bout_proj$", r"\battn/(query|key|value|proj)$", r"\bto_(qkv|out)$")
+# Of attention, in all models: DalleBart; minDALL-E; DALLE-pytorch; LlamaGen.
+DEFAULT_LAYERS: Final = (
+    *(r"\b[qkv]_proj$|\bout_proj$", r"\battn/(query|key|value|proj)$", r"\bto_(qkv|out)$"),
+    r"^transformer/.*\battn/(qkv|out)$",
+)
 _MAX_LISTED: Final = 5
 
 Adapters = dict[str, dict[str, Any]]  # by the layer's path: a (I, r), b (r, O)

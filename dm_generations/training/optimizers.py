@@ -13,8 +13,8 @@ _ENDS: Final = (
     *("embed", "lm_head", "tok_emb", "pos_emb", "head_"),
     *("text_emb", "text_pos", "image_emb", "image_pos", "to_logits"),
 )
-# Constants that checkpoints hold among the parameters.
-_BUFFERS: Final = ("rotary_cos", "rotary_sin")
+# What checkpoints hold among the parameters that no original trains.
+_FIXED: Final = frozenset({"rotary_cos", "rotary_sin", "uncond_embedding", "t5"})
 
 
 def make_schedule(name: str, learning_rate: float, steps: int, warmup: int) -> optax.Schedule:
@@ -113,6 +113,6 @@ def make_optimizer(
 
 def _label(params: Any) -> Any:
     def label(path: tuple, leaf: Any) -> str:
-        return "fixed" if str(path[-1].key) in _BUFFERS else "trained"
+        return "fixed" if any(str(key.key) in _FIXED for key in path) else "trained"
 
     return jax.tree_util.tree_map_with_path(label, params)

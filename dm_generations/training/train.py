@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,14 +14,15 @@ import jax
 import numpy as np
 
 from dm_generations.archive import Archive
+from dm_generations.archive.records import ClassLabel
 from dm_generations.atomic_io import write_atomic
 from dm_generations.errors import UserError, one_line
-from dm_generations.models.base import prefix_errors
+from dm_generations.models.base import class_count_of, prefix_errors
 from dm_generations.models.loading import Checkpoint, Models, load_codec, load_generator
 from dm_generations.models.registry import find_kind
 from dm_generations.pipelines.convert import write_checkpoint
-from dm_generations.pipelines.generate import GenerateOptions, Pipeline
-from dm_generations.pipelines.sweep import Sweep
+from dm_generations.pipelines.generate import GenerateOptions, Pipeline, fit_sweep
+from dm_generations.pipelines.sweep import Sweep, parse_classes
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors
 from dm_generations.training.data import Examples
@@ -71,9 +73,12 @@ def train(options: TrainOptions) -> Path:
             write_model=writer.write_checkpoint,
         ) as run:
             prompts = writer.write_held_out(examples)
-            draw = functools.partial(writer.draw, prompts=options.sample_prompts or prompts[:_SAMPLED_PROMPTS])
+            chosen: Sequence[str | ClassLabel] = options.sample_prompts or prompts[:_SAMPLED_PROMPTS]
+            if options.sample_prompts and class_count_of(base.config):
+                chosen = parse_classes(options.sample_prompts)
+            draw = functools.partial(writer.draw, prompts=chosen)
             on_step = {options.sample_every: draw} if options.sample_every else None
-            if options.sample_every and not (options.sample_prompts or prompts):
+            if options.sample_every and not chosen:
                 raise UserError("--sample-every needs --sample-prompts where nothing is held out")
             run.train(options.steps, trainer.step, options.log_every, trainer.evaluate, options.evaluate_every, on_step)
             return writer.write_model(jax.device_get(run.state), run.step)
@@ -114,22 +119,23 @@ class _Writer:
             shutil.rmtree(unfinished, ignore_errors=True)
         return final
 
-    def write_held_out(self, examples: Examples) -> list[str]:
-        """Write the prompts that are held out, for `generate --prompts-file`; returns them."""
+    def write_held_out(self, examples: Examples) -> list[str | ClassLabel]:
+        """Write the prompts that are held out, for `generate --prompts-file` or `--classes`; returns them."""
         texts = [examples.texts[number] for number in np.unique(examples.rows["prompt"][self._trainer.held_out])]
         path = self._options.run / HELD_OUT_FILE
         try:
-            write_atomic(path, "".join(f"{' '.join(text.split())}\n" for text in texts).encode())
+            lines = [str(text.label) if isinstance(text, ClassLabel) else " ".join(text.split()) for text in texts]
+            write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         return texts
 
-    def draw(self, state: State, step: int, prompts: tuple[str, ...] | list[str]) -> None:
+    def draw(self, state: State, step: int, prompts: Sequence[str | ClassLabel]) -> None:
         """Draw samples of fixed keys into the run's archive; those that it has already are left."""
         models = Models(self.checkpoint(jax.device_get(state), step), self._codec, None)
         path = self._options.run / SAMPLES_FILE
         pipeline = Pipeline(models, GenerateOptions(db=path, is_scored=False, batch_size=self._options.batch_size))
-        sweep = Sweep(prompts=tuple(prompts), count=self._options.sample_count)
+        sweep = fit_sweep(Sweep(prompts=tuple(prompts), count=self._options.sample_count), models.generator.config)
         with Archive.open_or_create(path) as archive:
             report = pipeline.fill(archive, pipeline.plan(sweep, archive), lambda done, total: None)
         logger.info("step %s: added %s samples to %s", f"{step:,}", f"{report.added_count:,}", path)

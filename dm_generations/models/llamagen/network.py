@@ -30,6 +30,7 @@ from dm_generations.models.base import (
     POSITIONS,
     VOCABULARY,
     WIDTH,
+    TrainingLogits,
     check_config,
     example_ids,
     select_fields,
@@ -62,6 +63,7 @@ _BOUNDS = {
 # Heads of the sizes that LlamaGen defines whose heads are not 64 wide, by width: GPT-3B and GPT-7B.
 _KNOWN_HEADS = {3200: 32, 4096: 32}
 _HEAD_WIDTH = 64
+_DROPOUT = 0.1  # of the original's training: inputs, and what each half of a block adds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +126,7 @@ class LlamaGenConfig:
             *(self.dim, self.n_layer, heads, kv_dim // width, width, self.hidden_dim, self.norm_eps),
             is_interleaved=True,
             is_fused=True,
+            dropout=_DROPOUT,
         )
 
     @property
@@ -204,6 +207,7 @@ class LlamaGen(nn.Module):
             self.t5 = T5Encoder(config.t5, self.dtype)
             self.captions = _CaptionEmbedding(config, self.dtype)
         self.tokens = nn.Embed(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(_DROPOUT)
         self.transformer = Transformer(config.sizes, self.dtype)
         product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
         self.output = nn.Dense(config.vocab_size, use_bias=False, dtype=self.dtype, dot_general=product)
@@ -221,10 +225,17 @@ class LlamaGen(nn.Module):
 
     def __call__(self, input_ids: jax.Array, attention_mask: jax.Array, tokens: jax.Array) -> jax.Array:
         """Teacher-forced logits (B, L, V) float32 of tokens (B, L); other arguments are those of `encode_prompt`."""
+        return self.training_logits(input_ids, attention_mask, tokens).image
+
+    def training_logits(
+        self, input_ids: jax.Array, attention_mask: jax.Array, tokens: jax.Array, deterministic: bool = True
+    ) -> TrainingLogits:
+        """Logits of the tokens; see `TrainableModel`. T5 is not trained, as by the original."""
         condition, mask = self._condition(input_ids, attention_mask)
         x = jnp.concatenate([condition, self.tokens(tokens[:, :-1]).astype(self.dtype)], axis=1)
-        x, _ = self.transformer(x, self._rotary(0, x.shape[1]), prefix_visible(mask, x.shape[1]))
-        return self.output(x[:, condition.shape[1] - 1 :])
+        x = self.dropout(x, deterministic)
+        x, _ = self.transformer(x, self._rotary(0, x.shape[1]), prefix_visible(mask, x.shape[1]), deterministic)
+        return TrainingLogits(self.output(x[:, condition.shape[1] - 1 :]))
 
     def encode_prompt(self, input_ids: jax.Array, attention_mask: jax.Array) -> PrefixCache:
         """What generation reads of conditions. Axis 0 of every array is B.
@@ -262,7 +273,7 @@ class LlamaGen(nn.Module):
             return self.classes(input_ids).astype(self.dtype), jnp.ones(input_ids.shape, bool)
         length = input_ids.shape[1]
         is_uncond = input_ids[:, 0] < 0
-        features = self.t5(jnp.maximum(input_ids, 0), attention_mask)
+        features = lax.stop_gradient(self.t5(jnp.maximum(input_ids, 0), attention_mask))
         count = attention_mask.sum(axis=1, keepdims=True)
         source = (jnp.arange(length)[None] + count) % length  # the caption goes to the end, in order
         mask = jnp.arange(length)[None] >= length - count
