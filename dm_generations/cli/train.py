@@ -18,12 +18,14 @@ HELP = "train a model on the images of archives"
 DESCRIPTION = """\
 Train a text-to-image model on the tokens that archives hold: no image is decoded. Take the best images by score, those
 that people rated, or your own, which `encode` puts into an archive. A run is a folder; the same command goes on where a
-stopped one ended, to the same weights. Its subfolder `model` is for --model of the other commands.
+stopped one ended, to the same weights. Its subfolder `model` is for --model of the other commands. With --decoder it
+trains a diffusion decoder of a codec's tokens, on images as `encode` takes them; then `model` is for --decoder.
 """
 EPILOG = """\
 examples:
   python -m dm_generations train mine.db --run better --n-best 4 --steps 500
   python -m dm_generations train mine.db --run liked --objective dpo --prefer pairs --lora-rank 16
+  python -m dm_generations train photos/ --decoder --run sharp --steps 20000
   python -m dm_generations generate --model better/model --db better.db --prompts-file better/held_out.txt
 """
 
@@ -31,7 +33,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
-    add("archives", nargs="*", metavar="ARCHIVE", type=file_path, help="archives to learn from")
+    add("archives", nargs="*", metavar="ARCHIVE", type=file_path, help="archives, or images with --decoder")
     add("--db", nargs="+", default=[], metavar="FILE", type=file_path, help="the same as ARCHIVE")
     add("--run", dest="folder", required=True, metavar="FOLDER", type=file_path, help="folder of the run; resumes")
     add_selection_options(parser, "prompt, of all its settings and archives")
@@ -42,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(add: Callable[..., argparse.Action]) -> None:
-    add("--model", metavar="PATH", help="model to start from (default: the embedded one)")
+    add("--decoder", action="store_true", help="train a diffusion decoder of the codec's tokens")
+    add("--model", metavar="PATH", help="model to start from (default: the embedded one; a decoder: random weights)")
     add("--config", metavar="FILE", type=file_path, help="config.json of a model to train from random weights instead")
     add("--tokenizer", metavar="PATH", type=file_path, help="tokenizer, if it is not in the model's folder")
     add("--codec", metavar="PATH", help="codec of the tokens (default: the model's own, else the embedded one)")
@@ -120,6 +123,14 @@ def _add_optimizer(add: Callable[..., argparse.Action]) -> None:
     add("--warmup", type=int, default=None, metavar="N", help="steps (default: 50, or a tenth of the steps)")
     add("--weight-decay", type=float, default=0.01, metavar="X", help="of matrices (default: 0.01)")
     add("--clip-norm", type=float, default=1.0, metavar="X", help="largest norm of gradients; 0 for none (default: 1)")
+    add(
+        "--ema",
+        type=float,
+        default=0.9999,
+        metavar="SHARE",
+        help="of a decoder: share of the average of its weights that a step keeps; early steps keep less "
+        "(default: 0.9999)",
+    )
     add("--seed", type=int, default=0, help="of all that is random (default: 0)")
 
 
@@ -139,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
     archives = (*args.archives, *args.db)
     if not archives:
-        raise UserError("train needs an archive; name one or more")
+        raise UserError("train needs an archive, or a folder of images with --decoder; name one or more")
     prepare_device(args.cpu_only)
     try:
         from dm_generations.training.train import train
@@ -160,6 +171,11 @@ def run(args: argparse.Namespace) -> int:
     }
     model = train(TrainOptions(**given))
     print_line(f"Wrote {model}")
+    if args.decoder:
+        codec = f" --codec {args.codec}" if args.codec else ""
+        print_line("To decode with it:")
+        print_line(f"  {' '.join(command_words('decode'))} FILE.db{codec} --decoder {model} --out-dir images")
+        return 0
     print_line("To draw with it:")
     print_line(f'  {" ".join(command_words("generate"))} --model {model} --db new.db --prompts "a rocket"')
     return 0

@@ -24,7 +24,7 @@ from dm_generations.models.clip.network import CLIP
 from dm_generations.models.clip.preprocessing import Preprocessing
 from dm_generations.models.diffusion_decoder import samplers
 from dm_generations.models.diffusion_decoder.guidance import GuidanceScales, draw_cutouts, guidance_loss
-from dm_generations.models.diffusion_decoder.network import DiffusionDecoderConfig, PreparedUNet
+from dm_generations.models.diffusion_decoder.network import PreparedUNet
 from dm_generations.models.diffusion_decoder.samplers import DDIM, Steps
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.runtime.device import (
@@ -166,11 +166,12 @@ class DiffusionDecoder(Decoder):
             UserError: The decoder reads vectors of another width or another grid of tokens, or memory is too small.
         """
         config = diffusion.checkpoint.config
+        _check_codec(codec, diffusion.checkpoint)
         grid = grid or codec.config.grid
         self._set_sizes(grid, codec.config.codebook_size, diffusion.image_size(grid))
         self.name, self._diffusion = f"{codec.name} with {diffusion.checkpoint.name}", diffusion
         network = PreparedUNet(config, np.dtype(dtype), self._devices[0].platform)
-        codebook = np.array(_codebook(codec, config), np.float32)
+        codebook = np.array(read_codebook(codec, config.emb_input_dims), np.float32)
         with memory_errors(WEIGHTS_ADVICE):
             self._params = {
                 "codebook": jax.device_put(codebook, self._replicate),
@@ -318,17 +319,37 @@ def _make_step(network: PreparedUNet, diffusion: Diffusion, guide: _Guide | None
     return step
 
 
-def _codebook(codec: Checkpoint, config: DiffusionDecoderConfig) -> np.ndarray:
-    """Return the codebook rows (K, D) of a codec that a decoder reads."""
+def read_codebook(codec: Checkpoint, width: int | None = None) -> np.ndarray:
+    """Return the codebook (K, D) of a codec, whose rows a decoder reads.
+
+    Args:
+        codec: What made the tokens.
+        width: D of the decoder; None for any.
+
+    Raises:
+        UserError: It has none, or one of another width.
+    """
     found = [
         array
         for path, array in flatten(codec.params).items()
         if path.endswith("embedding") and array.ndim == 2 and len(array) == codec.config.codebook_size
     ]
     widths = ", ".join(str(array.shape[1]) for array in found) or "no"
-    if len(found) != 1 or found[0].shape[1] != config.emb_input_dims:
+    if len(found) != 1:
+        raise UserError(f"codec {codec.name!r:.100} has {widths} numbers in its codebook, which no decoder reads")
+    if width is not None and found[0].shape[1] != width:
         raise UserError(
-            f"the decoder reads vectors of {config.emb_input_dims} numbers, codec {codec.name!r:.100} has {widths} "
-            "numbers in its codebook: give the codec that the decoder was trained with by --codec"
+            f"the decoder reads vectors of {width} numbers, codec {codec.name!r:.100} has {widths} numbers in its "
+            "codebook: give the codec that the decoder was trained with by --codec"
         )
     return found[0]
+
+
+def _check_codec(codec: Checkpoint, decoder: Checkpoint) -> None:
+    """Raise UserError for another codec than a decoder says that it was trained with."""
+    trained = (decoder.lineage or {}).get("codec", codec.sha256)
+    if trained != codec.sha256:
+        raise UserError(
+            f"decoder {decoder.name!r:.100} was trained with codec {str(trained)[:8]!r}, and {codec.name!r:.100} is "
+            f"{codec.sha256[:8]}: give the codec that it was trained with by --codec"
+        )

@@ -37,6 +37,21 @@ def choose_rows(seed: int, step: int, count: int, total: int) -> np.ndarray:
     return rows
 
 
+def choose_held_out(digests: Sequence[bytes], share: float, what: str) -> np.ndarray:
+    """Choose the share of things with the smallest digests; their places are returned.
+
+    Raises:
+        UserError: Nothing would be left; `what` names the things.
+    """
+    count = max(1, round(share * len(digests))) if share else 0
+    if count >= len(digests):
+        raise UserError(
+            f"{len(digests):,} {what} with --held-out {share:g} leave none to learn from; use more, a smaller "
+            "share, or --held-out 0"
+        )
+    return np.array(sorted(range(len(digests)), key=digests.__getitem__)[:count], np.int64)
+
+
 class Examples:
     """The images of a selection of archives that a model can learn from. A context manager.
 
@@ -114,15 +129,9 @@ class Examples:
             UserError: One of both is empty.
         """
         used = np.unique(self.rows["prompt"])
-        count = max(1, round(share * len(used))) if share else 0
-        if count >= len(used):
-            raise UserError(
-                f"{len(used):,} prompts with --held-out {share:g} leave none to learn from; use more, a smaller "
-                "share, or --held-out 0"
-            )
         digests = [hashlib.sha256(str(self.texts[number]).encode("utf-8", "replace")).digest() for number in used]
-        held_out = {used[place] for place in sorted(range(len(used)), key=digests.__getitem__)[:count]}
-        is_held_out = np.isin(self.rows["prompt"], list(held_out))
+        held_out = used[choose_held_out(digests, share, "prompts")]
+        is_held_out = np.isin(self.rows["prompt"], held_out)
         return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
     def weights(self, name: str | None) -> np.ndarray:

@@ -12,34 +12,27 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dm_generations.errors import UserError
 from dm_generations.models.base import Tokenizer, check_prompt_kinds, class_count_of, recompute_layers
 from dm_generations.models.loading import Checkpoint
 from dm_generations.runtime.device import put_params
 from dm_generations.sampling.params import Unconditional
 from dm_generations.training import lora, objectives
 from dm_generations.training.data import Examples, choose_rows
-from dm_generations.training.optimizers import make_optimizer, make_schedule
 from dm_generations.training.options import TrainOptions
 from dm_generations.training.run import PARAMS, Metrics, State
+from dm_generations.training.trainer import EVALUATED_ROWS, BaseTrainer
 
 ADAPTERS: Final = "lora"
-EVALUATED_ROWS: Final = 256
-_AXIS: Final = "data"
 # On a CPU, generation splits kernels for few rows; training has many rows, and saves whole kernels.
 _PLATFORM: Final = "gpu"
 
 logger = logging.getLogger(__name__)
 
 
-class Trainer:
-    """Batches, the compiled step and the state of a run.
-
-    Its state has `params` or, of low-rank changes, `lora`; the optimiser's state `opt`; and `step`.
+class Trainer(BaseTrainer):
+    """Trains on prompts and tokens. Its state has `params` or, of low-rank changes, `lora`.
 
     Attributes:
         checkpoint: The model to start from, in the form that generation takes.
@@ -52,55 +45,33 @@ class Trainer:
         Raises:
             UserError: An option does not fit the model, the devices or the examples.
         """
-        self._options, self._examples = options, examples
+        self._examples = examples
         self._tokenizer: Tokenizer = checkpoint.load_tokenizer()
         config, params = checkpoint.network_class.prepare_params(checkpoint.config, checkpoint.params, _PLATFORM)
-        self.checkpoint = dataclasses.replace(checkpoint, config=config, params=params)
+        super().__init__(dataclasses.replace(checkpoint, config=config, params=params), options)
         self._config = config
         self._model = checkpoint.network_class(config, jnp.dtype(options.dtype))
-        self._mesh = Mesh(np.array(jax.local_devices()), (_AXIS,))
-        if options.batch_size % self._mesh.size:
-            raise UserError(
-                f"--batch-size {options.batch_size} is not divisible by {self._mesh.size}, the number of devices"
-            )
         self._choose_examples()
-        self._schedule = make_schedule(options.schedule, options.learning_rate, options.steps, options.warmup)
-        self._optimizer = make_optimizer(options.optimizer, self._schedule, options.weight_decay, options.clip_norm)
         self._is_low_rank = options.lora_rank > 0
+        self._trained = ADAPTERS if self._is_low_rank else PARAMS
         self._scale = options.lora_alpha / options.lora_rank if self._is_low_rank else 0.0
-        self._frozen: dict | None = None
         if self._is_low_rank or options.objective == "dpo":
             self._frozen = self._place(put_params(params, options.dtype if self._is_low_rank else np.float32))
-        self._step = jax.jit(self._update, donate_argnums=0)
         self._nats = jax.jit(self._compute_nats)
 
     def init(self) -> State:
         """Make the state of step 0, on the host."""
-        trained: Any
-        if self._is_low_rank:
-            shapes = lora.find_layers(
-                self._model, self.checkpoint.params, self._options.lora_layers or lora.DEFAULT_LAYERS
-            )
-            trained = lora.make_adapters(shapes, self._options.lora_rank, self._options.seed)
-        else:
-            trained = jax.tree.map(lambda leaf: np.array(leaf, np.float32), self.checkpoint.params)
-        name = ADAPTERS if self._is_low_rank else PARAMS
-        opt = jax.tree.map(np.asarray, jax.jit(self._optimizer.init)(trained))
-        return {name: trained, "opt": opt, "step": np.zeros((), np.int32)}
-
-    def put(self, state: State) -> State:
-        """Put a state on the devices."""
-        return self._place(state)
+        if not self._is_low_rank:
+            return self.init_state(jax.tree.map(lambda leaf: np.array(leaf, np.float32), self.checkpoint.params))
+        names = self._options.lora_layers or lora.DEFAULT_LAYERS
+        shapes = lora.find_layers(self._model, self.checkpoint.params, names)
+        return self.init_state(lora.make_adapters(shapes, self._options.lora_rank, self._options.seed))
 
     def params_of(self, state: State) -> dict:
         """Return the parameters of a state on the host, with low-rank changes merged."""
         if self._is_low_rank:
             return lora.merge_adapters(self.checkpoint.params, state[ADAPTERS], self._scale)
-        return state[PARAMS]
-
-    def step(self, state: State, step: int) -> tuple[State, Metrics]:
-        """Take the step of this number; returns the new state and its metrics, which may still be computed."""
-        return self._step(state, self._frozen, self.make_batch(step))
+        return super().params_of(state)
 
     def make_batch(self, step: int) -> dict[str, jax.Array]:
         """Make the batch of a step, which depends on the seed and the step alone.
@@ -111,8 +82,8 @@ class Trainer:
         """
         options = self._options
         count = options.batch_size * options.accumulate
-        chosen = choose_rows(options.seed, step, count, len(self._trained))
-        numbers = self._trained[chosen]  # (count,), of pairs (count, 2)
+        chosen = choose_rows(options.seed, step, count, len(self._numbers))
+        numbers = self._numbers[chosen]  # (count,), of pairs (count, 2)
         is_pair = numbers.ndim == 2
         if is_pair:  # the better and the worse images of each of the K batches
             numbers = numbers.reshape(options.accumulate, options.batch_size, 2).swapaxes(1, 2).reshape(-1)
@@ -128,8 +99,7 @@ class Trainer:
         smoothing = np.where(is_dropped, options.unconditional_smoothing, options.label_smoothing)
         batch = {"ids": ids, "mask": mask, "tokens": tokens, "smoothing": smoothing.astype(np.float32)}
         batch["weights"] = self._weights[numbers]
-        batch = {name: array.reshape(options.accumulate, -1, *array.shape[1:]) for name, array in batch.items()}
-        return jax.device_put(batch, NamedSharding(self._mesh, PartitionSpec(None, _AXIS)))
+        return self._put_batch(batch)
 
     def evaluate(self, state: State) -> Metrics:
         """Compute the mean nats of a token of images that are held out."""
@@ -139,8 +109,7 @@ class Trainer:
             padded = np.resize(numbers, size)  # by repeating them
             texts, tokens = self._examples.read(padded)
             ids, mask = self._tokenizer.encode(texts, self._config.max_text_length)
-            batch = jax.device_put((ids, mask, tokens), NamedSharding(self._mesh, PartitionSpec(_AXIS)))
-            nats = self._nats(self._trained_of(state), self._frozen, *batch)
+            nats = self._nats(state[self._trained], self._frozen, *self._put_rows((ids, mask, tokens)))
             found.append(jax.device_get(nats)[: len(numbers)])
         return {"held_out_nats": np.concatenate(found).mean()} if found else {}
 
@@ -150,9 +119,9 @@ class Trainer:
         options, examples = self._options, self._examples
         trained, held_out = examples.split(options.held_out)
         self._weights = examples.weights(options.weight_by)
-        self._trained = trained
+        self._numbers = trained
         if options.objective == "dpo":
-            self._trained = examples.pairs(trained, options.prefer, options.min_gap)
+            self._numbers = examples.pairs(trained, options.prefer, options.min_gap)
         order = np.random.default_rng([options.seed, 3]).permutation(len(held_out))
         self.held_out, self._evaluated = held_out, held_out[np.sort(order[:EVALUATED_ROWS])]
         check_prompt_kinds(examples.texts, self._config, self.checkpoint.name)
@@ -163,23 +132,8 @@ class Trainer:
             )
         what = "pairs" if options.objective == "dpo" else "images"
         logger.info(
-            "learning from %s %s; %s images are held out", f"{len(self._trained):,}", what, f"{len(held_out):,}"
+            "learning from %s %s; %s images are held out", f"{len(self._numbers):,}", what, f"{len(held_out):,}"
         )
-
-    def _place(self, tree: Any) -> Any:
-        """Put arrays on the devices: whole on each, or in parts with --shard-params."""
-        return jax.device_put(tree, jax.tree.map(self._sharding, tree))
-
-    def _sharding(self, leaf: Any) -> NamedSharding:
-        shape, size = np.shape(leaf), self._mesh.size
-        axes = [axis for axis, length in enumerate(shape) if length % size == 0]
-        if size == 1 or not self._options.shard_params or not axes:
-            return NamedSharding(self._mesh, PartitionSpec())
-        longest = max(axes, key=lambda axis: shape[axis])
-        return NamedSharding(self._mesh, PartitionSpec(*[None] * longest, _AXIS))
-
-    def _trained_of(self, state: State) -> Any:
-        return state[ADAPTERS if self._is_low_rank else PARAMS]
 
     def _logits(
         self,
@@ -219,33 +173,6 @@ class Trainer:
             logits, batch["tokens"], batch["smoothing"], self._options.text_weight
         )
         return (losses * batch["weights"]).mean(), {"nats": nats.mean()}
-
-    def _update(self, state: State, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[State, Metrics]:
-        trained = self._trained_of(state)
-        key = jax.random.fold_in(jax.random.key(self._options.seed), state["step"])
-        gradients_of = jax.value_and_grad(self._loss, has_aux=True)
-
-        def add(total: Any, part: tuple[jax.Array, Any]) -> tuple[Any, None]:
-            number, rows = part
-            found = gradients_of(trained, frozen, rows, jax.random.fold_in(key, number))
-            return jax.tree.map(jnp.add, total, found), None
-
-        count = self._options.accumulate
-        numbers = jnp.arange(count)
-        if count == 1:
-            total = gradients_of(trained, frozen, {name: rows[0] for name, rows in batch.items()}, key)
-        else:
-            first = jax.eval_shape(gradients_of, trained, frozen, {name: rows[0] for name, rows in batch.items()}, key)
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
-            total, _ = lax.scan(add, zeros, (numbers, dict(batch)))
-        (loss, metrics), gradients = jax.tree.map(lambda leaf: leaf / count, total)
-        updates, opt = self._optimizer.update(gradients, state["opt"], trained)
-        name = ADAPTERS if self._is_low_rank else PARAMS
-        new = {name: optax.apply_updates(trained, updates), "opt": opt, "step": state["step"] + 1}
-        new = lax.with_sharding_constraint(new, jax.tree.map(self._sharding, new))
-        rate = self._schedule(state["step"])
-        metrics = {"loss": loss, **metrics, "gradient_norm": optax.tree.norm(gradients), "learning_rate": rate}
-        return new, metrics
 
     def _compute_nats(self, trained: Any, frozen: Any, ids: Any, mask: Any, tokens: jax.Array) -> jax.Array:
         logits = self._logits(trained, frozen, ids, mask, tokens)

@@ -10,9 +10,15 @@ from dm_generations.archive.selection import ALL
 from dm_generations.errors import UserError
 
 OBJECTIVES: Final = ("next-token", "dpo")
+EMA: Final = 0.9999  # as the original averages the weights of a decoder
 DTYPES: Final = ("float32", "bfloat16")
 # They do not change the weights, so that a run can be resumed with others.
 _FREE: Final = frozenset({"run", "archives", "keep", "log_every"})
+# Of text-to-image models alone.
+_OF_TEXT: Final = (
+    *("tokenizer", "objective", "prefer", "min_gap", "beta", "weight_by", "caption_dropout", "label_smoothing"),
+    *("unconditional_smoothing", "text_weight", "lora_rank", "sample_every", "sample_prompts"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,11 +26,13 @@ class TrainOptions:
     """A training run. Models are folders, files or names on the Hugging Face hub; None is the embedded one.
 
     Attributes:
-        archives: To learn from.
+        archives: To learn from; of a decoder also folders and lists of images, as `encode` takes them.
         run: Folder of the run.
         selection: Which images; its `n_best` counts images of a prompt.
-        model: To start from.
-        config: JSON file with `kind` and the sizes of a model to train from random weights, in place of `model`.
+        decoder: Whether a diffusion decoder is trained, not a text-to-image model.
+        model: To start from; there is no embedded decoder, so None is random weights of one.
+        config: JSON file with `kind` and the sizes of a model to train from random weights, in place of `model`. Of a
+            decoder it says only what differs from sizes that suit the codec.
         tokenizer: File or folder of the tokenizer; None is the model's own.
         codec: What the tokens are of; None is the model's own, else the embedded one.
         objective: One of OBJECTIVES.
@@ -46,6 +54,7 @@ class TrainOptions:
         warmup: Steps of the linear warm-up.
         weight_decay: Of matrices.
         clip_norm: The largest norm of gradients, 0 for no limit.
+        ema: Of a decoder: how much of the average of its weights a step keeps. The first steps keep less.
         dtype: Of activations; with `lora_rank` of the weights too.
         lora_rank: Rank of the changes of dense layers; 0 trains all weights.
         lora_alpha: The changes are multiplied with `lora_alpha / lora_rank`.
@@ -65,6 +74,7 @@ class TrainOptions:
     archives: tuple[Path, ...]
     run: Path
     selection: Selection = ALL
+    decoder: bool = False
     model: str | None = None
     config: Path | None = None
     tokenizer: Path | None = None
@@ -88,6 +98,7 @@ class TrainOptions:
     warmup: int = 50
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    ema: float = EMA
     dtype: str = "float32"
     lora_rank: int = 0
     lora_alpha: float = 16.0
@@ -113,6 +124,7 @@ class TrainOptions:
             ("learning_rate", 0, math.inf),
             ("weight_decay", 0, math.inf),
             ("clip_norm", 0, math.inf),
+            ("ema", 0, 1),
             ("beta", 0, math.inf),
             ("min_gap", 0, math.inf),
             ("warmup", 0, self.steps - 1),
@@ -129,8 +141,13 @@ class TrainOptions:
             raise UserError("--lora-layers needs --lora-rank")
         if self.model is not None and self.config is not None:
             raise UserError("use just one of --model and --config")
-        if self.config is not None and self.tokenizer is None:
+        if self.config is not None and self.tokenizer is None and not self.decoder:
             raise UserError("--config needs --tokenizer, the file or folder of a tokenizer")
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in _OF_TEXT if self.decoder else ("ema",):
+            if getattr(self, name) != default[name]:
+                what = "has no effect with" if self.decoder else "is for"
+                raise UserError(f"--{name.replace('_', '-')} {what} --decoder")
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the weights, as JSON data."""

@@ -18,7 +18,7 @@ from dm_generations.archive.records import ClassLabel
 from dm_generations.atomic_io import write_atomic
 from dm_generations.errors import UserError, one_line
 from dm_generations.models.base import class_count_of, prefix_errors
-from dm_generations.models.loading import Checkpoint, Models, load_codec, load_generator
+from dm_generations.models.loading import Checkpoint, Models, load_checkpoint, load_codec, load_generator
 from dm_generations.models.registry import find_kind
 from dm_generations.pipelines.convert import write_checkpoint
 from dm_generations.pipelines.generate import GenerateOptions, Pipeline, fit_sweep
@@ -26,13 +26,17 @@ from dm_generations.pipelines.sweep import Sweep, parse_classes
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors
 from dm_generations.training.data import Examples
+from dm_generations.training.decoder import DecoderTrainer, make_decoder
 from dm_generations.training.finetune import Trainer
 from dm_generations.training.options import TrainOptions
+from dm_generations.training.pairs import write_pairs
 from dm_generations.training.run import Run, State
+from dm_generations.training.trainer import BaseTrainer
 from dm_generations.weights import native
 
 MODEL_FOLDER: Final = "model"
 SAMPLES_FILE: Final = "samples.db"
+PAIRS_FOLDER: Final = "pairs"
 HELD_OUT_FILE: Final = "held_out.txt"
 _SAMPLED_PROMPTS: Final = 8  # of those that are held out
 _ADVICE: Final = "use a smaller --batch-size, --dtype bfloat16 or --lora-rank"
@@ -54,25 +58,20 @@ def train(options: TrainOptions) -> Path:
         UserError: An input is missing, broken or does not fit; the loss is no number; or a file cannot be written.
     """
     compile_cache.enable()
+    return _train_decoder(options) if options.decoder else _train_generator(options)
+
+
+def _train_generator(options: TrainOptions) -> Path:
     base = _make_model(options) if options.config is not None else load_generator(options.model, options.tokenizer)
     if not hasattr(base.network_class, "training_logits"):
         raise UserError(f"model {base.name!r} is a {base.kind}, which this program does not train")
     codec, _ = load_codec(base, options.model, options.codec)
-    archives = [{"name": path.name, "sha256": _digest(path)} for path in options.archives]
-    settings = options.settings() | {"base": base.sha256, "codec": codec.sha256, "archives": archives}
+    settings = _settings(options, base, codec)
     with Examples(options.archives, options.selection, codec, base.config.image_length) as examples:
         trainer = Trainer(base, examples, options)
         writer = _Writer(trainer, codec, options, _lineage(base, settings))
-        with Run(
-            options.run,
-            trainer.init(),
-            settings,
-            options.save_every,
-            keep=options.keep,
-            put=trainer.put,
-            write_model=writer.write_checkpoint,
-        ) as run:
-            prompts = writer.write_held_out(examples)
+        with _open_run(options, trainer, settings, writer) as run:
+            prompts = writer.write_held_out(examples, trainer.held_out)
             chosen: Sequence[str | ClassLabel] = options.sample_prompts or prompts[:_SAMPLED_PROMPTS]
             if options.sample_prompts and class_count_of(base.config):
                 chosen = parse_classes(options.sample_prompts)
@@ -84,10 +83,35 @@ def train(options: TrainOptions) -> Path:
             return writer.write_model(jax.device_get(run.state), run.step)
 
 
+def _train_decoder(options: TrainOptions) -> Path:
+    codec = load_checkpoint(options.codec, "codec")
+    base = make_decoder(options, codec)
+    trainer = DecoderTrainer(base, codec, options)
+    settings = _settings(options, base, codec)
+    writer = _Writer(trainer, codec, options, _lineage(base, settings))
+    with _open_run(options, trainer, settings, writer) as run:
+        folder, size = options.run / PAIRS_FOLDER, base.config.image_size
+        trainer.use(write_pairs(folder, options.archives, options.selection, codec, size, options.batch_size))
+        run.train(options.steps, trainer.step, options.log_every, trainer.evaluate, options.evaluate_every)
+        return writer.write_model(jax.device_get(run.state), run.step)
+
+
+def _open_run(options: TrainOptions, trainer: BaseTrainer, settings: dict[str, Any], writer: "_Writer") -> Run:
+    return Run(
+        options.run,
+        trainer.init(),
+        settings,
+        options.save_every,
+        keep=options.keep,
+        put=trainer.put,
+        write_model=writer.write_checkpoint,
+    )
+
+
 class _Writer:
     """Writes what a run leaves: models with their lineage, samples, and the prompts that were held out."""
 
-    def __init__(self, trainer: Trainer, codec: Checkpoint, options: TrainOptions, lineage: dict[str, Any]):
+    def __init__(self, trainer: BaseTrainer, codec: Checkpoint, options: TrainOptions, lineage: dict[str, Any]):
         self._trainer, self._codec, self._options, self._lineage = trainer, codec, options, lineage
 
     def checkpoint(self, state: State, step: int) -> Checkpoint:
@@ -119,9 +143,9 @@ class _Writer:
             shutil.rmtree(unfinished, ignore_errors=True)
         return final
 
-    def write_held_out(self, examples: Examples) -> list[str | ClassLabel]:
+    def write_held_out(self, examples: Examples, numbers: np.ndarray) -> list[str | ClassLabel]:
         """Write the prompts that are held out, for `generate --prompts-file` or `--classes`; returns them."""
-        texts = [examples.texts[number] for number in np.unique(examples.rows["prompt"][self._trainer.held_out])]
+        texts = [examples.texts[number] for number in np.unique(examples.rows["prompt"][numbers])]
         path = self._options.run / HELD_OUT_FILE
         try:
             lines = [str(text.label) if isinstance(text, ClassLabel) else " ".join(text.split()) for text in texts]
@@ -159,6 +183,15 @@ def _make_model(options: TrainOptions) -> Checkpoint:
     folder = options.config.parent
     digest = native.digest(params)
     return Checkpoint(kind.name, config, params, options.config.stem, digest, folder, options.tokenizer, style)
+
+
+def _settings(options: TrainOptions, base: Checkpoint, codec: Checkpoint) -> dict[str, Any]:
+    """What decides the weights; of a folder of images only its name is known."""
+    archives = [
+        {"name": path.name} if path.is_dir() else {"name": path.name, "sha256": _digest(path)}
+        for path in options.archives
+    ]
+    return options.settings() | {"base": base.sha256, "codec": codec.sha256, "archives": archives}
 
 
 def _lineage(base: Checkpoint, settings: dict[str, Any]) -> dict[str, Any]:

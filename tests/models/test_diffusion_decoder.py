@@ -28,7 +28,7 @@ from dm_generations.models.diffusion_decoder.guidance import (
     draw_cutouts,
     guidance_loss,
 )
-from dm_generations.models.diffusion_decoder.network import PreparedUNet, sinusoid
+from dm_generations.models.diffusion_decoder.network import Condition, PreparedUNet, sinusoid
 from dm_generations.models.diffusion_decoder.samplers import DDIM, DDPM, Prediction, Schedule, Steps
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.registry import parameter_shapes
@@ -37,6 +37,8 @@ from dm_generations.pipelines.convert import convert
 FOLDERS = golden_dirs("diffusion")
 CASES = [path.parent for folder in FOLDERS for path in sorted(folder.glob("*/golden.npz"))]
 MODELS = [folder for folder in CASES if (folder / "model-latest.pt").exists()]
+HAVE_LAYERS = [folder for folder in CASES if (folder / "weights.npz").exists()]
+HAVE_IMAGES = [folder for folder in CASES if "ddim10_pred_xstart" in np.load(folder / "golden.npz")]
 RUNS = ("ddim10", "ddpm25")
 in_cases = pytest.mark.parametrize("folder", CASES, ids=lambda folder: folder.name)
 in_models = pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
@@ -143,6 +145,30 @@ def test_schedules(folder, run):
         np.testing.assert_allclose(getattr(schedule, name), found[f"sched_{run}_{name}"], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("folder", HAVE_IMAGES, ids=lambda folder: folder.name)
+def test_steps_from_recorded_images(folder):
+    """Each recorded x follows from the x before and the image predicted from it; no network is needed."""
+    found = arrays(folder)
+    values = json.loads((folder / "config.json").read_text())["model_and_diffusion"]
+    steps = steps_of("ddim10")
+    rows = steps.rows(dataclasses.replace(TINY, noise_schedule=values["noise_schedule"]))
+    samples = dict(zip(found["ddim10_sample_steps"].tolist(), map(nhwc, found["ddim10_sample"]), strict=True))
+    samples[-1] = images("ddim10_xT", folder)
+    predicted = dict(
+        zip(found["ddim10_pred_xstart_steps"].tolist(), map(nhwc, found["ddim10_pred_xstart"]), strict=True)
+    )
+    checked = 0
+    for number, x0 in predicted.items():
+        if number in samples and number - 1 in samples:
+            x, row = samples[number - 1], rows[number]
+            x_next, _ = steps.sampler.step(row, Prediction(x, x0, x0, 0.0, np.zeros_like(x)))
+            assert_like(x_next, samples[number], 2e-4)
+            checked += 1
+    assert checked
+    if len(rows) - 1 in predicted:
+        assert_same_bytes(samplers.to_uint8(predicted[len(rows) - 1]), found["ddim10_uint8"])
+
+
 def test_a_faster_solver_comes_closer_to_the_exact_image():
     """The noise of images of one normal distribution is known, and with it where each noise ends."""
     spread = 0.5
@@ -219,6 +245,21 @@ def test_times(folder):
     found = arrays(folder)
     expected = found["unet_t_sinusoid"]
     np.testing.assert_allclose(sinusoid(found["unet_t"], expected.shape[1]), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("folder", HAVE_LAYERS, ids=lambda folder: folder.name)
+def test_what_enters_the_network(folder):
+    """The time embedding and the condition, each in the original's layout of weights."""
+    found = arrays(folder)
+    weights = dict(np.load(folder / "weights.npz"))
+    first, second = (weights[f"time_embed.{number}.weight"] for number in (0, 2))
+    hidden = found["unet_t_sinusoid"] @ first.T + weights["time_embed.0.bias"]
+    time = np.asarray(jax.nn.silu(hidden)) @ second.T + weights["time_embed.2.bias"]
+    np.testing.assert_allclose(time, found["mid_time_emb"], atol=2e-4)
+    kernel = weights["external_block.op.weight"].transpose(2, 3, 1, 0)
+    params = {"op": {"kernel": kernel, "bias": weights["external_block.op.bias"]}}
+    condition = Condition(kernel.shape[-1], jnp.float32).apply({"params": params}, vectors_of(folder, found["tokens"]))
+    np.testing.assert_allclose(condition, nhwc(found["mid_external"]), atol=2e-4)
 
 
 @pytest.mark.e2e

@@ -22,7 +22,16 @@ import numpy as np
 from jax import lax
 
 from dm_generations.errors import UserError
-from dm_generations.models.base import LAYERS, MAX_LAYERS, POSITIONS, WIDTH, Bounds, check_config, select_fields
+from dm_generations.models.base import (
+    LAYERS,
+    MAX_LAYERS,
+    POSITIONS,
+    WIDTH,
+    Bounds,
+    check_config,
+    layer_class,
+    select_fields,
+)
 from dm_generations.models.vqgan.fast_decoder import CONV, UPSAMPLED_CONV, convolve, transform_kernel
 from dm_generations.runtime.device import matmul_precision
 from dm_generations.weights.mmap import release
@@ -126,6 +135,10 @@ class DiffusionDecoderConfig:
         return -(-grid // 2) << (len(self.level_channels) - 1)
 
 
+def _initializer(begins_at_zero: bool) -> Callable:
+    return nn.initializers.zeros if begins_at_zero else nn.initializers.lecun_normal()
+
+
 class Conv(nn.Module):
     """A convolution, zero-padded on all sides, or Winograd's if its kernel was prepared for that."""
 
@@ -134,6 +147,7 @@ class Conv(nn.Module):
     size: int = 3
     stride: int = 1
     upsamples: bool = False  # rows and columns are doubled before
+    begins_at_zero: bool = False  # as training starts, so that a block with a shortcut changes nothing
 
     @nn.compact
     def __call__(
@@ -148,7 +162,7 @@ class Conv(nn.Module):
             products: Any = self.get_variable("params", "products")
             return convolve(x, products, bias, UPSAMPLED_CONV if self.upsamples else CONV, activate, add)
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = self.param("kernel", _initializer(self.begins_at_zero), shape)
         x = activate(x).astype(self.dtype)
         if self.upsamples:
             x = x.repeat(2, axis=1).repeat(2, axis=2)
@@ -164,12 +178,13 @@ class Pointwise(nn.Module):
 
     features: int
     dtype: Any
+    begins_at_zero: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, T, C) to (B, T, features)."""
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (1, x.shape[-1], self.features))
+        kernel = self.param("kernel", _initializer(self.begins_at_zero), (1, x.shape[-1], self.features))
         return x @ kernel[0].astype(self.dtype) + bias.astype(self.dtype)
 
 
@@ -230,7 +245,7 @@ class ResBlock(nn.Module):
             factor_2, offset_2 = factor_2 * (1 + scale), offset_2 * (1 + scale) + shift
         if x.shape[-1] != self.features:
             x = Conv(self.features, self.dtype, size=1, name="skip_connection")(x)
-        last = Conv(self.features, self.dtype, name="out_layers_3")
+        last = Conv(self.features, self.dtype, begins_at_zero=True, name="out_layers_3")
         return last(h, lambda h: _activated(h, factor_2, offset_2), add=x)
 
 
@@ -267,7 +282,7 @@ class Attention(nn.Module):
         logits = jnp.einsum("bqhc,bkhc->bhqk", q * scale, k * scale, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
         mixed = jnp.einsum("bhqk,bkhc->bqhc", weights, v).reshape(batch, height * width, channels)
-        return x + Pointwise(channels, self.dtype, name="proj_out")(mixed).reshape(x.shape)
+        return x + Pointwise(channels, self.dtype, begins_at_zero=True, name="proj_out")(mixed).reshape(x.shape)
 
 
 class Condition(nn.Module):
@@ -304,6 +319,7 @@ class UNet(nn.Module):
             (B, H, W, 3) float32; if the variance is learned (B, H, W, 6), the last three for it.
         """
         config, levels = self.config, len(self.config.level_channels)
+        block = layer_class(ResBlock)
         time = nn.Dense(4 * config.num_channels, name="time_embed_0")(sinusoid(times, config.num_channels))
         time = nn.silu(nn.Dense(4 * config.num_channels, name="time_embed_2")(nn.silu(time)))
         h = Conv(config.level_channels[0], self.dtype, name="input_blocks_0_0")(x.astype(self.dtype))
@@ -313,13 +329,13 @@ class UNet(nn.Module):
                 h = self._block("input_blocks", number, channels, h, time, level)
                 kept, number = [*kept, h], number + 1
             if level != levels - 1:
-                h = ResBlock(config, channels, self.dtype, "down", name=f"input_blocks_{number}_0")(h, time)
+                h = block(config, channels, self.dtype, "down", name=f"input_blocks_{number}_0")(h, time)
                 kept, number = [*kept, h], number + 1
         condition = Condition(config.emb_output_dims, self.dtype, name="external_block")(vectors.astype(self.dtype))
         h = jnp.concatenate([h, condition], axis=-1)
-        h = ResBlock(config, h.shape[-1], self.dtype, name="middle_block_cond_0")(h, time)
-        h = Attention(config, self.dtype, name="middle_block_cond_1")(h)
-        h = ResBlock(config, config.level_channels[-1], self.dtype, name="middle_block_cond_2")(h, time)
+        h = block(config, h.shape[-1], self.dtype, name="middle_block_cond_0")(h, time)
+        h = layer_class(Attention)(config, self.dtype, name="middle_block_cond_1")(h)
+        h = block(config, config.level_channels[-1], self.dtype, name="middle_block_cond_2")(h, time)
         number = 0
         for level in reversed(range(levels)):
             channels = config.level_channels[level]
@@ -328,16 +344,17 @@ class UNet(nn.Module):
                 h = self._block("output_blocks", number, channels, h, time, level)
                 if level and index == config.num_res_blocks:
                     place = 2 if level in config.attention_levels else 1
-                    h = ResBlock(config, channels, self.dtype, "up", name=f"output_blocks_{number}_{place}")(h, time)
+                    h = block(config, channels, self.dtype, "up", name=f"output_blocks_{number}_{place}")(h, time)
                 number += 1
         h = h.astype(jnp.float32)
         factor, offset = GroupNorm(name="out_0")(h)
-        return Conv(config.out_channels, jnp.float32, name="out_2")(h, lambda h: _activated(h, factor, offset))
+        last = Conv(config.out_channels, jnp.float32, begins_at_zero=True, name="out_2")
+        return last(h, lambda h: _activated(h, factor, offset))
 
     def _block(self, part: str, number: int, channels: int, h: jax.Array, time: jax.Array, level: int) -> jax.Array:
-        h = ResBlock(self.config, channels, self.dtype, name=f"{part}_{number}_0")(h, time)
+        h = layer_class(ResBlock)(self.config, channels, self.dtype, name=f"{part}_{number}_0")(h, time)
         if level in self.config.attention_levels:
-            h = Attention(self.config, self.dtype, name=f"{part}_{number}_1")(h)
+            h = layer_class(Attention)(self.config, self.dtype, name=f"{part}_{number}_1")(h)
         return h
 
     @staticmethod
