@@ -63,8 +63,7 @@ def train(options: TrainOptions) -> Path:
 
 def _train_generator(options: TrainOptions) -> Path:
     base = _make_model(options) if options.config is not None else load_generator(options.model, options.tokenizer)
-    if not hasattr(base.network_class, "training_logits"):
-        raise UserError(f"model {base.name!r} is a {base.kind}, which this program does not train")
+    _check_trained(base.network_class, base.name, base.kind)
     codec, _ = load_codec(base, options.model, options.codec)
     settings = _settings(options, base, codec)
     with Examples(options.archives, options.selection, codec, base.config.image_length) as examples:
@@ -165,6 +164,12 @@ class _Writer:
         logger.info("step %s: added %s samples to %s", f"{step:,}", f"{report.added_count:,}", path)
 
 
+def _check_trained(network_class: Any, name: str, kind: str) -> None:
+    """Raise UserError for a network that cannot be trained."""
+    if not hasattr(network_class, "training_logits"):
+        raise UserError(f"model {name!r} is a {kind}, which this program does not train")
+
+
 def _make_model(options: TrainOptions) -> Checkpoint:
     """Make a model with random weights."""
     assert options.config is not None
@@ -172,6 +177,7 @@ def _make_model(options: TrainOptions) -> Checkpoint:
     kind = find_kind(values.get("kind"))
     if kind is None or kind.role != "generator":
         raise UserError(f"{options.config}: kind {values.get('kind')!r:.60} is not a text-to-image model")
+    _check_trained(kind.network_class, options.config.name, kind.name)
     with prefix_errors(options.config):
         config = kind.config_class.from_dict(values)
     if getattr(config, "rotary_emb", False):

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, time_limit
 from tiny import DALLE_BART_CONFIG, tiny_dalle_bart
 from training_kit import PROMPTS, read_log, run_train, train_words, write_archive
 
@@ -59,6 +59,15 @@ def test_a_stopped_run_ends_with_the_same_weights(models, archive, whole, tmp_pa
     assert_equal_weights(whole / "model", tmp_path / "run" / "model")
     losses = [[line["loss"] for line in read_log(run)] for run in (whole, tmp_path / "run")]
     assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_a_model_that_is_not_trained_is_refused_before_it_is_made(models, archive, tmp_path, capsys):
+    config = tmp_path / "large.json"
+    config.write_text('{"kind": "amused"}')
+    with time_limit(20):
+        words = [archive, "--config", config, "--tokenizer", models.dalle_bart, "--run", tmp_path / "run"]
+        assert main(["train", *map(str, words)]) == 1
+    assert "large.json" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.e2e
