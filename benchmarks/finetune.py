@@ -89,9 +89,8 @@ def main() -> None:
         before, after = values
         for column, what in enumerate(("CLIP score", "known by name")):
             change = describe(after[:, column] - before[:, column])
-            print(
-                f"scale {scale}, {what}: before {before[:, column].mean():.3f}, after {after[:, column].mean():.3f}, change {change}"
-            )
+            means = f"before {before[:, column].mean():.3f}, after {after[:, column].mean():.3f}"
+            print(f"scale {scale}, {what}: {means}, change {change}")
 
 
 if __name__ == "__main__":
