@@ -316,9 +316,9 @@ def _read_tar(source: Path) -> Iterator[Item]:
                     key, image, caption = name, None, None
                 is_image = f".{ending}".lower() in IMAGE_SUFFIXES
                 if is_image and member.isfile() and member.size <= MAX_FILE_BYTES:
-                    image = member.name, archive.extractfile(member).read()  # type: ignore[union-attr]
+                    image = member.name, tar.read_member(archive, member)
                 elif ending in ("txt", "json") and member.isfile() and member.size <= _MAX_LINE:
-                    content = archive.extractfile(member).read()  # type: ignore[union-attr]
+                    content = tar.read_member(archive, member)
                     caption = _caption_of(content, ending) or caption
             if image is not None:
                 yield _item_of(source, image, caption)

@@ -299,8 +299,7 @@ def _read_member(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
         return b""
     if member.size >= _MAX_BYTES:
         raise UserError(f"{member.name!r:.200} in a tar file has {member.size:,} bytes, too many")
-    file: Any = shard.extractfile(member)
-    return file.read()
+    return tar.read_member(shard, member)
 
 
 def _to_record(parts: Mapping[str, bytes], where: str) -> Record:

@@ -3,6 +3,7 @@
 B: rows of a batch on all devices   K: batches whose gradients are added up
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ AXIS: Final = "data"
 EVALUATED_ROWS: Final = 256
 
 
-class BaseTrainer:
+class BaseTrainer(ABC):
     """The compiled step and the state of a run. A subclass makes batches and says what the loss is.
 
     Its state has the weights that are trained, under the name `_trained`; the optimiser's state `opt`; and `step`.
@@ -51,9 +52,9 @@ class BaseTrainer:
         self._frozen: Any = None
         self._step = jax.jit(self._update, donate_argnums=0)
 
+    @abstractmethod
     def init(self) -> State:
         """Make the state of step 0, on the host."""
-        raise NotImplementedError
 
     def init_state(self, trained: Any) -> State:
         """Make the state of step 0, on the host, of the weights that are trained."""
@@ -72,15 +73,15 @@ class BaseTrainer:
         """Take the step of this number; returns the new state and its metrics, which may still be computed."""
         return self._step(state, self._frozen, self.make_batch(step))
 
+    @abstractmethod
     def make_batch(self, step: int) -> dict[str, jax.Array]:
         """Make the batch of a step, which depends on the seed and the step alone: arrays (K, B, ...)."""
-        raise NotImplementedError
 
     # For subclasses
 
+    @abstractmethod
     def _loss(self, trained: Any, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> Any:
-        """The loss of a batch (B, ...), and metrics."""
-        raise NotImplementedError
+        """Return the loss of a batch (B, ...), and metrics."""
 
     def _put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Put arrays (K * B, ...) on the devices as (K, B, ...)."""

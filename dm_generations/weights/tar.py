@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 from dm_generations.errors import EXIT_CALLBACKS, UserError, one_line
 from dm_generations.weights.mmap import refuse_lfs_pointer
@@ -32,7 +32,7 @@ DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError,
 class _HeaderLimit:
     """A stream that refuses to be read beyond `limit`: tarfile itself keeps headers of any length in memory."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes] | gzip.GzipFile) -> None:
         self._file, self._position = file, 0
         self.limit = MAX_HEADER
 
@@ -56,12 +56,19 @@ def iterate(file: IO[bytes]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]
     """
     is_compressed = file.read(2) == b"\x1f\x8b"
     file.seek(0)
-    stream = _HeaderLimit(gzip.GzipFile(fileobj=file) if is_compressed else file)  # type: ignore[arg-type]
-    with tarfile.open(fileobj=stream, mode="r|") as archive:  # type: ignore[call-overload]
+    stream = _HeaderLimit(gzip.GzipFile(fileobj=file) if is_compressed else file)
+    with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as archive:
         for member in archive:
-            archive.members.clear()  # a list of all, which is not needed
+            archive.members.clear()  # type: ignore[attr-defined]  # all so far, which nobody needs; not in the stubs
             stream.limit = archive.offset + MAX_HEADER  # where the next header starts
             yield archive, member
+
+
+def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Read a regular file of an archive."""
+    file = archive.extractfile(member)
+    assert file is not None, "a regular file has content"
+    return file.read()
 
 
 def is_archive(path: Path) -> bool:
