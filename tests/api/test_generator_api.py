@@ -73,6 +73,7 @@ def test_defaults_are_those_of_the_command(models, generator, tmp_path):
     assert [row[:9] for row in rows(tmp_path / "command.db")] == [row[:9] for row in rows(tmp_path / "python.db")]
 
 
+@pytest.mark.e2e
 def test_a_single_prompt_is_one_prompt(generator):
     results = generator("a boat", n=2, sc_prompts="blurry", temperature=np.float32(0.5))
     assert [image.prompt for image in results] == ["a boat", "a boat"]

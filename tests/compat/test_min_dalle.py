@@ -200,6 +200,7 @@ def test_dtypes_of_torch_and_numpy(models, dtype, expected):
     assert model.dtype == expected
 
 
+@pytest.mark.e2e
 def test_half_precision(models):
     model = MinDalle(
         model=models.dalle_bart, codec=models.vqgan, dtype=Torch("torch.bfloat16"), device="cpu", is_verbose=False

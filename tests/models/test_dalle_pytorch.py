@@ -160,7 +160,7 @@ def test_sampling_repeats_the_original(case):
     np.testing.assert_array_equal(np.asarray(drawn).reshape(-1, count), tokens[:, :count])
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "gen_cond3__tokens" in arrays(case)])
+@pytest.mark.parametrize("case", first_fast(case for case in CASES if "gen_cond3__tokens" in arrays(case)))
 def test_the_original_guides_only_the_first_token(case):
     """What it computed from then on is the unconditional logits; ours are guided throughout, see the cached steps."""
     numbers, config = arrays(case), source(case).config
