@@ -134,8 +134,8 @@ export const grid = {
       const seeds = new Set([...found.values()].flatMap(({images}) => images.map((image) => image.seed)));
       return [...seeds].sort((a, b) => a - b).slice(0, MAX_SEEDS).map((value) => ({value, text: axis.show(value)}));
     }
-    const all = Object.values(this.axes).includes("prompt") ? source.valuesOf(axis) : null;
-    const values = all ?? axisValues(app.groups, axis);
+    const hasPrompts = Object.values(this.axes).includes("prompt");
+    const values = hasPrompts ? await source.valuesOf(axis, signal) : axisValues(app.groups, axis);
     return values.map((value) => ({value, text: axis.show(value, source)}));
   },
 

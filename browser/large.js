@@ -9,6 +9,16 @@ import {altOf, showImage, titleOf} from "./tile.js";
 /** Values of --rng by sampler version. */
 const SAMPLERS = new Map([[1, "rows"], [1001, "dalle-mini"]]);
 
+/** A command with [flag, value] each, or null if a shell cannot be told one of the values. */
+function command(name, flags) {
+  const lines = flags.map(([flag, value]) => {
+    const word = value === null ? null : shellWord(String(value));
+    // A text that begins with "-" would be taken for another flag.
+    return word && flag + (String(value).startsWith("-") ? "=" : " ") + word;
+  });
+  return lines.every(Boolean) ? [`python -m dm_generations ${name}`, ...lines].join(" \\\n  ") : null;
+}
+
 export const large = {
   image: null,
 
@@ -68,6 +78,7 @@ export const large = {
       facts.push([axis.label, axis.show(value, source)]);
     }
     facts.push([source.mode === "images" ? "CLIP score" : "CLIP scores", image.scores.map(scoreText).join(", ")]);
+    if (image.tokenizedScore !== null) facts.push(["score of the prompt's tokens", scoreText(image.tokenizedScore)]);
     if (source.mode === "images" && image.key) facts.push(["key", image.key.join(" ")], ["seed", `#${image.seed + 1}`]);
     if (image.same > 1) facts.push(["equal images", String(image.same)]);
     if (image.initCount) facts.push(["initial tokens", String(image.initCount)]);
@@ -76,6 +87,7 @@ export const large = {
     if (image.dtype !== null) facts.push(["dtype", visible(String(image.dtype))]);
     if (image.time !== null) facts.push(["sampled", new Date(image.time * 1000).toISOString().slice(0, 19).replace("T", " ") + " UTC"]);
     if (image.md5) facts.push(["MD5 of the tokens", image.md5]);
+    if (image.codec !== null) facts.push(["SHA-256 of the codec", `${image.codec}…`]);
     if (image.file !== null) facts.push(["file", visible(image.file)]);
     $("facts").replaceChildren(...facts.flatMap(([name, value]) => [
       element("dt", {textContent: name}), element("dd", {}, element("bdi", {textContent: value}))]));
@@ -106,40 +118,64 @@ export const large = {
     $("marks").replaceChildren(element("span", {className: "rates"}, ...rating), ...tags, add);
   },
 
-  /** Show the commands that generate this image again and decode it; all images of a gallery's group. */
+  /** Show the commands that decode this image and that generate it again; for a gallery, all images of its group. */
   showCommand() {
+    const {source} = this.app;
+    const isImage = source.mode === "images";
+    const decode = isImage && this.decodeCommand();
+    const {command: generate, problem} = this.generateCommand();
+    const parts = [decode && "decode this image of its archive", generate && (isImage ? "generate it again and decode it" : "generate images with these settings")];
+    const label = parts.filter(Boolean).join(", or ");
+    $("again-label").textContent = [label && `${label[0].toUpperCase()}${label.slice(1)} (bash, zsh).`, problem].filter(Boolean).join(" ");
+    $("command").textContent = [decode, generate].filter(Boolean).join("\n\n");
+    $("copy").hidden = $("command").hidden = !label;
+  },
+
+  /** Return the command that decodes this image alone, or null. */
+  decodeCommand() {
+    const {source, prompt, group: {values}} = this.app;
+    if (!this.image.key) return null;
+    const model = source.models[values.model];
+    const where = [["key", this.image.key.join(":")], ...AXES.filter(({isNumber}) => isNumber).map(({key}) => [key, values[key]]),
+      ...(model && !model.includes(",") ? [["model", model]] : [])]; // a comma parts values
+    // An unconditional prompt has its text in the command, as ids are those of one archive.
+    const scPrompt = source.scPrompts.get(values.sc_prompt) ?? null;
+    return command("decode", [
+      ["--db", source.archives[values.archive]],
+      ...(prompt.text === null ? [] : [["--prompt-texts", prompt.text]]),
+      ...(scPrompt === null ? [] : [["--sc-prompt-texts", scPrompt]]),
+      ...where.filter(([, value]) => value !== null).map(([name, value]) => ["--where", `${name}=${value}`]),
+      ["--out-dir", "one"],
+    ]);
+  },
+
+  /** Return {command} that generates this image again, or {problem} that says why there is none. */
+  generateCommand() {
     const {source, prompt, group} = this.app;
     const {image} = this;
     const isImage = source.mode === "images";
-    const flags = [["--prompts", prompt.text]];
+    const model = source.models[group.values.model];
+    if (isImage && (model === null || !SAMPLERS.has(image.sampler))) {
+      return {problem: "The archive does not say how this image was sampled, so no command can generate it again."};
+    }
+    if (image.initCount) {
+      return {problem: "This image continues tokens that only the archive has. To generate it again, use verify --regenerate."};
+    }
+    const flags = [["--db", "regenerated.db"], ["--prompts", prompt.text]];
     for (const axis of AXES.filter(({flag}) => flag)) {
       const value = group.values[axis.key];
       if (axis.key !== "sc_prompt") flags.push([axis.flag, value]);
       else if ((source.scPrompts.get(value) ?? null) !== null) flags.push([axis.flag, source.scPrompts.get(value)]);
     }
     flags.push(isImage ? ["--keys", image.key?.join(":") ?? null] : ["--n", group.count]);
-    const model = source.models[group.values.model];
-    const isKnown = !isImage || (model !== null && SAMPLERS.has(image.sampler));
-    if (isImage && isKnown) {
+    if (isImage) {
       if (model !== "") flags.push(["--model", model]);
       if (image.sampler !== 1) flags.push(["--rng", SAMPLERS.get(image.sampler)]);
       if ((image.dtype ?? "float32") !== "float32") flags.push(["--dtype", image.dtype]);
     }
-    const lines = flags.map(([flag, value]) => {
-      const word = value === null ? null : shellWord(String(value));
-      // A text that begins with "-" would be taken for another flag.
-      return word && flag + (String(value).startsWith("-") ? "=" : " ") + word;
-    });
-    const isPossible = lines.every((line) => line !== null) && !image.initCount && isKnown && !group.values.extra_settings;
-    $("copy").hidden = $("command").hidden = !isPossible;
-    $("again-label").textContent = isPossible
-      ? (isImage ? "Generate this image again and decode it (bash, zsh)" : "Generate images with these settings (bash, zsh)")
-      : !isKnown ? "The archive does not say how this image was sampled, so no command can generate it again."
-      : image.initCount ? "This image continues tokens that only the archive has. To generate it again, use verify --regenerate."
-        : "A command line cannot hold this prompt or these settings.";
-    $("command").textContent = !isPossible ? ""
-      : ["python -m dm_generations generate --db regenerated.db", ...lines].join(" \\\n  ")
-        + (isImage ? "\npython -m dm_generations decode --db regenerated.db --out-dir regenerated" : "");
+    const generate = group.values.extra_settings ? null : command("generate", flags);
+    if (!generate) return {problem: "A command line cannot hold this prompt or these settings."};
+    return {command: generate + (isImage ? "\npython -m dm_generations decode --db regenerated.db --out-dir regenerated" : "")};
   },
 
   key(event) {

@@ -18,13 +18,16 @@ export class LiveSource {
 
   async readSummary() {
     const summary = await this.get("summary");
-    const {mode, archives, models, seeds, values, first, revision} = summary;
-    Object.assign(this, {mode, archives, models, seeds, values, first, revision});
+    const {mode, archives, models, seeds, first, revision} = summary;
+    Object.assign(this, {mode, archives, models, seeds, first, revision, values: null});
     this.scPrompts = new Map(summary.sc_prompts);
     Object.assign(this, {imageCount: summary.images, promptCount: summary.prompts, scoreRange: summary.score_range});
   }
 
-  valuesOf(axis) { return this.values ? sortValues(axis, this.values[axis.key]) : null; }
+  async valuesOf(axis, signal) {
+    this.values ??= (await this.get("values", [], signal)).values;
+    return sortValues(axis, this.values[axis.key]);
+  }
 
   async get(route, parameters = [], signal = undefined) {
     const query = new URLSearchParams(parameters.filter(([, value]) => value !== null && value !== undefined));
@@ -71,11 +74,11 @@ export class LiveSource {
   }
 
   imageOf(row, group) {
-    const [name, , rank, score, key0, key1, seed, md5, time, codec, sampler, initCount, dtype, logProb, same, problem] = row;
+    const [name, , rank, score, key0, key1, seed, md5, time, codec, sampler, initCount, dtype, logProb, tokenizedScore, same, problem] = row;
     const isKnown = /^[0-9a-f]{32}$/.test(md5) && /^[0-9a-f]{16}$/.test(codec) && !problem;
     const url = isKnown ? `image/${codec}/${md5}` : null;
     return {name, group, rank, score, scores: [score], key: key0 === null ? null : [key0, key1], seed, md5, time, sampler,
-      initCount, dtype, logProb, same, problem, url, file: null};
+      initCount, dtype, logProb, tokenizedScore, codec, same, problem, url, file: null};
   }
 
   async statistics({axis, prompt = null, values = {}}, signal) {

@@ -62,7 +62,7 @@ const at = (column, i) => (Array.isArray(column) ? column[i] : column);
 /** One image; what is rarely asked for is worked out when it is. */
 export class ManifestImage {
   constructor(source, group, row, name, rank) {
-    Object.assign(this, {source, group, row, name, rank, same: 1, logProb: null, problem: null});
+    Object.assign(this, {source, group, row, name, rank, same: 1, logProb: null, tokenizedScore: null, codec: null, problem: null});
     const score = source.columns.score[row];
     this.scores = Array.isArray(score) ? score : [score];
     this.score = this.scores[0] ?? null;

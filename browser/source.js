@@ -8,7 +8,7 @@
 //            `id` is opaque. `values` has the value of each axis of AXES: numbers, ids of `scPrompts`, positions in
 //            `models` and `archives`. `scored` images have a score; mean, sd and best are theirs, or null.
 //   Image    {name, group, rank, score, scores, key: [key0, key1] or null, seed, md5, time, sampler, initCount, dtype,
-//            logProb, same, url, thumbnail, file, problem}
+//            logProb, tokenizedScore, codec, same, url, thumbnail, file, problem}
 //            `name` tells it from the others of its group: "key0.key1", with ".1", ".2", ... for more images of one
 //            key; "page 3" for a gallery. `rank` counts from 0, best first. `seed` is the position of its key in
 //            `seeds`, or -1. `same` is how many images of the group have the same tokens, this one included.
@@ -20,7 +20,7 @@
 //   archives          names of archives            models   names of models: "" ships with the program, null is unknown
 //   scPrompts         Map of id to text or null    seeds    [[key0, key1], ...] in the order of sampling
 //   imageCount, promptCount, scoreRange: [low, high] or null
-//   valuesOf(axis)    all values of an axis in the archive, in their order; null if they are not known
+//   valuesOf(axis, signal)     the values of one of AXES that the archive has, in their order; of a server a promise
 //   first             {prompt, values}: the prompt with the best image, and its setting with the best mean
 //   prompts({search, offset, limit} or {ids}, signal)     -> {total, prompts}
 //   groups(prompt ids, signal)                            -> [Group, ...]
@@ -41,10 +41,10 @@
 // the routes below. Numbers that JSON has no form for are null; arrays save what keys would repeat.
 //
 //   GET  api/summary         {version: 2, mode, archives, models, sc_prompts: [[id, text], ...], seeds: [[k0, k1], ...]
-//                            (at most 1,000), images, prompts, score_range, values, first: {prompt, values}, revision}
+//                            (at most 1,000), images, prompts, score_range, first: {prompt, values}, revision}
 //        `values` of `first` is {top_k, top_p, temperature, cond_scale, sc_prompt, extra_settings, model, archive}, one value
-//        of each. The outer `values` has a list of all values of each; without it, a grid of prompts has the values of the
-//        current prompt. `first` is null in an empty archive.
+//        of each. `first` is null in an empty archive.
+//   GET  api/values          {values: {top_k: [...], ...}}: at most 2,000 values of each of these that images have
 //   GET  api/prompts?search=WORDS&offset=0&limit=100     {total, prompts: [[id, text, count, IMAGE or null], ...]}
 //   GET  api/prompts?id=1&id=2                           the same, of these
 //        A prompt is found if it contains all words, in any case; its id counts as a word. limit is at most 2,000.
@@ -54,7 +54,7 @@
 //   GET  api/images?group=ID&group=ID&sort=score&descending=1&min=&max=&seed=KEY0.KEY1&limit=9&offset=0
 //        {groups: {ID: {total, images: [IMAGE, ...]}}}
 //        IMAGE: [name, group, rank, score, key0, key1, seed, md5, time, codec, sampler_version, init_count, dtype,
-//                log_prob, same, problem], or null for one that is gone
+//                log_prob, score of the prompt's tokens, same, problem], or null for one that is gone
 //        md5: of the tokens, hex; codec: the first 16 hex digits of its sha256
 //   GET  api/statistics?axis=top_k&prompt=1&temperature=0.7   {range: [low, high], values: [[value, n, mean, sd,
 //                                                              [count, ...], [n, mean, sd] or null], ...]}

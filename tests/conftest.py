@@ -4,25 +4,26 @@ import os
 import tempfile
 from collections.abc import Iterator
 
-import jax
 import pytest
 from helpers import golden, golden_dirs
 from ray_kit import RayCluster
 from tiny import TinyModels, tiny_models
 
 from dm_generations.export.manifest import ImageEntry
+from dm_generations.runtime import compile_cache
 
 __all__ = ["golden", "golden_dirs"]
 
 
 def pytest_configure(config):
-    """Compiled programs go into a cache of this run's own, never into the user's."""
+    """Caches are never the user's: tests keep their compiled programs, commands that they start share a new cache."""
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="dm-generations-tests-")
         config.add_cleanup(folder.cleanup)
         os.environ["XDG_CACHE_HOME"] = folder.name
-    jax.config.update("jax_compilation_cache_dir", f"{os.environ['XDG_CACHE_HOME']}/jax-{os.getpid()}")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(config.cache.mkdir("home")))
+        compile_cache.enable()
 
 
 @pytest.fixture(scope="session")

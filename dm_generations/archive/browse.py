@@ -27,6 +27,7 @@ COLUMNS: Final = {name: name for name in SETTINGS} | {
 BINS: Final = 24
 MAX_SEEDS: Final = 1000
 MAX_IMAGES: Final = 10_000  # of a group, in one answer
+MAX_VALUES: Final = 2_000  # of an axis
 MAX_PAIRED: Final = 300_000  # images among which pairs are looked for
 _SEED_ROWS: Final = 20_000  # the first images, whose keys are the seeds
 _SCORE: Final = "CASE WHEN typeof(clip_score_input) IN ('real', 'integer') THEN clip_score_input END"
@@ -230,6 +231,15 @@ class Browser:
         best = max(found, key=lambda one: -math.inf if one.mean is None else one.mean, default=None)
         return None if best is None else best.id
 
+    @functools.cached_property
+    def values(self) -> dict[str, list[Any]]:
+        """The values that the images have of each of AXES, in no order; of an axis at most MAX_VALUES."""
+        found = {}
+        for axis in AXES:
+            sql = f"SELECT DISTINCT {COLUMNS.get(axis, axis)} FROM images LIMIT {MAX_VALUES}"
+            found[axis] = list(dict.fromkeys(self.shown(axis, value) for (value,) in self._rows(sql)))
+        return found
+
     def _rows(self, sql: str, parameters: Any = ()) -> Iterator[Row]:
         return self.archive.connection.rows(sql, parameters)
 
@@ -331,7 +341,7 @@ class Browser:
         """Return columns of images by id, their tokens too; of 2022, the MD5 is that of the tokens."""
         columns = (
             *("id", *GROUP_COLUMNS, "generator_id", "key0", "key1", "quantvec", "quantvec_md5", "codec_id"),
-            *("sampler_version", "init_count", "dtype", "log_prob"),
+            *("sampler_version", "init_count", "dtype", "log_prob", "clip_score_tokenized"),
         )
         sql = f"SELECT {', '.join(columns)} FROM images WHERE id IN (SELECT value FROM json_each(?))"
         found = {}

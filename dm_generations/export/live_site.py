@@ -73,7 +73,10 @@ def export_live_site(
                 at_end.callback(new_archive.unlink, missing_ok=True)
                 merge([path], new_archive, selection)
                 with Archive.open(new_archive) as archive:
-                    grids[path], _ = check_codec(archive, select_groups(archive, ALL), checkpoint)
+                    try:
+                        grids[path], _ = check_codec(archive, select_groups(archive, ALL), checkpoint)
+                    except UserError as error:  # it names the archive that is read
+                        raise UserError(str(error).replace(str(new_archive), str(path))) from error
                     archives.append({"file": file, "name": name, **_describe_models(archive, checkpoint)})
                     image_count += archive.count()
             decoder = _describe_codec(checkpoint, _one_grid(grids))

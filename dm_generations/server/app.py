@@ -126,6 +126,7 @@ class PageServer:
         routes = [
             Route("/", _guarded(self.page)),
             Route("/api/summary", self._for_page(self.summary)),
+            Route("/api/values", self._for_page(self.values)),
             Route("/api/prompts", self._for_page(self.prompts)),
             Route("/api/groups", self._for_page(self.groups)),
             Route("/api/images", self._for_page(self.images)),
@@ -181,6 +182,10 @@ class PageServer:
     async def summary(self, request: Request) -> Response:
         """Answer what the page asks first."""
         return _json(await self._archive.call(self._archive.summary))
+
+    async def values(self, request: Request) -> Response:
+        """Answer all values of each axis."""
+        return _json(await self._archive.call(self._archive.values))
 
     async def changes(self, request: Request) -> Response:
         """Answer the revision."""

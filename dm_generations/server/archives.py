@@ -137,6 +137,16 @@ class ServedArchives(ArchiveThread):
             "revision": sum(self._revisions),
         }
 
+    def values(self) -> dict[str, Any]:
+        """Return all values of each axis."""
+        found: dict[str, dict[Any, None]] = {axis: {} for axis in AXES}
+        for i, browser in enumerate(self._browsers()):
+            for axis, values in browser.values.items():
+                for value in values:
+                    merged = self._merge_values(i, {"model": None, "sc_prompt": None, "archive": None, axis: value})
+                    found[axis].setdefault(merged[axis])
+        return {"values": {axis: list(values) for axis, values in found.items()}}
+
     def prompts(self, search: str, offset: int, limit: int, ids: Sequence[int]) -> dict[str, Any]:
         """Return prompts that hold all words of `search`, or those of `ids`."""
         self._browsers()

@@ -153,6 +153,10 @@ class ServedArchive(ArchiveThread):
             "revision": self.revision,
         }
 
+    def values(self) -> dict[str, Any]:
+        """Return all values of each axis."""
+        return {"values": self.browser().values}
+
     def prompts(self, search: str, offset: int, limit: int, ids: Sequence[int]) -> dict[str, Any]:
         """Return prompts that hold all words of `search`, or those of `ids`."""
         browser = self.browser()
@@ -222,7 +226,7 @@ class ServedArchive(ArchiveThread):
         return [
             *(name, group, listed.rank, listed.score, *key, browser.seeds.get(key, -1), md5, listed.time, codec_hash),
             *(plain(row[column]) for column in ("sampler_version", "init_count", "dtype", "log_prob")),
-            *(listed.copies, problem),
+            *(plain(row["clip_score_tokenized"]), listed.copies, problem),
         ]
 
     def statistics(self, axis: str, prompt_id: int | None, fixed: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ VALUES = ("top_k", "top_p", "temperature", "cond_scale", "sc_prompt", "extra_set
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Two prompts, three values of top k, two images each."""
+    """Two prompts, three values of top k, two images each; the first has a fourth."""
 
     def __init__(self, *args, log):
         self.log = log
@@ -33,15 +33,15 @@ class Server(http.server.BaseHTTPRequestHandler):
     def rows(self):
         count = 3 if self.log["grown"] else 2
         for prompt in (1, 2):
-            for top_k in (0, 50, 256):
+            for top_k in (0, 50, 256, 999)[: 4 if prompt == 1 else 3]:
                 for rank in range(count):
                     values = [top_k, 1.0, 1.0, 3.0, 1, "", 0, 0]
                     md5 = f"{prompt:02x}{top_k:04x}{rank:026x}"
                     name = f"7.{rank}"
                     group = f"{prompt}-{top_k}"
                     score = 20.0 - rank + top_k / 100
-                    image = [name, group, rank, score, 7, rank, rank, md5, 1.7e9, CODEC, 1, 0, "float32", -3.5, 1, None]
-                    yield prompt, group, values, image
+                    image = [name, group, rank, score, 7, rank, rank, md5, 1.7e9, CODEC, 1, 0, "float32", -3.5, 19.5]
+                    yield prompt, group, values, [*image, 1, None]
 
     def do_GET(self):
         url = urlsplit(self.path)
@@ -84,12 +84,13 @@ class Server(http.server.BaseHTTPRequestHandler):
     def summary(self, _):
         seeds = [[7, rank] for rank in range(3)]
         first = {"prompt": 2, "values": dict(zip(VALUES, [256, 1.0, 1.0, 3.0, 1, "", 0, 0], strict=True))}
-        values = dict(zip(VALUES, [[0, 256, 50], [1.0], [1.0], [3.0], [1], [""], [0], [0]], strict=True))
         return {
-            "values": values,
             **dict(version=2, mode="images", archives=["live.db"], models=[""], sc_prompts=[[1, None]], seeds=seeds),
-            **dict(images=12, prompts=2, score_range=[18.0, 22.56], first=first, revision=self.log["grown"]),
+            **dict(images=14, prompts=2, score_range=[18.0, 22.56], first=first, revision=self.log["grown"]),
         }
+
+    def values(self, _):
+        return {"values": dict(zip(VALUES, [[0, 256, 50, 999], [1.0], [1.0], [3.0], [1], [""], [0], [0]], strict=True))}
 
     def prompts(self, query):
         texts_of = {1: "rocket", 2: "castle <b>"}
@@ -161,8 +162,9 @@ def test_every_view_works(live):
     live.locator("#rows").select_option("prompt")
     live.locator("#cols").select_option("top_k")
     live.locator("#cell").select_option("seed")
-    live.wait_for_function("() => document.querySelectorAll('.cell .tile').length === 6")
+    live.wait_for_function("() => document.querySelectorAll('.cell .tile').length === 7")
     assert texts(live, ".row-label") == ["rocket", "castle <b>"]
+    assert texts(live, ".column-label") == ["50", "256", "999", "off"]  # the second prompt has no 999
     live.locator(".cell .tile").first.focus()
     live.keyboard.press("p")
     live.keyboard.press("c")
@@ -175,6 +177,7 @@ def test_every_view_works(live):
     live.locator("#large").wait_for()
     facts = dict(zip(texts(live, "#facts dt"), texts(live, "#facts dd"), strict=True))
     assert facts["log-probability"] == "-3.50" and "file" not in facts
+    assert facts["score of the prompt's tokens"] == "19.50" and facts["SHA-256 of the codec"] == f"{CODEC}…"
 
 
 def test_judgements_are_sent_with_the_token_and_a_refusal_is_told(live, server):

@@ -263,15 +263,20 @@ def test_command_means_exactly_the_prompt_to_a_shell(page, hostile, tmp_path):
         environment = os.environ | {"LC_ALL": "C.UTF-8"}
         printed = subprocess.check_output(["bash", "-c", echo], env=environment, cwd=tmp_path)
         printed_words = printed.decode().removesuffix("\0\0").split("\0\0-m\0")
-        generate, decode = (words.split("\0") for words in printed_words)
-        assert generate[:3] == ["-m", "dm_generations", "generate"] and decode[:2] == ["dm_generations", "decode"]
-        args = build_parser().parse_args(generate[2:])
+        one, generate, decode = (words.removeprefix("-m\0").split("\0") for words in printed_words)
+        assert [words[:2] for words in (one, generate, decode)] == [
+            ["dm_generations", command] for command in ("decode", "generate", "decode")
+        ]
+        alone = build_parser().parse_args(one[1:])
+        assert (alone.prompt_texts, alone.sc_prompt_texts) == ([text], [text])
+        args = build_parser().parse_args(generate[1:])
         assert build_parser().parse_args(decode[1:]).db == args.db
         assert (args.prompts, args.sc_prompts, args.db.name) == ([text], [text], "regenerated.db")
         settings = (args.top_k, args.top_p, args.temperature, args.cond_scale)
         assert settings == ([50], [0.9], [1.0], [3.0])
         facts = dict(zip(texts(page, "#facts dt"), texts(page, "#facts dd"), strict=True))
         assert [parse_key(text) for text in args.keys] == [tuple(map(int, facts["key"].split()))]
+        assert alone.where == [f"key={args.keys[0]}", "top_k=50", "top_p=0.9", "temperature=1", "cond_scale=3"]
     assert not (tmp_path / "pwned").exists()
 
 
@@ -301,7 +306,9 @@ def test_command_draws_as_the_image_was_drawn_and_none_is_shown_where_none_can(p
     for name, entry in zip(names, entries, strict=True):
         page.evaluate("(name) => { location.hash = `prompt=1&${name}`; }", name)
         page.locator("#facts bdi", has_text=entry.file).wait_for()
-        commands.append(page.locator("#command").text_content().partition("\npython")[0])
+        decode, _, generate = page.locator("#command").text_content().partition("\n\n")
+        assert decode.startswith("python -m dm_generations decode") and ("my mega" in decode) == ("mega" in name)
+        commands.append(generate.partition("\npython")[0])
         given.append("initial tokens" in texts(page, "#facts dt"))
     assert commands[0].endswith("--dtype bfloat16") and commands[1] == "" and commands[2].endswith("--keys 1:2")
     words = shlex.split(commands[3].replace("\\\n", ""))

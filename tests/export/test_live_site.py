@@ -15,7 +15,7 @@ from decode_kit import change, random_tokens, write_archive_2022
 from flax.traverse_util import unflatten_dict
 from tiny import CODEBOOK_SIZE, GRID
 
-from dm_generations.archive import Archive
+from dm_generations.archive import Archive, NewImage
 from dm_generations.atomic_io import open_locked
 from dm_generations.errors import UserError
 from dm_generations.export import live_site, npm
@@ -23,9 +23,10 @@ from dm_generations.export.live_site import export_codec
 from dm_generations.inference.decoder import Decoder
 from dm_generations.models.dvae.discrete import DiscreteVAEConfig
 from dm_generations.models.dvae.openai import OpenAIVAEConfig
-from dm_generations.models.loading import Checkpoint
+from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.vqgan.network import VQGANConfig
 from dm_generations.paths import label_paths
+from dm_generations.sampling.params import SamplingParams
 
 SMALL = VQGANConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), resolution=16, z_channels=8)
 SMALL = dataclasses.replace(SMALL, n_embed=32, embed_dim=8, num_groups=4)
@@ -140,6 +141,24 @@ def test_a_live_site_of_several_archives(export, tmp_path):
         with Archive.open(export.site / one["file"]) as archive:
             assert archive.count() == count
     assert not list(export.site.glob(".new-*"))
+
+
+def test_archives_of_different_grids_are_refused(export, models, tmp_path):
+    other, side = tmp_path / "b.db", 2 * GRID
+    write_archive_2022(other, random_tokens(4, side**2, CODEBOOK_SIZE), ("a boat",))
+    with pytest.raises(UserError, match=rf"takes 4x4 tokens below \d+, but {other} holds 8x8 tokens"):
+        export(other)
+    other.unlink()
+    info = load_checkpoint(models.vqgan, "codec").model_info()
+    params = SamplingParams(top_k=5, temperature=1.0)
+    tokens = random_tokens(1, side**2, CODEBOOK_SIZE).astype("<u2").tobytes()
+    image = NewImage("a boat", None, params, 7, 1, tokens, 1.0, 2.0, 20.0, 20.0, 3.0)
+    with Archive.create(other) as archive, archive.transaction():
+        codec_id = archive.model_id(dataclasses.replace(info, token_shape=(side, side)))
+        archive.add_images([image], None, codec_id, None, 1)
+    with pytest.raises(UserError, match=rf"a.db has grids of 4 x 4 tokens, {other} of 8 x 8; export them apart"):
+        export(other)
+    assert sorted(path.name for path in export.site.iterdir()) == [".lock"]
 
 
 def test_two_exports_do_not_share_a_folder(export):

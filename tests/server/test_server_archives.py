@@ -47,6 +47,15 @@ def test_summary_and_prompts(both):
     assert page["total"] == 3 and len(page["prompts"]) == 1
 
 
+def test_values_of_both(both):
+    found = both.get("/api/values").json()["values"]
+    shown = [dict(zip(VALUES, group[2:], strict=False)) for prompt in (1, 2, 3) for group in groups(both, prompt)]
+    assert set(found["archive"]) == {0, 1}
+    assert found.keys() == set(VALUES)
+    for name, values in found.items():
+        assert len(values) == len(set(values)) and set(values) == {group[name] for group in shown}
+
+
 def test_groups_and_images_of_both(both, codec):
     found = groups(both, 1)
     assert [(row[ARCHIVE], row[COUNT]) for row in found] == [(0, 4), (0, 4), (1, 2)]

@@ -35,7 +35,7 @@ IMAGE = [
         "sampler_version",
         "init_count",
     ),
-    *("dtype", "log_prob", "same", "problem"),
+    *("dtype", "log_prob", "score_tokenized", "same", "problem"),
 ]
 VALUES = ("top_k", "top_p", "temperature", "cond_scale", "sc_prompt", "extra_settings", "model", "archive")
 PROBLEM = IMAGE.index("problem")
@@ -86,6 +86,14 @@ def test_summary(reader):
     assert (summary["images"], summary["prompts"], summary["score_range"]) == (12, 2, [17.0, 20.0])
     assert summary["first"]["prompt"] == 1 and list(summary["first"]["values"]) == list(VALUES)
     assert summary["revision"] == reader.get("/api/changes").json()["revision"]
+
+
+def test_values_are_those_of_all_prompts(reader):
+    found = reader.get("/api/values").json()["values"]
+    shown = [dict(zip(VALUES, group[2:], strict=False)) for prompt in (1, 2) for group in groups(reader, prompt)]
+    assert list(found) == list(VALUES)
+    for name, values in found.items():
+        assert len(values) == len(set(values)) and set(values) == {group[name] for group in shown}
 
 
 def test_prompts_are_paged_and_searched(reader):
