@@ -43,7 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
     add_archive(parser, "archive to compare", has_default=False)
-    add("--with", dest="other", metavar="FILE|FOLDER", type=file_path, help="another archive, or a folder of images")
+    add(
+        "--with",
+        dest="other",
+        metavar="FILE|FOLDER",
+        type=file_path,
+        help="another archive, a folder of images, or a .npy file of vectors (n, P) of the same CLIP",
+    )
     add(
         "--rank-by",
         metavar="SCORER",
@@ -76,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             vectors = Vectors.read(archive, model_id)
             if args.other is not None:
-                others = _read_others(args.other, archive, model_id, clip)
+                others = _read_others(args.other, archive, model_id, clip, vectors.rows.shape[1])
         found = compare(archive, scorer, vectors, others)
         sc_prompts = archive.sc_prompts()
     columns = _COLUMNS if others is None else (*_COLUMNS, "cmmd")
@@ -85,14 +91,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_others(path: Path, archive: Archive, model_id: int, clip: Any) -> "np.ndarray":
-    """Return vectors (m, P) of the images in a folder, or of another archive by the same CLIP."""
-    from dm_generations.pipelines.compare import Vectors
+def _read_others(path: Path, archive: Archive, model_id: int, clip: Any, width: int) -> "np.ndarray":
+    """Return vectors (m, P) of the images in a folder, of another archive by the same CLIP, or of a file."""
+    from dm_generations.pipelines.compare import Vectors, read_vector_file
 
     if path.is_dir():
         from dm_generations.pipelines.embed import embed_images, list_images
 
         return embed_images(list_images(path), clip)
+    if path.suffix == ".npy":
+        return read_vector_file(path, width)
     with Archive.open(path) as other:
         return Vectors.read(other, find_vector_model(other, archive.models()[model_id])).rows
 

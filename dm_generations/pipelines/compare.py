@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -14,7 +15,9 @@ from dm_generations.archive import Archive
 from dm_generations.archive.records import GroupKey
 from dm_generations.archive.scores import ScorerInfo, read_scores
 from dm_generations.archive.vectors import read_vectors
+from dm_generations.errors import UserError
 from dm_generations.pipelines.find import unit_rows
+from dm_generations.pipelines.token_files import read_npy
 
 # Jayasumana et al., "Rethinking FID: Towards a Better Evaluation Metric for Image Generation", 2024, and its code.
 CMMD_SIGMA = 10.0
@@ -79,6 +82,27 @@ class Vectors:
         is_there = places < len(self.ids)
         is_there[is_there] = self.ids[places[is_there]] == np.asarray(ids)[is_there]
         return self.rows[places[is_there]]
+
+
+def read_vector_file(path: Path, width: int) -> np.ndarray:
+    """Return the vectors (n, P) float of a `.npy` file.
+
+    Args:
+        path: As other programs publish the vectors of a reference set.
+        width: P, of the vectors to compare them with.
+
+    Raises:
+        UserError: The file has something else, or no vector.
+    """
+    vectors = read_npy(path)
+    if vectors.ndim != 2 or vectors.dtype.kind != "f" or not len(vectors) or vectors.shape[1] != width:
+        found = f"{vectors.dtype} of shape {vectors.shape}"
+        raise UserError(
+            f"{path} has {found}, not vectors (n, {width}) of floats as the CLIP of this archive gives them"
+        )
+    if not all(np.isfinite(vectors[start : start + _ROWS]).all() for start in range(0, len(vectors), _ROWS)):
+        raise UserError(f"{path} has vectors with NaN or infinite values")
+    return vectors
 
 
 class Cmmd:

@@ -133,13 +133,13 @@ class TokenFiles:
         token_count = count_tokens(self._codec.token_shape)
         if path.is_dir():
             for file in sorted(path.rglob("*.npy")):
-                tokens = _read_npy(file)
+                tokens = read_npy(file)
                 if tokens.size != token_count:
                     raise self._wrong_shape(file, tokens)
                 name = file.relative_to(path).as_posix()
                 yield {**(self._labels.named(name) if self._labels else {}), "tokens": tokens}
             return
-        arrays = [_read_npy(path)] if path.suffix == ".npy" else read_safetensors(path).values()
+        arrays = [read_npy(path)] if path.suffix == ".npy" else read_safetensors(path).values()
         for tokens in arrays:
             if not tokens.size or tokens.size % token_count:
                 raise self._wrong_shape(path, tokens)
@@ -241,14 +241,19 @@ def _to_blob(tokens: Any) -> bytes:
     return words.tobytes()
 
 
-def _read_npy(file: Path) -> np.ndarray:
+def read_npy(file: Path) -> np.ndarray:
+    """Return the array of a `.npy` file, mapped.
+
+    Raises:
+        UserError: It is damaged, or something else.
+    """
     try:
-        tokens = np.load(file, mmap_mode="r", allow_pickle=False)  # mapped: its size is compared with the header
+        array = np.load(file, mmap_mode="r", allow_pickle=False)  # mapped: its size is compared with the header
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{file}: damaged or not an array of NumPy: {one_line(error)}") from error
-    if not isinstance(tokens, np.ndarray):
+    if not isinstance(array, np.ndarray):
         raise UserError(f"{file}: not an array of NumPy")
-    return tokens
+    return array
 
 
 def _read_json_lines(path: Path) -> Iterator[Record]:

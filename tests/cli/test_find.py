@@ -97,7 +97,8 @@ def test_compare_settings_and_other_images(models, made, vectors, tmp_path, caps
     for number, image in enumerate(vectors[0]):
         Image.fromarray(image).save(tmp_path / f"{number}.png")
     flags = ["--db", db, "--clip", models.clip, "--format", "json"]
-    for other in (tmp_path, db):
+    np.save(tmp_path / "vectors.npy", vectors[1].astype(np.float64))
+    for other in (tmp_path, db, tmp_path / "vectors.npy"):
         assert command("compare", *flags, "--with", other) == 0
         setting, whole = json.loads(capsys.readouterr().out)
         assert setting["images"] == setting["vectors"] == setting["scored"] == 8
@@ -147,6 +148,10 @@ def test_what_is_wrong_is_said_in_a_line(models, made, tmp_path, capsys):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no image")
     clip = ["--clip", models.clip]
+    np.save(tmp_path / "wide.npy", np.ones((2, WIDTH + 1), np.float32))
+    np.save(tmp_path / "empty.npy", np.ones((0, WIDTH), np.float32))
+    np.save(tmp_path / "nan.npy", np.full((2, WIDTH), np.nan))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "wide.npy").read_bytes()[:100])
     for words, needed in (
         (["find", "--db", bare, "--duplicates"], ["score --vectors"]),
         (["find", "--db", db, "--clip", other, "--like", "a cat"], ["'clip'", "score --vectors"]),
@@ -155,6 +160,10 @@ def test_what_is_wrong_is_said_in_a_line(models, made, tmp_path, capsys):
         (["compare", "--db", db, *clip, "--with", tmp_path / "empty"], ["empty"]),
         (["compare", "--db", db, *clip, "--with", tmp_path / "broken"], ["a.png"]),
         (["compare", "--db", db, "--with", bare], ["bare.db", "score --vectors"]),
+        (["compare", "--db", db, "--with", tmp_path / "wide.npy"], ["wide.npy", str((2, WIDTH + 1)), str(WIDTH)]),
+        (["compare", "--db", db, "--with", tmp_path / "empty.npy"], ["empty.npy", "float32"]),
+        (["compare", "--db", db, "--with", tmp_path / "nan.npy"], ["nan.npy", "NaN"]),
+        (["compare", "--db", db, "--with", tmp_path / "cut.npy"], ["cut.npy", "NumPy"]),
         (["compare", "--db", db, "--rank-by", "nobody"], ["nobody", head.name, "clip_score_input"]),
         (["decode", "--db", db, "--out-dir", tmp_path / "out", "--rank-by", "nobody"], ["nobody", head.name]),
         (["score", "--db", db, *clip, "--aesthetic", wide], ["wide", str(WIDTH + 1), str(WIDTH), "--clip"]),
