@@ -32,6 +32,14 @@ def first_fast(cases: Iterable) -> list:
     return [pytest.param(case, marks=[pytest.mark.e2e] * (number > 0)) for number, case in enumerate(cases)]
 
 
+def first_of(cases: Iterable, count: int = 1) -> list:
+    """The first cases as they are, the others slow: for tests of several seconds whose cases are much alike."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[pytest.mark.slow] * (number >= count))
+        for number, case in enumerate(cases)
+    ]
+
+
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
     """Raise TimeoutError in a block that takes longer. Needs SIGALRM."""

@@ -1,22 +1,12 @@
 """What tests of the token models share: generations of recorded tokens, and tokens drawn with recorded noise."""
 
 import functools
-from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from _pytest.mark import ParameterSet
 
 from dm_generations.sampling import logits as sampling
-
-
-def first_of(cases: Sequence[Path]) -> list[ParameterSet]:
-    """Cases for a test of several seconds, of which all but the first are slow."""
-    marks = [pytest.mark.e2e, *[pytest.mark.slow] * (len(cases) - 1)]
-    return [pytest.param(case, marks=mark, id=case.name) for case, mark in zip(cases, marks, strict=False)]
 
 
 @functools.partial(jax.jit, static_argnums=0)

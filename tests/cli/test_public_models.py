@@ -93,6 +93,7 @@ def codec_for(model: str | Path, folder: Path) -> Path:
 
 
 TOKEN_MODELS = ("llamagen", "llamagen_t2i", "deepseek-community/Janus-Pro-1B")  # see test_token_models.py
+LIKE_MINI = ("dalle-mini/dalle-mega", "kuprel/min-dalle")  # of other sizes, or another file of the same weights
 
 
 def table_flags() -> list[str]:
@@ -146,7 +147,12 @@ def generate_in_python(models: Models) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.e2e
 @pytest.mark.parametrize(
-    "row", [row for row in table_flags() if row.startswith("--model") and row.split()[1] not in TOKEN_MODELS]
+    "row",
+    [
+        pytest.param(row, marks=[pytest.mark.slow] * (row.split()[1] in LIKE_MINI), id=row)
+        for row in table_flags()
+        if row.startswith("--model") and row.split()[1] not in TOKEN_MODELS
+    ],
 )
 def test_the_commands_of_the_table(row, letters, tmp_path, monkeypatch):
     """With the hub switched off, and the models in folders of the names that they have there."""

@@ -17,7 +17,7 @@ import pytest
 from archive_kit import execute
 from decode_kit import all_files, change, random_tokens, read_images, write_archive_2022
 from faults_kit import MODES, PAGE, error_line, files_left, undisturbed, without_progress
-from helpers import ROOT
+from helpers import ROOT, first_of
 from tiny import CODEBOOK_SIZE, GRID, IMAGE_SIZE
 
 from dm_generations.archive import Archive, merge
@@ -88,7 +88,7 @@ def test_a_writer_that_has_not_committed_disturbs_nobody(decode, archive, tmp_pa
     assert len(read_images(tmp_path / "out")) == 6
 
 
-@pytest.mark.parametrize("mode", PICTURE_MODES)
+@pytest.mark.parametrize("mode", first_of(PICTURE_MODES))
 def test_an_archive_that_is_locked_on_the_way(command, many, tmp_path, impatient, on_the_way, capfd, mode):
     flags, out = PICTURE_MODES[mode], tmp_path / "out"
     whole = undisturbed(command, tmp_path / "whole", flags)
@@ -101,7 +101,7 @@ def test_an_archive_that_is_locked_on_the_way(command, many, tmp_path, impatient
     assert command.run(out, *flags) == 0 and all_files(out) == whole
 
 
-@pytest.mark.parametrize("mode", PICTURE_MODES)
+@pytest.mark.parametrize("mode", first_of(PICTURE_MODES))
 def test_an_archive_that_is_cut_short_on_the_way(command, many, tmp_path, on_the_way, capfd, mode):
     flags, out = PICTURE_MODES[mode], tmp_path / "out"
     whole = undisturbed(command, tmp_path / "whole", flags)
@@ -240,7 +240,7 @@ def test_a_shard_that_lacks_an_image_does_not_pass_for_finished(decode, archive,
     assert all_files(out) == all_files(tmp_path / "fresh") and len(all_files(out)) == 1
 
 
-@pytest.mark.parametrize("mode", PICTURE_MODES)
+@pytest.mark.parametrize("mode", first_of(PICTURE_MODES))
 def test_keys_of_any_type_are_told_in_json(decode, archive, tmp_path, mode):
     """In the layout of 2022 nothing says what a column holds."""
     change(archive, "UPDATE images SET key0 = x'ff00' WHERE id = 1")

@@ -9,7 +9,7 @@ import faults_kit
 import pytest
 from decode_kit import all_files, change, random_tokens, write_archive_2022
 from faults_kit import bytes_under
-from helpers import ROOT
+from helpers import ROOT, first_of
 from tiny import CODEBOOK_SIZE, GRID
 
 from dm_generations.archive import merge
@@ -48,7 +48,7 @@ def rescore(archive):
     change(archive, "UPDATE images SET clip_score_input = -clip_score_input")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", first_of(MODES))
 @pytest.mark.parametrize("change_archive", [add_best, add_twin, rescore])
 def test_files_show_the_images_of_their_rank(decode, archive, tmp_path, mode, change_archive):
     assert decode(*MODES[mode]) == (0, "")
@@ -93,7 +93,7 @@ def stopped(decode, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", first_of(MODES))
 def test_a_first_run_was_stopped_before_the_archive_changed(decode, stopped, archive, tmp_path, mode):
     stopped(*MODES[mode])
     assert any("/" in path for path in all_files(tmp_path / "out"))
@@ -102,7 +102,7 @@ def test_a_first_run_was_stopped_before_the_archive_changed(decode, stopped, arc
     assert all_files(tmp_path / "out") == all_files(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", first_of(MODES))
 def test_a_run_of_another_archive_was_stopped(decode, stopped, archive, tmp_path, mode):
     """What it was to replace may show either image."""
     assert decode(*MODES[mode]) == (0, "")
@@ -151,7 +151,7 @@ def growing(decode, archive, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", first_of(MODES))
 def test_an_archive_shrinks_while_a_run_goes_on(decode, archive, tmp_path, monkeypatch, mode):
     native = tmp_path / "native.db"
     merge([archive], native)
@@ -169,7 +169,7 @@ def test_an_archive_shrinks_while_a_run_goes_on(decode, archive, tmp_path, monke
     assert problems and all("native.db changed while it was read" in line for line in problems)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", first_of(MODES))
 def test_an_archive_grows_while_a_run_goes_on(decode, growing, tmp_path, mode):
     assert decode(*MODES[mode], db=growing.archive) == (0, "")
     sorted((tmp_path / "out").rglob("0001_k*"))[-1].unlink()
@@ -217,7 +217,7 @@ def test_journals_that_were_cut_off_or_are_someone_elses(decode, stopped, archiv
     assert all_files(tmp_path / "out") == all_files(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", first_of(MODES))
 def test_images_that_take_more_than_their_key_to_draw_again_are_decoded_once(decode, archive, tmp_path, mode):
     native = tmp_path / "native.db"
     merge([archive], native)
@@ -260,9 +260,7 @@ def test_a_manifest_of_someone_else_is_no_news(decode, tmp_path, content):
     assert all_files(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize(
-    "mode", [mode if mode == "images" else pytest.param(mode, marks=pytest.mark.slow) for mode in faults_kit.MODES]
-)
+@pytest.mark.parametrize("mode", first_of(faults_kit.MODES))
 def test_two_decodes_of_a_folder_at_a_time_and_then_a_third(command, many, tmp_path, mode):
     """The archive changes between the first two, which are processes of their own."""
     flags, out = faults_kit.MODES[mode], tmp_path / "out"

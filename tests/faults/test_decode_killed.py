@@ -8,6 +8,7 @@ import signal
 import pytest
 from decode_kit import all_files
 from faults_kit import MODES, PAGE, bytes_under, files_left, undisturbed, without_progress
+from helpers import first_of
 
 pytestmark = pytest.mark.e2e
 
@@ -44,6 +45,7 @@ def finished_files(folder):
     return {path: data for path, data in files_left(folder).items() if not os.path.basename(path).startswith(".dmg-")}
 
 
+@pytest.mark.slow
 def test_five_killed_runs_go_on_to_the_same_tree(command, whole, tmp_path):
     check_kills(command, tmp_path / "cut", whole, (), kill_count=5, seed=random.randrange(10**6))
 
@@ -57,7 +59,7 @@ def test_fifty_killed_runs_go_on_to_the_same_tree(command, tmp_path, mode):
     check_kills(command, tmp_path / "cut", whole, flags, kill_count=50, seed=random.randrange(10**6))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", first_of(MODES))
 def test_an_interrupted_run_says_so_and_goes_on(command, tmp_path, mode):
     flags, out = MODES[mode], tmp_path / "cut"
     expected = undisturbed(command, tmp_path / "whole", flags)

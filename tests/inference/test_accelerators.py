@@ -4,6 +4,7 @@ import jax
 import jax.extend.core
 import numpy as np
 import pytest
+from helpers import first_of
 from tiny import GRID, IMAGE_SIZE, tiny_models
 
 from dm_generations.inference.decoder import Decoder
@@ -80,7 +81,7 @@ def is_rounded(dtype, precision) -> bool:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", first_of(["bfloat16", "float32"]))
 def test_sampling(models, recorder, dtype):
     checkpoint = load_checkpoint(models.dalle_bart, "generator")
     generator = Generator(checkpoint, PromptTokenizer(checkpoint.folder), batch_size=2, dtype=dtype)

@@ -75,7 +75,7 @@ def test_steps_are_told(codec, file):
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_sixteen_bits(codec, file):
     expected = decoder_of(codec, file)(TOKENS[:1]).astype(int)
     for dtype in ("bfloat16", "float16"):

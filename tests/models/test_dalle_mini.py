@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import first_fast
+from helpers import first_fast, first_of
 from helpers import golden as golden_folder
 
 from dm_generations.errors import UserError
@@ -187,7 +187,7 @@ def test_padding_is_not_seen():
 
 @pytest.mark.e2e
 @pytest.mark.parametrize(
-    ("name", "use_scan"), [("dropout", True), ("attention_dropout", False), ("activation_dropout", False)]
+    ("name", "use_scan"), first_of([("dropout", True), ("attention_dropout", False), ("activation_dropout", False)])
 )
 def test_each_dropout_acts_in_training(name, use_scan):
     rates = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, name: 0.5}
@@ -203,7 +203,7 @@ def test_each_dropout_acts_in_training(name, use_scan):
     assert np.abs(first - second).max() > 1e-3
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_every_parameter_is_trained():
     model, inputs = DalleBart(SMALL), small_inputs()
     params = {"params": random_params(SMALL)}
@@ -292,7 +292,7 @@ def test_bad_options_are_errors_that_name_them(name, value):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("variant", CASES)
+@pytest.mark.parametrize("variant", first_of(CASES))
 def test_bfloat16_stays_near_float32(variant):
     """Within a quarter of the standard deviation: up to 0.17 of it was measured."""
     found = golden(variant)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden
-from token_kit import first_of, sampled, stepped
+from helpers import first_of, golden
+from token_kit import sampled, stepped
 
 from dm_generations.errors import UserError
 from dm_generations.inference.decoder import Decoder
@@ -72,7 +72,8 @@ def test_a_long_prompt_keeps_what_comes_after_it(case):
     assert ids[0, -4:].tolist() == ids[1, -4:].tolist()
 
 
-@pytest.mark.parametrize("case", first_of(CASES[::-1]))
+@pytest.mark.e2e
+@pytest.mark.parametrize("case", first_of(CASES[::-1]), ids=lambda case: case.name)
 def test_logits_and_tokens_are_those_of_the_original(case):
     checkpoint, arrays = loaded(case), arrays_of(case, "gpt_golden.npz")
     model, params = Janus(checkpoint.config), on_device(checkpoint)
@@ -111,7 +112,10 @@ def test_no_top_k_is_the_default():
     assert loaded(CASES[0]).config.default_params.top_k == 0
 
 
-@pytest.mark.parametrize("case", first_of([case for case in CASES if (case / "vq_golden.npz").is_file()]))
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    "case", first_of([case for case in CASES if (case / "vq_golden.npz").is_file()]), ids=lambda case: case.name
+)
 def test_the_codec_decodes_and_encodes_as_the_original(case):
     checkpoint, arrays = loaded(case, "codec"), arrays_of(case, "vq_golden.npz")
     network, variables = VQGAN(checkpoint.config), {"params": on_device(checkpoint)}

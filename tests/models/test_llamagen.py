@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden
-from token_kit import first_of, sampled, stepped, tolerance
+from helpers import first_of, golden
+from token_kit import sampled, stepped, tolerance
 from torch_files import save, tensor
 
 from dm_generations.archive.records import ClassLabel
@@ -99,7 +99,8 @@ def codec_cases() -> list[Path]:
     return [case for case in CASES if list(case.glob("vq_*.pt"))]
 
 
-@pytest.mark.parametrize("case", first_of(codec_cases()))
+@pytest.mark.e2e
+@pytest.mark.parametrize("case", first_of(codec_cases()), ids=lambda case: case.name)
 def test_the_codec_decodes_and_encodes_as_the_original(case):
     from dm_generations.inference.decoder import Decoder
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from codec_kit import compiled, random_params
-from helpers import golden
+from helpers import first_of, golden
 
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.vqgan import fast_decoder
@@ -52,7 +52,7 @@ def fast(config, params, tokens, dtype="float32", platform="cpu"):
     return jax.jit(decoder.decode)(decoder.prepare_params(params), tokens)
 
 
-@pytest.fixture(params=["winograd", "elsewhere"])
+@pytest.fixture(params=first_of(["winograd", "elsewhere"]))
 def platform(request, monkeypatch):
     """The networks of these tests are too small for Winograd's convolutions as they are."""
     if request.param == "winograd":
@@ -97,7 +97,7 @@ def test_images_do_not_depend_on_the_batch(monkeypatch):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.06), ("float16", 0.008)])
+@pytest.mark.parametrize(("dtype", "tolerance"), first_of([("bfloat16", 0.06), ("float16", 0.008)]))
 def test_half_precision_stays_near(dtype, tolerance, platform):
     params, tokens = params_of(CONFIG), tokens_of(CONFIG, 2)
     expected, found = exact(CONFIG, params, tokens), fast(CONFIG, params, tokens, dtype, platform)

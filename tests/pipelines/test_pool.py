@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from amused_kit import small
 from diffusion_kit import TINY, tiny_decoder
+from helpers import first_of
 from ray_kit import PickledPool
 
 from dm_generations.archive import Archive, verify
@@ -77,7 +78,7 @@ def test_a_pool_samples_with_settings_that_only_some_models_have(tmp_path):
     assert len({settings for settings, *_ in found[0]}) == 2
 
 
-@pytest.mark.parametrize("is_guided", [False, True])
+@pytest.mark.parametrize("is_guided", first_of([True, False]))
 def test_a_pool_scores_what_a_diffusion_decoder_makes(fill, models, tmp_path, is_guided):
     codec, clip = load_checkpoint(models.vqgan, "codec"), load_checkpoint(models.clip, "clip")
     network = dataclasses.replace(TINY, image_size=2, level_channels=(32,), attention_levels=())  # quick to compile
@@ -98,7 +99,7 @@ def test_a_pool_scores_what_a_diffusion_decoder_makes(fill, models, tmp_path, is
     assert None not in {score for score, *_ in scores[0]}
 
 
-@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("vectors", first_of([True, False]))
 def test_a_pool_scores_as_one_process_does(fill, models, vectors):
     codec, clip = load_checkpoint(models.vqgan, "codec"), load_checkpoint(models.clip, "clip")
     judges, found = Judges(clip, vectors=vectors), []

@@ -46,7 +46,7 @@ def squares(count):
     return [number**2 for number in range(count)]
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing_and_repeats_nothing(start, tmp_path):
     printed, _ = start("--count", 12, "--killed", 5).communicate(timeout=400)
     assert numbers(printed) == squares(12)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden
+from helpers import first_of, golden
 
 from dm_generations.models.dalle_mini.config import DalleBartConfig, config_for_params, unscan
 from dm_generations.models.dalle_mini.network import DalleBart
@@ -93,7 +93,7 @@ def test_keys_and_noise_are_those_of_dalle_mini(case):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", first_of(CASES), ids=lambda case: case.name)
 def test_tokens_are_those_that_dalle_mini_drew(case):
     for name, values, arrays in read(case)[1]:
         tokens = generate(case, arrays["prng_key"], **values)

@@ -144,7 +144,7 @@ def test_only_the_variance_lowers_the_bound():
     np.testing.assert_array_equal(loss_of("loss", fixed)(output[..., :3]), loss_of("mse", TINY)(output)[..., :3])
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_same_weights(train, whole, tmp_path, monkeypatch):
     step = DecoderTrainer.step
 
@@ -179,7 +179,7 @@ def test_what_it_writes_decodes_the_tokens_of_its_codec(models, whole, tmp_path)
         DiffusionDecoder(other, diffusion, 1)
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_it_goes_on_from_a_decoder_on_the_images_of_an_archive(train, models, tmp_path):
     """With an average that forgets all but the last weights."""
     path = tmp_path / "eight.json"
