@@ -9,12 +9,12 @@ import {altOf, showImage, titleOf} from "./tile.js";
 /** Values of --rng by sampler version. */
 const SAMPLERS = new Map([[1, "rows"], [1001, "dalle-mini"]]);
 
-/** A command with [flag, value] each, or null if a shell cannot be told one of the values. */
+/** A command with [flag, value, ...] each, or null if a shell cannot be told one of the values. */
 function command(name, flags) {
-  const lines = flags.map(([flag, value]) => {
-    const word = value === null ? null : shellWord(String(value));
+  const lines = flags.map(([flag, ...values]) => {
+    const words = values.map((value) => (value === null ? null : shellWord(String(value))));
     // A text that begins with "-" would be taken for another flag.
-    return word && flag + (String(value).startsWith("-") ? "=" : " ") + word;
+    return words.every(Boolean) ? flag + (String(values[0]).startsWith("-") ? "=" : " ") + words.join(" ") : null;
   });
   return lines.every(Boolean) ? [`python -m dm_generations ${name}`, ...lines].join(" \\\n  ") : null;
 }
@@ -144,7 +144,7 @@ export const large = {
       ["--db", source.archives[values.archive]],
       ...(prompt.text === null ? [] : [["--prompt-texts", prompt.text]]),
       ...(scPrompt === null ? [] : [["--sc-prompt-texts", scPrompt]]),
-      ...where.filter(([, value]) => value !== null).map(([name, value]) => ["--where", `${name}=${value}`]),
+      ["--where", ...where.filter(([, value]) => value !== null).map(([name, value]) => `${name}=${value}`)],
       ["--out-dir", "one"],
     ]);
   },

@@ -20,7 +20,7 @@ export function cut(text, length) {
 /** One word of bash or zsh that means exactly `text`; null where no word can (NUL, half a character). */
 export function shellWord(text) {
   if (/\0|\p{Cs}/u.test(text)) return null;
-  if (/^[\w.,:/+-]+$/.test(text)) return text;
+  if (/^[\w.,:/+-][\w.,:/+=-]*$/.test(text)) return text; // zsh reads "=" at the start
   // A control character pasted into a terminal may act on it, so those are spelled out.
   if (!/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/u.test(text)) return `'${text.replaceAll("'", "'\\''")}'`;
   const escaped = text.replace(/[\\']/g, "\\$&").replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (c) => {
