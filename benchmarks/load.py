@@ -2,10 +2,10 @@
 
     python benchmarks/load.py --gb 1
 
-Writes random weights of DALL-E mini's shapes, with as many layers as N GB of float32 hold, to a temporary folder (about
-4 times N on the disk, and 3 times N of memory while they are written), and loads each format in a process of its own:
-read, checked, hashed and placed on the device. The files have just been written or read, so they come from the
-system's cache. CPU time tells formats apart where other programs use the cores.
+Writes random weights of the shapes of DALL-E mini and LlamaGen, with as many layers as N GB of float32 hold, to a
+temporary folder (about 6 times N on the disk, and 3 times N of memory while they are written), and loads each format in
+a process of its own: read, checked, hashed and placed on the device. The files have just been written or read, so they
+come from the cache of the system. CPU time tells formats apart where other programs use the cores.
 """
 
 import argparse
@@ -83,6 +83,31 @@ def write_torch(folder: Path, flat: dict[str, np.ndarray]) -> None:
         torch_files.save(folder / f"{part}.pt", state)
 
 
+def write_llamagen(folder: Path, gigabytes: float) -> None:
+    """Write `c2i_L_256.pt` with LlamaGen's names, of its width L."""
+    import torch_files
+
+    width, hidden, tokens, classes = 1024, 2816, 16_384, 1000
+    of_layer = {
+        **{"attention.wqkv": (3 * width, width), "attention.wo": (width, width), "attention_norm": (width,)},
+        **{"feed_forward.w1": (hidden, width), "feed_forward.w3": (hidden, width), "feed_forward.w2": (width, hidden)},
+        "ffn_norm": (width,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        **{"tok_embeddings": (tokens, width), "output": (tokens, width), "norm": (width,)},
+        "cls_embedding.embedding_table": (classes + 1, width),
+    }
+    layers = round(gigabytes * 1e9 / sum(4 * int(np.prod(shape)) for shape in of_layer.values()))
+    for layer in range(layers):
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in of_layer.items()}
+    rng = np.random.default_rng(0)
+    state = {f"{name}.weight": rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    folder.mkdir()
+    torch_files.save(
+        folder / "c2i_L_256.pt", {"model": {name: torch_files.tensor(array) for name, array in state.items()}}
+    )
+
+
 def _name_in_min_dalle(name: str) -> str:
     *modules, leaf = name.split("/")
     if modules[0] == "layers":
@@ -134,9 +159,11 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool,
     ):
-        flax, torch = Path(folder) / "flax", Path(folder) / "torch"
+        flax, torch, llamagen = (Path(folder) / name for name in ("flax", "torch", "llamagen"))
         pool.submit(write, args.gb, flax, torch).result()
-        for what, path in (("flax_model.msgpack", flax), ("encoder.pt, decoder.pt", torch)):
+        pool.submit(write_llamagen, llamagen, args.gb).result()
+        files = ("flax_model.msgpack", "encoder.pt, decoder.pt", "c2i_L_256.pt")
+        for what, path in zip(files, (flax, torch, llamagen), strict=True):
             report(pool, what, path)
             pool.submit(convert, str(path), path.with_suffix(".own")).result()
             report(pool, "  as our own folder", path.with_suffix(".own"))
