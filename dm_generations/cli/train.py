@@ -51,7 +51,7 @@ def _add_model(add: Callable[..., argparse.Action]) -> None:
     add("--model", metavar="PATH", help="model to start from (default: the embedded one; a decoder: random weights)")
     add("--config", metavar="FILE", type=file_path, help="config.json of a model to train from random weights instead")
     add("--tokenizer", metavar="PATH", type=file_path, help="tokenizer, if it is not in the model's folder")
-    add("--codec", metavar="PATH", help="codec of the tokens (default: the model's own, else the embedded one)")
+    add("--codec", metavar="PATH", help="codec of the tokens, or to train (default: the model's, else the embedded)")
     add("--lora-rank", type=int, default=0, metavar="R", help="train low-rank changes of dense layers; 0 trains all")
     add("--lora-alpha", type=float, default=16.0, metavar="A", help="they are multiplied with A / R (default: 16)")
     add(

@@ -18,9 +18,10 @@ from flax import linen as nn
 from jax import lax
 
 from dm_generations.errors import UserError
+from dm_generations.models.base import prefix_errors
 from dm_generations.weights.native import read_safetensors
-from dm_generations.weights.state_dict import check_tensors, convolution_kernel, find_state, get_tensor
-from dm_generations.weights.torch_file import read_torch
+from dm_generations.weights.state_dict import convolution_kernel, find_state, get_tensor
+from dm_generations.weights.torch_file import read_torch, state_of
 
 MIN_SIZE: Final = 16
 # Places of the convolutions in VGG16's `features`. Each stage ends in a map that is compared; between two, maps shrink.
@@ -28,8 +29,9 @@ _STAGES: Final = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 _SHIFT: Final = (-0.030, -0.088, -0.188)  # mean and deviation of ImageNet's pixels, in [-1, 1]
 _SCALE: Final = (0.458, 0.448, 0.450)
 _EPSILON: Final = 1e-10
-# Before the same names in the file of a whole LPIPS, and in that of a VQGAN with its losses.
-_PREFIX: Final = re.compile(r"^(loss\.perceptual_loss\.)?(net\.slice\d\.)?")
+# Before the names in the file of a VQGAN with its losses; and what a whole LPIPS has in place of "features.".
+_WHOLE: Final = re.compile(r"^loss\.perceptual_loss\.")
+_NET: Final = re.compile(r"^net\.slice\d\.")
 
 Stages = list[dict[str, Any]]  # "convolutions": pairs of a kernel and a bias; "head": (C,)
 
@@ -47,14 +49,12 @@ def read_perceptual(paths: Sequence[Path]) -> Stages:
     Raises:
         UserError: A file cannot be read, or a tensor is missing or does not fit the others.
     """
-    state: dict[str, np.ndarray] = {}
+    state: dict[str, Any] = {}
     for path in paths:
-        content = read_safetensors(path) if path.suffix == ".safetensors" else find_state(read_torch(path))
-        tensors = {name: each for name, each in dict(content).items() if isinstance(each, np.ndarray)}
-        for name, array in check_tensors(tensors, path).items():
-            found = _PREFIX.match(name)
-            assert found is not None
-            state[("features." if found[2] else "") + name[found.end() :]] = array
+        with prefix_errors(path):
+            content = read_safetensors(path) if path.suffix == ".safetensors" else state_of(read_torch(path))
+        for name, tensor in find_state(content).items():
+            state[_NET.sub("features.", _WHOLE.sub("", str(name)))] = tensor
     try:
         return _make_stages(state, Path(", ".join(map(str, paths))))
     except UserError as error:

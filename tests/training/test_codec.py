@@ -93,7 +93,7 @@ def train_large(train, large_codec, perceptual_files, tmp_path_factory):
 
     def train_large(run):
         flags = ["--perceptual", *perceptual_files, "--adversarial-from", 1, "--steps", 3, "--batch-size", BATCH]
-        flags += ["--save-every", 1, "--keep", 3, "--clip-norm", 0, "--weight-decay", 0]
+        flags += ["--save-every", 1, "--keep", 3, "--clip-norm", 0, "--learning-rate", 1e-5]
         return train(run, *flags, source=source, codec=large_codec)
 
     return train_large
@@ -381,7 +381,7 @@ def test_the_perceptual_distance_is_that_of_a_computation_in_float64(perceptual_
         found, slope = distance(stages, one, two)
         assert found == pytest.approx(wanted.sum(), rel=1e-4)
         assert np.isfinite(slope).all() and np.abs(slope).max() > 0
-        np.testing.assert_allclose(distance(stages, one, one)[0], 0)
+        np.testing.assert_allclose(distance(stages, one, one)[0], 0, atol=1e-6)
         assert np.isfinite(distance(stages, one, one)[1]).all()
 
 
