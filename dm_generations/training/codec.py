@@ -131,8 +131,8 @@ class CodecTrainer(PairsTrainer):
         trained = {PARAMS: jax.tree.map(lambda leaf: np.array(leaf, np.float32), self.checkpoint.params)}
         if DISCRIMINATOR in self._optimizers:
             images = np.zeros((1, _MIN_SIZE, _MIN_SIZE, 3), np.float32)
-            variables = jax.jit(Discriminator().init)(jax.random.key(self._options.seed), images)
-            trained[DISCRIMINATOR] = jax.device_get(variables["params"])
+            init = jax.jit(lambda key: Discriminator().init(key, images)["params"])
+            trained[DISCRIMINATOR] = jax.device_get(init(jax.random.key(self._options.seed)))
         return self.init_state(trained)
 
     # Private
