@@ -19,13 +19,15 @@ DESCRIPTION = """\
 Train a text-to-image model on the tokens that archives hold: no image is decoded. Take the best images by score, those
 that people rated, or your own, which `encode` puts into an archive. A run is a folder; the same command goes on where a
 stopped one ended, to the same weights. Its subfolder `model` is for --model of the other commands. With --decoder it
-trains a diffusion decoder of a codec's tokens, on images as `encode` takes them; then `model` is for --decoder.
+trains a diffusion decoder of a codec's tokens, on images as `encode` takes them; then `model` is for --decoder. With
+--train-codec it fine-tunes the codec, a VQGAN, on such images; then `model` is for --codec.
 """
 EPILOG = """\
 examples:
   python -m dm_generations train mine.db --run better --n-best 4 --steps 500
   python -m dm_generations train mine.db --run liked --objective dpo --prefer pairs --lora-rank 16
   python -m dm_generations train photos/ --decoder --run sharp --steps 20000
+  python -m dm_generations train photos/ --train-codec --run mine --perceptual vgg16.pth vgg.pth
   python -m dm_generations generate --model better/model --db better.db --prompts-file better/held_out.txt
 """
 
@@ -33,7 +35,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
-    add("archives", nargs="*", metavar="ARCHIVE", type=file_path, help="archives, or images with --decoder")
+    add("archives", nargs="*", metavar="ARCHIVE", type=file_path, help="archives, or images for a decoder or codec")
     add("--db", nargs="+", default=[], metavar="FILE", type=file_path, help="the same as ARCHIVE")
     add("--run", dest="folder", required=True, metavar="FOLDER", type=file_path, help="folder of the run; resumes")
     add_selection_options(parser, "prompt, of all its settings and archives")
@@ -45,10 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(add: Callable[..., argparse.Action]) -> None:
     add("--decoder", action="store_true", help="train a diffusion decoder of the codec's tokens")
+    add("--train-codec", action="store_true", help="fine-tune the codec itself, a VQGAN")
     add("--model", metavar="PATH", help="model to start from (default: the embedded one; a decoder: random weights)")
     add("--config", metavar="FILE", type=file_path, help="config.json of a model to train from random weights instead")
     add("--tokenizer", metavar="PATH", type=file_path, help="tokenizer, if it is not in the model's folder")
-    add("--codec", metavar="PATH", help="codec of the tokens (default: the model's own, else the embedded one)")
+    add("--codec", metavar="PATH", help="codec of the tokens, or to train (default: the model's, else the embedded)")
     add("--lora-rank", type=int, default=0, metavar="R", help="train low-rank changes of dense layers; 0 trains all")
     add("--lora-alpha", type=float, default=16.0, metavar="A", help="they are multiplied with A / R (default: 16)")
     add(
@@ -80,6 +83,21 @@ def _add_objective(add: Callable[..., argparse.Action]) -> None:
         choices=["score", "rating", "pairs"],
         default="score",
         help="what tells dpo which is better: scores, ratings, or pairs that people judged (default: score)",
+    )
+    add(
+        "--perceptual",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        type=file_path,
+        help="of a codec: weights of LPIPS for the perceptual loss, torchvision's vgg16 and lpips' vgg.pth, or both in "
+        "one file (default: no such loss)",
+    )
+    add(
+        "--adversarial-from",
+        type=int,
+        metavar="STEP",
+        help="of a codec: when a discriminator begins to count in the loss (default: never)",
     )
     add("--min-gap", type=float, default=0.0, metavar="X", help="smallest gap of a pair's scores (default: 0)")
     add("--beta", type=float, default=0.1, metavar="B", help="of dpo: how much leaving the first model costs")
@@ -150,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
     archives = (*args.archives, *args.db)
     if not archives:
-        raise UserError("train needs an archive, or a folder of images with --decoder; name one or more")
+        raise UserError("train needs an archive, or images with --decoder or --train-codec; name one or more")
     prepare_device(args.cpu_only)
     try:
         from dm_generations.training.train import train
@@ -165,6 +183,7 @@ def run(args: argparse.Namespace) -> int:
         "archives": archives,
         "run": args.folder,
         "selection": selection_from(args),
+        "perceptual": tuple(args.perceptual),
         "lora_layers": tuple(args.lora_layers or ()),
         "sample_prompts": tuple(args.sample_prompts),
         "warmup": min(50, args.steps // 10) if args.warmup is None else args.warmup,
@@ -175,6 +194,10 @@ def run(args: argparse.Namespace) -> int:
         codec = f" --codec {args.codec}" if args.codec else ""
         print_line("To decode with it:")
         print_line(f"  {' '.join(command_words('decode'))} FILE.db{codec} --decoder {model} --out-dir images")
+        return 0
+    if args.train_codec:
+        print_line("To encode images with it:")
+        print_line(f"  {' '.join(command_words('encode'))} FOLDER --codec {model} --db new.db")
         return 0
     print_line("To draw with it:")
     print_line(f'  {" ".join(command_words("generate"))} --model {model} --db new.db --prompts "a rocket"')

@@ -19,11 +19,9 @@ from dm_generations.models.base import prefix_errors, recompute_layers, token_gr
 from dm_generations.models.diffusion_decoder.network import DiffusionDecoderConfig, UNet
 from dm_generations.models.diffusion_decoder.samplers import DDPM, Schedule
 from dm_generations.models.loading import Checkpoint, load_checkpoint
-from dm_generations.training.data import choose_rows
 from dm_generations.training.options import TrainOptions
-from dm_generations.training.pairs import Pairs
+from dm_generations.training.pairs import PairsTrainer
 from dm_generations.training.run import PARAMS, Metrics, State
-from dm_generations.training.trainer import EVALUATED_ROWS, BaseTrainer
 from dm_generations.weights import native
 
 KIND = "diffusion_decoder"
@@ -122,7 +120,7 @@ def _log_probability(images: jax.Array, mean: jax.Array, log_deviation: jax.Arra
     return jnp.log(jnp.maximum(probability, _MIN_PROBABILITY))
 
 
-class DecoderTrainer(BaseTrainer):
+class DecoderTrainer(PairsTrainer):
     """Trains a diffusion decoder. Its state has `params`, the average of the weights, and `raw`, the weights.
 
     The codec is not trained; the network reads its codebook.
@@ -140,47 +138,11 @@ class DecoderTrainer(BaseTrainer):
         self._config: DiffusionDecoderConfig = checkpoint.config
         self._network: Any = UNet(self._config, jnp.dtype(options.dtype))
         self._frozen = self._place(np.array(read_codebook(codec, self._config.emb_input_dims), np.float32))
-        self._losses = jax.jit(self._compute_losses)
-        self._pairs: Pairs | None = None
-
-    def use(self, pairs: Pairs) -> None:
-        """Set what it learns from. Raises UserError if nothing is left to learn from, or to hold out."""
-        self._pairs = pairs
-        self._numbers, held_out = pairs.split(self._options.held_out)
-        order = np.random.default_rng([self._options.seed, 3]).permutation(len(held_out))
-        self._evaluated = held_out[np.sort(order[:EVALUATED_ROWS])]
-        logger.info("learning from %s images; %s images are held out", f"{len(self._numbers):,}", f"{len(held_out):,}")
 
     def init(self) -> State:
         """Make the state of step 0, on the host."""
         params = jax.tree.map(lambda leaf: np.array(leaf, np.float32), self.checkpoint.params)
         return {**self.init_state(params), PARAMS: jax.tree.map(np.copy, params)}
-
-    def make_batch(self, step: int) -> dict[str, jax.Array]:
-        """Make the batch of a step.
-
-        Returns:
-            `tokens` (K, B, L) uint16 and `pixels` (K, B, S, S, 3) uint8.
-        """
-        assert self._pairs is not None
-        count = self._options.batch_size * self._options.accumulate
-        return self._put_batch(
-            self._pairs.read(self._numbers[choose_rows(self._options.seed, step, count, len(self._numbers))])
-        )
-
-    def evaluate(self, state: State) -> Metrics:
-        """Compute the mean loss of images that are held out, by the average of the weights."""
-        assert self._pairs is not None
-        size, found = self._options.batch_size, []
-        for first in range(0, len(self._evaluated), size):
-            numbers = self._evaluated[first : first + size]
-            rows = self._put_rows(self._pairs.read(np.resize(numbers, size)))  # by repeating them
-            key = jax.random.fold_in(jax.random.key(self._options.seed), 2**32 - 1 - first)  # of no step
-            losses = jax.device_get(self._losses(state[PARAMS], self._frozen, rows, key))
-            found.append({name: values[: len(numbers)] for name, values in losses.items()})
-        if not found:
-            return {}
-        return {f"held_out_{name}": np.concatenate([each[name] for each in found]).mean() for name in found[0]}
 
     # Private
 

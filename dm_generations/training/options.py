@@ -13,11 +13,17 @@ OBJECTIVES: Final = ("next-token", "dpo")
 EMA: Final = 0.9999  # as the original averages the weights of a decoder
 DTYPES: Final = ("float32", "bfloat16")
 # They do not change the weights, so that a run can be resumed with others.
-_FREE: Final = frozenset({"run", "archives", "keep", "log_every"})
-# Of text-to-image models alone.
-_OF_TEXT: Final = (
-    *("tokenizer", "objective", "prefer", "min_gap", "beta", "weight_by", "caption_dropout", "label_smoothing"),
-    *("unconditional_smoothing", "text_weight", "lora_rank", "sample_every", "sample_prompts"),
+_FREE: Final = frozenset({"run", "archives", "keep", "log_every", "perceptual"})
+# What is trained, by its flag ("" for a text-to-image model), and the options that only it has.
+_OWN: Final = (
+    (
+        ("",),
+        *("tokenizer", "objective", "prefer", "min_gap", "beta", "weight_by", "caption_dropout", "label_smoothing"),
+        *("unconditional_smoothing", "text_weight", "lora_rank", "sample_every", "sample_prompts"),
+    ),
+    (("", "--decoder"), "model", "config"),
+    (("--decoder",), "ema"),
+    (("--train-codec",), "perceptual", "adversarial_from"),
 )
 
 
@@ -26,15 +32,18 @@ class TrainOptions:
     """A training run. Models are folders, files or names on the Hugging Face hub; None is the embedded one.
 
     Attributes:
-        archives: To learn from; of a decoder also folders and lists of images, as `encode` takes them.
+        archives: To learn from; of a decoder or a codec also folders and lists of images, as `encode` takes them.
         run: Folder of the run.
         selection: Which images; its `n_best` counts images of a prompt.
         decoder: Whether a diffusion decoder is trained, not a text-to-image model.
+        train_codec: Whether the codec is trained, not a text-to-image model.
         model: To start from; there is no embedded decoder, so None is random weights of one.
         config: JSON file with `kind` and the sizes of a model to train from random weights, in place of `model`. Of a
             decoder it says only what differs from sizes that suit the codec.
         tokenizer: File or folder of the tokenizer; None is the model's own.
         codec: What the tokens are of; None is the model's own, else the embedded one.
+        perceptual: Of a codec: files with the weights of LPIPS, see `perceptual.read_perceptual`; none leaves it out.
+        adversarial_from: Of a codec: the step from which a discriminator counts in the loss; None is never.
         objective: One of OBJECTIVES.
         prefer: What pairs are made of, one of `data.PREFERENCES`.
         min_gap: The smallest gap of a pair.
@@ -75,10 +84,13 @@ class TrainOptions:
     run: Path
     selection: Selection = ALL
     decoder: bool = False
+    train_codec: bool = False
     model: str | None = None
     config: Path | None = None
     tokenizer: Path | None = None
     codec: str | None = None
+    perceptual: tuple[Path, ...] = ()
+    adversarial_from: int | None = None
     objective: str = "next-token"
     prefer: str = "score"
     min_gap: float = 0.0
@@ -128,26 +140,35 @@ class TrainOptions:
             ("beta", 0, math.inf),
             ("min_gap", 0, math.inf),
             ("warmup", 0, self.steps - 1),
+            ("adversarial_from", 0, self.steps - 1),
             ("seed", 0, 2**31 - 1),
             ("evaluate_every", 0, math.inf),
             ("sample_every", 0, math.inf),
             ("lora_rank", 0, math.inf),
         ):
             value = getattr(self, name)
-            if not low <= value <= high or math.isinf(value):
+            if value is not None and (not low <= value <= high or math.isinf(value)):
                 limits = f"from {low} to {high}" if high < math.inf else f"{low} or more"
                 raise UserError(f"--{name.replace('_', '-')} must be {limits}, not {value:g}")
+        self._check_own()
         if self.lora_layers and not self.lora_rank:
             raise UserError("--lora-layers needs --lora-rank")
         if self.model is not None and self.config is not None:
             raise UserError("use just one of --model and --config")
         if self.config is not None and self.tokenizer is None and not self.decoder:
             raise UserError("--config needs --tokenizer, the file or folder of a tokenizer")
+
+    def _check_own(self) -> None:
+        """Raise UserError for an option of something else than is trained."""
+        if self.decoder and self.train_codec:
+            raise UserError("use just one of --decoder and --train-codec")
+        kind = "--decoder" if self.decoder else "--train-codec" if self.train_codec else ""
         default = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in _OF_TEXT if self.decoder else ("ema",):
-            if getattr(self, name) != default[name]:
-                what = "has no effect with" if self.decoder else "is for"
-                raise UserError(f"--{name.replace('_', '-')} {what} --decoder")
+        for owners, *names in _OWN:
+            for name in names:
+                if kind not in owners and getattr(self, name) != default[name]:
+                    what = f"has no effect with {kind}" if kind else f"is for {owners[0]}"
+                    raise UserError(f"--{name.replace('_', '-')} {what}: leave it out")
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the weights, as JSON data."""

@@ -1,21 +1,24 @@
-"""Pairs of tokens and images for a diffusion decoder, in two files of a run's folder.
+"""Pairs of tokens and images, for trainers of codecs and of their decoders, in two files of a run's folder.
 
     tokens.bin   little-endian uint16, a row of L for each image
     pixels.bin   uint8, S * S * 3 for each image
 
 They are written once, so that each image is read, encoded or decoded once. The folder appears whole or not at all.
 
-n: images of a batch   S: pixels a side of the decoder's images   L: tokens of an image
+n: images of a batch   S: pixels a side of the images that are learnt   L: tokens of an image
+K: batches whose gradients are added up   B: images of one of them
 """
 
 import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import jax
 import numpy as np
 
 from dm_generations.archive import Selection
@@ -26,7 +29,10 @@ from dm_generations.inference.encoder import Encoder
 from dm_generations.models.loading import Checkpoint
 from dm_generations.pipelines.encode import Columns, Item, open_source
 from dm_generations.pipelines.init_tokens import read_image
-from dm_generations.training.data import Examples, choose_held_out
+from dm_generations.training.data import Examples, choose_held_out, choose_rows
+from dm_generations.training.options import TrainOptions
+from dm_generations.training.run import PARAMS, Metrics, State
+from dm_generations.training.trainer import EVALUATED_ROWS, BaseTrainer
 
 SOURCE_SUFFIXES: Final = (".jsonl", ".csv", ".tar", ".parquet")
 _TOKENS, _PIXELS = "tokens.bin", "pixels.bin"
@@ -79,6 +85,58 @@ class Pairs:
         digests = [hashlib.sha256(row.tobytes()).digest() for row in unique]
         is_held_out = np.isin(places.reshape(-1), choose_held_out(digests, share, "images"))
         return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+class PairsTrainer(BaseTrainer):
+    """What trainers on pairs share: their batches and their evaluation."""
+
+    def __init__(self, checkpoint: Checkpoint, options: TrainOptions):
+        """Make the optimiser.
+
+        Raises:
+            UserError: The devices do not divide the batch.
+        """
+        super().__init__(checkpoint, options)
+        self._losses = jax.jit(self._compute_losses)
+        self._pairs: Pairs | None = None
+
+    def use(self, pairs: Pairs) -> None:
+        """Set what it learns from. Raises UserError if nothing is left to learn from, or to hold out."""
+        self._pairs = pairs
+        self._numbers, held_out = pairs.split(self._options.held_out)
+        order = np.random.default_rng([self._options.seed, 3]).permutation(len(held_out))
+        self._evaluated = held_out[np.sort(order[:EVALUATED_ROWS])]
+        logger.info("learning from %s images; %s images are held out", f"{len(self._numbers):,}", f"{len(held_out):,}")
+
+    def make_batch(self, step: int) -> dict[str, jax.Array]:
+        """Make the batch of a step.
+
+        Returns:
+            `tokens` (K, B, L) uint16 and `pixels` (K, B, S, S, 3) uint8.
+        """
+        assert self._pairs is not None
+        count = self._options.batch_size * self._options.accumulate
+        return self._put_batch(
+            self._pairs.read(self._numbers[choose_rows(self._options.seed, step, count, len(self._numbers))])
+        )
+
+    def evaluate(self, state: State) -> Metrics:
+        """Compute the mean loss of images that are held out, by the `params` of a state."""
+        assert self._pairs is not None
+        size, found = self._options.batch_size, []
+        for first in range(0, len(self._evaluated), size):
+            numbers = self._evaluated[first : first + size]
+            rows = self._put_rows(self._pairs.read(np.resize(numbers, size)))  # by repeating them
+            key = jax.random.fold_in(jax.random.key(self._options.seed), 2**32 - 1 - first)  # of no step
+            losses = jax.device_get(self._losses(state[PARAMS], self._frozen, rows, key))
+            found.append({name: values[: len(numbers)] for name, values in losses.items()})
+        if not found:
+            return {}
+        return {f"held_out_{name}": np.concatenate([each[name] for each in found]).mean() for name in found[0]}
+
+    @abstractmethod
+    def _compute_losses(self, params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> Any:
+        """Return "loss", and parts of it, of each image of a batch: (B,) float32."""
 
 
 def write_pairs(

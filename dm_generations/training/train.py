@@ -25,11 +25,12 @@ from dm_generations.pipelines.generate import GenerateOptions, Pipeline, fit_swe
 from dm_generations.pipelines.sweep import Sweep, parse_classes
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors
+from dm_generations.training.codec import CodecTrainer
 from dm_generations.training.data import Examples
 from dm_generations.training.decoder import DecoderTrainer, make_decoder
 from dm_generations.training.finetune import Trainer
 from dm_generations.training.options import TrainOptions
-from dm_generations.training.pairs import write_pairs
+from dm_generations.training.pairs import PairsTrainer, write_pairs
 from dm_generations.training.run import Run, State
 from dm_generations.training.trainer import BaseTrainer
 from dm_generations.weights import native
@@ -58,7 +59,12 @@ def train(options: TrainOptions) -> Path:
         UserError: An input is missing, broken or does not fit; the loss is no number; or a file cannot be written.
     """
     compile_cache.enable()
-    return _train_decoder(options) if options.decoder else _train_generator(options)
+    if not options.decoder and not options.train_codec:
+        return _train_generator(options)
+    codec = load_checkpoint(options.codec, "codec")
+    if options.train_codec:
+        return _train_on_pairs(options, CodecTrainer(codec, options), codec)
+    return _train_on_pairs(options, DecoderTrainer(make_decoder(options, codec), codec, options), codec)
 
 
 def _train_generator(options: TrainOptions) -> Path:
@@ -82,10 +88,8 @@ def _train_generator(options: TrainOptions) -> Path:
             return writer.write_model(jax.device_get(run.state), run.step)
 
 
-def _train_decoder(options: TrainOptions) -> Path:
-    codec = load_checkpoint(options.codec, "codec")
-    base = make_decoder(options, codec)
-    trainer = DecoderTrainer(base, codec, options)
+def _train_on_pairs(options: TrainOptions, trainer: PairsTrainer, codec: Checkpoint) -> Path:
+    base = trainer.checkpoint
     settings = _settings(options, base, codec)
     writer = _Writer(trainer, codec, options, _lineage(base, settings))
     with _open_run(options, trainer, settings, writer) as run:
@@ -126,13 +130,13 @@ class _Writer:
         write_checkpoint(self.checkpoint(state, step), folder)
 
     def write_model(self, state: State, step: int) -> Path:
-        """Write the model that was trained, with its codec if that is not the embedded one."""
+        """Write the model that was trained, with its codec if that is another one, and not the embedded one."""
         final = self._options.run / MODEL_FOLDER
         unfinished = final.with_name(f".{final.name}.unfinished")
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             write_checkpoint(self.checkpoint(state, step), unfinished)
-            if not self._codec.name.startswith("embedded/"):
+            if not self._codec.name.startswith("embedded/") and self._codec is not self._trainer.checkpoint:
                 write_checkpoint(self._codec, unfinished / native.CODEC_FOLDER)
             shutil.rmtree(final, ignore_errors=True)
             os.rename(unfinished, final)
@@ -197,7 +201,10 @@ def _settings(options: TrainOptions, base: Checkpoint, codec: Checkpoint) -> dic
         {"name": path.name} if path.is_dir() else {"name": path.name, "sha256": _digest(path)}
         for path in options.archives
     ]
-    return options.settings() | {"base": base.sha256, "codec": codec.sha256, "archives": archives}
+    values = options.settings() | {"base": base.sha256, "codec": codec.sha256, "archives": archives}
+    if options.perceptual:
+        values["perceptual"] = [{"name": path.name, "sha256": _digest(path)} for path in options.perceptual]
+    return values
 
 
 def _lineage(base: Checkpoint, settings: dict[str, Any]) -> dict[str, Any]:

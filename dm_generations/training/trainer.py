@@ -59,7 +59,7 @@ class BaseTrainer(ABC):
     def init_state(self, trained: Any) -> State:
         """Make the state of step 0, on the host, of the weights that are trained."""
         opt = jax.tree.map(np.asarray, jax.jit(self._optimizer.init)(trained))
-        return {self._trained: trained, "opt": opt, "step": np.zeros((), np.int32)}
+        return {**self._pack(trained), "opt": opt, "step": np.zeros((), np.int32)}
 
     def put(self, state: State) -> State:
         """Put a state on the devices."""
@@ -82,6 +82,14 @@ class BaseTrainer(ABC):
     @abstractmethod
     def _loss(self, trained: Any, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> Any:
         """Return the loss of a batch (B, ...), and metrics."""
+
+    def _trained_of(self, state: State) -> Any:
+        """Return the weights of a state that are trained."""
+        return state[self._trained]
+
+    def _pack(self, trained: Any) -> State:
+        """Return what a state has of weights that are trained."""
+        return {self._trained: trained}
 
     def _put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Put arrays (K * B, ...) on the devices as (K, B, ...)."""
@@ -106,7 +114,7 @@ class BaseTrainer(ABC):
         return NamedSharding(self._mesh, PartitionSpec(*[None] * longest, AXIS))
 
     def _update(self, state: State, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[State, Metrics]:
-        trained = state[self._trained]
+        trained = self._trained_of(state)
         key = jax.random.fold_in(jax.random.key(self._options.seed), state["step"])
         gradients_of = jax.value_and_grad(self._loss, has_aux=True)
 
@@ -125,7 +133,7 @@ class BaseTrainer(ABC):
             total, _ = lax.scan(add, zeros, (numbers, dict(batch)))
         (loss, metrics), gradients = jax.tree.map(lambda leaf: leaf / count, total)
         updates, opt = self._optimizer.update(gradients, state["opt"], trained)
-        new = {self._trained: optax.apply_updates(trained, updates), "opt": opt, "step": state["step"] + 1}
+        new = {**self._pack(optax.apply_updates(trained, updates)), "opt": opt, "step": state["step"] + 1}
         new = lax.with_sharding_constraint(new, jax.tree.map(self._sharding, new))
         rate = self._schedule(state["step"])
         metrics = {"loss": loss, **metrics, "gradient_norm": optax.tree.norm(gradients), "learning_rate": rate}

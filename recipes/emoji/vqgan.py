@@ -25,6 +25,7 @@ import optax
 
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
+from dm_generations.training.codec import straight_through
 from dm_generations.weights import native
 from recipes.emoji.common import make_grid, make_optimizer, open_run, replicate, shard_batch, to_float32
 from recipes.emoji.data import load_dataset
@@ -154,7 +155,7 @@ class Trainer:
         z = apply_model(self.model, params, target, method="encode_continuous")
         tokens = apply_model(self.model, params, z, method=lambda model, z: model.quantize(z))
         chosen = jnp.where(is_quantized, jax.lax.stop_gradient(get_codebook(params))[tokens], z)
-        output = apply_model(self.model, params, z + jax.lax.stop_gradient(chosen - z), method="decode")
+        output = apply_model(self.model, params, straight_through(z, chosen), method="decode")
         commitment = jnp.square(z - chosen).mean()
         return reconstruction_loss(output, target) + COMMITMENT * commitment, (z, tokens, output)
 

@@ -24,6 +24,7 @@ from dm_generations.models.base import (
     check_config,
     check_levels,
     example_images,
+    layer_class,
     select_fields,
     token_grid,
 )
@@ -183,8 +184,9 @@ class Level(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x (B, H, W, C) to the next level's (B, H', W', features)."""
+        block = layer_class(ResBlock)
         for j in range(self.blocks):
-            x = ResBlock(self.config, self.features, self.dtype, name=f"block_{j}")(x)
+            x = block(self.config, self.features, self.dtype, name=f"block_{j}")(x)
             if self.has_attention:
                 x = AttnBlock(self.config, self.dtype, name=f"attn_{j}")(x)
         if self.resample:
