@@ -57,10 +57,8 @@ def network(args: argparse.Namespace) -> None:
     params = random_params(config)
     unet = PreparedUNet(config, np.dtype(args.dtype), jax.devices()[0].platform)
     inputs = random_inputs(config, args.batch_size)
-    shapes = jax.eval_shape(unet.prepare_params, params)
     written = jax.jit(lambda params, *inputs: UNet(config).apply({"params": params}, *inputs))
     gflop = written.lower(jax.eval_shape(lambda: params), *inputs).cost_analysis()["flops"] / args.batch_size / 1e9
-    del shapes
     peak = matrix_peak(args.dtype) / 1e9
     print(f"{gflop:,.0f} GFLOP a step of an image", flush=True)
 

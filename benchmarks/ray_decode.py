@@ -1,7 +1,7 @@
 """Time the decode of an archive by Ray on this machine against the plain command, both after their start.
 
-    python benchmarks/ray_decode.py                      # 8,960 images of the archive that ships: a minute on 2 cores
-    python benchmarks/ray_decode.py --n-best 8           # all 71,680
+    python benchmarks/ray_decode.py                      # the best images of the archive that ships: a minute
+    python benchmarks/ray_decode.py --n-best 8           # all 6,048
     python benchmarks/ray_decode.py --ray-workers 1 2
 
 Each line is one command that writes PNG files. The start ends when the first images are written: loading, compiling
