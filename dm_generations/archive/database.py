@@ -150,8 +150,9 @@ class Archive:
         self._checked_schema = check_to_write(self.connection)
         if not is_newest(self.connection):
             upgrade(self.connection)
-            self.version = read_version(self.connection)
-            check_tables(self.connection, needed_columns(self.version))
+        # Also where another program updated it since its version was read.
+        self.version = read_version(self.connection)
+        check_tables(self.connection, needed_columns(self.version))
 
     def check_appendable(self) -> None:
         """Check that images can be added to this file, once it is open for writing.
