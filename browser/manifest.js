@@ -62,7 +62,7 @@ const at = (column, i) => (Array.isArray(column) ? column[i] : column);
 /** One image; what is rarely asked for is worked out when it is. */
 export class ManifestImage {
   constructor(source, group, row, name, rank) {
-    Object.assign(this, {source, group, row, name, rank, same: 1, logProb: null, tokenizedScore: null, codec: null, problem: null});
+    Object.assign(this, {source, group, row, name, rank, same: 1, problem: null});
     const score = source.columns.score[row];
     this.scores = Array.isArray(score) ? score : [score];
     this.score = this.scores[0] ?? null;
@@ -90,6 +90,13 @@ export class ManifestImage {
   get sampler() { return this.provenance[1] ?? null; }
   get initCount() { return this.provenance[2] ?? 0; }
   get dtype() { return this.provenance[3] ?? null; }
+  get codec() { return this.provenance[4] ?? null; }
+  get tokenizedScore() { return this.numberOf("tokenized_score"); }
+  get logProb() { return this.numberOf("log_prob"); }
+  numberOf(name) {
+    const value = at(this.source.columns[name], this.row);
+    return typeof value === "number" ? value : null;
+  }
 }
 
 export class ManifestSource {

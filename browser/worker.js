@@ -5,7 +5,8 @@
 
 const SCRIPTS = new URL("scripts/", self.location.href).href;
 const COLUMNS = ["id", "prompt_id", "sc_prompt_id", "top_k", "top_p", "temperature", "cond_scale", "extra_settings",
-  "generator_id", "sampler_version", "init_count", "dtype", "key0", "key1", "quantvec_md5", "clip_score_input", "time_end"];
+  "generator_id", "sampler_version", "init_count", "dtype", "key0", "key1", "quantvec_md5", "clip_score_input", "time_end",
+  "codec_id", "clip_score_tokenized", "log_prob"];
 const GROUP = ["prompt_id", "sc_prompt_id", "top_k", "top_p", "temperature", "cond_scale", "extra_settings"];
 
 let site = null, session = null;
@@ -55,7 +56,7 @@ function unite(table, read = (text) => text) {
 function manifest() {
   const prompts = unite("prompts"), scPrompts = unite("sc_prompts", (text) => text || null);
   const groups = Object.fromEntries(["prompt", "sc_prompt", ...GROUP.slice(2), "archive", "prefix", "suffix", "count"].map((name) => [name, []]));
-  const images = {name: [], position: [], score: [], seed: [], provenance: [], md5: []}, seconds = [];
+  const images = {name: [], position: [], score: [], seed: [], provenance: [], md5: [], tokenized_score: [], log_prob: []}, seconds = [];
   const seeds = new Map(), provenances = new Map();
   const code = (codes, values) => {
     const key = JSON.stringify(values);
@@ -74,14 +75,17 @@ function manifest() {
         rank = 0;
       }
       groups.count[groups.count.length - 1] += 1;
-      const [generator, sampler, initCount, dtype, key0, key1, md5, score, time] = row.slice(1 + GROUP.length);
+      const [generator, sampler, initCount, dtype, key0, key1, md5, score, time, codec, tokenizedScore, logProb] = row.slice(1 + GROUP.length);
       images.name.push(`${number}.${row[0]}`);
       images.position.push(rank);
       images.score.push(typeof score === "number" ? score : null);
       images.seed.push(code(seeds, [key0, key1]));
-      images.provenance.push(code(provenances, [site.archives[number].models[generator] ?? null, sampler, initCount, dtype]));
+      images.provenance.push(code(provenances, [site.archives[number].models[generator] ?? null, sampler, initCount, dtype,
+        site.archives[number].codec_ids.includes(codec) ? site.codec.sha256 : null]));
       images.md5.push(btoa(String.fromCharCode(...(md5 ?? "").match(/../g)?.map((hex) => parseInt(hex, 16)) ?? [])).slice(0, 22));
       seconds.push(typeof time === "number" ? time : null);
+      images.tokenized_score.push(tokenizedScore);
+      images.log_prob.push(logProb);
       rank += 1;
     }
   }

@@ -24,6 +24,7 @@ from dm_generations.archive.ratings import model_label
 from dm_generations.archive.selection import ALL, Selection
 from dm_generations.atomic_io import open_locked, remove_stale_temporaries, write_atomic
 from dm_generations.errors import UserError, one_line
+from dm_generations.export.manifest import HASH_DIGITS
 from dm_generations.export.npm import read_scripts
 from dm_generations.export.plan import check_codec, is_finished, select_groups
 from dm_generations.export.site import INDEX
@@ -123,6 +124,7 @@ def _describe_models(archive: Archive, checkpoint: Checkpoint) -> dict[str, Any]
 def _describe_codec(checkpoint: Checkpoint, grid: int) -> dict[str, Any]:
     return {
         "file": f"codec-{checkpoint.sha256[:16]}-{grid}.onnx",
+        "sha256": checkpoint.sha256[:HASH_DIGITS],
         "token_count": grid**2,
         "codebook_size": checkpoint.config.codebook_size,
         "image_size": checkpoint.config.image_size // checkpoint.config.grid * grid,

@@ -9,13 +9,15 @@ statement, `window.DM_MANIFEST = {...};`, in ASCII:
     prompts      [[prompt_id, prompt or null], ...]            each listed once
     sc_prompts   [[sc_prompt_id, sc_prompt or null], ...]      null: the model's own empty prompt
     seeds        [[key0, key1], ...]                           each listed once, in the order of sampling
-    provenances  [[model, sampler_version, init_count, dtype], ...]    each listed once: the name of the model that
-                 sampled an image, "" for the one that ships and null for one that is not known; which noise it sampled
-                 with; the number of initial tokens; and the dtype of its activations
+    provenances  [[model, sampler_version, init_count, dtype, codec], ...]    each listed once: the name of the model
+                 that sampled an image, "" for the one that ships and null for one that is not known; which noise it
+                 sampled with; the number of initial tokens; the dtype of its activations; and the first 16 hex digits
+                 of the sha256 of the codec that its tokens are of, null if that is not known
     thumbnails   if there are any {"folder": beside the images, "side": their pixels a side}; they have the same names
     groups       columns: prompt, sc_prompt, top_k, top_p, temperature, cond_scale, prefix, suffix, count; of several
                  archives also archive, a position in `archives`
-    images       columns: name, position, score, and of mode "images" seed, provenance, md5, time; group after group
+    images       columns: name, position, score, and of mode "images" seed, provenance, md5, time, tokenized_score,
+                 log_prob; group after group
 
 A column is a list, or one value where all are equal. `prompt`, `sc_prompt`, `seed` and `provenance` are positions in
 the lists above; `count` is the number of files of a group, best first. The path of a file, relative to the manifest and
@@ -23,6 +25,7 @@ with "/" between its parts, is prefix + name + suffix: they only save repeating 
 
     position     rank of the image in its group, or page of the gallery, from 0
     score        CLIP logits of image and prompt as typed, or null; of a gallery a list of them, best first
+    tokenized_score    the same for the prompt as the model read it, or null; log_prob: of the tokens, or null
     md5          of the tokens: all digests in base 64, 22 characters each, as one text. Null: not known.
     time         when sampling ended: {"start": UTC Unix seconds, "seconds": column of whole seconds since, or null}
 
@@ -30,7 +33,7 @@ Of images by a diffusion decoder there is also `decoder`, an object with its nam
 seed, and in mode "images" a column `decoding`, the number of an image among those of its row, from 0.
 
 top_k 0 and top_p 1.0 mean "off"; numbers that JSON has no form for (NaN, infinities) are null. The page also opens
-version 1, which listed rows in place of columns, without md5 and time.
+version 1, which listed rows in place of columns, without md5, time and what is on this list since.
 """
 
 import base64
@@ -53,6 +56,7 @@ from dm_generations.paths import PAGE, shipped
 MANIFEST_VERSION = 2
 MANIFEST = "manifest.js"
 THUMBNAILS = "thumbs"
+HASH_DIGITS = 16  # of a codec's sha256
 MANIFEST_START = "window.DM_MANIFEST = "
 
 _SHIPPED = "embedded/"  # so begin the names of models that ship
@@ -85,6 +89,9 @@ class ImageEntry(_File):
         time: When its sampling ended, in UTC Unix seconds.
         decoder: What decoded it in place of its codec's own decoder, see `describe_decoder`.
         decoding: Which of its row's decodings it is, from 0.
+        codec: The first hex digits of the sha256 of the codec that the tokens are of.
+        tokenized_score: CLIP logits of the image and the prompt as the model read it.
+        log_prob: Of the tokens.
     """
 
     rank: int
@@ -100,6 +107,9 @@ class ImageEntry(_File):
     time: float | None = None
     decoder: str | None = None
     decoding: int = 0
+    codec: str | None = None
+    tokenized_score: float | None = None
+    log_prob: float | None = None
 
     @property
     def position(self) -> int:
@@ -182,7 +192,7 @@ def make_entry(
     provenance: dict[str, Any] = {name: json_value(getattr(row, name)) for name in names}
     generator = None if row.generator_id is None else models.get(row.generator_id)
     model = _find_generator_name(generator)
-    time = row.time_end if isinstance(row.time_end, int | float) else None
+    codec = None if row.codec_id is None else models.get(row.codec_id)
     return ImageEntry(
         *shared,
         rank=layout.rank(target.ranks.start),
@@ -190,9 +200,12 @@ def make_entry(
         model=model,
         row_id=row.id,
         md5=quantvec_md5(row.quantvec),
-        time=_finite(time),
+        time=_finite(row.time_end),
         decoder=decoded_by,
         decoding=layout.decoding(target.ranks.start),
+        codec=None if codec is None else codec.sha256[:HASH_DIGITS],
+        tokenized_score=_finite(row.clip_score_tokenized),
+        log_prob=_finite(row.log_prob),
         **provenance,
     )
 
@@ -281,7 +294,7 @@ def _image_columns(entries: list[ImageEntry]) -> tuple[dict[str, list], dict[str
     """Return the lists of keys and provenances, and the columns of single images."""
     in_order = sorted(entries, key=lambda entry: entry.row_id)
     keys = list(dict.fromkeys((entry.key0, entry.key1) for entry in in_order))
-    provenances = [(entry.model, entry.sampler_version, entry.init_count, entry.dtype) for entry in entries]
+    provenances = [(one.model, one.sampler_version, one.init_count, one.dtype, one.codec) for one in entries]
     known = list(dict.fromkeys(provenances))
     key_positions = {key: position for position, key in enumerate(keys)}
     known_positions = {provenance: position for position, provenance in enumerate(known)}
@@ -294,6 +307,8 @@ def _image_columns(entries: list[ImageEntry]) -> tuple[dict[str, list], dict[str
         "provenance": _column([known_positions[provenance] for provenance in provenances]),
         "md5": None if None in digests else "".join(map(_base64, digests)),
         "time": {"start": start, "seconds": _column([None if time is None else int(time - start) for time in times])},
+        "tokenized_score": _column([round_score(entry.tokenized_score) for entry in entries]),
+        "log_prob": _column([round_score(entry.log_prob) for entry in entries]),
     }
     named = [[name and ("" if name.startswith(_SHIPPED) else name), *rest] for name, *rest in known]
     return {"seeds": [list(key) for key in keys], "provenances": named}, columns
@@ -346,8 +361,9 @@ def _split_paths(paths: list[str]) -> tuple[str, str, list[str]]:
     return prefix, suffix, [rest[: len(rest) - len(suffix)] for rest in rests]
 
 
-def _finite(number: float | None) -> float | None:
-    return None if number is None or not math.isfinite(number) else number
+def _finite(value: object) -> float | None:
+    """Return a value, which may be of any type in a damaged file, if it is a finite number."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def round_score(score: float | None) -> float | None:

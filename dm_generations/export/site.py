@@ -90,7 +90,8 @@ def join_manifests(manifests: Mapping[str, dict[str, Any]], names: Sequence[str]
         own["sc_prompt"] = [own_sc_prompts[position] for position in own["sc_prompt"]]
         own["prefix"] = [f"{folder}/{prefix}" for prefix in own["prefix"]]
         own["archive"] = [number] * len(own["count"])
-        own_images = {name: _expand(columns[name], count) for name in ("name", "position", "score")}
+        names_kept = ("name", "position", "score", "tokenized_score", "log_prob")
+        own_images = {name: _expand(columns[name], count) for name in names_kept}
         for name, union in (("seed", seeds), ("provenance", provenances)):
             positions = union.add([tuple(value) for value in manifest[f"{name}s"]])
             own_images[name] = [positions[position] for position in _expand(columns[name], count)]

@@ -23,6 +23,7 @@ from dm_generations.archive import ModelInfo
 from dm_generations.archive.records import BadTokensError, format_shape, square_side, tokens_from_blob
 from dm_generations.atomic_io import remove_stale_temporaries, write_atomic
 from dm_generations.errors import UserError, one_line, printable
+from dm_generations.export.manifest import HASH_DIGITS
 from dm_generations.export.output_file import Encoding
 from dm_generations.inference.decoder import Decoder, RowKey
 from dm_generations.models.loading import Checkpoint
@@ -32,7 +33,6 @@ from dm_generations.runtime import compile_cache
 if TYPE_CHECKING:
     from dm_generations.inference.diffusion import Diffusion
 
-HASH_DIGITS: Final = 16  # of a codec, in addresses
 MAX_SIDE: Final = 2048  # pixels
 MAX_DECODERS: Final = 4  # for grids of other sizes
 MAX_CACHE_BYTES: Final = 1 << 30

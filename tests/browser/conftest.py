@@ -89,6 +89,7 @@ def sweep(tmp_path, make_entry, write_image) -> Path:
             write_image(tmp_path / file, shade=40 * rank)
             score = 20.0 + cond_scale - rank - (top_k == 256)
             key = dict(key0=prompt_id, key1=4294967295 - rank)
-            entries.append(make_entry(file, **group, rank=rank, score=score, **key))
+            known = dict(codec="0123456789abcdef", tokenized_score=score - 2.5, log_prob=-3.5)
+            entries.append(make_entry(file, **group, rank=rank, score=score, **key, **known))
     write_manifest(tmp_path, build_manifest("images", "tiny.db", entries))
     return tmp_path

@@ -141,7 +141,10 @@ def test_dialog_shows_the_row_and_back_or_escape_leaves_it(page, sweep):
     page.wait_for_url("**image=1.4294967294*")
     facts = dict(zip(texts(page, "#facts dt"), texts(page, "#facts dd"), strict=True))
     assert facts["key"] == "1 4294967294" and facts["CLIP score"] == "29.00" and facts["archive"] == "tiny.db"
-    assert facts["file"] == "0001_rocket/k=50,p=0.9,c=10.0_01.png"
+    assert (
+        facts["file"] == "0001_rocket/k=50,p=0.9,c=10.0_01.png" and facts["SHA-256 of the codec"] == "0123456789abcdef…"
+    )
+    assert facts["score of the prompt's tokens"] == "26.50" and facts["log-probability"] == "-3.50"
     page.keyboard.press("Escape")
     dialog.wait_for(state="hidden")
     page.wait_for_url(lambda url: "image" not in url)

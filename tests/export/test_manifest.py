@@ -39,13 +39,19 @@ def test_prompts_and_groups_are_listed_once_and_images_best_first(make_entry):
 
 def test_what_an_image_needs_besides_its_key_is_listed_once(make_entry):
     kinds = [{}, {"dtype": "float32"}, {"dtype": "float16"}, {"init_count": 28, "dtype": "float32"}]
-    kinds += [{"model": "mega"}, {"sampler_version": 1001}, {"model": None, "sampler_version": None}, {}]
+    kinds += [
+        {"model": "mega"},
+        {"sampler_version": 1001},
+        {"model": None, "sampler_version": None},
+        {"codec": "0123456789abcdef"},
+    ]
     entries = [make_entry(f"{rank}.png", rank=rank, **kind) for rank, kind in enumerate(kinds)]
     manifest = build_manifest("images", "a.db", entries)
     listed, positions = manifest["provenances"], manifest["images"]["provenance"]
-    assert len(listed) == len(kinds) - 1
+    assert len(listed) == len(kinds)
     expected = [["", 1, 0, None], ["", 1, 0, "float32"], ["", 1, 0, "float16"], ["", 1, 28, "float32"]]
     expected += [["mega", 1, 0, None], ["", 1001, 0, None], [None, None, 0, None], ["", 1, 0, None]]
+    expected = [[*one, None] for one in expected[:-1]] + [["", 1, 0, None, "0123456789abcdef"]]
     assert [listed[position] for position in positions] == expected
 
 
