@@ -2,6 +2,7 @@
 
     config.json                       what the run was begun with
     log.jsonl                         the curve, a line of JSON at a time
+    tensorboard/                      the same for TensorBoard, if asked for
     checkpoints/00000500/             the state after 500 steps; the newest few are kept
         state.safetensors, step.json  all that the next step needs besides the parameters
         model.safetensors, ...        the parameters: a folder that --model takes
@@ -29,6 +30,7 @@ from safetensors.numpy import save_file
 
 from dm_generations.atomic_io import open_locked, write_atomic
 from dm_generations.errors import UserError, one_line, short_repr
+from dm_generations.training import tensorboard
 from dm_generations.weights import native
 
 CONFIG_FILE, LOG_FILE, STATE_FILE, STEP_FILE = "config.json", "log.jsonl", "state.safetensors", "step.json"
@@ -64,6 +66,7 @@ class Run:
         keep: int = 1,
         put: Callable[[State], State] = jax.device_put,
         write_model: WriteModel | None = None,
+        event_files: bool = False,
     ):
         """Open a run, and resume it if the folder has a checkpoint.
 
@@ -75,6 +78,7 @@ class Run:
             keep: How many checkpoints are kept.
             put: Puts a state on the devices.
             write_model: Writes the parameters as a folder of our own. Without it they are a part of the state's file.
+            event_files: Whether the curve is written for TensorBoard too.
 
         Raises:
             UserError: The run was begun with other settings, another process trains there, or it cannot be written.
@@ -94,7 +98,12 @@ class Run:
             self._check_settings()
             stored = self.find_checkpoint()
             self.state = put(state if stored is None else self._read(stored, state))
-            self._cut_log()
+            lines = self._cut_log()
+            self._events: tensorboard.EventLog | None = None
+            if event_files:
+                with _writing(folder / tensorboard.FOLDER):
+                    started = (folder / CONFIG_FILE).stat().st_mtime
+                    self._events = tensorboard.EventLog(folder / tensorboard.FOLDER, started, lines)
         except BaseException:
             self._lock.close()
             raise
@@ -103,6 +112,8 @@ class Run:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._events:
+            self._events.close()
         self._lock.close()
 
     def find_checkpoint(self) -> Path | None:
@@ -146,6 +157,9 @@ class Run:
         line |= {key: float(f"{float(value):.6g}") for key, value in metrics.items()}
         with _writing(self.folder), open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        if self._events:
+            with _writing(self.folder / tensorboard.FOLDER):
+                self._events.add(line)
         logger.info("%s", "  ".join(f"{key} {value:g}" for key, value in line.items()))
 
     def train(
@@ -248,24 +262,26 @@ class Run:
         logger.info("resuming %s at step %s", self.folder, f"{self.step:,}")
         return state
 
-    def _cut_log(self) -> None:
-        """Remove lines of steps that will be done again, and a line that was not finished."""
+    def _cut_log(self) -> list[dict[str, Any]]:
+        """Remove lines of steps that will be done again, and a line that was not finished; returns the others."""
         path = self.folder / LOG_FILE
         if not path.exists():
-            return
-        kept = []
+            return []
+        kept, lines = [], []
         with _writing(path):
             with open(path, "rb") as file:
                 for line in iter(lambda: file.readline(_MAX_LINE), b""):
                     with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                        if json.loads(line)["step"] <= self.step:
+                        if (values := json.loads(line))["step"] <= self.step:
                             kept.append(line)
+                            lines.append(values)
             write_atomic(path, b"".join(kept))
+        return lines
 
 
 def _check_entries(folder: Path) -> None:
     """Refuse a folder in which others may have put links, through which files elsewhere would change, or pipes."""
-    for path in (*folder.iterdir(), *(folder / CHECKPOINTS).rglob("*")):
+    for path in (*folder.iterdir(), *(folder / CHECKPOINTS).rglob("*"), *(folder / tensorboard.FOLDER).rglob("*")):
         mode = path.lstat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise UserError(f"{path} is a link or no file, which a run has none of; remove it, or use another --run")
