@@ -14,7 +14,6 @@ stopped and resumed has those of one that was not.
 import contextlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -124,11 +124,13 @@ class Run:
         """Write a checkpoint and remove the oldest ones; returns its folder.
 
         Raises:
-            UserError: It cannot be written, on a full disk for instance. The checkpoints before it stay.
+            UserError: It cannot be written, on a full disk for instance, or a weight is NaN or infinite. The
+                checkpoints before it stay.
         """
         path = self.folder / CHECKPOINTS / f"{self.step:08d}"
         unfinished = path.with_name(f".{path.name}.unfinished")
         state = jax.device_get(self.state)
+        self._check_finite({name: value for name, value in _flatten(state).items() if not name.startswith("opt/")})
         with _writing(path):
             shutil.rmtree(unfinished, ignore_errors=True)
             try:
@@ -182,8 +184,8 @@ class Run:
             on_step: Called with the state and the step, after every so many steps.
 
         Raises:
-            UserError: A metric is NaN or infinite; no checkpoint has been written of that state. Or a checkpoint cannot
-                be written.
+            UserError: A metric or a weight is NaN or infinite; no checkpoint has been written of that state. Or a
+                checkpoint cannot be written.
         """
         started = time.perf_counter() - self.seconds
         while self.step < steps:
@@ -201,6 +203,7 @@ class Run:
             if is_logged:
                 if evaluate and (is_last or (evaluate_every and self.step % evaluate_every == 0)):
                     found = {**found, **evaluate(self.state)}
+                    self._check_finite(found)
                 self.log(found)
             for call in due:
                 call(self.state, self.step)
@@ -212,15 +215,20 @@ class Run:
         """Wait for the metrics of the last step. Raises UserError for one that is no finite number."""
         step, metrics = self._metrics
         metrics = jax.device_get(metrics)
-        for name, value in metrics.items():
-            if not math.isfinite(value):
+        self._check_finite(metrics, step)
+        return metrics
+
+    def _check_finite(self, arrays: Mapping[str, Any], step: int | None = None) -> None:
+        """Raise UserError for a floating-point array with NaN or infinity; `step` is that of the run by default."""
+        for name, array in arrays.items():
+            if jnp.issubdtype(jnp.result_type(array), jnp.floating) and not np.isfinite(array).all():
+                what = "nan" if np.isnan(array).any() else "infinite"
                 last = self.find_checkpoint()
                 good = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
                 raise UserError(
-                    f"{name} is {float(value)} at step {step} of {self.folder}; {good}. Train from there with a lower "
-                    "--learning-rate, in another --run"
+                    f"{name} is {what} at step {self.step if step is None else step} of {self.folder}; {good}. Train "
+                    "from there with a lower --learning-rate, in another --run"
                 )
-        return metrics
 
     def _checkpoints(self) -> list[Path]:
         folder = self.folder / CHECKPOINTS

@@ -209,6 +209,28 @@ def test_a_run_killed_at_ten_random_moments_ends_as_an_undisturbed_one(models, a
     assert killed == whole
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs limits of a process")
+@pytest.mark.parametrize("size", [2_000, 60_000])
+def test_a_file_that_cannot_be_written_whole_costs_only_steps(size, models, archive, tmp_path):
+    """The size of a process's files is limited, so that a checkpoint fails as on a full disk."""
+    words = ("--sample-every", 2, "--sample-prompts", PROMPTS[0], "--sample-count", 2, "--n-best", 4)
+    command = train_words(models, archive, tmp_path / "run", *words, "--cpu-only")
+    limit = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+    program = f"{limit}; from dm_generations.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+    limited = subprocess.run(
+        [sys.executable, "-c", program, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert limited.returncode == 1
+    (line,) = [line for line in limited.stderr.splitlines() if line.startswith("error")]
+    assert str(tmp_path / "run") in line
+    assert not list((tmp_path / "run" / "checkpoints").iterdir()) and not (tmp_path / "run" / "model").exists()
+    assert run_words(command).wait(600) == 0
+    assert len(read_log(tmp_path / "run")) == 4
+    assert load_checkpoint(tmp_path / "run" / "model", "generator").lineage["step"] == 4
+
+
 @pytest.mark.parametrize(
     ("words", "names"),
     [
@@ -218,6 +240,8 @@ def test_a_run_killed_at_ten_random_moments_ends_as_an_undisturbed_one(models, a
         (("--weight-by", "rating"), ["rating"]),
         (("--prefer", "pairs", "--objective", "dpo"), ["pair"]),
         (("--learning-rate", "nan"), ["--learning-rate"]),
+        (("--learning-rate", "1e30", "--warmup", 0), ["at step", "--learning-rate"]),
+        (("--rank-by", "none-such", "--n-best", 2), ["none-such"]),
         (("--codec", "none-such"), ["none-such"]),
     ],
 )
