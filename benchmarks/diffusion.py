@@ -3,36 +3,41 @@
     python benchmarks/diffusion.py network               # a step of one image, and of torch if it is installed
     python benchmarks/diffusion.py network --dtype bfloat16 --batch-size 16 --steps 25      # images a second on a GPU
     python benchmarks/diffusion.py guidance              # a step with CLIP guidance beside one without
-    python benchmarks/diffusion.py samplers --decoder FILE --codec PATH --tokens N.npy ...  # of a trained decoder
+    python benchmarks/diffusion.py samplers --decoder FILE --images FOLDER      # of a trained decoder
 
 `network` and `guidance` take --size 256, 128 or 64, the preset: 256 needs 8 GB of memory and some minutes on 2 cores.
-`samplers` prints how far the images of fewer steps are from those of 1,000, from the same noise: the mean difference,
-in units of 1/255.
+`samplers` encodes images, PNG with captions in .txt beside them, and decodes their tokens by each sampler from the same
+noise, and by the codec's own decoder. --sheet draws rows of an original, the codec's image and the default's.
 """
 
 import argparse
 import functools
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
+from PIL import Image
 from timing import matrix_peak, seconds_of
 
 from dm_generations.archive import DTYPES
 from dm_generations.inference.decoder import Decoder, RowKey
 from dm_generations.inference.diffusion import Diffusion, DiffusionDecoder, Guidance
+from dm_generations.inference.encoder import Encoder
+from dm_generations.inference.scorer import Scorer
 from dm_generations.models.diffusion_decoder.checkpoint import preset_config
 from dm_generations.models.diffusion_decoder.network import DiffusionDecoderConfig, PreparedUNet, UNet
 from dm_generations.models.diffusion_decoder.samplers import Steps
 from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.registry import parameter_shapes
 from dm_generations.models.vqgan.network import VQGANConfig
+from dm_generations.sampling.params import DECODER_STEPS
 from dm_generations.weights.native import unflatten
 
 GRID = 16  # tokens a side
-RUNS = ("dpm10", "dpm15", "dpm25", "dpm50", "ddim10", "ddim25", "ddim50", "ddim250")
+RUNS = ("dpm10", "dpm15", "dpm25", "dpm50", "ddim25", "ddim50")
 
 
 def main() -> None:
@@ -44,8 +49,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25, metavar="N", help="of images a second (default: 25)")
     parser.add_argument("--repeats", type=int, default=2, metavar="N", help="of which the best counts (default: 2)")
     parser.add_argument("--decoder", metavar="FILE", help="of `samplers`")
-    parser.add_argument("--codec", metavar="PATH", help="of `samplers`")
-    parser.add_argument("--tokens", type=Path, nargs="+", metavar="FILE", help="of `samplers`: .npy of each image")
+    parser.add_argument("--codec", metavar="PATH", help="of `samplers` (default: the embedded one)")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="of `samplers`")
+    parser.add_argument("--count", type=int, default=50, metavar="N", help="of images at most (default: 50)")
+    parser.add_argument("--reference", default="250", metavar="STEPS", help="to compare with (default: 250, DDPM's)")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="of `samplers`: a PNG to write")
     args = parser.parse_args()
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, load {os.getloadavg()[0]:.1f}", flush=True)
     {"network": network, "guidance": guidance, "samplers": samplers}[args.what](args)
@@ -92,19 +100,56 @@ def guidance(args: argparse.Namespace) -> None:
 
 
 def samplers(args: argparse.Namespace) -> None:
-    """Print how far the images of fewer steps are from those of 1,000."""
+    """Print how good the images of each sampler are, beside those of the codec's own decoder."""
     codec = load_checkpoint(args.codec, "codec")
-    tokens = np.stack([np.load(file).astype(np.uint16) for file in args.tokens])
+    pixels, captions = read_images(args.images, codec.config.image_size, args.count)
+    tokens = Encoder(codec).encode(pixels)
     keys = [RowKey(7, number) for number in range(len(tokens))]
+    scorer = Scorer.load()
+    scores, sheet = {}, [pixels]
 
-    def images(steps: str) -> np.ndarray:
-        diffusion = Diffusion.load(args.decoder, steps)
-        decoder = Decoder.from_checkpoint(codec, "auto", args.dtype, round(tokens.shape[1] ** 0.5), diffusion)
-        return decoder(tokens, keys).astype(int)
+    def line(what: str, images: np.ndarray, seconds: float) -> None:
+        noise = np.maximum(((images.astype(float) - pixels) ** 2).mean((1, 2, 3)), 1e-6)
+        scores[what] = scorer(images, captions)
+        difference = scores[what] - scores[args.reference]
+        interval = 1.96 * difference.std(ddof=1) / len(images) ** 0.5
+        print(
+            f"{what:10} {10 * np.log10(255**2 / noise).mean():8.2f} dB {scores[what].mean():8.2f} CLIP "
+            f"{difference.mean():+8.2f} +- {interval:.2f} {np.abs(images - exact).mean():8.2f} {seconds:8.1f} s",
+            flush=True,
+        )
 
-    exact = images("dpm1000")
+    def decode(steps: str | None) -> tuple[np.ndarray, float]:
+        diffusion = None if steps is None else Diffusion.load(args.decoder, steps)
+        grid = round(tokens.shape[1] ** 0.5)
+        decoder = Decoder.from_checkpoint(codec, args.batch_size, args.dtype, grid, diffusion)
+        decoder.compile()
+        started = time.perf_counter()
+        return decoder(tokens, keys).astype(np.uint8), time.perf_counter() - started
+
+    print(f"{len(pixels)} images: PSNR, CLIP score and its difference from {args.reference}, distance from it in 1/255")
+    reference, seconds = decode(args.reference)
+    exact = reference.astype(float)
+    line(args.reference, reference, seconds)
+    line("originals", pixels, 0)
+    own, seconds = decode(None)
+    line("codec", own, seconds)
     for steps in RUNS:
-        print(f"{steps:8} {np.abs(images(steps) - exact).mean():6.2f}", flush=True)
+        images, seconds = decode(steps)
+        line(steps, images, seconds)
+        if steps == DECODER_STEPS:
+            sheet += [own, images]
+    if args.sheet is not None:
+        rows = np.concatenate([np.concatenate(row, 1) for row in zip(*sheet, strict=True)], 0)
+        Image.fromarray(rows).save(args.sheet)
+
+
+def read_images(folder: Path, side: int, count: int) -> tuple[np.ndarray, list[str]]:
+    """Return (n, side, side, 3) uint8 of a folder's images, spread over it, and the captions beside them."""
+    files = [path for path in sorted(folder.glob("*.png")) if path.with_suffix(".txt").exists()]
+    files = [files[len(files) * number // count] for number in range(count)] if len(files) > count else files
+    images = [Image.open(path).convert("RGB").resize((side, side), Image.Resampling.LANCZOS) for path in files]
+    return np.stack(images), [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in files]
 
 
 def random_params(config: DiffusionDecoderConfig) -> dict:

@@ -12,11 +12,18 @@ const SAMPLERS = new Map([[1, "rows"], [1001, "dalle-mini"]]);
 /** A command with [flag, value, ...] each, or null if a shell cannot be told one of the values. */
 function command(name, flags) {
   const lines = flags.map(([flag, ...values]) => {
+    if (!values.length) return flag;
     const words = values.map((value) => (value === null ? null : shellWord(String(value))));
     // A text that begins with "-" would be taken for another flag.
     return words.every(Boolean) ? flag + (String(values[0]).startsWith("-") ? "=" : " ") + words.join(" ") : null;
   });
   return lines.every(Boolean) ? [`python -m dm_generations ${name}`, ...lines].join(" \\\n  ") : null;
+}
+
+/** The flags of `decode` for a decoder that the manifest or the server describes. */
+function decoderFlags({name, steps, eta, clip_denoised: isClipped, seed, clip_guidance_scale: guidance}) {
+  return [["--decoder", name], ["--decoder-steps", steps], ...(eta ? [["--eta", eta]] : []), ...(isClipped ? [["--clip-denoised"]] : []),
+    ...(seed ? [["--decoder-seed", seed]] : []), ...(guidance ? [["--clip-guidance-scale", guidance]] : [])];
 }
 
 export const large = {
@@ -87,7 +94,9 @@ export const large = {
     if (image.dtype !== null) facts.push(["dtype", visible(String(image.dtype))]);
     if (image.time !== null) facts.push(["sampled", new Date(image.time * 1000).toISOString().slice(0, 19).replace("T", " ") + " UTC"]);
     if (image.md5) facts.push(["MD5 of the tokens", image.md5]);
-    if (image.codec !== null) facts.push(["SHA-256 of the codec", `${image.codec}…`]);
+    // A server's is of both where a decoder takes the codec's place.
+    if (image.codec !== null && !(source.isLive && source.decoder)) facts.push(["SHA-256 of the codec", `${image.codec}…`]);
+    if (source.decoder) facts.push(["decoder", visible(`${source.decoder.name}, ${source.decoder.steps} steps, seed ${source.decoder.seed}`)]);
     if (image.file !== null) facts.push(["file", visible(image.file)]);
     $("facts").replaceChildren(...facts.flatMap(([name, value]) => [
       element("dt", {textContent: name}), element("dd", {}, element("bdi", {textContent: value}))]));
@@ -145,6 +154,8 @@ export const large = {
       ...(prompt.text === null ? [] : [["--prompt-texts", prompt.text]]),
       ...(scPrompt === null ? [] : [["--sc-prompt-texts", scPrompt]]),
       ["--where", ...where.filter(([, value]) => value !== null).map(([name, value]) => `${name}=${value}`)],
+      ...(this.image.codecName ? [["--codec", this.image.codecName]] : []),
+      ...(source.decoder ? decoderFlags(source.decoder) : []),
       ["--out-dir", "one"],
     ]);
   },

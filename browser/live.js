@@ -21,6 +21,7 @@ export class LiveSource {
     const {mode, archives, models, seeds, first, revision} = summary;
     Object.assign(this, {mode, archives, models, seeds, first, revision, values: null});
     this.scPrompts = new Map(summary.sc_prompts);
+    this.decoder = summary.decoder;
     Object.assign(this, {imageCount: summary.images, promptCount: summary.prompts, scoreRange: summary.score_range});
   }
 
@@ -74,11 +75,12 @@ export class LiveSource {
   }
 
   imageOf(row, group) {
-    const [name, , rank, score, key0, key1, seed, md5, time, codec, sampler, initCount, dtype, logProb, tokenizedScore, same, problem] = row;
+    const [name, , rank, score, key0, key1, seed, md5, time, codec, sampler, initCount, dtype, logProb, tokenizedScore, same, problem,
+      codecName] = row;
     const isKnown = /^[0-9a-f]{32}$/.test(md5) && /^[0-9a-f]{16}$/.test(codec) && !problem;
     const url = isKnown ? `image/${codec}/${md5}` : null;
     return {name, group, rank, score, scores: [score], key: key0 === null ? null : [key0, key1], seed, md5, time, sampler,
-      initCount, dtype, logProb, tokenizedScore, codec, same, problem, url, file: null};
+      initCount, dtype, logProb, tokenizedScore, codec, codecName, same, problem, url, file: null};
   }
 
   async statistics({axis, prompt = null, values = {}}, signal) {

@@ -91,6 +91,7 @@ export class ManifestImage {
   get initCount() { return this.provenance[2] ?? 0; }
   get dtype() { return this.provenance[3] ?? null; }
   get codec() { return this.provenance[4] ?? null; }
+  get codecName() { return this.provenance[5] ?? null; }
   get tokenizedScore() { return this.numberOf("tokenized_score"); }
   get logProb() { return this.numberOf("log_prob"); }
   numberOf(name) {
@@ -106,6 +107,7 @@ export class ManifestSource {
       manifest.version === 1 ? upgrade(manifest) : manifest;
     Object.assign(this, {imageClass, folder, mode: manifest.mode, isLive: false, seeds, provenances, columns: images});
     this.archives = archives.map(String);
+    this.decoder = manifest.decoder ?? null;
     const {folder: thumbs, side} = manifest.thumbnails ?? {};
     this.thumbnails = typeof thumbs === "string" && side > 0 ? {folder: thumbs, side: Number(side)} : null;
     this.scPrompts = new Map(scPrompts);

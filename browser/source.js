@@ -8,7 +8,7 @@
 //            `id` is opaque. `values` has the value of each axis of AXES: numbers, ids of `scPrompts`, positions in
 //            `models` and `archives`. `scored` images have a score; mean, sd and best are theirs, or null.
 //   Image    {name, group, rank, score, scores, key: [key0, key1] or null, seed, md5, time, sampler, initCount, dtype,
-//            logProb, tokenizedScore, codec, same, url, thumbnail, file, problem}
+//            logProb, tokenizedScore, codec, codecName, same, url, thumbnail, file, problem}
 //            `name` tells it from the others of its group: "key0.key1", with ".1", ".2", ... for more images of one
 //            key; "page 3" for a gallery. `rank` counts from 0, best first. `seed` is the position of its key in
 //            `seeds`, or -1. `same` is how many images of the group have the same tokens, this one included.
@@ -41,7 +41,8 @@
 // the routes below. Numbers that JSON has no form for are null; arrays save what keys would repeat.
 //
 //   GET  api/summary         {version: 2, mode, archives, models, sc_prompts: [[id, text], ...], seeds: [[k0, k1], ...]
-//                            (at most 1,000), images, prompts, score_range, first: {prompt, values}, revision}
+//                            (at most 1,000), images, prompts, score_range, first: {prompt, values}, revision,
+//                            decoder: null, or what decodes in place of the codecs, as in manifest.js}
 //        `values` of `first` is {top_k, top_p, temperature, cond_scale, sc_prompt, extra_settings, model, archive}, one value
 //        of each. `first` is null in an empty archive.
 //   GET  api/values          {values: {top_k: [...], ...}}: at most 2,000 values of each of these that images have
@@ -54,8 +55,8 @@
 //   GET  api/images?group=ID&group=ID&sort=score&descending=1&min=&max=&seed=KEY0.KEY1&limit=9&offset=0
 //        {groups: {ID: {total, images: [IMAGE, ...]}}}
 //        IMAGE: [name, group, rank, score, key0, key1, seed, md5, time, codec, sampler_version, init_count, dtype,
-//                log_prob, score of the prompt's tokens, same, problem], or null for one that is gone
-//        md5: of the tokens, hex; codec: the first 16 hex digits of its sha256
+//                log_prob, score of the prompt's tokens, same, problem, codec's name], or null for one that is gone
+//        md5: of the tokens, hex; codec: the first 16 hex digits of its sha256; its name, "" for the one that ships
 //   GET  api/statistics?axis=top_k&prompt=1&temperature=0.7   {range: [low, high], values: [[value, n, mean, sd,
 //                                                              [count, ...], [n, mean, sd] or null], ...]}
 //        With axis=setting, a value is [top_k, top_p, temperature, cond_scale, sc_prompt, extra_settings, model, archive].

@@ -81,7 +81,7 @@ function manifest() {
       images.score.push(typeof score === "number" ? score : null);
       images.seed.push(code(seeds, [key0, key1]));
       images.provenance.push(code(provenances, [site.archives[number].models[generator] ?? null, sampler, initCount, dtype,
-        site.archives[number].codec_ids.includes(codec) ? site.codec.sha256 : null]));
+        ...(site.archives[number].codec_ids.includes(codec) ? [site.codec.sha256, site.codec.name] : [null, null])]));
       images.md5.push(btoa(String.fromCharCode(...(md5 ?? "").match(/../g)?.map((hex) => parseInt(hex, 16)) ?? [])).slice(0, 22));
       seconds.push(typeof time === "number" ? time : null);
       images.tokenized_score.push(tokenizedScore);

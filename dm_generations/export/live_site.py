@@ -124,6 +124,7 @@ def _describe_models(archive: Archive, checkpoint: Checkpoint) -> dict[str, Any]
 def _describe_codec(checkpoint: Checkpoint, grid: int) -> dict[str, Any]:
     return {
         "file": f"codec-{checkpoint.sha256[:16]}-{grid}.onnx",
+        "name": model_label(checkpoint.name),
         "sha256": checkpoint.sha256[:HASH_DIGITS],
         "token_count": grid**2,
         "codebook_size": checkpoint.config.codebook_size,

@@ -9,10 +9,10 @@ statement, `window.DM_MANIFEST = {...};`, in ASCII:
     prompts      [[prompt_id, prompt or null], ...]            each listed once
     sc_prompts   [[sc_prompt_id, sc_prompt or null], ...]      null: the model's own empty prompt
     seeds        [[key0, key1], ...]                           each listed once, in the order of sampling
-    provenances  [[model, sampler_version, init_count, dtype, codec], ...]    each listed once: the name of the model
-                 that sampled an image, "" for the one that ships and null for one that is not known; which noise it
-                 sampled with; the number of initial tokens; the dtype of its activations; and the first 16 hex digits
-                 of the sha256 of the codec that its tokens are of, null if that is not known
+    provenances  [[model, sampler_version, init_count, dtype, codec, codec_name], ...]    each listed once: the name of
+                 the model that sampled an image, "" for the one that ships and null for one that is not known; which
+                 noise it sampled with; the number of initial tokens; the dtype of its activations; and the first 16
+                 hex digits of the sha256 of the codec that its tokens are of, and its name, as that of the model
     thumbnails   if there are any {"folder": beside the images, "side": their pixels a side}; they have the same names
     groups       columns: prompt, sc_prompt, top_k, top_p, temperature, cond_scale, prefix, suffix, count; of several
                  archives also archive, a position in `archives`
@@ -46,6 +46,7 @@ from pathlib import Path
 from typing import Any
 
 from dm_generations.archive import ImageRow, ModelInfo
+from dm_generations.archive.ratings import model_label
 from dm_generations.archive.records import quantvec_md5
 from dm_generations.atomic_io import write_atomic
 from dm_generations.export.plan import GroupPlan, Layout, Target
@@ -90,6 +91,7 @@ class ImageEntry(_File):
         decoder: What decoded it in place of its codec's own decoder, see `describe_decoder`.
         decoding: Which of its row's decodings it is, from 0.
         codec: The first hex digits of the sha256 of the codec that the tokens are of.
+        codec_name: Its name.
         tokenized_score: CLIP logits of the image and the prompt as the model read it.
         log_prob: Of the tokens.
     """
@@ -108,6 +110,7 @@ class ImageEntry(_File):
     decoder: str | None = None
     decoding: int = 0
     codec: str | None = None
+    codec_name: str | None = None
     tokenized_score: float | None = None
     log_prob: float | None = None
 
@@ -204,6 +207,7 @@ def make_entry(
         decoder=decoded_by,
         decoding=layout.decoding(target.ranks.start),
         codec=None if codec is None else codec.sha256[:HASH_DIGITS],
+        codec_name=None if codec is None else codec.name,
         tokenized_score=_finite(row.clip_score_tokenized),
         log_prob=_finite(row.log_prob),
         **provenance,
@@ -294,7 +298,9 @@ def _image_columns(entries: list[ImageEntry]) -> tuple[dict[str, list], dict[str
     """Return the lists of keys and provenances, and the columns of single images."""
     in_order = sorted(entries, key=lambda entry: entry.row_id)
     keys = list(dict.fromkeys((entry.key0, entry.key1) for entry in in_order))
-    provenances = [(one.model, one.sampler_version, one.init_count, one.dtype, one.codec) for one in entries]
+    provenances = [
+        (one.model, one.sampler_version, one.init_count, one.dtype, one.codec, one.codec_name) for one in entries
+    ]
     known = list(dict.fromkeys(provenances))
     key_positions = {key: position for position, key in enumerate(keys)}
     known_positions = {provenance: position for position, provenance in enumerate(known)}
@@ -310,7 +316,7 @@ def _image_columns(entries: list[ImageEntry]) -> tuple[dict[str, list], dict[str
         "tokenized_score": _column([round_score(entry.tokenized_score) for entry in entries]),
         "log_prob": _column([round_score(entry.log_prob) for entry in entries]),
     }
-    named = [[name and ("" if name.startswith(_SHIPPED) else name), *rest] for name, *rest in known]
+    named = [[model_label(model), *rest, model_label(codec_name)] for model, *rest, codec_name in known]
     return {"seeds": [list(key) for key in keys], "provenances": named}, columns
 
 

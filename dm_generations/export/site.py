@@ -102,6 +102,7 @@ def join_manifests(manifests: Mapping[str, dict[str, Any]], names: Sequence[str]
         start = columns["time"]["start"]
         seconds = _expand(columns["time"]["seconds"], count)
         times += [None if second is None else start + second for second in seconds]
+    decoders = [manifest["decoder"] for manifest in manifests.values() if "decoder" in manifest]
     thumbnails = [manifest.get("thumbnails") for manifest in manifests.values()]
     is_one_size = all(one == thumbnails[0] for one in thumbnails) and thumbnails[0]
     first_time = min((time for time in times if time is not None), default=0)
@@ -111,6 +112,7 @@ def join_manifests(manifests: Mapping[str, dict[str, Any]], names: Sequence[str]
         "mode": "images",
         "archives": list(names),
         **({"thumbnails": thumbnails[0]} if is_one_size else {}),
+        **({"decoder": decoders[0]} if decoders and all(one == decoders[0] for one in decoders) else {}),
         "prompts": _numbered(prompts),
         "sc_prompts": _numbered(sc_prompts),
         "seeds": list(seeds.positions),

@@ -134,7 +134,7 @@ class ServedArchives(ArchiveThread):
             **{"sc_prompts": list(self._sc_prompts.values().items()), "seeds": list(self._seeds), "first": first},
             "images": sum(browser.image_count for browser in browsers),
             **{"prompts": len(self._shown_prompts), "score_range": _join_ranges(ranges)},
-            "revision": sum(self._revisions),
+            **{"decoder": summaries[0]["decoder"], "revision": sum(self._revisions)},
         }
 
     def values(self) -> dict[str, Any]:

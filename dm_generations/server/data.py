@@ -26,7 +26,7 @@ from dm_generations.archive.browse import (
     plain,
     statistics,
 )
-from dm_generations.archive.ratings import add_ratings, parse_judgement, read_judgements
+from dm_generations.archive.ratings import add_ratings, model_label, parse_judgement, read_judgements
 from dm_generations.archive.records import GROUP_COLUMNS, PARAM_COLUMNS, BadTokensError, key_words
 from dm_generations.archive.schema import SCHEMA_VERSION
 from dm_generations.errors import UserError
@@ -84,6 +84,7 @@ class ServedArchive(ArchiveThread):
         self.revision = 0
         self._codec = codec
         self._codec_hash = hash_of(codec, diffusion)
+        self._decoder = None if diffusion is None else diffusion.describe()
         self._archive: Archive | None = None
         self._browser: Browser | None = None
         self._file: tuple[int, int] | None = None
@@ -151,7 +152,7 @@ class ServedArchive(ArchiveThread):
             **{"version": SUMMARY_VERSION, "mode": "images", "archives": [self.path.name], "models": browser.models},
             **{"sc_prompts": browser.sc_prompts(), "seeds": list(browser.seeds), "images": browser.image_count},
             **{"prompts": browser.prompt_count, "score_range": browser.score_range, "first": first},
-            "revision": self.revision,
+            **{"decoder": self._decoder, "revision": self.revision},
         }
 
     def values(self) -> dict[str, Any]:
@@ -228,6 +229,7 @@ class ServedArchive(ArchiveThread):
             *(name, group, listed.rank, listed.score, *key, browser.seeds.get(key, -1), md5, listed.time, codec_hash),
             *(plain(row[column]) for column in ("sampler_version", "init_count", "dtype", "log_prob")),
             *(plain(row["clip_score_tokenized"]), listed.copies, problem),
+            None if codec is None else model_label(codec.name),
         ]
 
     def statistics(self, axis: str, prompt_id: int | None, fixed: Mapping[str, Any]) -> dict[str, Any]:

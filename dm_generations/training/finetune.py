@@ -127,9 +127,7 @@ class Trainer(BaseTrainer):
         check_prompt_kinds(examples.texts, self._config, self.checkpoint.name)
         length = self._config.max_text_length
         if not class_count_of(self._config) and (count := examples.count_cut(self._tokenizer, length)):
-            logger.warning(
-                "%s captions are longer than the %s tokens that the model reads, so cut", f"{count:,}", length
-            )
+            logger.warning("captions longer than the %s tokens that the model reads, so cut: %s", length, f"{count:,}")
         what = "pairs" if options.objective == "dpo" else "images"
         logger.info(
             "learning from %s %s; %s images are held out", f"{len(self._numbers):,}", what, f"{len(held_out):,}"

@@ -283,6 +283,20 @@ def test_command_means_exactly_the_prompt_to_a_shell(page, hostile, tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
+def test_command_decodes_with_the_codec_and_the_decoder_of_the_image(page, tmp_path, make_entry, write_image):
+    entry = make_entry("a.png", codec_name="my codec", decoder="x")
+    write_image(tmp_path / entry.file)
+    decoder = {"name": "sharp", "sha256": "0" * 64, "steps": "ddim50", "eta": 0.5, "clip_denoised": True, "seed": 3}
+    write_manifest(tmp_path, build_manifest("images", "a.db", [entry], decoder))
+    open_folder(page, tmp_path)
+    page.locator("#images button").first.click()
+    command = page.locator("#command").text_content().partition("\n\n")[0]
+    args = build_parser().parse_args(shlex.split(command.replace("\\\n", ""))[3:])
+    assert (args.codec, args.decoder, args.decoder_steps, args.eta) == ("my codec", "sharp", "ddim50", 0.5)
+    assert (args.clip_denoised, args.decoder_seed) == (True, 3)
+    assert "sharp, ddim50 steps, seed 3" in texts(page, "#facts dd")
+
+
 def test_command_draws_as_the_image_was_drawn_and_none_is_shown_where_none_can(page, tmp_path, make_entry, write_image):
     entries = [
         make_entry("a.png", rank=0, dtype="bfloat16"),

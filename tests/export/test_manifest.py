@@ -43,7 +43,7 @@ def test_what_an_image_needs_besides_its_key_is_listed_once(make_entry):
         {"model": "mega"},
         {"sampler_version": 1001},
         {"model": None, "sampler_version": None},
-        {"codec": "0123456789abcdef"},
+        {"codec": "0123456789abcdef", "codec_name": "f8"},
     ]
     entries = [make_entry(f"{rank}.png", rank=rank, **kind) for rank, kind in enumerate(kinds)]
     manifest = build_manifest("images", "a.db", entries)
@@ -51,7 +51,7 @@ def test_what_an_image_needs_besides_its_key_is_listed_once(make_entry):
     assert len(listed) == len(kinds)
     expected = [["", 1, 0, None], ["", 1, 0, "float32"], ["", 1, 0, "float16"], ["", 1, 28, "float32"]]
     expected += [["mega", 1, 0, None], ["", 1001, 0, None], [None, None, 0, None], ["", 1, 0, None]]
-    expected = [[*one, None] for one in expected[:-1]] + [["", 1, 0, None, "0123456789abcdef"]]
+    expected = [[*one, None, None] for one in expected[:-1]] + [["", 1, 0, None, "0123456789abcdef", "f8"]]
     assert [listed[position] for position in positions] == expected
 
 

@@ -35,7 +35,7 @@ IMAGE = [
         "sampler_version",
         "init_count",
     ),
-    *("dtype", "log_prob", "score_tokenized", "same", "problem"),
+    *("dtype", "log_prob", "score_tokenized", "same", "problem", "codec_name"),
 ]
 VALUES = ("top_k", "top_p", "temperature", "cond_scale", "sc_prompt", "extra_settings", "model", "archive")
 PROBLEM = IMAGE.index("problem")
@@ -82,6 +82,7 @@ def test_summary(reader):
     assert (summary["version"], summary["mode"], summary["archives"]) == (2, "images", ["a.db"])
     assert summary["models"] == ["", OTHER_GENERATOR.name, None]
     assert summary["sc_prompts"] == [[1, None]]
+    assert summary["decoder"] is None
     assert summary["seeds"] == [[7, key] for key in range(4)]
     assert (summary["images"], summary["prompts"], summary["score_range"]) == (12, 2, [17.0, 20.0])
     assert summary["first"]["prompt"] == 1 and list(summary["first"]["values"]) == list(VALUES)
