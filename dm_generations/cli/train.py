@@ -30,6 +30,7 @@ examples:
   python -m dm_generations train photos/ --train-codec --run mine --perceptual vgg16.pth vgg.pth
   python -m dm_generations generate --model better/model --db better.db --prompts-file better/held_out.txt
 """
+_EXTRAS = {"optax": "train", "tensorboardX": "tensorboard"}  # of pyproject.toml, by the module that is missing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,6 +159,7 @@ def _add_run(add: Callable[..., argparse.Action]) -> None:
     add(
         "--log-every", type=at_least_one, default=10, metavar="N", help="steps between lines of log.jsonl (default: 10)"
     )
+    add("--tensorboard", action="store_true", help="write the log for TensorBoard too, into the run's folder")
     add("--evaluate-every", type=int, default=100, metavar="N", help="steps between evaluations (default: 100)")
     add("--sample-every", type=int, default=0, metavar="N", help="draw into samples.db, with the same keys each time")
     add("--sample-prompts", nargs="+", default=[], metavar="TEXT", help="what to draw (default: some held-out prompts)")
@@ -172,10 +174,13 @@ def run(args: argparse.Namespace) -> int:
     prepare_device(args.cpu_only)
     try:
         from dm_generations.training.train import train
+
+        if args.tensorboard:
+            import tensorboardX  # noqa: F401
     except ModuleNotFoundError as error:
-        if error.name != "optax":
+        if error.name not in _EXTRAS:
             raise
-        raise UserError("training needs optax: pip install 'dm-generations[train]'") from error
+        raise UserError(f"this needs {error.name}: pip install 'dm-generations[{_EXTRAS[error.name]}]'") from error
     from dm_generations.training.options import TrainOptions
 
     given = {field: value for field, value in vars(args).items() if field in TrainOptions.__annotations__}

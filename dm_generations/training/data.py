@@ -168,6 +168,8 @@ class Examples:
         """
         found = self._judged(among) if name == "pairs" else self._by_gap(among, name, gap)
         if not len(found):
+            if name != "pairs":
+                self.require(name, f"--prefer {name}")
             what = (
                 "no pair that someone judged" if name == "pairs" else f"no two images with a gap of {gap:g} in {name}"
             )
@@ -231,9 +233,10 @@ class Examples:
         for codec_id in codec_ids.tolist():
             recorded: ModelInfo | None = models.get(codec_id)
             if recorded is not None and recorded.sha256 != ours.sha256:
+                theirs = f"{recorded.name!r:.100} ({recorded.sha256[:8]})"
                 raise UserError(
-                    f"{archive.path} holds tokens of codec {recorded.name!r:.100}, the model takes those of "
-                    f"{ours.name!r:.100}: choose images with --where codec={ours.sha256[:8]}, name the model's codec "
+                    f"{archive.path} holds tokens of codec {theirs}, the model takes those of {ours.name!r:.100} "
+                    f"({ours.sha256[:8]}): choose images with --where codec={ours.sha256[:8]}, name the model's codec "
                     "with --codec, or encode the images anew with `encode`"
                 )
 

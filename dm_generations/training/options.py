@@ -13,7 +13,7 @@ OBJECTIVES: Final = ("next-token", "dpo")
 EMA: Final = 0.9999  # as the original averages the weights of a decoder
 DTYPES: Final = ("float32", "bfloat16")
 # They do not change the weights, so that a run can be resumed with others.
-_FREE: Final = frozenset({"run", "archives", "keep", "log_every", "perceptual"})
+_FREE: Final = frozenset({"run", "archives", "keep", "log_every", "tensorboard", "perceptual"})
 # What is trained, by its flag ("" for a text-to-image model), and the options that only it has.
 _OWN: Final = (
     (
@@ -74,6 +74,7 @@ class TrainOptions:
         save_every: Steps between checkpoints.
         keep: How many checkpoints are kept.
         log_every: Steps between lines of the log.
+        tensorboard: Whether the log is written as event files too.
         evaluate_every: Steps between evaluations on what is held out; 0 is at the end.
         sample_every: Steps between samples; 0 for none.
         sample_prompts: To draw; none stands for some of those that are held out.
@@ -121,6 +122,7 @@ class TrainOptions:
     save_every: int = 200
     keep: int = 2
     log_every: int = 10
+    tensorboard: bool = False
     evaluate_every: int = 100
     sample_every: int = 0
     sample_prompts: tuple[str, ...] = ()

@@ -2,6 +2,7 @@
 
     config.json                       what the run was begun with
     log.jsonl                         the curve, a line of JSON at a time
+    tensorboard/                      the same for TensorBoard, if asked for
     checkpoints/00000500/             the state after 500 steps; the newest few are kept
         state.safetensors, step.json  all that the next step needs besides the parameters
         model.safetensors, ...        the parameters: a folder that --model takes
@@ -13,7 +14,6 @@ stopped and resumed has those of one that was not.
 import contextlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from dm_generations.atomic_io import open_locked, write_atomic
 from dm_generations.errors import UserError, one_line, short_repr
+from dm_generations.training import tensorboard
 from dm_generations.weights import native
 
 CONFIG_FILE, LOG_FILE, STATE_FILE, STEP_FILE = "config.json", "log.jsonl", "state.safetensors", "step.json"
@@ -64,6 +66,7 @@ class Run:
         keep: int = 1,
         put: Callable[[State], State] = jax.device_put,
         write_model: WriteModel | None = None,
+        event_files: bool = False,
     ):
         """Open a run, and resume it if the folder has a checkpoint.
 
@@ -75,6 +78,7 @@ class Run:
             keep: How many checkpoints are kept.
             put: Puts a state on the devices.
             write_model: Writes the parameters as a folder of our own. Without it they are a part of the state's file.
+            event_files: Whether the curve is written for TensorBoard too.
 
         Raises:
             UserError: The run was begun with other settings, another process trains there, or it cannot be written.
@@ -94,7 +98,12 @@ class Run:
             self._check_settings()
             stored = self.find_checkpoint()
             self.state = put(state if stored is None else self._read(stored, state))
-            self._cut_log()
+            lines = self._cut_log()
+            self._events: tensorboard.EventLog | None = None
+            if event_files:
+                with _writing(folder / tensorboard.FOLDER):
+                    started = (folder / CONFIG_FILE).stat().st_mtime
+                    self._events = tensorboard.EventLog(folder / tensorboard.FOLDER, started, lines)
         except BaseException:
             self._lock.close()
             raise
@@ -103,6 +112,8 @@ class Run:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._events:
+            self._events.close()
         self._lock.close()
 
     def find_checkpoint(self) -> Path | None:
@@ -113,11 +124,13 @@ class Run:
         """Write a checkpoint and remove the oldest ones; returns its folder.
 
         Raises:
-            UserError: It cannot be written, on a full disk for instance. The checkpoints before it stay.
+            UserError: It cannot be written, on a full disk for instance, or a weight is NaN or infinite. The
+                checkpoints before it stay.
         """
         path = self.folder / CHECKPOINTS / f"{self.step:08d}"
         unfinished = path.with_name(f".{path.name}.unfinished")
         state = jax.device_get(self.state)
+        self._check_finite({name: value for name, value in _flatten(state).items() if not name.startswith("opt/")})
         with _writing(path):
             shutil.rmtree(unfinished, ignore_errors=True)
             try:
@@ -146,6 +159,9 @@ class Run:
         line |= {key: float(f"{float(value):.6g}") for key, value in metrics.items()}
         with _writing(self.folder), open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        if self._events:
+            with _writing(self.folder / tensorboard.FOLDER):
+                self._events.add(line)
         logger.info("%s", "  ".join(f"{key} {value:g}" for key, value in line.items()))
 
     def train(
@@ -168,8 +184,8 @@ class Run:
             on_step: Called with the state and the step, after every so many steps.
 
         Raises:
-            UserError: A metric is NaN or infinite; no checkpoint has been written of that state. Or a checkpoint cannot
-                be written.
+            UserError: A metric or a weight is NaN or infinite; no checkpoint has been written of that state. Or a
+                checkpoint cannot be written.
         """
         started = time.perf_counter() - self.seconds
         while self.step < steps:
@@ -187,6 +203,7 @@ class Run:
             if is_logged:
                 if evaluate and (is_last or (evaluate_every and self.step % evaluate_every == 0)):
                     found = {**found, **evaluate(self.state)}
+                    self._check_finite(found)
                 self.log(found)
             for call in due:
                 call(self.state, self.step)
@@ -198,15 +215,20 @@ class Run:
         """Wait for the metrics of the last step. Raises UserError for one that is no finite number."""
         step, metrics = self._metrics
         metrics = jax.device_get(metrics)
-        for name, value in metrics.items():
-            if not math.isfinite(value):
+        self._check_finite(metrics, step)
+        return metrics
+
+    def _check_finite(self, arrays: Mapping[str, Any], step: int | None = None) -> None:
+        """Raise UserError for a floating-point array with NaN or infinity; `step` is that of the run by default."""
+        for name, array in arrays.items():
+            if jnp.issubdtype(jnp.result_type(array), jnp.floating) and not np.isfinite(array).all():
+                what = "nan" if np.isnan(array).any() else "infinite"
                 last = self.find_checkpoint()
                 good = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
                 raise UserError(
-                    f"{name} is {float(value)} at step {step} of {self.folder}; {good}. Train from there with a lower "
-                    "--learning-rate, in another --run"
+                    f"{name} is {what} at step {self.step if step is None else step} of {self.folder}; {good}. Train "
+                    "from there with a lower --learning-rate, in another --run"
                 )
-        return metrics
 
     def _checkpoints(self) -> list[Path]:
         folder = self.folder / CHECKPOINTS
@@ -248,24 +270,26 @@ class Run:
         logger.info("resuming %s at step %s", self.folder, f"{self.step:,}")
         return state
 
-    def _cut_log(self) -> None:
-        """Remove lines of steps that will be done again, and a line that was not finished."""
+    def _cut_log(self) -> list[dict[str, Any]]:
+        """Remove lines of steps that will be done again, and a line that was not finished; returns the others."""
         path = self.folder / LOG_FILE
         if not path.exists():
-            return
-        kept = []
+            return []
+        kept, lines = [], []
         with _writing(path):
             with open(path, "rb") as file:
                 for line in iter(lambda: file.readline(_MAX_LINE), b""):
                     with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                        if json.loads(line)["step"] <= self.step:
+                        if (values := json.loads(line))["step"] <= self.step:
                             kept.append(line)
+                            lines.append(values)
             write_atomic(path, b"".join(kept))
+        return lines
 
 
 def _check_entries(folder: Path) -> None:
     """Refuse a folder in which others may have put links, through which files elsewhere would change, or pipes."""
-    for path in (*folder.iterdir(), *(folder / CHECKPOINTS).rglob("*")):
+    for path in (*folder.iterdir(), *(folder / CHECKPOINTS).rglob("*"), *(folder / tensorboard.FOLDER).rglob("*")):
         mode = path.lstat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise UserError(f"{path} is a link or no file, which a run has none of; remove it, or use another --run")

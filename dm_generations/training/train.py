@@ -108,6 +108,7 @@ def _open_run(options: TrainOptions, trainer: BaseTrainer, settings: dict[str, A
         keep=options.keep,
         put=trainer.put,
         write_model=writer.write_checkpoint,
+        event_files=options.tensorboard,
     )
 
 

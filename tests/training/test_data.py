@@ -142,6 +142,13 @@ def test_images_without_a_score_are_refused_where_it_counts(filters, codec, mode
         open_examples(codec, path, **filters)
 
 
+@pytest.mark.parametrize("name", ["score", "rating"])
+def test_pairs_of_images_without_scores_or_ratings_name_the_flag_that_needs_them(name, codec, models, tmp_path):
+    path = write_archive(tmp_path / "a.db", models, clip_score_input=None)
+    with open_examples(codec, path) as examples, pytest.raises(UserError, match=f"no {name}, .*--prefer"):
+        examples.pairs(np.arange(len(examples.rows)), name, 0.0)
+
+
 def test_captions_that_are_cut_are_counted(codec, models, archive):
     tokenizer = load_checkpoint(models.dalle_bart, "generator").load_tokenizer()
     with open_examples(codec, archive) as examples:

@@ -10,6 +10,7 @@ import optax
 import pytest
 from helpers import golden
 from tiny import tiny_vqgan
+from training_kit import read_log
 
 from dm_generations.archive import Archive, NewImage
 from dm_generations.archive.records import ClassLabel
@@ -18,6 +19,7 @@ from dm_generations.models.llamagen.network import LlamaGen
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.pipelines.convert import write_checkpoint
 from dm_generations.sampling.params import SamplingParams
+from dm_generations.training.lora import DEFAULT_LAYERS, find_layers
 from dm_generations.training.objectives import TEXT_WEIGHT, next_token_loss
 from dm_generations.training.optimizers import make_optimizer
 from dm_generations.weights.native import flatten, read_params
@@ -87,7 +89,7 @@ def write_archive(path, case, codec):
         codec_id = archive.add_model(codec.model_info())
         tokens = rng.integers(config.vocab_size, size=(24, config.image_length)).astype("<u2")
         images = [
-            NewImage(prompts[n % len(prompts)], None, SamplingParams(), 0, n, row.tobytes(), 1.0, 2.0)
+            NewImage(prompts[n % len(prompts)], None, SamplingParams(), 0, n, row.tobytes(), 1.0, 2.0, float(n))
             for n, row in enumerate(tokens)
         ]
         archive.add_images(images, None, codec_id, None, None)
@@ -118,3 +120,38 @@ def test_train_makes_a_model_that_draws(case, tmp_path):
             assert each.count() == len(lines)
             (model,) = [model for model in each.models().values() if model.kind == "generator"]
             assert model.config["lineage"]["base"]["sha256"] == loaded(case).sha256
+
+
+LOW_RANK = ("--lora-rank", 4, "--learning-rate", 0.03)
+DPO = ("--objective", "dpo")
+
+
+@every_case
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param((*LOW_RANK, "--recompute", "--caption-dropout", 0), marks=pytest.mark.e2e),
+        pytest.param((*DPO, "--recompute", "--learning-rate", 0.003), marks=pytest.mark.e2e),
+        pytest.param((*DPO, *LOW_RANK, "--dtype", "bfloat16"), marks=pytest.mark.slow),
+    ],
+    ids=["low-rank", "preferences", "both"],
+)
+def test_changes_of_low_rank_and_preferences_are_learnt(words, case, tmp_path):
+    config = loaded(case).config
+    folder = tiny_vqgan(tmp_path / "codec", n_embed=config.vocab_size, resolution=2 * config.grid)
+    archive = write_archive(tmp_path / "a.db", case, load_checkpoint(folder, "codec"))
+    write_checkpoint(loaded(case), tmp_path / "base")
+    command = ["train", archive, "--run", tmp_path / "run", "--model", tmp_path / "base", "--codec", folder]
+    command += ["--steps", 12, "--batch-size", 8, "--held-out", 0, "--log-every", 1, "--warmup", 0, *words]
+    assert main([*map(str, command)]) == 0
+    losses = [line["loss"] for line in read_log(tmp_path / "run")]
+    assert np.mean(losses[-3:]) < 0.95 * losses[0], losses
+    if "dpo" in words:
+        assert losses[0] == pytest.approx(np.log(2), abs=1e-3)  # model and reference are the same yet
+    before, after = (flatten(read_params(tmp_path / name)) for name in ("base", "run/model"))
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert moved
+    if "--lora-rank" in words:
+        chosen = find_layers(LlamaGen(config), read_params(tmp_path / "base"), DEFAULT_LAYERS)
+        assert moved == {f"{path}/kernel" for path in chosen} and len(moved) == 2 * config.n_layer
+    assert load_checkpoint(tmp_path / "run" / "model", "generator").lineage["base"]["sha256"] == loaded(case).sha256

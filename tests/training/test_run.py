@@ -5,6 +5,7 @@ import json
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -92,6 +93,29 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(loss,
 
     with open_run(tmp_path) as run, pytest.raises(UserError, match=r"at step 3 .*00000002"):
         run.train(6, bad_step, log_every=10)
+    assert checkpoints(tmp_path) == ["00000002"]
+
+
+def test_a_value_of_an_evaluation_that_is_no_number_stops_before_the_checkpoint(tmp_path):
+    def evaluate(state):
+        return {"held_out": np.nan if state["opt"][1] > 3 else 1.0}
+
+    with open_run(tmp_path) as run, pytest.raises(UserError, match=r"held_out .*at step 4 .*00000002"):
+        run.train(6, train_step, log_every=1, evaluate=evaluate, evaluate_every=1)
+    assert checkpoints(tmp_path) == ["00000002"] and read_steps(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_weights_that_are_no_numbers_make_no_checkpoint(dtype, tmp_path):
+    """The loss of a step is that of the weights before it."""
+
+    def bad_step(state, step):
+        state, metrics = train_step(state, step)
+        kernel = state["params"]["kernel"].astype(dtype)
+        return state | {"params": {"kernel": kernel * np.inf if step == 3 else kernel}}, metrics
+
+    with open_run(tmp_path) as run, pytest.raises(UserError, match=r"kernel .*at step 4 .*00000002"):
+        run.train(4, bad_step, log_every=1)
     assert checkpoints(tmp_path) == ["00000002"]
 
 

@@ -178,26 +178,57 @@ def test_parameters_divided_among_devices_end_as_whole_ones(models, archive, tmp
         np.testing.assert_allclose(two[path], leaf, atol=2e-3, err_msg=path)
 
 
+def count_lines(run):
+    log = run / "log.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(models, archive, tmp_path):
-    words = ("--steps", 60, "--n-best", 4, "--save-every", 3, "--keep", 1, "--cpu-only")
-    undisturbed = run_words(train_words(models, archive, tmp_path / "whole", *words))
-    started = time.monotonic()
-    assert undisturbed.wait(600) == 0
-    seconds = time.monotonic() - started
-    command = train_words(models, archive, tmp_path / "killed", *words)
-    rng, kills = np.random.default_rng(), 0
-    while kills < 10:
+def test_a_run_killed_at_ten_random_moments_ends_as_an_undisturbed_one(models, archive, tmp_path):
+    words = ("--steps", 150, "--n-best", 4, "--save-every", 3, "--keep", 1, "--cpu-only")
+    words += ("--sample-every", 50, "--sample-count", 1)
+    assert run_words(train_words(models, archive, tmp_path / "whole", *words)).wait(600) == 0
+    run = tmp_path / "killed"
+    command = train_words(models, archive, run, *words)
+    rng, steps = np.random.default_rng(0), []
+    for _ in range(10):
         process = run_words(command)
-        try:
-            process.wait(rng.uniform(0.3, 1.0) * seconds)
-            break  # it has ended by itself
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
+        # Some steps later, and a part of the time that a step or a checkpoint takes; or while it starts.
+        wanted, delay = count_lines(run) + rng.integers(12), rng.uniform(0, 0.05)
+        while process.poll() is None and count_lines(run) < wanted:
+            time.sleep(0.002)
+        time.sleep(delay)
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        steps.append(count_lines(run))
     assert run_words(command).wait(600) == 0
-    assert_equal_weights(tmp_path / "whole" / "model", tmp_path / "killed" / "model")
+    assert_equal_weights(tmp_path / "whole" / "model", run / "model")
+    assert len({*steps}) > 5, steps  # the moments were many
+    whole, killed = ([(line["step"], line["loss"]) for line in read_log(each)] for each in (tmp_path / "whole", run))
+    assert killed == whole
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs limits of a process")
+@pytest.mark.parametrize("size", [2_000, 60_000])
+def test_a_file_that_cannot_be_written_whole_costs_only_steps(size, models, archive, tmp_path):
+    """The size of a process's files is limited, so that a checkpoint fails as on a full disk."""
+    words = ("--sample-every", 2, "--sample-prompts", PROMPTS[0], "--sample-count", 2, "--n-best", 4)
+    command = train_words(models, archive, tmp_path / "run", *words, "--cpu-only")
+    limit = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+    program = f"{limit}; from dm_generations.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+    limited = subprocess.run(
+        [sys.executable, "-c", program, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert limited.returncode == 1
+    (line,) = [line for line in limited.stderr.splitlines() if line.startswith("error")]
+    assert str(tmp_path / "run") in line
+    assert not list((tmp_path / "run" / "checkpoints").iterdir()) and not (tmp_path / "run" / "model").exists()
+    assert run_words(command).wait(600) == 0
+    assert len(read_log(tmp_path / "run")) == 4
+    assert load_checkpoint(tmp_path / "run" / "model", "generator").lineage["step"] == 4
 
 
 @pytest.mark.parametrize(
@@ -209,6 +240,8 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(models, archi
         (("--weight-by", "rating"), ["rating"]),
         (("--prefer", "pairs", "--objective", "dpo"), ["pair"]),
         (("--learning-rate", "nan"), ["--learning-rate"]),
+        (("--learning-rate", "1e30", "--warmup", 0), ["at step", "--learning-rate"]),
+        (("--rank-by", "none-such", "--n-best", 2), ["none-such"]),
         (("--codec", "none-such"), ["none-such"]),
     ],
 )
