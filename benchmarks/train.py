@@ -4,9 +4,8 @@
     python benchmarks/train.py memory    # `train --lora-rank 8` on DALL-E mini's shape; 5 GB of memory, 1 GB of disk
 
 The floor of a step is the time of the products with its kernels, forward and backward, at the rate of a large product;
-beside it is the time of the same products alone. Attention, norms and the optimizer are not counted. Batches are
-read while the device computes the step before, so it waits only if reading takes longer than a step. Memory is the most
-that the whole process has, the program included, beside the weights in bfloat16.
+beside it is the time of the same products alone. Attention, norms and the optimizer are not counted. Memory is
+the most that the whole process has, the program included, beside the weights in bfloat16.
 """
 
 import argparse
@@ -15,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import jax
@@ -33,7 +31,6 @@ from dm_generations.training.options import TrainOptions
 from dm_generations.weights import native
 
 ARCHIVE = Path(__file__).resolve().parent.parent / "archive" / "emoji.db"
-READS = 20
 
 
 def find_products(params: dict, text_rows: int, token_rows: int) -> list[tuple[int, int, int]]:
@@ -57,7 +54,7 @@ def time_products(shapes: list[tuple[int, int, int]]) -> float:
 
 
 def step(args: argparse.Namespace) -> None:
-    """Print the seconds of a step, of its products, and of reading its batch."""
+    """Print the seconds of a step and of its products."""
     model, codec = load_generator(None, None), load_checkpoint(None, "codec")
     size = args.batch_size
     options = TrainOptions(archives=(ARCHIVE,), run=Path(), batch_size=size, dtype=args.dtype)
@@ -72,10 +69,6 @@ def step(args: argparse.Namespace) -> None:
             return metrics["loss"]
 
         seconds = seconds_of(take, 10)
-        started = time.perf_counter()
-        for other in range(READS):
-            trainer.make_batch(number + other)
-        reading = (time.perf_counter() - started) / READS
     config = trainer.checkpoint.config
     shapes = find_products(trainer.checkpoint.params, size * config.max_text_length, size * config.image_length)
     floor = 6 * sum(map(math.prod, shapes)) / matrix_peak("float32", 2048)
@@ -83,7 +76,6 @@ def step(args: argparse.Namespace) -> None:
     print(f"a step of {size} images, {args.dtype}: {seconds:.3f} s, {size / seconds:,.0f} images/s")
     for what, other in (("at the rate of a large product", floor), ("of their own sizes, alone", own)):
         print(f"its products in float32, {what}: {other:.3f} s; the step takes {seconds / other:.2f} times as long")
-    print(f"reading a batch from the archive: {reading * 1e3:.1f} ms, {size / reading:,.0f} images/s")
 
 
 def memory(args: argparse.Namespace) -> None:
