@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="of `samplers`")
     parser.add_argument("--count", type=int, default=50, metavar="N", help="of images at most (default: 50)")
     parser.add_argument("--reference", default="250", metavar="STEPS", help="to compare with (default: 250, DDPM's)")
+    parser.add_argument("--clip-denoised", action="store_true", help="of `samplers`: as the flag of decode")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="of `samplers`: a PNG to write")
     args = parser.parse_args()
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, load {os.getloadavg()[0]:.1f}", flush=True)
@@ -120,7 +121,7 @@ def samplers(args: argparse.Namespace) -> None:
         )
 
     def decode(steps: str | None) -> tuple[np.ndarray, float]:
-        diffusion = None if steps is None else Diffusion.load(args.decoder, steps)
+        diffusion = None if steps is None else Diffusion.load(args.decoder, steps, clip_denoised=args.clip_denoised)
         grid = round(tokens.shape[1] ** 0.5)
         decoder = Decoder.from_checkpoint(codec, args.batch_size, args.dtype, grid, diffusion)
         decoder.compile()
