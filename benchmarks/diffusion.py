@@ -7,7 +7,7 @@
 
 `network` and `guidance` take --size 256, 128 or 64, the preset: 256 needs 8 GB of memory and some minutes on 2 cores.
 `samplers` encodes images, PNG with captions in .txt beside them, and decodes their tokens by each sampler from the same
-noise, and by the codec's own decoder. --sheet draws rows of an original, the codec's image and the default's.
+noise, and by the codec's own decoder. --sheet draws the originals, below them the codec's images, then the default's.
 """
 
 import argparse
@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--clip-denoised", action="store_true", help="of `samplers`: as the flag of decode")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="of `samplers`: a PNG to write")
     args = parser.parse_args()
+    if args.what == "samplers" and None in (args.decoder, args.images):
+        parser.error("samplers needs --decoder and --images")
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, load {os.getloadavg()[0]:.1f}", flush=True)
     {"network": network, "guidance": guidance, "samplers": samplers}[args.what](args)
 
@@ -141,8 +143,7 @@ def samplers(args: argparse.Namespace) -> None:
         if steps == DECODER_STEPS:
             sheet += [own, images]
     if args.sheet is not None:
-        rows = np.concatenate([np.concatenate(row, 1) for row in zip(*sheet, strict=True)], 0)
-        Image.fromarray(rows).save(args.sheet)
+        Image.fromarray(np.concatenate([np.concatenate([*images], 1) for images in sheet])).save(args.sheet)
 
 
 def read_images(folder: Path, side: int, count: int) -> tuple[np.ndarray, list[str]]:

@@ -156,6 +156,7 @@ export const large = {
       ["--where", ...where.filter(([, value]) => value !== null).map(([name, value]) => `${name}=${value}`)],
       ...(this.image.codecName ? [["--codec", this.image.codecName]] : []),
       ...(source.decoder ? decoderFlags(source.decoder) : []),
+      ...(this.image.decoding ? [["--decoder-n", this.image.decoding + 1]] : []),
       ["--out-dir", "one"],
     ]);
   },

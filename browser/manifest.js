@@ -94,6 +94,7 @@ export class ManifestImage {
   get codecName() { return this.provenance[5] ?? null; }
   get tokenizedScore() { return this.numberOf("tokenized_score"); }
   get logProb() { return this.numberOf("log_prob"); }
+  get decoding() { return this.numberOf("decoding") ?? 0; }
   numberOf(name) {
     const value = at(this.source.columns[name], this.row);
     return typeof value === "number" ? value : null;

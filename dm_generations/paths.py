@@ -1,4 +1,4 @@
-"""Where shipped files and caches are, and names of files that any file system takes."""
+"""Where shipped files and caches are, and names: of archives and models as people see them, and of files."""
 
 import os
 import re
@@ -15,6 +15,7 @@ from dm_generations.errors import UserError
 NAME_BYTES = 255  # the longest name that common file systems take
 PAGE = "samplebrowser.html"  # ships, and is written into a folder of decoded images
 STEM_CHARACTERS = 250  # where the 2022 script cut, before it added ".png"
+_SHIPPED_MODELS = "embedded/"  # so begin the names of models that ship
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SAFE = re.compile(r"[0-9][A-Za-z0-9_=,. -]{,200}(?<![ .])")  # most names, which the library need not look at
 
@@ -94,6 +95,13 @@ def label_paths(paths: Sequence[Path]) -> list[str]:
     names = [path.name for path in paths]
     names = [f"{path.parent.name}/{path.name}" if names.count(path.name) > 1 else path.name for path in paths]
     return [f"{name} ({names[:i].count(name) + 1})" if names[:i].count(name) else name for i, name in enumerate(names)]
+
+
+def model_label(name: object) -> str | None:
+    """Return a model's name in judgements and on the page: "" for one that ships, None for one that is unknown."""
+    if not isinstance(name, str):
+        return None
+    return "" if name.startswith(_SHIPPED_MODELS) else name
 
 
 def sanitize_name(text: str) -> str:

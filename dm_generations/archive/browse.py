@@ -13,9 +13,9 @@ from typing import Any, Final
 
 from dm_generations.archive.connection import ArchiveError, Row
 from dm_generations.archive.database import Archive
-from dm_generations.archive.ratings import model_label
 from dm_generations.archive.records import GROUP_COLUMNS, parse_text, quantvec_md5
 from dm_generations.errors import short_repr
+from dm_generations.paths import model_label
 
 SETTINGS: Final = ("top_k", "top_p", "temperature", "cond_scale", "sc_prompt", "extra_settings")
 AXES: Final = (*SETTINGS, "model", "archive")

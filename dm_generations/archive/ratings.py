@@ -26,6 +26,7 @@ from dm_generations.archive.judgements import wrong_rating
 from dm_generations.archive.records import ImageRow, ModelInfo
 from dm_generations.archive.records import quantvec_md5 as md5_of
 from dm_generations.errors import short_repr
+from dm_generations.paths import model_label
 from dm_generations.sampling.params import SamplingParams
 
 IDENTITY: Final = (
@@ -33,7 +34,6 @@ IDENTITY: Final = (
     *("model", "sampler_version", "key0", "key1"),
 )
 ANONYMOUS: Final = "anonymous"  # a rater without a name
-SHIPPED_MODELS: Final = "embedded/"  # so begin the names of models that ship
 MAX_TEXT: Final = 1000  # characters of a rater's name or a tag
 CHUNK_ROWS: Final = 512
 _INSERT: Final = """
@@ -206,13 +206,6 @@ def _describe(image: Mapping[str, Any]) -> str:
     return f"prompt {short_repr(image['prompt'])}, key {short_repr((image['key0'], image['key1']))}, " + (
         f"tokens {short_repr(image['md5'])}"
     )
-
-
-def model_label(name: object) -> str | None:
-    """Return a model's name in judgements: "" for one that ships, None for one that is unknown."""
-    if not isinstance(name, str):
-        return None
-    return "" if name.startswith(SHIPPED_MODELS) else name
 
 
 def read_ratings(archive: Archive, kinds: Sequence[str] = (), last: int | None = None) -> Iterator[tuple[Any, ...]]:

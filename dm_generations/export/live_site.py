@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from dm_generations.archive import Archive, merge
-from dm_generations.archive.ratings import model_label
 from dm_generations.archive.selection import ALL, Selection
 from dm_generations.atomic_io import open_locked, remove_stale_temporaries, write_atomic
 from dm_generations.errors import UserError, one_line
@@ -30,7 +29,7 @@ from dm_generations.export.plan import check_codec, is_finished, select_groups
 from dm_generations.export.site import INDEX
 from dm_generations.export.writers import check_folders, make_folder
 from dm_generations.models.loading import Checkpoint, is_other_embedded, load_checkpoint
-from dm_generations.paths import PAGE, label_paths, shipped
+from dm_generations.paths import PAGE, label_paths, model_label, shipped
 
 SITE, WORKER, SCRIPTS = "site.json", "worker.js", "scripts"
 SITE_VERSION = 1

@@ -46,13 +46,12 @@ from pathlib import Path
 from typing import Any
 
 from dm_generations.archive import ImageRow, ModelInfo
-from dm_generations.archive.ratings import model_label
 from dm_generations.archive.records import quantvec_md5
 from dm_generations.atomic_io import write_atomic
 from dm_generations.export.plan import GroupPlan, Layout, Target
 from dm_generations.export.writers import fingerprint
 from dm_generations.models.loading import is_other_embedded
-from dm_generations.paths import PAGE, shipped
+from dm_generations.paths import PAGE, model_label, shipped
 
 MANIFEST_VERSION = 2
 MANIFEST = "manifest.js"
@@ -60,7 +59,6 @@ THUMBNAILS = "thumbs"
 HASH_DIGITS = 16  # of a codec's sha256
 MANIFEST_START = "window.DM_MANIFEST = "
 
-_SHIPPED = "embedded/"  # so begin the names of models that ship
 _USUAL = ("", 1, 0, "float32")
 
 
@@ -128,8 +126,12 @@ class ImageEntry(_File):
         """Return what sampling it again needs apart from settings and key; for the shipped model mostly nothing."""
         if self.model is None or self.sampler_version is None:
             return [None]
-        model = "" if self.model.startswith(_SHIPPED) else self.model
-        values: list[int | str | None] = [model, self.sampler_version, self.init_count, self.dtype or "float32"]
+        values: list[int | str | None] = [
+            model_label(self.model),
+            self.sampler_version,
+            self.init_count,
+            self.dtype or "float32",
+        ]
         while values and values[-1] == _USUAL[len(values) - 1]:
             values.pop()
         return values

@@ -58,6 +58,9 @@ def write_joint_page(out_dir: Path, manifests: Mapping[str, dict[str, Any]], nam
         raise UserError(f"cannot write the page into {out_dir}: {error.strerror}") from error
 
 
+_KEPT_COLUMNS = ("name", "position", "score", "tokenized_score", "log_prob")
+
+
 class _Union:
     """Lists of several manifests as one, without repeats."""
 
@@ -90,8 +93,7 @@ def join_manifests(manifests: Mapping[str, dict[str, Any]], names: Sequence[str]
         own["sc_prompt"] = [own_sc_prompts[position] for position in own["sc_prompt"]]
         own["prefix"] = [f"{folder}/{prefix}" for prefix in own["prefix"]]
         own["archive"] = [number] * len(own["count"])
-        names_kept = ("name", "position", "score", "tokenized_score", "log_prob")
-        own_images = {name: _expand(columns[name], count) for name in names_kept}
+        own_images = {name: _expand(columns[name], count) for name in _KEPT_COLUMNS}
         for name, union in (("seed", seeds), ("provenance", provenances)):
             positions = union.add([tuple(value) for value in manifest[f"{name}s"]])
             own_images[name] = [positions[position] for position in _expand(columns[name], count)]
@@ -102,7 +104,6 @@ def join_manifests(manifests: Mapping[str, dict[str, Any]], names: Sequence[str]
         start = columns["time"]["start"]
         seconds = _expand(columns["time"]["seconds"], count)
         times += [None if second is None else start + second for second in seconds]
-    decoders = [manifest["decoder"] for manifest in manifests.values() if "decoder" in manifest]
     thumbnails = [manifest.get("thumbnails") for manifest in manifests.values()]
     is_one_size = all(one == thumbnails[0] for one in thumbnails) and thumbnails[0]
     first_time = min((time for time in times if time is not None), default=0)
@@ -112,7 +113,6 @@ def join_manifests(manifests: Mapping[str, dict[str, Any]], names: Sequence[str]
         "mode": "images",
         "archives": list(names),
         **({"thumbnails": thumbnails[0]} if is_one_size else {}),
-        **({"decoder": decoders[0]} if decoders and all(one == decoders[0] for one in decoders) else {}),
         "prompts": _numbered(prompts),
         "sc_prompts": _numbered(sc_prompts),
         "seeds": list(seeds.positions),

@@ -11,8 +11,9 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from dm_generations.archive import Archive, ImageRow
-from dm_generations.archive.ratings import model_label, read_ratings
+from dm_generations.archive.ratings import read_ratings
 from dm_generations.errors import UserError
+from dm_generations.paths import model_label
 from dm_generations.sampling.params import SamplingParams
 
 By = Literal["settings", "prompt", "model", "image"]

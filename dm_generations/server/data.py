@@ -26,7 +26,7 @@ from dm_generations.archive.browse import (
     plain,
     statistics,
 )
-from dm_generations.archive.ratings import add_ratings, model_label, parse_judgement, read_judgements
+from dm_generations.archive.ratings import add_ratings, parse_judgement, read_judgements
 from dm_generations.archive.records import GROUP_COLUMNS, PARAM_COLUMNS, BadTokensError, key_words
 from dm_generations.archive.schema import SCHEMA_VERSION
 from dm_generations.errors import UserError
@@ -35,6 +35,7 @@ from dm_generations.export.output_file import EXTENSIONS
 from dm_generations.export.plan import make_file_name, make_folder_name
 from dm_generations.inference.decoder import RowKey
 from dm_generations.models.loading import Checkpoint
+from dm_generations.paths import model_label
 from dm_generations.server.images import UndecodableError, UnknownImageError, hash_of, read_tokens
 
 if TYPE_CHECKING:

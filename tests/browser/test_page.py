@@ -141,9 +141,8 @@ def test_dialog_shows_the_row_and_back_or_escape_leaves_it(page, sweep):
     page.wait_for_url("**image=1.4294967294*")
     facts = dict(zip(texts(page, "#facts dt"), texts(page, "#facts dd"), strict=True))
     assert facts["key"] == "1 4294967294" and facts["CLIP score"] == "29.00" and facts["archive"] == "tiny.db"
-    assert (
-        facts["file"] == "0001_rocket/k=50,p=0.9,c=10.0_01.png" and facts["SHA-256 of the codec"] == "0123456789abcdef…"
-    )
+    assert facts["file"] == "0001_rocket/k=50,p=0.9,c=10.0_01.png"
+    assert facts["SHA-256 of the codec"] == "0123456789abcdef…"
     assert facts["score of the prompt's tokens"] == "26.50" and facts["log-probability"] == "-3.50"
     page.keyboard.press("Escape")
     dialog.wait_for(state="hidden")
@@ -284,7 +283,7 @@ def test_command_means_exactly_the_prompt_to_a_shell(page, hostile, tmp_path):
 
 
 def test_command_decodes_with_the_codec_and_the_decoder_of_the_image(page, tmp_path, make_entry, write_image):
-    entry = make_entry("a.png", codec_name="my codec", decoder="x")
+    entry = make_entry("a.png", codec_name="my codec", decoder="x", decoding=1)
     write_image(tmp_path / entry.file)
     decoder = {"name": "sharp", "sha256": "0" * 64, "steps": "ddim50", "eta": 0.5, "clip_denoised": True, "seed": 3}
     write_manifest(tmp_path, build_manifest("images", "a.db", [entry], decoder))
@@ -293,7 +292,7 @@ def test_command_decodes_with_the_codec_and_the_decoder_of_the_image(page, tmp_p
     command = page.locator("#command").text_content().partition("\n\n")[0]
     args = build_parser().parse_args(shlex.split(command.replace("\\\n", ""))[3:])
     assert (args.codec, args.decoder, args.decoder_steps, args.eta) == ("my codec", "sharp", "ddim50", 0.5)
-    assert (args.clip_denoised, args.decoder_seed) == (True, 3)
+    assert (args.clip_denoised, args.decoder_seed, args.decoder_n) == (True, 3, 2)
     assert "sharp, ddim50 steps, seed 3" in texts(page, "#facts dd")
 
 
