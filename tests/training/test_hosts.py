@@ -53,6 +53,14 @@ def end(processes):
             process.kill()
 
 
+def assert_near(one, other):
+    """Check that weights are equal but for sums of another order."""
+    first, second = (flatten(read_params(folder)) for folder in (one, other))
+    assert first.keys() == second.keys()
+    for name, leaf in first.items():
+        np.testing.assert_allclose(second[name], leaf, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
 def train_together(models, archive, run, *words):
     return end(start(lambda process: train_words(models, archive, run, *words)))
 
@@ -71,15 +79,21 @@ def test_two_processes_end_as_one(words, models, archive, tmp_path):
     ends = train_together(models, archive, tmp_path / "two", *words)
     assert [status for *_, status in ends] == [0, 0], ends
     assert ["Wrote" in output for output, *_ in ends] == [True, False]
-    one, two = (flatten(read_params(tmp_path / run / "model")) for run in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, leaf in one.items():  # sums of other order
-        np.testing.assert_allclose(two[name], leaf, rtol=1e-3, atol=1e-4, err_msg=name)
+    assert_near(tmp_path / "one" / "model", tmp_path / "two" / "model")
     one, two = (read_log(tmp_path / run) for run in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two]
     np.testing.assert_allclose(*([line["held_out_nats"] for line in log[-1:]] for log in (one, two)), rtol=1e-3)
     one, two = ({path.name for path in (tmp_path / run).iterdir()} for run in ("one", "two"))
     assert one == two
+
+
+@pytest.mark.slow
+def test_a_codec_is_trained_together(models, archive, tmp_path):
+    words = ("train", archive, "--train-codec", "--codec", models.vqgan, "--steps", 3, "--batch-size", 2, "--run")
+    one, two = ([*map(str, words), str(tmp_path / run)] for run in ("one", "two"))
+    assert main(one) == 0
+    assert [status for *_, status in end(start(lambda process: two))] == [0, 0]
+    assert_near(tmp_path / "one" / "model", tmp_path / "two" / "model")
 
 
 @pytest.mark.slow
