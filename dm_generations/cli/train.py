@@ -1,7 +1,10 @@
 """`train`: a model that learns from the images of archives."""
 
 import argparse
+import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from dm_generations.cli.common import (
     add_selection_options,
@@ -13,6 +16,9 @@ from dm_generations.cli.common import (
     selection_from,
 )
 from dm_generations.errors import UserError
+
+if TYPE_CHECKING:
+    from dm_generations.training.options import TrainOptions
 
 HELP = "train a model on the images of archives"
 DESCRIPTION = """\
@@ -30,6 +36,7 @@ examples:
   python -m dm_generations train photos/ --train-codec --run mine --perceptual vgg16.pth vgg.pth
   python -m dm_generations generate --model better/model --db better.db --prompts-file better/held_out.txt
 """
+_AUTO: Final = "auto"
 _EXTRAS = {"optax": "train", "tensorboardX": "tensorboard"}  # of pyproject.toml, by the module that is missing
 
 
@@ -42,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection_options(parser, "prompt, of all its settings and archives")
     _add_model(parser.add_argument_group("model").add_argument)
     _add_objective(parser.add_argument_group("what is learnt").add_argument)
+    _add_hosts(parser.add_argument_group("several hosts: the same command on each, see docs").add_argument)
     _add_optimizer(parser.add_argument_group("optimiser").add_argument)
     _add_run(parser.add_argument_group("checkpoints, log and samples").add_argument)
 
@@ -70,6 +78,45 @@ def _add_model(add: Callable[..., argparse.Action]) -> None:
     add("--recompute", action="store_true", help="compute activations twice, to keep less in memory")
     add("--shard-params", action="store_true", help="divide the weights among the devices (FSDP), not only the batch")
     add("--cpu-only", action="store_true", help="do not use accelerators")
+
+
+def _add_hosts(add: Callable[..., argparse.Action]) -> None:
+    add("--coordinator", metavar="HOST:PORT", help="of process 0, or auto where Slurm or a TPU pod tells all three")
+    add("--processes", type=at_least_one, metavar="N", help="how many processes train together")
+    add("--process", type=int, metavar="I", help="number of this one, 0 to N - 1")
+
+
+def _check_hosts(args: argparse.Namespace) -> None:
+    """Check the flags of several processes that train together."""
+    numbers, coordinator = (args.processes, args.process), args.coordinator
+    if coordinator is None or coordinator == _AUTO:
+        if numbers != (None, None):
+            raise UserError("--processes and --process need --coordinator HOST:PORT, that of process 0")
+    elif None in numbers:
+        raise UserError("--coordinator needs --processes and --process, or is auto")
+    elif not 0 <= args.process < args.processes:
+        raise UserError(f"--process must be from 0 to {args.processes - 1}, not {args.process}")
+    elif not re.fullmatch(r".+:\d{1,5}", coordinator):
+        raise UserError(f"--coordinator {coordinator!r:.100} is not HOST:PORT")
+
+
+def _train(options: "TrainOptions", args: argparse.Namespace) -> Path | None:
+    """Train, together with other processes or alone; returns the model's folder, of which one process tells."""
+    import optax  # noqa: F401
+
+    if options.tensorboard:
+        import tensorboardX  # noqa: F401
+    if args.coordinator is None:
+        from dm_generations.training.train import train
+
+        return train(options)
+    from dm_generations.training import hosts
+
+    with hosts.join(None if args.coordinator == _AUTO else args.coordinator, args.processes, args.process):
+        from dm_generations.training.train import train
+
+        model = train(options)
+        return model if hosts.is_first() else None
 
 
 def _add_objective(add: Callable[..., argparse.Action]) -> None:
@@ -171,16 +218,6 @@ def run(args: argparse.Namespace) -> int:
     archives = (*args.archives, *args.db)
     if not archives:
         raise UserError("train needs an archive, or images with --decoder or --train-codec; name one or more")
-    prepare_device(args.cpu_only)
-    try:
-        from dm_generations.training.train import train
-
-        if args.tensorboard:
-            import tensorboardX  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
-            raise
-        raise UserError(f"this needs {error.name}: pip install 'dm-generations[{_EXTRAS[error.name]}]'") from error
     from dm_generations.training.options import TrainOptions
 
     given = {field: value for field, value in vars(args).items() if field in TrainOptions.__annotations__}
@@ -193,7 +230,17 @@ def run(args: argparse.Namespace) -> int:
         "sample_prompts": tuple(args.sample_prompts),
         "warmup": min(50, args.steps // 10) if args.warmup is None else args.warmup,
     }
-    model = train(TrainOptions(**given))
+    options = TrainOptions(**given)
+    _check_hosts(args)
+    prepare_device(args.cpu_only)
+    try:
+        model = _train(options, args)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        raise UserError(f"this needs {error.name}: pip install 'dm-generations[{_EXTRAS[error.name]}]'") from error
+    if model is None:
+        return 0
     print_line(f"Wrote {model}")
     if args.decoder:
         codec = f" --codec {args.codec}" if args.codec else ""

@@ -18,7 +18,7 @@ from dm_generations.models.base import Tokenizer, check_prompt_kinds, class_coun
 from dm_generations.models.loading import Checkpoint
 from dm_generations.runtime.device import put_params
 from dm_generations.sampling.params import Unconditional
-from dm_generations.training import lora, objectives
+from dm_generations.training import hosts, lora, objectives
 from dm_generations.training.data import Examples, choose_rows
 from dm_generations.training.options import TrainOptions
 from dm_generations.training.run import PARAMS, Metrics, State
@@ -110,7 +110,7 @@ class Trainer(BaseTrainer):
             texts, tokens = self._examples.read(padded)
             ids, mask = self._tokenizer.encode(texts, self._config.max_text_length)
             nats = self._nats(state[self._trained], self._frozen, *self._put_rows((ids, mask, tokens)))
-            found.append(jax.device_get(nats)[: len(numbers)])
+            found.append(hosts.fetch(nats)[: len(numbers)])
         return {"held_out_nats": np.concatenate(found).mean()} if found else {}
 
     # Private

@@ -29,6 +29,7 @@ from dm_generations.inference.encoder import Encoder
 from dm_generations.models.loading import Checkpoint
 from dm_generations.pipelines.encode import Columns, Item, open_source
 from dm_generations.pipelines.init_tokens import read_image
+from dm_generations.training import hosts
 from dm_generations.training.data import Examples, choose_held_out, choose_rows
 from dm_generations.training.options import TrainOptions
 from dm_generations.training.run import PARAMS, Metrics, State
@@ -128,7 +129,7 @@ class PairsTrainer(BaseTrainer):
             numbers = self._evaluated[first : first + size]
             rows = self._put_rows(self._pairs.read(np.resize(numbers, size)))  # by repeating them
             key = jax.random.fold_in(jax.random.key(self._options.seed), 2**32 - 1 - first)  # of no step
-            losses = jax.device_get(self._losses(state[PARAMS], self._frozen, rows, key))
+            losses = hosts.fetch(self._losses(state[PARAMS], self._frozen, rows, key))
             found.append({name: values[: len(numbers)] for name, values in losses.items()})
         if not found:
             return {}

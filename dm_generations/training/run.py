@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 
 from dm_generations.atomic_io import open_locked, write_atomic
 from dm_generations.errors import UserError, one_line, short_repr
-from dm_generations.training import tensorboard
+from dm_generations.training import hosts, tensorboard
 from dm_generations.weights import native
 
 CONFIG_FILE, LOG_FILE, STATE_FILE, STEP_FILE = "config.json", "log.jsonl", "state.safetensors", "step.json"
@@ -47,7 +47,9 @@ WriteModel = Callable[[Path, State, int], None]  # folder, state on the host, an
 
 
 class Run:
-    """A training run in a folder. A context manager: no other process trains there meanwhile.
+    """A training run in a folder. A context manager: no other run trains there meanwhile.
+
+    Of several processes that train together, see `hosts`, all have a `Run`, and the first one writes.
 
     Attributes:
         folder: Of the run.
@@ -87,26 +89,21 @@ class Run:
         self._put, self._write_model = put, write_model
         self.step, self.seconds = 0, 0.0
         self._metrics: tuple[int, Metrics] = (0, {})
-        with _writing(folder):
-            (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            _check_entries(folder)
-            try:
-                self._lock = open_locked(folder / ".lock")
-            except BlockingIOError as error:
-                raise UserError(f"{folder}: another process trains here; wait for it, or use another --run") from error
-        try:
-            self._check_settings()
-            stored = self.find_checkpoint()
-            self.state = put(state if stored is None else self._read(stored, state))
-            lines = self._cut_log()
-            self._events: tensorboard.EventLog | None = None
-            if event_files:
-                with _writing(folder / tensorboard.FOLDER):
-                    started = (folder / CONFIG_FILE).stat().st_mtime
-                    self._events = tensorboard.EventLog(folder / tensorboard.FOLDER, started, lines)
-        except BaseException:
-            self._lock.close()
-            raise
+        self._events: tensorboard.EventLog | None = None
+        with contextlib.ExitStack() as stack:
+            with hosts.together():
+                if hosts.is_first():
+                    stack.enter_context(self._lock_folder())
+                    self._check_settings()
+            self.state = self._find_state(state)
+            with hosts.together():
+                if hosts.is_first():
+                    lines = self._cut_log()
+                    if event_files:
+                        with _writing(folder / tensorboard.FOLDER):
+                            started = (folder / CONFIG_FILE).stat().st_mtime
+                            self._events = tensorboard.EventLog(folder / tensorboard.FOLDER, started, lines)
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> "Run":
         return self
@@ -114,7 +111,7 @@ class Run:
     def __exit__(self, *error: object) -> None:
         if self._events:
             self._events.close()
-        self._lock.close()
+        self._stack.close()
 
     def find_checkpoint(self) -> Path | None:
         """Return the folder of the newest checkpoint; None before the first one."""
@@ -127,10 +124,16 @@ class Run:
             UserError: It cannot be written, on a full disk for instance, or a weight is NaN or infinite. The
                 checkpoints before it stay.
         """
-        path = self.folder / CHECKPOINTS / f"{self.step:08d}"
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        state = jax.device_get(self.state)
+        path = self._path_of(self.step)
+        state = hosts.fetch(self.state)
         self._check_finite({name: value for name, value in _flatten(state).items() if not name.startswith("opt/")})
+        with hosts.together():
+            if hosts.is_first():
+                self._write(path, state)
+        return path
+
+    def _write(self, path: Path, state: State) -> None:
+        unfinished = path.with_name(f".{path.name}.unfinished")
         with _writing(path):
             shutil.rmtree(unfinished, ignore_errors=True)
             try:
@@ -151,17 +154,18 @@ class Run:
                 raise UserError(f"cannot write {path}: {one_line(error)}") from error  # of safetensors
         for old in sorted(self._checkpoints(), key=lambda path: int(path.name))[: -self._keep]:
             shutil.rmtree(old, ignore_errors=True)
-        return path
 
     def log(self, metrics: Metrics) -> None:
         """Append a line to the curve, and log it."""
         line = {"step": self.step, "seconds": round(self.seconds, 3)}
         line |= {key: float(f"{float(value):.6g}") for key, value in metrics.items()}
-        with _writing(self.folder), open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if self._events:
-            with _writing(self.folder / tensorboard.FOLDER):
-                self._events.add(line)
+        with hosts.together():
+            if hosts.is_first():
+                with _writing(self.folder), open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            if self._events:
+                with _writing(self.folder / tensorboard.FOLDER):
+                    self._events.add(line)
         logger.info("%s", "  ".join(f"{key} {value:g}" for key, value in line.items()))
 
     def train(
@@ -229,6 +233,31 @@ class Run:
                     f"{name} is {what} at step {self.step if step is None else step} of {self.folder}; {good}. Train "
                     "from there with a lower --learning-rate, in another --run"
                 )
+
+    @contextlib.contextmanager
+    def _lock_folder(self) -> Iterator[None]:
+        """Make the folder, and keep other runs out of it."""
+        with _writing(self.folder):
+            (self.folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            _check_entries(self.folder)
+            try:
+                lock = open_locked(self.folder / ".lock")
+            except BlockingIOError as error:
+                message = f"{self.folder}: another process trains here; wait for it, or use another --run"
+                raise UserError(message) from error
+        with lock:
+            yield
+
+    def _find_state(self, state: State) -> State:
+        """Return the state of the newest checkpoint that the first process sees, or the one given."""
+        with hosts.together():
+            stored = self.find_checkpoint() if hosts.is_first() else None
+        step = hosts.share_number(-1 if stored is None else int(stored.name))
+        with hosts.together():
+            return self._put(state if step < 0 else self._read(self._path_of(step), state))
+
+    def _path_of(self, step: int) -> Path:
+        return self.folder / CHECKPOINTS / f"{step:08d}"
 
     def _checkpoints(self) -> list[Path]:
         folder = self.folder / CHECKPOINTS

@@ -1,5 +1,6 @@
 """`train`: from archives and a model to a folder that --model takes, with its lineage."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -25,6 +26,7 @@ from dm_generations.pipelines.generate import GenerateOptions, Pipeline, fit_swe
 from dm_generations.pipelines.sweep import Sweep, parse_classes
 from dm_generations.runtime import compile_cache
 from dm_generations.runtime.device import memory_errors
+from dm_generations.training import hosts
 from dm_generations.training.codec import CodecTrainer
 from dm_generations.training.data import Examples
 from dm_generations.training.decoder import DecoderTrainer, make_decoder
@@ -61,48 +63,67 @@ def train(options: TrainOptions) -> Path:
     compile_cache.enable()
     if not options.decoder and not options.train_codec:
         return _train_generator(options)
-    codec = load_checkpoint(options.codec, "codec")
-    if options.train_codec:
-        return _train_on_pairs(options, CodecTrainer(codec, options), codec)
-    return _train_on_pairs(options, DecoderTrainer(make_decoder(options, codec), codec, options), codec)
+    with hosts.together():
+        codec = load_checkpoint(options.codec, "codec")
+        if options.train_codec:
+            trainer: PairsTrainer = CodecTrainer(codec, options)
+        else:
+            trainer = DecoderTrainer(make_decoder(options, codec), codec, options)
+    return _train_on_pairs(options, trainer, codec)
 
 
 def _train_generator(options: TrainOptions) -> Path:
-    base = _make_model(options) if options.config is not None else load_generator(options.model, options.tokenizer)
-    _check_trained(base.network_class, base.name, base.kind)
-    codec, _ = load_codec(base, options.model, options.codec)
-    settings = _settings(options, base, codec)
-    with Examples(options.archives, options.selection, codec, base.config.image_length) as examples:
-        trainer = Trainer(base, examples, options)
-        writer = _Writer(trainer, codec, options, _lineage(base, settings))
-        with _open_run(options, trainer, settings, writer) as run:
+    with contextlib.ExitStack() as stack:
+        with hosts.together():
+            is_new = options.config is not None
+            base = _make_model(options) if is_new else load_generator(options.model, options.tokenizer)
+            _check_trained(base.network_class, base.name, base.kind)
+            codec, _ = load_codec(base, options.model, options.codec)
+            settings = _settings(options, base, codec)
+            examples = stack.enter_context(
+                Examples(options.archives, options.selection, codec, base.config.image_length)
+            )
+            trainer = Trainer(base, examples, options)
+            writer = _Writer(trainer, codec, options, _lineage(base, settings))
+        run = stack.enter_context(_open_run(options, trainer, settings, writer))
+        with hosts.together():
             prompts = writer.write_held_out(examples, trainer.held_out)
             chosen: Sequence[str | ClassLabel] = options.sample_prompts or prompts[:_SAMPLED_PROMPTS]
             if options.sample_prompts and class_count_of(base.config):
                 chosen = parse_classes(options.sample_prompts)
-            draw = functools.partial(writer.draw, prompts=chosen)
-            on_step = {options.sample_every: draw} if options.sample_every else None
             if options.sample_every and not chosen:
                 raise UserError("--sample-every needs --sample-prompts where nothing is held out")
-            run.train(options.steps, trainer.step, options.log_every, trainer.evaluate, options.evaluate_every, on_step)
-            return writer.write_model(jax.device_get(run.state), run.step)
+        draw = functools.partial(writer.draw, prompts=chosen)
+        on_step = {options.sample_every: draw} if options.sample_every else None
+        run.train(options.steps, trainer.step, options.log_every, trainer.evaluate, options.evaluate_every, on_step)
+        return writer.write_model(run.state, run.step)
 
 
 def _train_on_pairs(options: TrainOptions, trainer: PairsTrainer, codec: Checkpoint) -> Path:
-    base = trainer.checkpoint
-    settings = _settings(options, base, codec)
-    writer = _Writer(trainer, codec, options, _lineage(base, settings))
+    with hosts.together():
+        base = trainer.checkpoint
+        settings = _settings(options, base, codec)
+        writer = _Writer(trainer, codec, options, _lineage(base, settings))
     with _open_run(options, trainer, settings, writer) as run:
         folder, size = options.run / PAIRS_FOLDER, base.config.image_size
-        trainer.use(write_pairs(folder, options.archives, options.selection, codec, size, options.batch_size))
+        write = functools.partial(write_pairs, folder, options.archives, options.selection, codec, size)
+        with hosts.together():
+            if hosts.is_first():
+                write(options.batch_size)
+        with hosts.together():
+            trainer.use(write(options.batch_size))
         run.train(options.steps, trainer.step, options.log_every, trainer.evaluate, options.evaluate_every)
-        return writer.write_model(jax.device_get(run.state), run.step)
+        return writer.write_model(run.state, run.step)
 
 
 def _open_run(options: TrainOptions, trainer: BaseTrainer, settings: dict[str, Any], writer: "_Writer") -> Run:
+    # When to log is free to change, but not to differ.
+    hosts.check_same({**settings, "log_every": options.log_every, "tensorboard": options.tensorboard})
+    with hosts.together():
+        state = trainer.init()
     return Run(
         options.run,
-        trainer.init(),
+        state,
         settings,
         options.save_every,
         keep=options.keep,
@@ -131,8 +152,14 @@ class _Writer:
         write_checkpoint(self.checkpoint(state, step), folder)
 
     def write_model(self, state: State, step: int) -> Path:
-        """Write the model that was trained, with its codec if that is another one, and not the embedded one."""
-        final = self._options.run / MODEL_FOLDER
+        """Write the model of a state on the devices, with its codec if that is another one than the embedded one."""
+        final, state = self._options.run / MODEL_FOLDER, hosts.fetch(state)
+        with hosts.together():
+            if hosts.is_first():
+                self._write_model(final, state, step)
+        return final
+
+    def _write_model(self, final: Path, state: State, step: int) -> None:
         unfinished = final.with_name(f".{final.name}.unfinished")
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -145,12 +172,13 @@ class _Writer:
             raise UserError(f"cannot write {final}: {error.strerror or one_line(error)}") from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        return final
 
     def write_held_out(self, examples: Examples, numbers: np.ndarray) -> list[str | ClassLabel]:
         """Write the prompts that are held out, for `generate --prompts-file` or `--classes`; returns them."""
         texts = [examples.texts[number] for number in np.unique(examples.rows["prompt"][numbers])]
         path = self._options.run / HELD_OUT_FILE
+        if not hosts.is_first():
+            return texts
         try:
             lines = [str(text.label) if isinstance(text, ClassLabel) else " ".join(text.split()) for text in texts]
             write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
@@ -160,7 +188,13 @@ class _Writer:
 
     def draw(self, state: State, step: int, prompts: Sequence[str | ClassLabel]) -> None:
         """Draw samples of fixed keys into the run's archive; those that it has already are left."""
-        models = Models(self.checkpoint(jax.device_get(state), step), self._codec, None)
+        state = hosts.fetch(state)
+        with hosts.together():
+            if hosts.is_first():
+                self._draw(state, step, prompts)
+
+    def _draw(self, state: State, step: int, prompts: Sequence[str | ClassLabel]) -> None:
+        models = Models(self.checkpoint(state, step), self._codec, None)
         path = self._options.run / SAMPLES_FILE
         pipeline = Pipeline(models, GenerateOptions(db=path, is_scored=False, batch_size=self._options.batch_size))
         sweep = fit_sweep(Sweep(prompts=tuple(prompts), count=self._options.sample_count), models.generator.config)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dm_generations.errors import UserError
 from dm_generations.models.loading import Checkpoint
+from dm_generations.training import hosts
 from dm_generations.training.optimizers import make_optimizer, make_schedule
 from dm_generations.training.options import TrainOptions
 from dm_generations.training.run import PARAMS, Metrics, State
@@ -42,7 +43,7 @@ class BaseTrainer(ABC):
             UserError: The devices do not divide the batch.
         """
         self.checkpoint, self._options = checkpoint, options
-        self._mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
+        self._mesh = Mesh(np.array(jax.devices()), (AXIS,))
         if options.batch_size % self._mesh.size:
             raise UserError(
                 f"--batch-size {options.batch_size} is not divisible by {self._mesh.size}, the number of devices"
@@ -95,15 +96,17 @@ class BaseTrainer(ABC):
         """Put arrays (K * B, ...) on the devices as (K, B, ...)."""
         count = self._options.accumulate
         shaped = {name: array.reshape(count, -1, *array.shape[1:]) for name, array in batch.items()}
-        return jax.device_put(shaped, NamedSharding(self._mesh, PartitionSpec(None, AXIS)))
+        sharding = NamedSharding(self._mesh, PartitionSpec(None, AXIS))
+        return {name: hosts.put(array, sharding) for name, array in shaped.items()}
 
     def _put_rows(self, rows: Any) -> Any:
         """Put arrays (B, ...) on the devices."""
-        return jax.device_put(rows, NamedSharding(self._mesh, PartitionSpec(AXIS)))
+        sharding = NamedSharding(self._mesh, PartitionSpec(AXIS))
+        return jax.tree.map(lambda array: hosts.put(array, sharding), rows)
 
     def _place(self, tree: Any) -> Any:
         """Put arrays on the devices: whole on each, or in parts with --shard-params."""
-        return jax.device_put(tree, jax.tree.map(self._sharding, tree))
+        return jax.tree.map(lambda leaf: hosts.put(leaf, self._sharding(leaf)), tree)
 
     def _sharding(self, leaf: Any) -> NamedSharding:
         shape, size = np.shape(leaf), self._mesh.size
