@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 
 from dm_generations.errors import UserError, one_line
 
-_WAIT: Final = 300  # seconds for all processes to meet
+WAIT: Final = 300  # seconds for all processes to meet
 _GRACE: Final = 2  # seconds in which the others end after an error: without the first process they would crash
 _MESSAGE_BYTES: Final = 2000
 
@@ -40,13 +40,13 @@ def join(coordinator: str | None, process_count: int | None, process: int | None
     Raises:
         UserError: They did not meet, or another process was lost.
     """
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # accelerators have their own
     if coordinator is not None:
         logger.info("waiting for %s processes at %s", process_count, coordinator)
         if process:
             _wait_for(coordinator)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # accelerators have their own
     try:
-        jax.distributed.initialize(coordinator, process_count, process, initialization_timeout=_WAIT)
+        jax.distributed.initialize(coordinator, process_count, process, initialization_timeout=WAIT)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot meet the other processes: {one_line(error)}") from error
     if not is_first():
@@ -61,14 +61,14 @@ def join(coordinator: str | None, process_count: int | None, process: int | None
         if jax.process_count() == 1:
             raise
         what = one_line(error)
-        raise UserError(f"another process was lost ({what}); start all again, to go on from a checkpoint") from error
+        raise UserError(f"{what}; if another process was lost, start all again, to go on from a checkpoint") from error
     jax.distributed.shutdown()
 
 
 def _wait_for(address: str) -> None:
     """Wait for the first process: JAX would end this one without a word of its own. Raises UserError if it is late."""
     host, _, port = address.rpartition(":")
-    until = time.monotonic() + _WAIT
+    until = time.monotonic() + WAIT
     while True:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()

@@ -261,6 +261,8 @@ class Run:
 
     def _checkpoints(self) -> list[Path]:
         folder = self.folder / CHECKPOINTS
+        if not folder.is_dir():  # of another process that trains with this one, on a disk of its own
+            return []
         return [path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
 
     def _check_settings(self) -> None:

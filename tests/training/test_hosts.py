@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ from helpers import ROOT
 from training_kit import read_log, train_words, write_archive
 
 from dm_generations.cli import main
+from dm_generations.errors import UserError
+from dm_generations.training import hosts
 from dm_generations.weights.native import flatten, read_params
 
 LIMIT = 200  # seconds of a run
@@ -88,6 +91,17 @@ def test_two_processes_end_as_one(words, models, archive, tmp_path):
 
 
 @pytest.mark.slow
+def test_one_process_goes_on_where_two_stopped(models, archive, tmp_path):
+    words = ("--keep", 2)
+    assert main([*train_words(models, archive, tmp_path / "one", *words)]) == 0
+    assert [status for *_, status in train_together(models, archive, tmp_path / "two", *words)] == [0, 0]
+    for name in ("model", "checkpoints/00000004"):
+        shutil.rmtree(tmp_path / "two" / name)
+    assert main([*train_words(models, archive, tmp_path / "two", *words)]) == 0
+    assert_near(tmp_path / "one" / "model", tmp_path / "two" / "model")
+
+
+@pytest.mark.slow
 def test_a_codec_is_trained_together(models, archive, tmp_path):
     words = ("train", archive, "--train-codec", "--codec", models.vqgan, "--steps", 3, "--batch-size", 2, "--run")
     one, two = ([*map(str, words), str(tmp_path / run)] for run in ("one", "two"))
@@ -98,18 +112,18 @@ def test_a_codec_is_trained_together(models, archive, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-def test_processes_end_with_one_that_is_killed_and_go_on_together(models, archive, tmp_path):
+@pytest.mark.parametrize("killed", [0, 1])
+def test_processes_end_with_one_that_is_killed_and_go_on_together(killed, models, archive, tmp_path):
     words = ("--steps", 12, "--save-every", 2, "--log-every", 1)
     assert [status for *_, status in train_together(models, archive, tmp_path / "whole", *words)] == [0, 0]
-    run = tmp_path / "killed"
+    run = tmp_path / "run"
     processes = start(lambda process: train_words(models, archive, run, *words))
     until = time.monotonic() + LIMIT
     with contextlib.suppress(ProcessLookupError):
         while not list(run.glob("checkpoints/0*")) and time.monotonic() < until:
             time.sleep(0.05)
-        processes[1].send_signal(signal.SIGKILL)
-    (_, errors, status), _ = end(processes)
-    assert status == 1 and errors.splitlines()[-1].startswith("error: "), errors
+        processes[killed].send_signal(signal.SIGKILL)
+    assert all(status != 0 for *_, status in end(processes))
     assert [status for *_, status in train_together(models, archive, run, *words)] == [0, 0]
     one, two = (flatten(read_params(folder / "model")) for folder in (tmp_path / "whole", run))
     for name, leaf in one.items():
@@ -127,6 +141,14 @@ def test_an_error_of_one_process_ends_all(models, archive, tmp_path):
     assert [status for *_, status in ends] == [1, 1]
     assert all("log_every" in errors.splitlines()[-1] for _, errors, _ in ends)
     assert not (tmp_path / "other" / "model").exists()
+
+
+def test_a_coordinator_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(hosts, "WAIT", 0)
+    with socket.create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+    with pytest.raises(UserError, match=address), hosts.join(address, 2, 1):
+        pass
 
 
 @pytest.mark.parametrize(
