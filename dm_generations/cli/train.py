@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection_options(parser, "prompt, of all its settings and archives")
     _add_model(parser.add_argument_group("model").add_argument)
     _add_objective(parser.add_argument_group("what is learnt").add_argument)
-    _add_hosts(parser.add_argument_group("several hosts: the same command on each, see docs").add_argument)
+    _add_hosts(parser.add_argument_group("several hosts, each with this command and its own number").add_argument)
     _add_optimizer(parser.add_argument_group("optimiser").add_argument)
     _add_run(parser.add_argument_group("checkpoints, log and samples").add_argument)
 
@@ -102,19 +102,14 @@ def _check_hosts(args: argparse.Namespace) -> None:
 
 def _train(options: "TrainOptions", args: argparse.Namespace) -> Path | None:
     """Train, together with other processes or alone; returns the model's folder, of which one process tells."""
-    import optax  # noqa: F401
+    from dm_generations.training import hosts
+    from dm_generations.training.train import train
 
     if options.tensorboard:
         import tensorboardX  # noqa: F401
     if args.coordinator is None:
-        from dm_generations.training.train import train
-
         return train(options)
-    from dm_generations.training import hosts
-
     with hosts.join(None if args.coordinator == _AUTO else args.coordinator, args.processes, args.process):
-        from dm_generations.training.train import train
-
         model = train(options)
         return model if hosts.is_first() else None
 

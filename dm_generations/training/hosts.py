@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def join(coordinator: str | None, process_count: int | None, process: int | None) -> Iterator[None]:
-    """Meet the other processes before a block that trains, and leave them after it. JAX was not used before it.
+    """Meet the other processes before a block that trains, and leave them after it. No device was used before it.
 
     Args:
         coordinator: HOST:PORT of the first process. None for all three: the cluster tells them, as Slurm does.
