@@ -259,6 +259,7 @@ def test_arena_hides_the_settings_and_records_what_was_shown(page, sweep):
     assert [one["value"] for one in judgements[2:]] == ["tie", "bad"]
     assert all(sorted(one["order"]) == [0, 1] and len(one["images"]) == 2 for one in judgements)
     page.locator("#strengths-box summary").click()
+    page.locator("#strengths table, #strengths p").first.wait_for()  # the box tells that it is open a moment later
     assert page.locator("#strengths table, #strengths p").count() == 1
 
 
