@@ -8,13 +8,14 @@ Four things differ from dalle-mini's training, since a small model memorises its
   (`--unconditional-smoothing 1`). Super conditioning magnifies log p(token | caption) - log p(token). If the model
   memorises log p(token) too, that difference is largest for tokens that are improbable in both, and they blotch nearly
   every second image at a condition scale of 10. With equal probabilities, guidance is close to a temperature of
-  1 / scale. To fine-tune a large model, whose p(token) is worth having, use `--unconditional-smoothing 0.005`.
+  1 / scale. With less smoothing they learn other emoji at the same places: what images are like, not which one this is.
+  To fine-tune a large model, whose p(token) is worth having, use `--unconditional-smoothing 0.005`.
 - All other rows have a little label smoothing. It keeps the logits of tokens that never occur level.
 - A random share of the tokens that a row reads is replaced. The model then goes on well after a bad token, and where
   most tokens are wrong it must read the caption. Without this it does not learn the style words.
-- The first tokens of an image weigh more in the loss. Only the caption tells them, and the rest depends on them.
+- The first tokens of an emoji weigh more in the loss. Only the caption tells them, and the rest depends on them.
 
-`--entropy-weight` trains on tokens of lower entropy: of nearly equal tokens, the more frequent one.
+With `--scenes` every step composes new scenes (`recipes.emoji.scenes`) in place of emoji alone.
 
 B: rows of a batch   T: text tokens   L: tokens of an image   V: image vocabulary
 """
@@ -37,18 +38,16 @@ from tokenizers import Tokenizer
 from dm_generations.models.dalle_mini.network import DalleBart, DalleBartConfig
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.tokenization import PromptTokenizer
-from dm_generations.models.vqgan.network import VQGAN
 from dm_generations.training.data import choose_rows
 from dm_generations.training.objectives import cross_entropy
 from dm_generations.weights import native
-from recipes.emoji.captions import sample_caption
 from recipes.emoji.common import has_bfloat16_units, make_optimizer, open_run, to_float32, use_bfloat16_dense
-from recipes.emoji.data import Emoji, load_dataset
-from recipes.emoji.vqgan import encode_entropy_constrained, encode_images
+from recipes.emoji.data import load_dataset
+from recipes.emoji.scenes import LARGE, Blocks, Part, Scene, SceneSampler, compose_tokens, encode_alone, encode_blocks
 
 CORRUPTION_POWER = 4  # the share of replaced tokens is u ** 4 with u uniform, a fifth on average
 LABEL_SMOOTHING = 0.005
-FIRST_TOKEN_WEIGHT = 4  # added to the weight 1 of the first token; halves with each row of the grid
+FIRST_TOKEN_WEIGHT = 4  # added to the weight 1 of the first token of a block; halves eight times to its last
 LONG_TEXT_EVERY = 8  # steps; few captions need more than half of the text length, so the other steps are padded to half
 PROBE_ROWS = 256
 
@@ -87,25 +86,22 @@ class Trainer:
     def __init__(
         self,
         model: DalleBart,
-        tokens: np.ndarray,
-        emoji: list[Emoji],
+        blocks: Blocks,
+        sampler: SceneSampler,
         tokenizer: PromptTokenizer | None,
         args: argparse.Namespace,
     ) -> None:
-        """Weigh the tokens of an image by their place.
+        """Keep what batches are made of.
 
         Args:
             model: The DalleBart.
-            tokens: Tokens of the training images (N, L).
-            emoji: What is known of each image.
+            blocks: Tokens of the training images.
+            sampler: Samples scenes of the training images.
             tokenizer: Tokenizer of the captions; None if no batch is made.
             args: Flags of the command.
         """
         self.model, self.config, self.args = model, model.config, args
-        self.tokens, self.emoji, self.tokenizer = tokens.astype(np.int32), emoji, tokenizer
-        length = self.config.image_length
-        weights = 1 + FIRST_TOKEN_WEIGHT * 0.5 ** (np.arange(length) / length**0.5)
-        self.weights = jnp.asarray(weights / weights.mean(), jnp.float32)
+        self.blocks, self.sampler, self.tokenizer = blocks, sampler, tokenizer
         self.optimizer = make_optimizer(
             args.learning_rate, args.steps, warmup=min(100, args.steps // 10), weight_decay=0.02, adam_share=1.0
         )
@@ -134,6 +130,7 @@ class Trainer:
         mask: jax.Array,
         inputs: jax.Array,
         targets: jax.Array,
+        weights: jax.Array,
         smoothing: jax.Array,
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """Take a step on a batch, which `make_batch` describes. Returns the new state and the metrics."""
@@ -141,7 +138,7 @@ class Trainer:
         def loss_of(params: Any) -> jax.Array:
             with nn.intercept_methods(use_bfloat16_dense) if self.args.bfloat16 else contextlib.nullcontext():
                 logits = self.logits(params, ids, mask, inputs)
-            return (cross_entropy(logits, targets, smoothing[:, None]) * self.weights).mean()
+            return (cross_entropy(logits, targets, smoothing[:, None]) * weights).mean()
 
         loss, grads = jax.value_and_grad(loss_of)(state["params"])
         updates, opt = self.optimizer.update(grads, state["opt"], state["params"])
@@ -149,7 +146,7 @@ class Trainer:
 
     def choose_images(self, step: int) -> np.ndarray:
         """Choose the images (B,) of a step. Each epoch has all images once, in random order."""
-        return choose_rows(self.args.seed, step, self.args.batch_size, len(self.emoji))
+        return choose_rows(self.args.seed, step, self.args.batch_size, len(self.sampler.emoji))
 
     def encode_text(self, texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Encode captions to ids and mask, int32 (B, length)."""
@@ -160,30 +157,34 @@ class Trainer:
         """Make the batch of a step.
 
         Returns:
-            Text ids and mask, int32 (B, T); tokens to read and tokens to predict, int32 (B, L); label smoothing,
-            float32 (B,).
+            Text ids and mask, int32 (B, T); tokens to read and tokens to predict, int32 (B, L); their weights, float32
+            (B, L); label smoothing, float32 (B,).
         """
         rng = np.random.default_rng([self.args.seed, step])
         count = self.args.batch_size
-        indices = self.choose_images(step)
+        scenes = [self.sampler.sample(index, rng) for index in self.choose_images(step)]
         is_dropped = rng.random(count) < self.args.caption_dropout
         texts = [
-            "" if drop else sample_caption(self.emoji[i], rng) for i, drop in zip(indices, is_dropped, strict=True)
+            "" if drop else self.sampler.caption(scene, rng) for scene, drop in zip(scenes, is_dropped, strict=True)
         ]
         length = self.config.max_text_length
         ids, mask = self.encode_text(texts, length if step % LONG_TEXT_EVERY == 0 else length // 2)
-        others = self.tokens[rng.integers(len(self.emoji), size=count)]
-        targets = self.tokens[indices]
-        # Half of the wrong tokens are any token, half are those of another image at the same place.
+        shown = np.stack([compose_tokens(self.blocks, scene) for scene in scenes])
+        others = [
+            self.sampler.replace_emoji(scene, rng) if drop else scene
+            for scene, drop in zip(scenes, is_dropped, strict=True)
+        ]
+        targets = np.stack([compose_tokens(self.blocks, scene) for scene in others])
+        # Half of the wrong tokens are any token, half are those of another scene at the same place.
         wrong = np.where(
-            rng.random(targets.shape) < 0.5,
-            rng.integers(self.config.codebook_size, size=targets.shape),
-            others,
+            rng.random(shown.shape) < 0.5,
+            rng.integers(self.config.codebook_size, size=shown.shape),
+            np.roll(shown, 1, axis=0),
         )
-        is_wrong = rng.random(targets.shape) < rng.random((count, 1)) ** CORRUPTION_POWER
-        inputs = np.where(is_wrong, wrong, targets).astype(np.int32)
+        is_wrong = rng.random(shown.shape) < rng.random((count, 1)) ** CORRUPTION_POWER
+        inputs = np.where(is_wrong, wrong, shown).astype(np.int32)
         smoothing = np.where(is_dropped, self.args.unconditional_smoothing, LABEL_SMOOTHING).astype(np.float32)
-        return ids, mask, inputs, targets, smoothing
+        return ids, mask, inputs, targets, weigh_tokens(scenes, self.blocks.grid), smoothing
 
     def step(self, state: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """Take the step of this number. Returns the new state and the metrics."""
@@ -198,25 +199,23 @@ class Trainer:
         return float(self._nll(params, *self.encode_text(texts, self.config.max_text_length), tokens))
 
 
-def encode_dataset(args: argparse.Namespace, pixels: np.ndarray) -> tuple[np.ndarray, int]:
-    """Encode the images by the codec that the flags name.
+def weigh_tokens(scenes: list[Scene], side: int) -> np.ndarray:
+    """Weigh the tokens of scenes in the loss, float32 (B, L), with mean 1 in each scene: first ones of a block most."""
+    weights = np.ones((len(scenes), side, side), np.float32)
+    for grid, scene in zip(weights, scenes, strict=True):
+        for _, size, top, left in scene.parts:
+            halvings = np.arange(size * size).reshape(size, size) * (8 / size**2)
+            grid[top : top + size, left : left + size] += FIRST_TOKEN_WEIGHT * 0.5**halvings
+    return (weights / weights.mean((1, 2), keepdims=True)).reshape(len(scenes), -1)
 
-    Returns:
-        Tokens, int32 (N, L), and the size of the codebook.
 
-    Raises:
-        SystemExit: The codec or the weight does not allow `--entropy-weight`.
-    """
-    if args.entropy_weight < 0:
-        raise SystemExit(f"--entropy-weight {args.entropy_weight:g} is negative; use 0 or more")
-    codec = load_checkpoint(args.codec, "codec")
-    model = VQGAN(codec.config)
-    if not args.entropy_weight:
-        return encode_images(model, codec.params, pixels), codec.config.codebook_size
-    if codec.config.is_gumbel:
-        raise SystemExit(f"{args.codec} chooses tokens by logits, not by distance; use --entropy-weight 0")
-    tokens = encode_entropy_constrained(model, codec.params, pixels, args.entropy_weight)
-    return tokens, codec.config.codebook_size
+def enlarge_grid(config: DalleBartConfig, params: dict[str, Any], grid: int) -> tuple[DalleBartConfig, dict[str, Any]]:
+    """Put a model into the middle of a larger grid: cells beside it take the position of the nearest cell."""
+    side = round(config.image_length**0.5)
+    near = np.clip(np.arange(grid) - (grid - side) // 2, 0, side - 1)
+    positions = params["model"]["decoder"]["embed_positions"]
+    positions["embedding"] = positions["embedding"][(near[:, None] * side + near).ravel()]
+    return dataclasses.replace(config, image_length=grid**2), params
 
 
 def parse_args() -> argparse.Namespace:
@@ -228,6 +227,11 @@ def parse_args() -> argparse.Namespace:
     add("--tokenizer", type=Path, default=Path("build/tokenizer/dalle_bart"), help="folder of the tokenizer")
     add("--run", type=Path, default=Path("build/dalle_bart"), help="folder of the run; resumes")
     add("--out", type=Path, help="write the trained model to this folder")
+    add(
+        "--scenes",
+        action="store_true",
+        help="compose scenes, which the codec was taught by recipes.emoji.scene_decoder",
+    )
     add("--init", help="fine-tune this model (a folder) instead of starting at random")
     add("--steps", type=int, default=5800, help="training steps (default: 5800)")
     add("--batch-size", type=int, default=64, help="images of a step (default: 64)")
@@ -247,13 +251,6 @@ def parse_args() -> argparse.Namespace:
         help=f"label smoothing of rows without a caption; others have {LABEL_SMOOTHING} (default: 1)",
     )
     add(
-        "--entropy-weight",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="share of the codec's squared error given up for a nat of lower entropy (default: 0, the nearest token)",
-    )
-    add(
         "--bfloat16",
         action=argparse.BooleanOptionalAction,
         default=has_bfloat16_units(),
@@ -267,28 +264,34 @@ def main() -> None:
     """Train from the command line."""
     args = parse_args()
     pixels, emoji = load_dataset(args.data, with_tones=False)  # captions do not tell skin tones apart
-    tokens, codebook_size = encode_dataset(args, pixels)
+    is_train = np.array([not one["held_out"] for one in emoji])
+    codec = load_checkpoint(args.codec, "codec")
+    blocks = (encode_blocks if args.scenes else encode_alone)(codec.config, codec.params, pixels)
     tokenizer = PromptTokenizer(args.tokenizer)
     vocab_size = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json")).get_vocab_size()
-    config, params = make_config(codebook_size, tokens.shape[1], vocab_size), None
+    config, params = make_config(codec.config.codebook_size, blocks.grid**2, vocab_size), None
     if args.init:
         loaded = load_checkpoint(args.init, "generator")
-        config, params = loaded.config, to_float32(loaded.params)
-    is_train = np.array([not one["held_out"] for one in emoji])
-    train_emoji = [one for one in emoji if not one["held_out"]]
-    trainer = Trainer(DalleBart(config), tokens[is_train], train_emoji, tokenizer, args)
+        config, params = enlarge_grid(loaded.config, to_float32(loaded.params), blocks.grid)
+    sampler = SceneSampler([one for one in emoji if not one["held_out"]], args.scenes)
+    trainer = Trainer(DalleBart(config), blocks.choose(is_train), sampler, tokenizer, args)
     run = open_run(args.run, trainer.init(params), save_every=250, args=args)
 
     seen = np.random.default_rng(0).choice(np.flatnonzero(is_train), PROBE_ROWS, replace=False)
     unseen = np.flatnonzero(~is_train)[:PROBE_ROWS]
     texts = [f"{one['style']} {one['name']}" for one in emoji]
+    at = (blocks.grid - LARGE) // 2
+
+    def nll(params: Any, indices: np.ndarray, texts: list[str]) -> float:
+        tokens = np.stack([compose_tokens(blocks, Scene((Part(int(i), LARGE, at, at),))) for i in indices])
+        return trainer.nll(params, tokens, texts)
 
     def evaluate(state: dict[str, Any]) -> dict[str, float]:
         params = state["params"]
         return {
-            "nll_train": trainer.nll(params, tokens[seen], [texts[i] for i in seen]),
-            "nll_train_without_caption": trainer.nll(params, tokens[seen], [""] * len(seen)),
-            "nll_held_out": trainer.nll(params, tokens[unseen], [texts[i] for i in unseen]),
+            "nll_train": nll(params, seen, [texts[i] for i in seen]),
+            "nll_train_without_caption": nll(params, seen, [""] * len(seen)),
+            "nll_held_out": nll(params, unseen, [texts[i] for i in unseen]),
         }
 
     run.train(args.steps, trainer.step, log_every=25, evaluate=evaluate, evaluate_every=250)

@@ -234,43 +234,15 @@ def encode_images(model: VQGAN, params: Any, pixels: np.ndarray) -> np.ndarray:
     return run_in_batches(partial(run, params), pixels)
 
 
-def encode_entropy_constrained(
-    model: VQGAN, params: Any, pixels: np.ndarray, entropy_weight: float, rounds: int = 4
-) -> np.ndarray:
-    """Encode images to tokens of lower entropy: of nearly equal tokens, the more frequent one.
-
-    Each round minimises squared distance + entropy_weight * (mean distance of the nearest) * -log(frequency): Chou,
-    Lookabaugh and Gray, "Entropy-Constrained Vector Quantization", 1989, https://doi.org/10.1109/29.17498.
-
-    Args:
-        model: A VQGAN that chooses tokens by distance.
-        params: Its parameters.
-        pixels: uint8 (N, S, S, 3).
-        entropy_weight: Share of the mean squared distance given up for a nat; 0 gives the nearest tokens.
-        rounds: How often the frequencies are counted anew.
-
-    Returns:
-        int32 (N, L).
-    """
-    codebook = np.asarray(get_codebook(params))
+def decode_tokens(model: VQGAN, params: Any, tokens: np.ndarray) -> np.ndarray:
+    """Decode tokens, int32 (N, L), to images, uint8 (N, S, S, 3)."""
 
     @jax.jit
-    def run(params: Any, x: jax.Array) -> jax.Array:
-        return apply_model(model, params, x.astype(jnp.float32) / 255, method="encode_continuous")
+    def run(params: Any, tokens: jax.Array) -> jax.Array:
+        output = apply_model(model, params, tokens, method="decode_code")
+        return (jnp.clip(output, 0, 1) * 255).astype(jnp.uint8)
 
-    @jax.jit
-    def choose(costs: jax.Array, z: jax.Array) -> jax.Array:
-        return jnp.argmin(costs - 2 * z @ codebook.T, axis=-1).astype(jnp.int32)
-
-    z = run_in_batches(partial(run, params), pixels).reshape(len(pixels), -1, codebook.shape[1])
-    norms = np.square(codebook).sum(1)
-    tokens = run_in_batches(partial(choose, norms), z)
-    scale = entropy_weight * np.square(z - codebook[tokens]).sum(-1).mean()
-    for _ in range(rounds):
-        counts = np.bincount(tokens.ravel(), minlength=len(codebook)) + 0.1  # a token without use may come back
-        costs = norms - scale * np.log(counts / counts.sum(), dtype=np.float32)
-        tokens = run_in_batches(partial(choose, costs), z)
-    return tokens
+    return run_in_batches(partial(run, params), tokens)
 
 
 def reconstruct(model: VQGAN, params: Any, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -284,14 +256,8 @@ def reconstruct(model: VQGAN, params: Any, pixels: np.ndarray) -> tuple[np.ndarr
     Returns:
         The reconstructions, uint8 (N, S, S, 3), and the tokens, int32 (N, L).
     """
-
-    @jax.jit
-    def run(params: Any, tokens: jax.Array) -> jax.Array:
-        output = apply_model(model, params, tokens, method="decode_code")
-        return (jnp.clip(output, 0, 1) * 255).astype(jnp.uint8)
-
     tokens = encode_images(model, params, pixels)
-    return run_in_batches(partial(run, params), tokens), tokens
+    return decode_tokens(model, params, tokens), tokens
 
 
 def run_in_batches(run: Callable[[np.ndarray], jax.Array], rows: np.ndarray, batch_size: int = 32) -> np.ndarray:

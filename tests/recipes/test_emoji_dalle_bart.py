@@ -1,25 +1,31 @@
-"""DalleBart's batches, and what training makes of its unconditional logits."""
+"""DalleBart's batches and its loss, and what it learns."""
 
 import argparse
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dm_generations.models.dalle_mini.network import DalleBart
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.tokenization import PromptTokenizer
-from dm_generations.sampling import logits as sampling
 from dm_generations.weights import native
 from recipes.emoji.captions import train_tokenizer
 from recipes.emoji.common import to_float32
-from recipes.emoji.dalle_bart import FIRST_TOKEN_WEIGHT, LABEL_SMOOTHING, Trainer, make_config
+from recipes.emoji.dalle_bart import (
+    FIRST_TOKEN_WEIGHT,
+    LABEL_SMOOTHING,
+    Trainer,
+    enlarge_grid,
+    make_config,
+    weigh_tokens,
+)
+from recipes.emoji.scenes import GRID, LARGE, SMALL, Blocks, Part, Scene, SceneSampler, compose_tokens
 
 pytestmark = pytest.mark.slow
 
-CODEBOOK_SIZE, LENGTH, STEPS, SMOOTHING = 64, 4, 150, 1.0
+CODEBOOK_SIZE, STEPS, SMOOTHING = 64, 300, 0.3
 EMOJI = [
     {
         "key": name,
@@ -45,59 +51,47 @@ def tokenizer(tmp_path_factory):
     return PromptTokenizer(folder)
 
 
-def new_trainer(tokenizer, batch_size=16, smoothing=SMOOTHING, bfloat16=True):
+def new_trainer(tokenizer, batch_size=16, bfloat16=True, is_composed=True):
+    grid = GRID if is_composed else LARGE
     small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    config = dataclasses.replace(make_config(CODEBOOK_SIZE, LENGTH, 400), **small)
-    tokens = np.random.default_rng(0).permutation(CODEBOOK_SIZE)[: len(EMOJI) * LENGTH].reshape(len(EMOJI), LENGTH)
+    config = dataclasses.replace(make_config(CODEBOOK_SIZE, grid**2, 400), **small)
+    # An emoji has one token of its own in all cells; tokens up to 6 are grounds.
+    tokens = {
+        size: np.broadcast_to(10 + np.arange(len(EMOJI))[:, None, None], (len(EMOJI), size, size))
+        for size in (LARGE, SMALL)
+    }
+    blocks = Blocks(tokens, {size: np.zeros(each.shape, bool) for size, each in tokens.items()}, np.arange(7), grid)
     args = argparse.Namespace(
         seed=0,
         steps=STEPS,
         batch_size=batch_size,
         learning_rate=1e-2,
         caption_dropout=0.15,
-        unconditional_smoothing=smoothing,
+        unconditional_smoothing=SMOOTHING,
         bfloat16=bfloat16,
     )
-    return Trainer(DalleBart(config), tokens, EMOJI, tokenizer, args)
+    return Trainer(DalleBart(config), blocks, SceneSampler(EMOJI, is_composed), tokenizer, args)
 
 
-def train(tokenizer, smoothing):
-    """Train for STEPS steps. Returns the trainer and the parameters."""
-    trainer = new_trainer(tokenizer, smoothing=smoothing)
-    state = trainer.init(None)
-    for step in range(STEPS):
-        state, _ = trainer.step(state, step)
-    return trainer, state["params"]
-
-
-@pytest.fixture(scope="module")
-def trained(tokenizer):
-    return train(tokenizer, SMOOTHING)
-
-
-def log_probs(trainer, params, texts):
-    """Log probabilities (B, L, codebook) of each text, given the tokens of its row of EMOJI."""
-    ids, mask = trainer.tokenizer.encode(texts, trainer.config.max_text_length)
-    return jax.nn.log_softmax(trainer.logits(params, ids, mask, trainer.tokens)[..., :CODEBOOK_SIZE])
-
-
-def test_only_rows_without_caption_are_smoothed_strongly(tokenizer):
-    ids, mask, inputs, targets, smoothing = new_trainer(tokenizer, batch_size=256).make_batch(8)
+def test_only_rows_without_caption_are_smoothed_and_learn_other_emoji(tokenizer):
+    ids, mask, inputs, targets, weights, smoothing = new_trainer(tokenizer, batch_size=256).make_batch(8)
     is_dropped = mask.sum(1) == 2  # the two special tokens
     assert 0.05 < is_dropped.mean() < 0.3
     np.testing.assert_array_equal(smoothing, np.where(is_dropped, SMOOTHING, LABEL_SMOOTHING).astype(np.float32))
-    assert ids.shape == mask.shape == (256, 32) and inputs.shape == targets.shape == (256, LENGTH)
+    assert ids.shape == mask.shape == (256, 32)
+    assert inputs.shape == targets.shape == weights.shape == (256, GRID**2)
+    is_emoji = targets >= 10
+    same = (inputs == targets).mean(1, where=is_emoji)
+    assert same[~is_dropped].mean() > 0.7 and same[is_dropped].mean() < 0.4
+    assert (inputs == targets).mean(where=~is_emoji) > 0.7  # the places are the same
 
 
 @pytest.mark.parametrize("batch_size", [4, 16])  # less and more than an epoch
 def test_an_epoch_has_every_image_once(batch_size, tokenizer):
     trainer = new_trainer(tokenizer, batch_size)
-    targets = np.concatenate([trainer.make_batch(step)[3] for step in range(3 * len(EMOJI))])
-    is_of = (targets[:, None] == trainer.tokens).all(-1)  # (row, image)
-    assert (is_of.sum(1) == 1).all()
-    epochs = is_of.reshape(-1, len(EMOJI), len(EMOJI))
-    assert (epochs.sum(1) == 1).all()
-    assert len({tuple(epoch.argmax(1)) for epoch in epochs}) > 2
+    chosen = np.concatenate([trainer.choose_images(step) for step in range(3 * len(EMOJI))]).reshape(-1, len(EMOJI))
+    assert (np.sort(chosen, axis=1) == np.arange(len(EMOJI))).all()
+    assert len({tuple(epoch) for epoch in chosen}) > 2
 
 
 def test_a_batch_is_a_function_of_seed_and_step(tokenizer):
@@ -115,40 +109,60 @@ def test_bfloat16_changes_the_loss_a_little(tokenizer):
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
-def test_the_first_tokens_weigh_more(tokenizer):
+def test_emoji_alone_fill_the_image(tokenizer):
+    _, mask, inputs, targets, weights, _ = new_trainer(tokenizer, is_composed=False).make_batch(8)
+    assert inputs.shape == targets.shape == weights.shape == (16, LARGE**2)
+    named = targets[mask.sum(1) > 2]
+    assert (named >= 10).all() and (named == named[:, :1]).all()  # the tokens of one emoji, and no ground
+
+
+def test_the_loss_weighs_tokens_by_their_place(tokenizer):
     trainer = new_trainer(tokenizer, bfloat16=False)
     params = trainer.init(None)["params"]
     params["lm_head"]["kernel"] = 10 * params["lm_head"]["kernel"]  # at the start all tokens have nearly equal logits
     state = trainer.init(params)
-    ids, mask, inputs, targets, smoothing = trainer.make_batch(0)
+    ids, mask, inputs, targets, weights, smoothing = trainer.make_batch(0)
     log_p = np.asarray(jax.nn.log_softmax(trainer.logits(state["params"], ids, mask, inputs)))
     chosen = np.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-    loss = -(1 - smoothing[:, None]) * chosen - smoothing[:, None] * log_p.mean(-1)  # (B, 4): two rows of two tokens
-    weights = 1 + FIRST_TOKEN_WEIGHT / np.array([1, 2**0.5, 2, 2**1.5])
-    expected = np.average(loss.mean(0), weights=weights)
-    assert float(trainer.step(state, 0)[1]["loss"]) == pytest.approx(expected, rel=1e-4)
-    assert expected != pytest.approx(loss.mean(), rel=1e-3)
+    loss = -(1 - smoothing[:, None]) * chosen - smoothing[:, None] * log_p.mean(-1)
+    assert float(trainer.step(state, 0)[1]["loss"]) == pytest.approx((loss * weights).mean(), rel=1e-4)
 
 
-def test_without_caption_no_token_is_much_rarer_than_another(tokenizer, trained):
-    """Otherwise guidance, which magnifies log p(token | caption) - log p(token), draws tokens that are rare in both."""
-    trainer, params = trained
-    found = log_probs(trainer, params, [None] * len(EMOJI))
-    low, high = found.min() + np.log(CODEBOOK_SIZE), found.max() + np.log(CODEBOOK_SIZE)
-    assert low > -2 and high < 2, f"{low:.2f} to {high:.2f} from equal probabilities"
-
-    trainer, params = train(tokenizer, LABEL_SMOOTHING)
-    assert log_probs(trainer, params, [None] * len(EMOJI)).min() < found.min() - 1
+def test_the_first_tokens_of_a_block_weigh_most():
+    (weights,) = weigh_tokens([Scene((Part(0, LARGE, 1, 2),))], GRID).reshape(-1, GRID, GRID)
+    assert weights.mean() == pytest.approx(1)
+    ratios = weights / weights[0, 0]
+    assert ratios[1, 2] == pytest.approx(1 + FIRST_TOKEN_WEIGHT)
+    assert ratios[2, 2] == pytest.approx(1 + FIRST_TOKEN_WEIGHT / 2)  # halved with each row of eight
+    assert (ratios[9] == 1).all() and (ratios[:, :2] == 1).all()
 
 
-def test_at_cond_scale_10_the_right_token_has_nearly_all_the_probability(trained):
-    trainer, params = trained
-    cond = log_probs(trainer, params, [row["name"] for row in EMOJI])
-    uncond = log_probs(trainer, params, [None] * len(EMOJI))
-    flat = [x.reshape(-1, CODEBOOK_SIZE) for x in (cond, uncond)]
-    guided = sampling.guide(*flat, jnp.full(len(flat[0]), 10.0))
-    found = sampling.log_prob(guided, jnp.asarray(trainer.tokens.reshape(-1)), CODEBOOK_SIZE)
-    assert np.exp(found).min() > 0.99
+def test_a_model_of_a_smaller_grid_starts_in_the_middle():
+    config = make_config(CODEBOOK_SIZE, 64, 400)
+    old = np.arange(64, dtype=np.float32)[:, None] * np.ones(config.d_model, np.float32)
+    enlarged, params = enlarge_grid(config, {"model": {"decoder": {"embed_positions": {"embedding": old}}}}, GRID)
+    rows = params["model"]["decoder"]["embed_positions"]["embedding"][:, 0].reshape(GRID, GRID)
+    assert enlarged.image_length == GRID**2
+    np.testing.assert_array_equal(rows[1:9, 1:9], np.arange(64).reshape(8, 8))
+    assert (rows[0, 0], rows[0, 1], rows[9, 9]) == (0, 0, 63)
+
+
+def test_captions_tell_the_emoji(tokenizer):
+    trainer = new_trainer(tokenizer)
+    state = trainer.init(None)
+    for step in range(STEPS):
+        state, _ = trainer.step(state, step)
+    scenes = [Scene((Part(i, LARGE, 1, 1),)) for i in range(len(EMOJI))]
+    tokens = np.stack([compose_tokens(trainer.blocks, scene) for scene in scenes])
+    first = GRID + 1  # the first token of an emoji; the others repeat it
+
+    def log_p(texts):
+        ids, mask = trainer.encode_text(texts, trainer.config.max_text_length)
+        logits = trainer.logits(state["params"], ids, mask, tokens)
+        return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(EMOJI)), first, tokens[:, first]]
+
+    named = log_p([row["name"] for row in EMOJI])
+    assert named.mean() > log_p([""] * len(EMOJI)).mean() + 1
 
 
 def test_a_model_saved_in_float16_is_trained_to_float32(tokenizer, tmp_path):

@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import importlib
+import re
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,12 +13,13 @@ import pytest
 
 from dm_generations.errors import UserError
 from dm_generations.models.loading import load_checkpoint
-from dm_generations.models.vqgan.network import VQGANConfig
+from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
 from dm_generations.weights import native
-from recipes.emoji import vqgan
+from recipes.emoji import scene_decoder, vqgan
 from recipes.emoji.__main__ import STEPS
 from recipes.emoji.common import open_run
-from recipes.emoji.vqgan import Trainer, encode_entropy_constrained, encode_images, reconstruct
+from recipes.emoji.scenes import GROUNDS
+from recipes.emoji.vqgan import Trainer, reconstruct
 
 pytestmark = pytest.mark.slow
 
@@ -91,30 +94,6 @@ def test_a_trained_model_loads_and_reconstructs_images(trainer, initial, tmp_pat
     np.testing.assert_array_equal(tokens, one_batch)  # in order, without the padding of the last batch
 
 
-def test_an_entropy_weight_lowers_entropy_at_little_cost(trainer, initial, tmp_path):
-    params = jax.device_get(train(trainer, initial, tmp_path, 6).state["params"])
-
-    def entropy_and_error(tokens):
-        shares = np.bincount(tokens.ravel(), minlength=CONFIG.n_embed) / tokens.size
-        outputs = trainer.model.apply({"params": params}, trainer.pixels / 255.0, method="encode_continuous")
-        vectors = params["quantize"]["embedding"]["embedding"][tokens]
-        error = np.square(np.asarray(outputs).reshape(vectors.shape) - vectors).sum(-1).mean()
-        return -(shares[shares > 0] * np.log(shares[shares > 0])).sum(), error
-
-    pixels = np.asarray(trainer.pixels)
-    nearest = encode_images(trainer.model, params, pixels)
-    np.testing.assert_array_equal(encode_entropy_constrained(trainer.model, params, pixels, 0.0), nearest)
-    entropy, error = entropy_and_error(nearest)
-    costs = []
-    for weight in (0.3, 1.0):
-        low_entropy, high_error = entropy_and_error(encode_entropy_constrained(trainer.model, params, pixels, weight))
-        assert low_entropy < entropy
-        # No tokens cost less, not even the nearest.
-        assert high_error + weight * error * low_entropy <= error + weight * error * entropy
-        costs.append(high_error)
-    assert error < costs[0] <= costs[1]
-
-
 def test_fine_tuning_does_not_restart_the_codebook(trainer, initial, tmp_path, monkeypatch):
     native.save(tmp_path / "model", "vqgan", dataclasses.asdict(CONFIG), initial["params"], np.float32)
     pixels = np.asarray(trainer.pixels)
@@ -128,6 +107,43 @@ def test_fine_tuning_does_not_restart_the_codebook(trainer, initial, tmp_path, m
     assert load_checkpoint(tmp_path / "out", "codec").config == CONFIG
 
 
+def test_a_decoder_learns_scenes_and_tokens_keep_their_meaning(tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, ch_mult=(1, 1, 1, 2), resolution=64, n_embed=64)
+    model = VQGAN(config)
+    params = jax.device_get(model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))["params"])
+    rng = np.random.default_rng(0)
+    pixels = np.full((70, 64, 64, 3), 255, np.uint8)
+    pixels[:, 16:48, 16:48] = rng.integers(0, 256, (70, 1, 1, 3))
+    outputs = vqgan.apply_model(model, params, pixels[:8] / np.float32(255), method="encode_continuous")
+    codebook = rng.permutation(np.asarray(outputs).reshape(-1, config.embed_dim))[: config.n_embed]
+    params = vqgan.replace_codebook(params, codebook)
+    native.save(tmp_path / "model", "vqgan", dataclasses.asdict(config), params, np.float32)
+    emoji = [
+        {"name": f"thing {i}", "group": "Objects", "style": "flat", "keywords": [], "tone": "", "held_out": i >= 6}
+        for i in range(len(pixels))
+    ]
+    monkeypatch.setattr(scene_decoder, "load_dataset", lambda path, with_tones: (pixels, emoji))
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)  # the devices are set up already
+    words = f"scene_decoder --init {tmp_path / 'model'} --run {tmp_path / 'run'} --out {tmp_path / 'out'} --steps 2"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--batch-size", "4"])
+    scene_decoder.main()
+    made = load_checkpoint(tmp_path / "out", "codec")
+    assert made.config == dataclasses.replace(config, resolution=80)
+    same = {
+        name: all(
+            np.allclose(one, other, atol=1e-2)
+            for one, other in zip(jax.tree.leaves(made.params[name]), jax.tree.leaves(value), strict=True)
+        )
+        for name, value in params.items()
+    }
+    assert same["encoder"] and not same["quantize"]
+    before, after = (vqgan.encode_images(model, each, pixels) for each in (params, made.params))
+    codebooks = [np.asarray(vqgan.get_codebook(each)) for each in (params, made.params)]
+    grounds = np.flatnonzero((np.abs(codebooks[0] - codebooks[1]) > 1e-2).any(1))
+    assert len(grounds) == len(GROUNDS) and not np.isin(after, grounds).any()
+    assert (before == after).mean() > 0.7  # weights in float16 round
+
+
 def test_every_part_of_the_recipe_knows_its_flags(monkeypatch):
     class Parsed(Exception):
         pass
@@ -139,7 +155,10 @@ def test_every_part_of_the_recipe_knows_its_flags(monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    for module, *arguments in STEPS:
+    readme = (Path(__file__).parents[2] / "recipes" / "emoji" / "README.md").read_text().replace("\\\n", " ")
+    told = [words.split() for words in re.findall(r"^    python -m (recipes\.emoji\.\w+ .*)$", readme, re.MULTILINE)]
+    assert len(told) > 3
+    for module, *arguments in [*STEPS, *told]:
         monkeypatch.setattr(sys, "argv", [module, *arguments])
         with pytest.raises(Parsed):
             importlib.import_module(module).main()
