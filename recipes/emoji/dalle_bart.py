@@ -43,11 +43,11 @@ from dm_generations.training.objectives import cross_entropy
 from dm_generations.weights import native
 from recipes.emoji.common import has_bfloat16_units, make_optimizer, open_run, to_float32, use_bfloat16_dense
 from recipes.emoji.data import load_dataset
-from recipes.emoji.scenes import LARGE, Blocks, Part, Scene, SceneSampler, compose_tokens, encode_alone, encode_blocks
+from recipes.emoji.scenes import Blocks, Part, Scene, SceneSampler, compose_tokens, encode_alone, encode_blocks
 
 CORRUPTION_POWER = 4  # the share of replaced tokens is u ** 4 with u uniform, a fifth on average
 LABEL_SMOOTHING = 0.005
-FIRST_TOKEN_WEIGHT = 4  # added to the weight 1 of the first token of a block; halves eight times to its last
+FIRST_TOKEN_WEIGHT = 4  # added to the weight 1 of the first token of a block; halves with each of its rows
 LONG_TEXT_EVERY = 8  # steps; few captions need more than half of the text length, so the other steps are padded to half
 PROBE_ROWS = 256
 
@@ -204,7 +204,7 @@ def weigh_tokens(scenes: list[Scene], side: int) -> np.ndarray:
     weights = np.ones((len(scenes), side, side), np.float32)
     for grid, scene in zip(weights, scenes, strict=True):
         for _, size, top, left in scene.parts:
-            halvings = np.arange(size * size).reshape(size, size) * (8 / size**2)
+            halvings = np.arange(size * size).reshape(size, size) / size
             grid[top : top + size, left : left + size] += FIRST_TOKEN_WEIGHT * 0.5**halvings
     return (weights / weights.mean((1, 2), keepdims=True)).reshape(len(scenes), -1)
 
@@ -273,17 +273,18 @@ def main() -> None:
     if args.init:
         loaded = load_checkpoint(args.init, "generator")
         config, params = enlarge_grid(loaded.config, to_float32(loaded.params), blocks.grid)
-    sampler = SceneSampler([one for one in emoji if not one["held_out"]], args.scenes)
+    sampler = SceneSampler([one for one in emoji if not one["held_out"]], None if args.scenes else blocks.grid)
     trainer = Trainer(DalleBart(config), blocks.choose(is_train), sampler, tokenizer, args)
     run = open_run(args.run, trainer.init(params), save_every=250, args=args)
 
     seen = np.random.default_rng(0).choice(np.flatnonzero(is_train), PROBE_ROWS, replace=False)
     unseen = np.flatnonzero(~is_train)[:PROBE_ROWS]
     texts = [f"{one['style']} {one['name']}" for one in emoji]
-    at = (blocks.grid - LARGE) // 2
+    size = max(blocks.tokens)
+    at = (blocks.grid - size) // 2
 
     def nll(params: Any, indices: np.ndarray, texts: list[str]) -> float:
-        tokens = np.stack([compose_tokens(blocks, Scene((Part(int(i), LARGE, at, at),))) for i in indices])
+        tokens = np.stack([compose_tokens(blocks, Scene((Part(int(i), size, at, at),))) for i in indices])
         return trainer.nll(params, tokens, texts)
 
     def evaluate(state: dict[str, Any]) -> dict[str, float]:

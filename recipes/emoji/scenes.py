@@ -57,7 +57,7 @@ class Part(NamedTuple):
     """A block in a scene."""
 
     emoji: int  # index
-    size: int  # LARGE or SMALL
+    size: int  # tokens a side
     top: int  # cell
     left: int
 
@@ -113,9 +113,10 @@ def encode_blocks(config: VQGANConfig, params: Any, pixels: np.ndarray) -> Block
 
 
 def encode_alone(config: VQGANConfig, params: Any, pixels: np.ndarray) -> Blocks:
-    """Encode emoji, uint8 (N, 64, 64, 3), to large blocks that fill an image: nothing is outside of them."""
-    tokens = encode_images(VQGAN(config), params, pixels).reshape(-1, config.grid, config.grid)
-    return Blocks({LARGE: tokens}, {LARGE: np.zeros(tokens.shape, bool)}, np.zeros(1, int), config.grid)
+    """Encode emoji, uint8 (N, S, S, 3) of any size, to blocks that fill an image: nothing is outside of them."""
+    size = config.grid
+    tokens = encode_images(VQGAN(config), params, pixels).reshape(-1, size, size)
+    return Blocks({size: tokens}, {size: np.zeros(tokens.shape, bool)}, np.zeros(1, int), size)
 
 
 def compose_tokens(blocks: Blocks, scene: Scene) -> np.ndarray:
@@ -145,14 +146,14 @@ def compose_pixels(images: dict[int, np.ndarray], outside: dict[int, np.ndarray]
 class SceneSampler:
     """Samples scenes of emoji and their captions."""
 
-    def __init__(self, emoji: Sequence[Emoji], is_composed: bool = True) -> None:
+    def __init__(self, emoji: Sequence[Emoji], size_alone: int | None = None) -> None:
         """Group the emoji that are counted and paired by style.
 
         Args:
             emoji: What is known of each emoji.
-            is_composed: False gives each emoji alone, as `encode_alone` encodes it.
+            size_alone: Tokens a side of an emoji that fills its image, as `encode_alone` encodes it; None composes.
         """
-        self.emoji, self.is_composed = emoji, is_composed
+        self.emoji, self.size_alone = emoji, size_alone
         self.composed: dict[str, list[int]] = {}
         for i, one in enumerate(emoji):
             if one["group"] not in NOT_COMPOSED:
@@ -160,8 +161,8 @@ class SceneSampler:
 
     def sample(self, index: int, rng: np.random.Generator) -> Scene:
         """Sample a scene with the emoji of this index."""
-        if not self.is_composed:
-            return Scene((Part(index, LARGE, 0, 0),))
+        if self.size_alone is not None:
+            return Scene((Part(index, self.size_alone, 0, 0),))
         one = self.emoji[index]
         kind = rng.random() if one["group"] not in NOT_COMPOSED else 1.0
         if kind < COUNTS_SHARE:
@@ -178,7 +179,7 @@ class SceneSampler:
     def caption(self, scene: Scene, rng: np.random.Generator) -> str:
         """Sample a caption of a scene."""
         one, *others = (self.emoji[part.emoji] for part in scene.parts)
-        if not self.is_composed:
+        if self.size_alone is not None:
             return sample_caption(one, rng)
         if not others:
             text = sample_caption(one, rng, is_small=scene.parts[0].size == SMALL)

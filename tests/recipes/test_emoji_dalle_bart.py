@@ -51,14 +51,14 @@ def tokenizer(tmp_path_factory):
     return PromptTokenizer(folder)
 
 
-def new_trainer(tokenizer, batch_size=16, bfloat16=True, is_composed=True):
-    grid = GRID if is_composed else LARGE
+def new_trainer(tokenizer, batch_size=16, bfloat16=True, is_composed=True, alone_grid=LARGE):
+    grid = GRID if is_composed else alone_grid
     small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     config = dataclasses.replace(make_config(CODEBOOK_SIZE, grid**2, 400), **small)
     # An emoji has one token of its own in all cells; tokens up to 6 are grounds.
     tokens = {
         size: np.broadcast_to(10 + np.arange(len(EMOJI))[:, None, None], (len(EMOJI), size, size))
-        for size in (LARGE, SMALL)
+        for size in ((LARGE, SMALL) if is_composed else (grid,))
     }
     blocks = Blocks(tokens, {size: np.zeros(each.shape, bool) for size, each in tokens.items()}, np.arange(7), grid)
     args = argparse.Namespace(
@@ -70,7 +70,7 @@ def new_trainer(tokenizer, batch_size=16, bfloat16=True, is_composed=True):
         unconditional_smoothing=SMOOTHING,
         bfloat16=bfloat16,
     )
-    return Trainer(DalleBart(config), blocks, SceneSampler(EMOJI, is_composed), tokenizer, args)
+    return Trainer(DalleBart(config), blocks, SceneSampler(EMOJI, None if is_composed else grid), tokenizer, args)
 
 
 def test_only_rows_without_caption_are_smoothed_and_learn_other_emoji(tokenizer):
@@ -109,9 +109,10 @@ def test_bfloat16_changes_the_loss_a_little(tokenizer):
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
-def test_emoji_alone_fill_the_image(tokenizer):
-    _, mask, inputs, targets, weights, _ = new_trainer(tokenizer, is_composed=False).make_batch(8)
-    assert inputs.shape == targets.shape == weights.shape == (16, LARGE**2)
+@pytest.mark.parametrize("grid", [LARGE, 16])
+def test_emoji_alone_fill_the_image(grid, tokenizer):
+    _, mask, inputs, targets, weights, _ = new_trainer(tokenizer, is_composed=False, alone_grid=grid).make_batch(8)
+    assert inputs.shape == targets.shape == weights.shape == (16, grid**2)
     named = targets[mask.sum(1) > 2]
     assert (named >= 10).all() and (named == named[:, :1]).all()  # the tokens of one emoji, and no ground
 
