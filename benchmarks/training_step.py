@@ -21,7 +21,7 @@ from timing import matrix_peak, seconds_of
 from dm_generations.models.dalle_mini.network import DalleBart
 from recipes.emoji import dalle_bart
 from recipes.emoji.common import replicate
-from recipes.emoji.scenes import Blocks, SceneSampler
+from recipes.emoji.grounds import Tokens
 
 BATCH, TEXT, CODES, VOCAB, TEXT_VOCAB = 64, 16, 64, 4096, 2048
 
@@ -33,17 +33,19 @@ def make_step(settings: argparse.Namespace) -> tuple[Callable[[], jax.Array], di
         The function, which returns the loss, and the parameters at the start.
     """
     config = dalle_bart.make_config(VOCAB, CODES, TEXT_VOCAB)
-    trainer = dalle_bart.Trainer(DalleBart(config), Blocks({}, {}, np.zeros(0)), SceneSampler([]), None, settings)
+    side = round(CODES**0.5)
+    no_emoji = Tokens(np.zeros((0, side, side), np.int32), np.zeros((0, side, side), bool), None)
+    trainer = dalle_bart.Trainer(DalleBart(config), no_emoji, [], None, settings)
     state = replicate(trainer.init(None))
     rng = np.random.default_rng(0)
     ids = rng.integers(TEXT_VOCAB, size=(BATCH, TEXT), dtype=np.int32)
     inputs, targets = rng.integers(VOCAB, size=(2, BATCH, CODES), dtype=np.int32)
-    weights = np.ones((BATCH, CODES), np.float32)
+    first = np.full((BATCH, VOCAB + 1), 1 / (VOCAB + 1), np.float32)
     smoothing = np.full(BATCH, dalle_bart.LABEL_SMOOTHING, np.float32)
 
     def step() -> jax.Array:
         nonlocal state
-        state, metrics = trainer.update(state, ids, np.ones_like(ids), inputs, targets, weights, smoothing)
+        state, metrics = trainer.update(state, ids, np.ones_like(ids), inputs, targets, first, smoothing)
         return metrics["loss"]
 
     return step, state["params"]

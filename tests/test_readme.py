@@ -23,7 +23,15 @@ DOCUMENTS = ["README.md", *PAGES, "archive/README.md"]
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", flags=re.MULTILINE | re.DOTALL)
 SET_UP = re.compile(r"python3 -m venv \.venv\s*&& \.venv/bin/pip install -q [^&]*&&\s*")
 PYTHON = re.compile(r"^(\.venv/bin/)?python(?= )")
-SHIPPED = ("dm_generations", "schema", "archive", "benchmarks", "samplebrowser.html", "dm_generations_decode.py")
+SHIPPED = (
+    "dm_generations",
+    "schema",
+    "archive",
+    "benchmarks",
+    "browser",
+    "samplebrowser.html",
+    "dm_generations_decode.py",
+)
 # A task of an array job, for commands that ask which one they are.
 ENVIRONMENT = {**os.environ, "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
 

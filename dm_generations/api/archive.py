@@ -43,10 +43,10 @@ class Archive(store.Archive):
 
     >>> archive = Archive.open("archive/emoji.db")
     >>> archive
-    <Archive emoji.db: format 2, 6,048 images>
+    <Archive emoji.db: format 3, 6,048 images>
     >>> best = archive.images(prompt="a rocket", top_k=256, top_p=1, temperature=1, cond_scale=3, best=4)
     >>> print(*(round(image.scores["clip_score_input"], 1) for image in best[:2]))
-    19.2 19.2
+    19.5 19.2
     >>> best[0].tokens.shape
     (64,)
     >>> best[0].image().size
@@ -59,7 +59,7 @@ class Archive(store.Archive):
         """Open an archive to read: a file, an address, a file on the hub, or the archive that ships.
 
         >>> Archive.load()
-        <Archive emoji.db: format 2, 6,048 images>
+        <Archive emoji.db: format 3, 6,048 images>
 
         Args:
             source: A path; `https://...`; `hf://datasets/OWNER/NAME/FILE.db` on the Hugging Face hub, with `@REVISION`

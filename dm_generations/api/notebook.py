@@ -13,6 +13,8 @@ from dm_generations.api.generator import GeneratedImages, Generator
 from dm_generations.api.images import ImageList
 from dm_generations.errors import UserError
 from dm_generations.inference.scorer import Scorer
+from dm_generations.models.base import default_params_of
+from dm_generations.pipelines.sweep import DEFAULT_PARAMS
 
 _BATCH_SIZE = 8  # a batch has this size in any case, and a form generates few images
 
@@ -46,9 +48,10 @@ class Demo:
         """
         self._generator = generator or Generator.load(batch_size=_BATCH_SIZE)
         self._scorer = scorer or Scorer.load()
+        params = default_params_of(self._generator.models.generator.config) or DEFAULT_PARAMS
         self.values: dict[str, Any] = {
             **{"prompt": "a rocket", "n": 8, "best": 4, "seed": 0},
-            **{"top_k": 256, "top_p": 1.0, "temperature": 1.0, "cond_scale": 3.0},
+            **{name: getattr(params, name) for name in ("top_k", "top_p", "temperature", "cond_scale")},
         }
         self._set_values(values)
         self.results: GeneratedImages | None = None

@@ -141,8 +141,9 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
         type=int,
         nargs="+",
         metavar="K",
-        help=f"sample among the K most likely tokens; 0 is no limit (default: {DEFAULT_PARAMS.top_k}; with --rng "
-        "dalle-mini this and the next two are what the model's config.json says, else 50, 1 and 1)",
+        help=f"sample among the K most likely tokens; 0 is no limit (default: {DEFAULT_PARAMS.top_k}, or "
+        "the model's own, as of the next three; with --rng dalle-mini this and the next two are what the model's "
+        "config.json says, else 50, 1 and 1)",
     )
     add(
         "--top-p",

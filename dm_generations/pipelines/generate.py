@@ -451,7 +451,8 @@ def prepare(
             held = pipeline.generator.batch_size
             logger.warning("memory holds batches of %s images, not of %s", held, options.batch_size)
     if options.rng == "dalle-mini":  # whose `generate` has its defaults from config.json
-        defaults = SamplingParams(config.top_k, config.top_p, config.temperature, DEFAULT_PARAMS.cond_scale)
+        scale = DEFAULT_PARAMS.cond_scale if config.cond_scale is None else config.cond_scale
+        defaults = SamplingParams(config.top_k, config.top_p, config.temperature, scale)
         sweep = sweep.with_defaults(defaults)
     return pipeline, sweep
 

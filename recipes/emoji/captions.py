@@ -9,7 +9,6 @@ the two words that it knows of a long prompt.
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -39,60 +38,29 @@ FILLERS = (
 )  # fmt: skip
 
 
-SMALL_PHRASES = ("small {}", "a small {}", "a tiny {}", "{}, small")
-COUNT_PHRASES = ("{count} {name}", "{count} {name}", "{count} {style} {name}", "{count} {name} in {style} style")
-COUNTS = {2: "two", 3: "three", 4: "four"}
-PAIR_PHRASES = ("{} and {}", "{} next to {}", "{} with {}", "{} beside {}", "{} and {}")
 GROUND_PHRASES = ("{} on {}", "{} on {}", "{} on a {} background", "{}, {} background")
+MENTIONED_SHARE = 0.35  # of captions say what the ground is
 
 
-def to_plural(name: str) -> str:
-    """Make the plural of a name by the regular rules of English: `slice of cake` becomes `slices of cake`."""
-    head, of, rest = name.partition(" of ")
-    if re.search(r"(s|x|z|ch|sh)$", head):
-        head += "es"
-    elif re.search(r"[^aeiou]y$", head):
-        head = head[:-1] + "ies"
-    else:
-        head += "s"
-    return head + of + rest
+def mention_ground(caption: str, ground: str, rng: np.random.Generator) -> tuple[str, bool]:
+    """Add the ground, a colour or "at night", to some captions; a ground that is named already goes.
 
-
-def caption_count(emoji: Emoji, count: int, rng: np.random.Generator) -> str:
-    """Sample a caption of several equal emoji."""
-    phrase = str(rng.choice(COUNT_PHRASES))
-    return phrase.format(count=COUNTS[count], name=to_plural(emoji["name"]), style=emoji["style"])
-
-
-def caption_pair(first: Emoji, second: Emoji, rng: np.random.Generator) -> str:
-    """Sample a caption of two emoji of one style."""
-    names = [one["name"] for one in (first, second)]
-    kind = rng.random()
-    if kind < 0.25:
-        names = [f"{first['style']} {name}" for name in names]
-    if rng.random() < 0.5:
-        names = [f"a {name}" for name in names]
-    text = str(rng.choice(PAIR_PHRASES)).format(*names)
-    return str(rng.choice(STYLE_PHRASES[first["style"]][:5])).format(text) if kind > 0.75 else text
-
-
-def mention_ground(caption: str, ground: str, rng: np.random.Generator) -> str:
-    """Add the colour of the ground to half of the captions, and white to few; a ground that is named goes."""
+    Returns:
+        The caption, and whether it names the ground.
+    """
     caption = caption.replace(" on a white background", "")
-    if rng.random() < (0.05 if ground == "white" else 0.5):
-        return str(rng.choice(GROUND_PHRASES)).format(caption, ground)
-    return caption
+    if rng.random() >= MENTIONED_SHARE:
+        return caption, False
+    return f"{caption} {ground}" if " " in ground else str(rng.choice(GROUND_PHRASES)).format(caption, ground), True
 
 
-def sample_caption(emoji: Emoji, rng: np.random.Generator, is_small: bool = False) -> str:
-    """Sample a caption of an image; half of those of small ones say so."""
+def sample_caption(emoji: Emoji, rng: np.random.Generator) -> str:
+    """Sample a caption of an image."""
     if emoji["keywords"] and rng.random() < 0.15:
         count = min(len(emoji["keywords"]), int(rng.integers(1, 4)))
         text = " ".join(rng.choice(emoji["keywords"], count, replace=False))
     else:
         text = emoji["name"]
-    if is_small and rng.random() < 0.5:
-        text = str(rng.choice(SMALL_PHRASES)).format(text)
     kind = rng.random()
     if kind < 0.6:
         text = str(rng.choice(STYLE_PHRASES[emoji["style"]])).format(text)

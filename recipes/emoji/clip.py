@@ -4,7 +4,7 @@
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
 https://arxiv.org/abs/2103.00020. A batch holds one image each of different concepts, so no image has two right
-captions. Half of the images are seen as the codec reconstructs them, since CLIP will score such images.
+captions. Half of the images are on grounds as the codec draws them, since CLIP will score such images.
 
 B, N: images   M: names   S: pixels a side   P: features
 """
@@ -27,14 +27,16 @@ from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.models.vqgan.network import VQGAN
 from dm_generations.weights import native
-from recipes.emoji.captions import sample_caption
+from recipes.emoji.captions import mention_ground, sample_caption
 from recipes.emoji.common import make_optimizer, open_run, to_float32
 from recipes.emoji.data import Emoji, load_dataset
-from recipes.emoji.vqgan import augment, reconstruct
+from recipes.emoji.grounds import GROUNDS, encode_emoji
+from recipes.emoji.vqgan import augment, decode_tokens
 
 TEXT_LENGTH = 32
 LONG_TEXT_EVERY = 8  # steps; few captions need more than half of TEXT_LENGTH, so the other steps are padded to half
 MAX_SHIFT = 2  # pixels
+GROUNDS_OF_EMOJI = 4
 MAX_LOGIT_SCALE = np.log(100.0)  # as in the paper
 
 
@@ -72,6 +74,21 @@ def jitter_colours(images: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.clip(images * gain + offset, 0, 1)
 
 
+def draw_on_grounds(
+    codec: Checkpoint, pixels: np.ndarray, emoji: list[Emoji], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw emoji, uint8 (N, S, S, 3), on a few grounds each, by the codec.
+
+    Returns:
+        Images, uint8 (N, K, S, S, 3); the grounds, indices in `GROUNDS` (N, K).
+    """
+    grounds = np.random.default_rng(seed).integers(len(GROUNDS), size=(len(pixels), GROUNDS_OF_EMOJI))
+    tokens = encode_emoji(codec.config, codec.params, pixels)
+    rows = np.repeat(np.arange(len(pixels)), GROUNDS_OF_EMOJI)
+    drawn = decode_tokens(VQGAN(codec.config), codec.params, tokens.compose(rows, grounds.ravel(), emoji))
+    return drawn.reshape(*grounds.shape, *pixels.shape[1:]), grounds
+
+
 class Trainer:
     """The compiled training step. Its state has parameters and optimiser state."""
 
@@ -79,7 +96,8 @@ class Trainer:
         self,
         model: CLIP,
         pixels: np.ndarray,
-        reconstructed: np.ndarray,
+        drawn: np.ndarray,
+        grounds: np.ndarray,
         emoji: list[Emoji],
         tokenizer: PromptTokenizer,
         args: argparse.Namespace,
@@ -89,13 +107,15 @@ class Trainer:
         Args:
             model: The CLIP.
             pixels: uint8 (N, S, S, 3).
-            reconstructed: The same images through the codec.
+            drawn: Each image on a few grounds, as the codec draws it, uint8 (N, K, S, S, 3).
+            grounds: Which grounds, indices in `GROUNDS` (N, K).
             emoji: What is known of each image.
             tokenizer: CLIP's tokenizer.
             args: Flags of the command.
         """
         self.model, self.emoji, self.tokenizer, self.args = model, emoji, tokenizer, args
-        self.images = jnp.asarray(np.stack([pixels, reconstructed], 1))  # (N, 2, S, S, 3)
+        self.images = jnp.asarray(np.concatenate([pixels[:, None], drawn], 1))  # (N, 1 + K, S, S, 3)
+        self.grounds = np.pad(grounds, ((0, 0), (1, 0)))  # the first is on white
         by_concept: dict[str, list[int]] = {}
         for i, one in enumerate(emoji):
             by_concept.setdefault(one["concept"], []).append(i)
@@ -127,7 +147,7 @@ class Trainer:
         self,
         state: dict[str, Any],
         indices: jax.Array,
-        is_reconstructed: jax.Array,
+        variants: jax.Array,
         ids: jax.Array,
         mask: jax.Array,
         key: jax.Array,
@@ -137,13 +157,13 @@ class Trainer:
         Args:
             state: The state before.
             indices: Images (B,).
-            is_reconstructed: 1 to see an image as the codec reconstructs it, else 0 (B,).
+            variants: 0 to see an image as it is, else on one of its grounds (B,).
             ids: Tokens of the captions (B, T).
             mask: 1 for tokens and 0 for padding (B, T).
             key: JAX key.
         """
         jitter_key, augment_key = jax.random.split(key)
-        images = augment(self.images[indices, is_reconstructed], augment_key, max_shift=MAX_SHIFT, mirror=False)
+        images = augment(self.images[indices, variants], augment_key, max_shift=MAX_SHIFT, mirror=False)
         images = normalise(jitter_colours(images, jitter_key) * 255)
         (loss, top1), grads = jax.value_and_grad(self._loss, has_aux=True)(state["params"], images, ids, mask)
         updates, opt = self.optimizer.update(grads, state["opt"], state["params"])
@@ -156,12 +176,15 @@ class Trainer:
         rng = np.random.default_rng([self.args.seed, step])
         concepts = rng.choice(len(self.indices_of_concepts), self.args.batch_size, replace=False)
         indices = np.array([rng.choice(self.indices_of_concepts[concept]) for concept in concepts])
-        captions = [sample_caption(self.emoji[i], rng) for i in indices]
+        variants = rng.integers(self.grounds.shape[1], size=len(indices)) * rng.integers(2, size=len(indices))
+        captions = [
+            mention_ground(sample_caption(self.emoji[i], rng), GROUNDS[ground].name, rng)[0]
+            for i, ground in zip(indices, self.grounds[indices, variants], strict=True)
+        ]
         length = TEXT_LENGTH if step % LONG_TEXT_EVERY == 0 else TEXT_LENGTH // 2
         ids, mask = self.tokenizer.encode(captions, length)
-        is_reconstructed = rng.integers(2, size=len(indices))
         key = jax.random.fold_in(jax.random.key(self.args.seed), step)
-        return self.update(state, indices, is_reconstructed, ids, mask, key)
+        return self.update(state, indices, variants, ids, mask, key)
 
 
 def top1_accuracy(images: np.ndarray, names: np.ndarray, labels: np.ndarray, count: int, seed: int) -> float:
@@ -221,20 +244,21 @@ def main() -> None:
     pixels, emoji = load_dataset(args.data, with_tones=False)  # captions do not tell skin tones apart
     tokenizer = PromptTokenizer(args.tokenizer)
     codec = load_checkpoint(args.codec, "codec")
-    reconstructed, _ = reconstruct(VQGAN(codec.config), codec.params, pixels)
+    drawn, grounds = draw_on_grounds(codec, pixels, emoji, args.seed)
     train = [i for i, one in enumerate(emoji) if not one["held_out"]]
     config, params = make_config(pixels.shape[1], tokenizer.eos_id + 1), None
     if args.init:
         loaded = load_checkpoint(args.init, "clip")
         config, params = loaded.config, to_float32(loaded.params)
-    trainer = Trainer(CLIP(config), pixels[train], reconstructed[train], [emoji[i] for i in train], tokenizer, args)
+    train_emoji = [emoji[i] for i in train]
+    trainer = Trainer(CLIP(config), pixels[train], drawn[train], grounds[train], train_emoji, tokenizer, args)
     run = open_run(args.run, trainer.init(params), save_every=500, args=args)
 
     def evaluate_state(state: dict[str, Any]) -> dict[str, float]:
         params = jax.device_get(state["params"])
         scorer = Scorer(Checkpoint("clip", config, params, "", "", args.tokenizer), tokenizer)
-        of_reconstructed = evaluate(scorer, reconstructed, emoji)
-        return evaluate(scorer, pixels, emoji) | {f"reconstructed_{k}": v for k, v in of_reconstructed.items()}
+        on_grounds = evaluate(scorer, drawn[:, -1], emoji)
+        return evaluate(scorer, pixels, emoji) | {f"on_grounds_{k}": v for k, v in on_grounds.items()}
 
     run.train(args.steps, trainer.step, log_every=50, evaluate=evaluate_state, evaluate_every=500)
     if args.out:

@@ -2,20 +2,20 @@
 
     python -m recipes.emoji.dalle_bart --data build/emoji-64.npz --codec build/models/vqgan --run build/dalle_bart
 
-Four things differ from dalle-mini's training, since a small model memorises its images:
+Five things differ from dalle-mini's training, since a small model memorises its images:
 
 - Rows without a caption (`--caption-dropout`) are trained towards equal probabilities of all tokens
   (`--unconditional-smoothing 1`). Super conditioning magnifies log p(token | caption) - log p(token). If the model
   memorises log p(token) too, that difference is largest for tokens that are improbable in both, and they blotch nearly
   every second image at a condition scale of 10. With equal probabilities, guidance is close to a temperature of
-  1 / scale. With less smoothing they learn other emoji at the same places: what images are like, not which one this is.
-  To fine-tune a large model, whose p(token) is worth having, use `--unconditional-smoothing 0.005`.
+  1 / scale. To fine-tune a large model, whose p(token) is worth having, use `--unconditional-smoothing 0.005`.
+- Every step puts its emoji on other grounds, if the codec has them (`recipes.emoji.grounds`). The first token, which
+  tells ground and style, is trained towards equal probabilities of all that the caption leaves open, and without a
+  caption too. So guidance prefers none of them: it would prefer those that a model happened to see with a name.
 - All other rows have a little label smoothing. It keeps the logits of tokens that never occur level.
 - A random share of the tokens that a row reads is replaced. The model then goes on well after a bad token, and where
   most tokens are wrong it must read the caption. Without this it does not learn the style words.
 - The first tokens of an emoji weigh more in the loss. Only the caption tells them, and the rest depends on them.
-
-With `--scenes` every step composes new scenes (`recipes.emoji.scenes`) in place of emoji alone.
 
 B: rows of a batch   T: text tokens   L: tokens of an image   V: image vocabulary
 """
@@ -23,6 +23,7 @@ B: rows of a batch   T: text tokens   L: tokens of an image   V: image vocabular
 import argparse
 import contextlib
 import dataclasses
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -41,9 +42,10 @@ from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.training.data import choose_rows
 from dm_generations.training.objectives import cross_entropy
 from dm_generations.weights import native
+from recipes.emoji.captions import mention_ground, sample_caption
 from recipes.emoji.common import has_bfloat16_units, make_optimizer, open_run, to_float32, use_bfloat16_dense
-from recipes.emoji.data import load_dataset
-from recipes.emoji.scenes import Blocks, Part, Scene, SceneSampler, compose_tokens, encode_alone, encode_blocks
+from recipes.emoji.data import STYLES, Emoji, load_dataset
+from recipes.emoji.grounds import GROUNDS, Tokens, encode_emoji
 
 CORRUPTION_POWER = 4  # the share of replaced tokens is u ** 4 with u uniform, a fifth on average
 LABEL_SMOOTHING = 0.005
@@ -86,8 +88,8 @@ class Trainer:
     def __init__(
         self,
         model: DalleBart,
-        blocks: Blocks,
-        sampler: SceneSampler,
+        tokens: Tokens,
+        emoji: list[Emoji],
         tokenizer: PromptTokenizer | None,
         args: argparse.Namespace,
     ) -> None:
@@ -95,13 +97,18 @@ class Trainer:
 
         Args:
             model: The DalleBart.
-            blocks: Tokens of the training images.
-            sampler: Samples scenes of the training images.
+            tokens: Tokens of the training images.
+            emoji: What is known of each of them.
             tokenizer: Tokenizer of the captions; None if no batch is made.
             args: Flags of the command.
         """
         self.model, self.config, self.args = model, model.config, args
-        self.blocks, self.sampler, self.tokenizer = blocks, sampler, tokenizer
+        self.tokens, self.emoji, self.tokenizer = tokens, emoji, tokenizer
+        self.weights = weigh_tokens(tokens.emoji.shape[1])
+        self.styles_of_concept: dict[str, list[int]] = {}
+        for one, outside in zip(emoji, tokens.outside, strict=True):
+            if outside[0, 0]:
+                self.styles_of_concept.setdefault(one["concept"], []).append(STYLES.index(one["style"]))
         self.optimizer = make_optimizer(
             args.learning_rate, args.steps, warmup=min(100, args.steps // 10), weight_decay=0.02, adam_share=1.0
         )
@@ -130,7 +137,7 @@ class Trainer:
         mask: jax.Array,
         inputs: jax.Array,
         targets: jax.Array,
-        weights: jax.Array,
+        first: jax.Array,
         smoothing: jax.Array,
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """Take a step on a batch, which `make_batch` describes. Returns the new state and the metrics."""
@@ -138,7 +145,8 @@ class Trainer:
         def loss_of(params: Any) -> jax.Array:
             with nn.intercept_methods(use_bfloat16_dense) if self.args.bfloat16 else contextlib.nullcontext():
                 logits = self.logits(params, ids, mask, inputs)
-            return (cross_entropy(logits, targets, smoothing[:, None]) * weights).mean()
+            losses = cross_entropy(logits, targets, smoothing[:, None])
+            return (losses.at[:, 0].set(optax.softmax_cross_entropy(logits[:, 0], first)) * self.weights).mean()
 
         loss, grads = jax.value_and_grad(loss_of)(state["params"])
         updates, opt = self.optimizer.update(grads, state["opt"], state["params"])
@@ -146,7 +154,7 @@ class Trainer:
 
     def choose_images(self, step: int) -> np.ndarray:
         """Choose the images (B,) of a step. Each epoch has all images once, in random order."""
-        return choose_rows(self.args.seed, step, self.args.batch_size, len(self.sampler.emoji))
+        return choose_rows(self.args.seed, step, self.args.batch_size, len(self.emoji))
 
     def encode_text(self, texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Encode captions to ids and mask, int32 (B, length)."""
@@ -157,34 +165,59 @@ class Trainer:
         """Make the batch of a step.
 
         Returns:
-            Text ids and mask, int32 (B, T); tokens to read and tokens to predict, int32 (B, L); their weights, float32
-            (B, L); label smoothing, float32 (B,).
+            Text ids and mask, int32 (B, T); tokens to read and tokens to predict, int32 (B, L); probabilities of
+            the first token to learn, float32 (B, V); label smoothing of the others, float32 (B,).
         """
         rng = np.random.default_rng([self.args.seed, step])
         count = self.args.batch_size
-        scenes = [self.sampler.sample(index, rng) for index in self.choose_images(step)]
+        indices, grounds = self.choose_images(step), rng.integers(len(GROUNDS), size=count)
         is_dropped = rng.random(count) < self.args.caption_dropout
-        texts = [
-            "" if drop else self.sampler.caption(scene, rng) for scene, drop in zip(scenes, is_dropped, strict=True)
-        ]
+        captions = [sample_caption(self.emoji[i], rng) for i in indices]
+        is_named = np.zeros(count, bool)
+        if self.tokens.grounds is not None:
+            named = [mention_ground(text, GROUNDS[i].name, rng) for text, i in zip(captions, grounds, strict=True)]
+            captions, is_named = [text for text, _ in named], np.array([is_named for _, is_named in named])
+        texts = ["" if drop else text for text, drop in zip(captions, is_dropped, strict=True)]
         length = self.config.max_text_length
         ids, mask = self.encode_text(texts, length if step % LONG_TEXT_EVERY == 0 else length // 2)
-        shown = np.stack([compose_tokens(self.blocks, scene) for scene in scenes])
-        others = [
-            self.sampler.replace_emoji(scene, rng) if drop else scene
-            for scene, drop in zip(scenes, is_dropped, strict=True)
-        ]
-        targets = np.stack([compose_tokens(self.blocks, scene) for scene in others])
-        # Half of the wrong tokens are any token, half are those of another scene at the same place.
+        targets = self.tokens.compose(indices, grounds, self.emoji)
+        # Half of the wrong tokens are any token, half are those of another image at the same place.
         wrong = np.where(
-            rng.random(shown.shape) < 0.5,
-            rng.integers(self.config.codebook_size, size=shown.shape),
-            np.roll(shown, 1, axis=0),
+            rng.random(targets.shape) < 0.5,
+            rng.integers(self.config.codebook_size, size=targets.shape),
+            np.roll(targets, 1, axis=0),
         )
-        is_wrong = rng.random(shown.shape) < rng.random((count, 1)) ** CORRUPTION_POWER
-        inputs = np.where(is_wrong, wrong, shown).astype(np.int32)
+        is_wrong = rng.random(targets.shape) < rng.random((count, 1)) ** CORRUPTION_POWER
+        is_wrong[:, 0] &= self.tokens.grounds is None  # ground and style are always read right
         smoothing = np.where(is_dropped, self.args.unconditional_smoothing, LABEL_SMOOTHING).astype(np.float32)
-        return ids, mask, inputs, targets, weigh_tokens(scenes, self.blocks.grid), smoothing
+        first = np.zeros((count, self.config.image_vocab_size + 1), np.float32)
+        for row, index in enumerate(indices):
+            first[
+                row, self.list_first_tokens(index, texts[row], grounds[row] if is_named[row] and texts[row] else None)
+            ] = 1
+        first /= first.sum(1, keepdims=True)
+        first_smoothing = (smoothing if self.tokens.grounds is None else np.full_like(smoothing, LABEL_SMOOTHING))[
+            :, None
+        ]
+        first += first_smoothing * (1 / first.shape[1] - first)
+        return ids, mask, np.where(is_wrong, wrong, targets).astype(np.int32), targets, first, smoothing
+
+    def list_first_tokens(self, index: int, text: str, ground: int | None) -> np.ndarray:
+        """List the tokens that an image may begin with.
+
+        Args:
+            index: Of the emoji.
+            text: Its caption; one without a style leaves all styles open that its concept is seen in.
+            ground: Index of the ground that the caption names; None leaves it open.
+        """
+        tokens, one = self.tokens, self.emoji[index]
+        if tokens.grounds is None or not tokens.outside[index, 0, 0]:
+            return tokens.emoji[index, :1, 0]
+        styles = [STYLES.index(one["style"])]
+        if one["style"] not in re.split(r"\W+", text):
+            styles = self.styles_of_concept[one["concept"]]
+        variants = [i for i, each in enumerate(GROUNDS) if ground is None or each.name == GROUNDS[ground].name]
+        return tokens.grounds[np.ix_(styles, variants)].ravel()
 
     def step(self, state: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """Take the step of this number. Returns the new state and the metrics."""
@@ -199,23 +232,10 @@ class Trainer:
         return float(self._nll(params, *self.encode_text(texts, self.config.max_text_length), tokens))
 
 
-def weigh_tokens(scenes: list[Scene], side: int) -> np.ndarray:
-    """Weigh the tokens of scenes in the loss, float32 (B, L), with mean 1 in each scene: first ones of a block most."""
-    weights = np.ones((len(scenes), side, side), np.float32)
-    for grid, scene in zip(weights, scenes, strict=True):
-        for _, size, top, left in scene.parts:
-            halvings = np.arange(size * size).reshape(size, size) / size
-            grid[top : top + size, left : left + size] += FIRST_TOKEN_WEIGHT * 0.5**halvings
-    return (weights / weights.mean((1, 2), keepdims=True)).reshape(len(scenes), -1)
-
-
-def enlarge_grid(config: DalleBartConfig, params: dict[str, Any], grid: int) -> tuple[DalleBartConfig, dict[str, Any]]:
-    """Put a model into the middle of a larger grid: cells beside it take the position of the nearest cell."""
-    side = round(config.image_length**0.5)
-    near = np.clip(np.arange(grid) - (grid - side) // 2, 0, side - 1)
-    positions = params["model"]["decoder"]["embed_positions"]
-    positions["embedding"] = positions["embedding"][(near[:, None] * side + near).ravel()]
-    return dataclasses.replace(config, image_length=grid**2), params
+def weigh_tokens(side: int) -> np.ndarray:
+    """Weigh the tokens of an image of `side` tokens a side in the loss, float32 (L,), with mean 1: first ones most."""
+    weights = 1 + FIRST_TOKEN_WEIGHT * 0.5 ** (np.arange(side**2) / side)
+    return (weights / weights.mean()).astype(np.float32)
 
 
 def parse_args() -> argparse.Namespace:
@@ -227,11 +247,6 @@ def parse_args() -> argparse.Namespace:
     add("--tokenizer", type=Path, default=Path("build/tokenizer/dalle_bart"), help="folder of the tokenizer")
     add("--run", type=Path, default=Path("build/dalle_bart"), help="folder of the run; resumes")
     add("--out", type=Path, help="write the trained model to this folder")
-    add(
-        "--scenes",
-        action="store_true",
-        help="compose scenes, which the codec was taught by recipes.emoji.scene_decoder",
-    )
     add("--init", help="fine-tune this model (a folder) instead of starting at random")
     add("--steps", type=int, default=5800, help="training steps (default: 5800)")
     add("--batch-size", type=int, default=64, help="images of a step (default: 64)")
@@ -266,26 +281,24 @@ def main() -> None:
     pixels, emoji = load_dataset(args.data, with_tones=False)  # captions do not tell skin tones apart
     is_train = np.array([not one["held_out"] for one in emoji])
     codec = load_checkpoint(args.codec, "codec")
-    blocks = (encode_blocks if args.scenes else encode_alone)(codec.config, codec.params, pixels)
+    tokens = encode_emoji(codec.config, codec.params, pixels)
     tokenizer = PromptTokenizer(args.tokenizer)
     vocab_size = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json")).get_vocab_size()
-    config, params = make_config(codec.config.codebook_size, blocks.grid**2, vocab_size), None
+    config, params = make_config(codec.config.codebook_size, codec.config.grid**2, vocab_size), None
     if args.init:
         loaded = load_checkpoint(args.init, "generator")
-        config, params = enlarge_grid(loaded.config, to_float32(loaded.params), blocks.grid)
-    sampler = SceneSampler([one for one in emoji if not one["held_out"]], None if args.scenes else blocks.grid)
-    trainer = Trainer(DalleBart(config), blocks.choose(is_train), sampler, tokenizer, args)
+        config, params = loaded.config, to_float32(loaded.params)
+    train_emoji = [one for one in emoji if not one["held_out"]]
+    trainer = Trainer(DalleBart(config), tokens.choose(is_train), train_emoji, tokenizer, args)
     run = open_run(args.run, trainer.init(params), save_every=250, args=args)
 
     seen = np.random.default_rng(0).choice(np.flatnonzero(is_train), PROBE_ROWS, replace=False)
     unseen = np.flatnonzero(~is_train)[:PROBE_ROWS]
     texts = [f"{one['style']} {one['name']}" for one in emoji]
-    size = max(blocks.tokens)
-    at = (blocks.grid - size) // 2
+    grounds = np.arange(len(emoji)) % len(GROUNDS)
 
     def nll(params: Any, indices: np.ndarray, texts: list[str]) -> float:
-        tokens = np.stack([compose_tokens(blocks, Scene((Part(int(i), size, at, at),))) for i in indices])
-        return trainer.nll(params, tokens, texts)
+        return trainer.nll(params, tokens.compose(indices, grounds[indices], emoji), texts)
 
     def evaluate(state: dict[str, Any]) -> dict[str, float]:
         params = state["params"]

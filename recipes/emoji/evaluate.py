@@ -2,18 +2,20 @@
 
     python -m recipes.emoji.evaluate --models build/models --data build/emoji-64.npz --out build/evaluation
 
-Grids: 100 common concepts (best of 16 by CLIP), samples at three condition scales and, at each, those furthest from
-every training image, single words that are not names, styles, colours, and prompts of two objects. People and signs are
-evaluated apart from things, since their names differ in little. Names are of training images, unless held out is said.
+Grids: 100 common concepts (best of 16 by CLIP), 16 samples of a name, samples at three condition scales and, at each,
+those furthest from every training image, single words that are not names, styles, grounds, colours, and prompts of two
+objects. People and signs are evaluated apart from things, since their names differ in little. Names are of training
+images, unless held out is said. Samples other than those of the three scales have the settings of the model's config.
 
-N, M: images   S: pixels a side   P: prompts   C: samples of a prompt
+N, M: images   S: pixels a side   L: tokens of an image   P: prompts   C: samples of a prompt
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -22,14 +24,16 @@ from dm_generations.export.captions import without_accents
 from dm_generations.inference.decoder import Decoder
 from dm_generations.inference.generator import Generator
 from dm_generations.inference.scorer import Scorer
+from dm_generations.models.base import default_params_of
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.models.vqgan.network import VQGAN
 from dm_generations.sampling.params import SamplingParams
 from dm_generations.sampling.prng import row_key
 from recipes.emoji.clip import top1_accuracy
-from recipes.emoji.data import STYLES, Emoji, load_dataset
-from recipes.emoji.vqgan import compute_psnr, reconstruct
+from recipes.emoji.data import STYLES, load_dataset
+from recipes.emoji.grounds import GROUNDS, draw_grounds, encode_emoji, find_grounds
+from recipes.emoji.vqgan import compute_psnr, decode_tokens, get_codebook, reconstruct
 
 COMMON_WORDS = (
     "rocket castle avocado strawberry dinosaur cat dog horse cow pig mouse rabbit bear panda koala tiger lion monkey "
@@ -56,8 +60,9 @@ STYLED_NAMES = (
     "crab",
     "automobile",
 )
-COLOURS = ("red", "blue", "green", "purple", "yellow", "black")
+COLOUR_WORDS = ("red", "blue", "green", "purple", "yellow", "black")
 COLOURED_NAMES = ("car", "heart", "book", "apple", "castle", "cat")
+GROUND_NAMES = ("rocket", "strawberry", "cat face", "house", "crab")
 PAIRS = (
     "a cat next to a rocket",
     "an avocado armchair",
@@ -72,6 +77,16 @@ OUTLIER_DISTANCE = 40
 MAX_MEANINGS = 5  # a word of more concepts than this is left out: anything might be right for "food"
 CONTEST = 1000  # names among which CLIP must pick the right one
 GRID_IMAGES = 64
+VARIETY_NAMES = 40
+VARIETY_IMAGES = 16  # of a name
+
+
+class Samples(NamedTuple):
+    """Samples of prompts."""
+
+    images: np.ndarray  # uint8 (P, C, S, S, 3)
+    scores: np.ndarray  # by CLIP, float32 (P, C)
+    tokens: np.ndarray  # uint16 (P, C, L)
 
 
 class Pipeline:
@@ -88,25 +103,30 @@ class Pipeline:
         models = {kind: load_checkpoint(folder / kind, role) for kind, role in roles.items()}
         text, clip = (PromptTokenizer(folder / kind) for kind in ("dalle_bart", "clip"))
         self.vqgan = models["vqgan"]
+        self.grounds = find_grounds(np.asarray(get_codebook(self.vqgan.params)))
+        self.params = default_params_of(models["dalle_bart"].config) or SamplingParams(top_k=256, cond_scale=3.0)
         self.generator = Generator(models["dalle_bart"], text, batch_size)
         self.codec = Decoder.from_checkpoint(self.vqgan, batch_size)
         self.scorer = Scorer(models["clip"], clip, batch_size)
         self.batch_size = batch_size
 
-    def sample(self, prompts: Sequence[str], count: int, cond_scale: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
-        """Draw `count` samples of each prompt.
-
-        Returns:
-            Images, uint8 (P, C, S, S, 3), and CLIP scores, float32 (P, C).
-        """
+    def sample(self, prompts: Sequence[str], count: int, cond_scale: float | None = None) -> Samples:
+        """Draw `count` samples of each prompt, with the model's own settings but for `cond_scale`."""
         texts = [prompt for prompt in prompts for _ in range(count)]
-        keys = np.array([row_key(0, i) for _ in prompts for i in range(count)], np.uint32)
-        settings = SamplingParams(top_k=256, top_p=1.0, temperature=1.0, cond_scale=cond_scale)
+        keys = np.array([row_key(0, i) for i in range(len(texts))], np.uint32)
+        settings = self.params if cond_scale is None else dataclasses.replace(self.params, cond_scale=cond_scale)
         tokens = self.generator.generate(texts, settings, keys)
         size = self.batch_size
         images = np.concatenate([self.codec.decode(tokens[i : i + size]) for i in range(0, len(tokens), size)])
         scores = self.scorer.score(images, texts)[0]
-        return images.reshape(len(prompts), count, *images.shape[1:]), scores.reshape(len(prompts), count)
+        shape = len(prompts), count
+        return Samples(images.reshape(*shape, *images.shape[1:]), scores.reshape(shape), tokens.reshape(*shape, -1))
+
+    def draw_on_white(self, tokens: np.ndarray) -> np.ndarray:
+        """Draw tokens (N, L) with those of the grounds taken for white: uint8 (N, S, S, 3)."""
+        if self.grounds is not None:
+            tokens = np.where(np.isin(tokens, self.grounds), self.grounds[0, 0], tokens)
+        return decode_tokens(VQGAN(self.vqgan.config), self.vqgan.params, tokens.astype(np.int32))
 
 
 class Dataset:
@@ -114,7 +134,8 @@ class Dataset:
 
     Attributes:
         reconstructed: The images through the codec, uint8 (N, S, S, 3).
-        train: The reconstructed training images, which samples are compared with.
+        on_white: The images as their tokens on a white ground draw them, which samples are compared with.
+        on_grounds: On a random ground each, as drawn by the codec.
         is_held_out: bool (N,).
         names: All names, sorted.
         index_of_name: Index by name.
@@ -129,9 +150,14 @@ class Dataset:
             path: File of `recipes.emoji.data`.
         """
         self.pixels, self.emoji = load_dataset(path, with_tones=False)
-        self.reconstructed, _ = reconstruct(VQGAN(pipeline.vqgan.config), pipeline.vqgan.params, self.pixels)
+        codec, params = VQGAN(pipeline.vqgan.config), pipeline.vqgan.params
+        self.reconstructed, _ = reconstruct(codec, params, self.pixels)
+        tokens = encode_emoji(codec.config, params, self.pixels)
+        indices = np.arange(len(self.pixels))
+        self.on_white = decode_tokens(codec, params, tokens.compose(indices, 0 * indices, self.emoji))
+        self.grounds = np.random.default_rng(4).integers(len(GROUNDS), size=len(indices))
+        self.on_grounds = decode_tokens(codec, params, tokens.compose(indices, self.grounds, self.emoji))
         self.is_held_out = np.array([one["held_out"] for one in self.emoji])
-        self.train = self.reconstructed[~self.is_held_out]
         self.names = sorted({one["name"] for one in self.emoji})
         self.index_of_name = {name: i for i, name in enumerate(self.names)}
         self.name_features = pipeline.scorer.text_features(self.names)
@@ -207,10 +233,12 @@ def nearest_distance(images: np.ndarray, known: np.ndarray) -> np.ndarray:
 def evaluate_codec(dataset: Dataset) -> dict[str, float]:
     """Compute mean PSNR of training and held-out images."""
     psnr = compute_psnr(dataset.reconstructed, dataset.pixels)
+    on_grounds = compute_psnr(dataset.on_grounds, draw_grounds(dataset.pixels, dataset.grounds))
     return {
         "held_out_images": int(dataset.is_held_out.sum()),
         "psnr_held_out": float(psnr[dataset.is_held_out].mean()),
         "psnr_train": float(psnr[~dataset.is_held_out].mean()),
+        "psnr_held_out_on_grounds": float(on_grounds[dataset.is_held_out].mean()),
     }
 
 
@@ -227,6 +255,45 @@ def evaluate_clip(pipeline: Pipeline, dataset: Dataset, images: np.ndarray) -> d
     return result
 
 
+def measure_distances(pipeline: Pipeline, dataset: Dataset, tokens: np.ndarray) -> np.ndarray:
+    """Compute how far samples (N, L) are from every training image, both on white: float32 (N,), levels of 255."""
+    return nearest_distance(pipeline.draw_on_white(tokens), dataset.on_white[~dataset.is_held_out])
+
+
+def measure_pairwise(images: np.ndarray) -> float:
+    """Compute the mean root mean square distance of all pairs of images, uint8 (N, S, S, 3), in levels of 255."""
+    flat = images.reshape(len(images), -1).astype(np.float64)
+    squares = np.square(flat).mean(1)
+    distances = np.sqrt(np.maximum(squares[:, None] + squares - 2 * flat @ flat.T / flat.shape[1], 0))
+    return float(distances[np.triu_indices(len(images), 1)].mean())
+
+
+def measure_variety(
+    pipeline: Pipeline, dataset: Dataset, names: Sequence[str], cond_scale: float | None
+) -> dict[str, float]:
+    """Compare 16 samples of each name with each other, and the real images mirrored and moved at random."""
+    rng = np.random.default_rng(4)
+    images = pipeline.sample(names, VARIETY_IMAGES, cond_scale).images
+    distinct = np.array([len(np.unique(some.reshape(len(some), -1), axis=0)) for some in images])
+    real = []
+    for name in names:
+        pool = [i for i, one in enumerate(dataset.emoji) if one["name"] == name and not one["held_out"]]
+        chosen = dataset.pixels[rng.choice(pool, VARIETY_IMAGES)]
+        padded = np.pad(chosen, ((0, 0), (8, 8), (8, 8), (0, 0)), constant_values=255)
+        size = chosen.shape[1]
+        moved = [
+            one[y : y + size, x : x + size][:, :: rng.choice([-1, 1])]
+            for one, (y, x) in zip(padded, rng.integers(17, size=(len(padded), 2)), strict=True)
+        ]
+        real.append(measure_pairwise(np.stack(moved)))
+    return {
+        "distinct_of_16": float(distinct.mean()),
+        "names_with_12_distinct": float((distinct >= 12).mean()),
+        "pairwise_distance": float(np.mean([measure_pairwise(some) for some in images])),
+        "pairwise_distance_real": float(np.mean(real)),
+    }
+
+
 def evaluate_samples(
     pipeline: Pipeline, dataset: Dataset, args: argparse.Namespace, in_people_and_signs: bool
 ) -> dict[str, dict[str, float]]:
@@ -236,17 +303,17 @@ def evaluate_samples(
     labels = np.repeat([dataset.index_of_name[name] for name in chosen], args.samples)
     result = {}
     for cond_scale in SCALES:
-        images, scores = pipeline.sample(chosen, args.samples, cond_scale)
+        images, scores, tokens = pipeline.sample(chosen, args.samples, cond_scale)
         flat = images.reshape(-1, *images.shape[2:])
         features = pipeline.scorer.image_features(flat)
-        distances = nearest_distance(flat, dataset.train)
+        distances = measure_distances(pipeline, dataset, tokens.reshape(len(flat), -1))
         best = np.arange(len(chosen)), scores.argmax(1)
         result[f"samples_{kind}scale_{cond_scale:g}"] = {
             "top1_1000": top1_accuracy(features, dataset.name_features, labels, CONTEST, 0),
             "mean_score": float(scores.mean()),
             "outlier_rate": float((distances > OUTLIER_DISTANCE).mean()),
             "outlier_rate_best": float((distances.reshape(scores.shape)[best] > OUTLIER_DISTANCE).mean()),
-        }
+        } | measure_variety(pipeline, dataset, chosen[:VARIETY_NAMES], cond_scale)
         file = f"{kind}scale-{cond_scale:g}.png"
         make_labelled_grid(images[:GRID_IMAGES, 0], chosen[:GRID_IMAGES], 16).save(args.out / file)
         furthest = np.argsort(-distances)[:GRID_IMAGES]
@@ -259,46 +326,53 @@ def evaluate_words(pipeline: Pipeline, dataset: Dataset, args: argparse.Namespac
     """Draw single words. A sample is right if the nearest of all names is one that the word can mean."""
     meanings = dataset.list_word_meanings()
     chosen = list(np.random.default_rng(3).choice(sorted(meanings), min(args.names, len(meanings)), replace=False))
-    images, scores = pipeline.sample(chosen, args.samples)
+    images, scores, tokens = pipeline.sample(chosen, args.samples)
     flat = images.reshape(-1, *images.shape[2:])
     nearest = (pipeline.scorer.image_features(flat) @ dataset.name_features.T).argmax(1)
     make_labelled_grid(images[:GRID_IMAGES, 0], chosen[:GRID_IMAGES], 16).save(args.out / "words.png")
+    distances = measure_distances(pipeline, dataset, tokens.reshape(len(flat), -1))
     return {
         "top1": float(np.mean([name in meanings[chosen[i // args.samples]] for i, name in enumerate(nearest)])),
         "mean_score": float(scores.mean()),
-        "outlier_rate": float((nearest_distance(flat, dataset.train) > OUTLIER_DISTANCE).mean()),
+        "outlier_rate": float((distances > OUTLIER_DISTANCE).mean()),
     }
 
 
-def measure_style_accuracy(pipeline: Pipeline, pixels: np.ndarray, emoji: list[Emoji]) -> float:
+def measure_style_accuracy(pipeline: Pipeline, dataset: Dataset) -> float:
     """Compute the share of samples of "<style> <name>" whose nearest image of that concept has that style."""
     images_of_name: dict[str, dict[str, int]] = {}
-    for i, one in enumerate(emoji):
+    for i, one in enumerate(dataset.emoji):
         images_of_name.setdefault(one["name"], {})[one["style"]] = i
     pool = sorted(name for name, styles in images_of_name.items() if len(styles) == len(STYLES))
     chosen = np.random.default_rng(2).choice(pool, 64, replace=False)
     hits = []
     for style in STYLES:
-        images, _ = pipeline.sample([f"{style} {name}" for name in chosen], 1)
-        for name, image in zip(chosen, images[:, 0], strict=True):
+        tokens = pipeline.sample([f"{style} {name}" for name in chosen], 1).tokens[:, 0]
+        for name, image in zip(chosen, pipeline.draw_on_white(tokens), strict=True):
             distances = {
-                other: np.square(pixels[i].astype(float) - image).mean() for other, i in images_of_name[name].items()
+                other: np.square(dataset.pixels[i].astype(float) - image).mean()
+                for other, i in images_of_name[name].items()
             }
             hits.append(min(distances, key=lambda other: distances[other]) == style)
     return float(np.mean(hits))
 
 
 def save_grids(pipeline: Pipeline, folder: Path) -> None:
-    """Save the grids of common concepts, styles, colours and pairs."""
+    """Save the grids of common concepts, variety, styles, grounds, colours and pairs."""
+    names = [ground.name if " " in ground.name else f"on {ground.name}" for ground in GROUNDS]
+    grounds = [f"{name} {ground}" for name in GROUND_NAMES for ground in dict.fromkeys(names)]
     styles = [f"{style}{name}" for name in STYLED_NAMES for style in ("", *(f"{style} " for style in STYLES))]
-    colours = [f"{colour} {name}" for name in COLOURED_NAMES for colour in COLOURS]
+    colours = [f"{colour} {name}" for name in COLOURED_NAMES for colour in COLOUR_WORDS]
     for file, prompts, count, best, columns in (
         ("common.png", COMMON, 16, 1, 10),
         ("styles.png", styles, 8, 1, 8),
+        ("variety.png", [f"a {name}" for name in STYLED_NAMES], VARIETY_IMAGES, VARIETY_IMAGES, VARIETY_IMAGES),
+        ("grounds.png", grounds, 4, 1, len(set(names))),
         ("colours.png", colours, 8, 1, 6),
         ("pairs.png", PAIRS, 8, 4, 8),
     ):
-        images = choose_best(*pipeline.sample(prompts, count), best)
+        samples = pipeline.sample(prompts, count)
+        images = choose_best(samples.images, samples.scores, best)
         labels = [prompt for prompt in prompts for _ in range(best)]
         make_labelled_grid(images.reshape(-1, *images.shape[2:]), labels, columns).save(folder / file)
 
@@ -324,11 +398,12 @@ def main() -> None:
         "codec": evaluate_codec(dataset),
         "clip_real": evaluate_clip(pipeline, dataset, dataset.pixels),
         "clip_reconstructed": evaluate_clip(pipeline, dataset, dataset.reconstructed),
+        "clip_on_grounds": evaluate_clip(pipeline, dataset, dataset.on_grounds),
     }
     for in_people_and_signs in (False, True):
         results |= evaluate_samples(pipeline, dataset, args, in_people_and_signs)
     results["words"] = evaluate_words(pipeline, dataset, args)
-    results["style_accuracy"] = measure_style_accuracy(pipeline, dataset.pixels, dataset.emoji)
+    results["style_accuracy"] = measure_style_accuracy(pipeline, dataset)
     save_grids(pipeline, args.out)
     text = json.dumps(results, indent=2)
     (args.out / "results.json").write_text(text + "\n")

@@ -17,8 +17,10 @@ from helpers import first_fast, first_of
 from helpers import golden as golden_folder
 
 from dm_generations.errors import UserError
+from dm_generations.models.base import default_params_of
 from dm_generations.models.dalle_mini.config import DalleBartConfig, config_for_params
 from dm_generations.models.dalle_mini.network import DalleBart
+from dm_generations.sampling.params import SamplingParams
 from dm_generations.weights.flax_msgpack import read_flax_msgpack
 
 GOLDEN = golden_folder("dalle_bart")
@@ -247,6 +249,15 @@ def test_config_of_the_public_mega():
     assert (config.codebook_size, config.image_vocab_size, config.d_model) == (16384, 16415, 2048)
     assert config == dataclasses.replace(config) and hash(config) == hash(dataclasses.replace(config))
     assert DalleBartConfig.from_dict({"image_vocab_size": 1000}).codebook_size == 1000
+
+
+def test_a_config_may_say_what_its_model_is_drawn_with():
+    values = {"image_length": 64, "top_k": 40, "top_p": 0.9, "temperature": 0.8}
+    assert default_params_of(DalleBartConfig.from_dict(values)) is None  # those three alone are dalle-mini's own
+    config = DalleBartConfig.from_dict(values | {"cond_scale": 2})
+    assert default_params_of(config) == SamplingParams(40, 0.9, 0.8, 2)
+    with pytest.raises(UserError, match="cond_scale"):
+        DalleBartConfig.from_dict(values | {"cond_scale": -1})
 
 
 def test_options_of_initial_values_are_no_obstacle():

@@ -17,15 +17,16 @@ from recipes.emoji.dalle_bart import (
     FIRST_TOKEN_WEIGHT,
     LABEL_SMOOTHING,
     Trainer,
-    enlarge_grid,
     make_config,
     weigh_tokens,
 )
-from recipes.emoji.scenes import GRID, LARGE, SMALL, Blocks, Part, Scene, SceneSampler, compose_tokens
+from recipes.emoji.data import STYLES
+from recipes.emoji.grounds import GROUNDS, HORIZONS, Tokens
 
 pytestmark = pytest.mark.slow
 
-CODEBOOK_SIZE, STEPS, SMOOTHING = 64, 300, 0.3
+CODEBOOK_SIZE, STEPS, SMOOTHING, GRID = 96, 300, 0.3, 8
+GROUND_TOKENS = np.arange(len(STYLES) * len(GROUNDS)).reshape(len(STYLES), -1)
 EMOJI = [
     {
         "key": name,
@@ -51,16 +52,14 @@ def tokenizer(tmp_path_factory):
     return PromptTokenizer(folder)
 
 
-def new_trainer(tokenizer, batch_size=16, bfloat16=True, is_composed=True, alone_grid=LARGE):
-    grid = GRID if is_composed else alone_grid
+def new_trainer(tokenizer, batch_size=16, bfloat16=True, has_grounds=True, grid=GRID):
     small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     config = dataclasses.replace(make_config(CODEBOOK_SIZE, grid**2, 400), **small)
-    # An emoji has one token of its own in all cells; tokens up to 6 are grounds.
-    tokens = {
-        size: np.broadcast_to(10 + np.arange(len(EMOJI))[:, None, None], (len(EMOJI), size, size))
-        for size in ((LARGE, SMALL) if is_composed else (grid,))
-    }
-    blocks = Blocks(tokens, {size: np.zeros(each.shape, bool) for size, each in tokens.items()}, np.arange(7), grid)
+    # An emoji has one token of its own in all cells but the first column; tokens before are grounds.
+    emoji = np.broadcast_to(GROUND_TOKENS.size + np.arange(len(EMOJI))[:, None, None], (len(EMOJI), grid, grid))
+    outside = np.zeros(emoji.shape, bool)
+    outside[:, :, 0] = True
+    tokens = Tokens(emoji, outside, GROUND_TOKENS if has_grounds else None)
     args = argparse.Namespace(
         seed=0,
         steps=STEPS,
@@ -70,20 +69,46 @@ def new_trainer(tokenizer, batch_size=16, bfloat16=True, is_composed=True, alone
         unconditional_smoothing=SMOOTHING,
         bfloat16=bfloat16,
     )
-    return Trainer(DalleBart(config), blocks, SceneSampler(EMOJI, None if is_composed else grid), tokenizer, args)
+    return Trainer(DalleBart(config), tokens, EMOJI, tokenizer, args)
 
 
-def test_only_rows_without_caption_are_smoothed_and_learn_other_emoji(tokenizer):
-    ids, mask, inputs, targets, weights, smoothing = new_trainer(tokenizer, batch_size=256).make_batch(8)
+def test_only_rows_without_caption_are_smoothed_and_not_their_first_token(tokenizer):
+    ids, mask, inputs, targets, first, smoothing = new_trainer(tokenizer, batch_size=256).make_batch(8)
     is_dropped = mask.sum(1) == 2  # the two special tokens
     assert 0.05 < is_dropped.mean() < 0.3
+    assert ids.shape == mask.shape == (256, 32) and inputs.shape == targets.shape == (256, GRID**2)
     np.testing.assert_array_equal(smoothing, np.where(is_dropped, SMOOTHING, LABEL_SMOOTHING).astype(np.float32))
-    assert ids.shape == mask.shape == (256, 32)
-    assert inputs.shape == targets.shape == weights.shape == (256, GRID**2)
-    is_emoji = targets >= 10
-    same = (inputs == targets).mean(1, where=is_emoji)
-    assert same[~is_dropped].mean() > 0.7 and same[is_dropped].mean() < 0.4
-    assert (inputs == targets).mean(where=~is_emoji) > 0.7  # the places are the same
+    assert first.shape == (256, CODEBOOK_SIZE + 1)
+    np.testing.assert_allclose(first.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(first.min(1), LABEL_SMOOTHING / first.shape[1], rtol=1e-3)
+
+
+def test_the_first_token_is_read_right_and_may_be_all_that_the_caption_leaves_open(tokenizer):
+    _, mask, inputs, targets, first, _ = new_trainer(tokenizer, batch_size=256).make_batch(0)
+    np.testing.assert_array_equal(inputs[:, 0], targets[:, 0])
+    assert 0.7 < (inputs == targets).mean() < 1
+    style, ground = np.divmod(targets[:, 0], len(GROUNDS))
+    assert (style == STYLES.index("flat")).all() and len(set(ground)) > 20
+    possible = first > 2 * first.min(1, keepdims=True)
+    assert possible[np.arange(256), targets[:, 0]].all()
+    counts = possible.sum(1)
+    assert set(counts) == {1, len(HORIZONS), len(GROUNDS)}  # a colour, a view, or nothing is named
+    assert (counts[mask.sum(1) == 2] == len(GROUNDS)).all()
+
+
+def test_first_tokens_of_a_caption(tokenizer):
+    trainer = new_trainer(tokenizer)
+    trainer.emoji = [{**one, "style": STYLES[i % 3], "concept": str(i // 3)} for i, one in enumerate(EMOJI)]
+    trainer.styles_of_concept = {"0": [0, 1], "1": [2]}
+    white = [i for i, ground in enumerate(GROUNDS) if ground.name == "white"]
+    of_all = trainer.list_first_tokens(0, "rocket", None)
+    assert sorted(of_all) == sorted(GROUND_TOKENS[:2].ravel())
+    assert sorted(trainer.list_first_tokens(0, "rocket, 3d" if STYLES[0] == "3d" else STYLES[0], None)) == sorted(
+        GROUND_TOKENS[0]
+    )
+    assert sorted(trainer.list_first_tokens(0, "rocket on white", white[0])) == sorted(GROUND_TOKENS[:2, white].ravel())
+    trainer.tokens.outside[0, 0, 0] = False  # an emoji that fills the corner begins with its own token
+    assert trainer.list_first_tokens(0, "rocket", None).tolist() == [trainer.tokens.emoji[0, 0, 0]]
 
 
 @pytest.mark.parametrize("batch_size", [4, 16])  # less and more than an epoch
@@ -109,12 +134,12 @@ def test_bfloat16_changes_the_loss_a_little(tokenizer):
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
-@pytest.mark.parametrize("grid", [LARGE, 16])
-def test_emoji_alone_fill_the_image(grid, tokenizer):
-    _, mask, inputs, targets, weights, _ = new_trainer(tokenizer, is_composed=False, alone_grid=grid).make_batch(8)
-    assert inputs.shape == targets.shape == weights.shape == (16, grid**2)
-    named = targets[mask.sum(1) > 2]
-    assert (named >= 10).all() and (named == named[:, :1]).all()  # the tokens of one emoji, and no ground
+@pytest.mark.parametrize("grid", [GRID, 16])
+def test_a_codec_without_grounds_has_emoji_as_they_are(grid, tokenizer):
+    _, _, inputs, targets, first, _ = new_trainer(tokenizer, has_grounds=False, grid=grid).make_batch(8)
+    assert inputs.shape == targets.shape == (16, grid**2)
+    np.testing.assert_array_equal(first.argmax(1), targets[:, 0])
+    assert (targets >= GROUND_TOKENS.size).all() and (targets == targets[:, :1]).all()
 
 
 def test_the_loss_weighs_tokens_by_their_place(tokenizer):
@@ -122,30 +147,21 @@ def test_the_loss_weighs_tokens_by_their_place(tokenizer):
     params = trainer.init(None)["params"]
     params["lm_head"]["kernel"] = 10 * params["lm_head"]["kernel"]  # at the start all tokens have nearly equal logits
     state = trainer.init(params)
-    ids, mask, inputs, targets, weights, smoothing = trainer.make_batch(0)
+    ids, mask, inputs, targets, first, smoothing = trainer.make_batch(0)
     log_p = np.asarray(jax.nn.log_softmax(trainer.logits(state["params"], ids, mask, inputs)))
     chosen = np.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     loss = -(1 - smoothing[:, None]) * chosen - smoothing[:, None] * log_p.mean(-1)
-    assert float(trainer.step(state, 0)[1]["loss"]) == pytest.approx((loss * weights).mean(), rel=1e-4)
+    loss[:, 0] = -(first * log_p[:, 0]).sum(-1)
+    assert float(trainer.step(state, 0)[1]["loss"]) == pytest.approx((loss * weigh_tokens(GRID)).mean(), rel=1e-4)
 
 
-def test_the_first_tokens_of_a_block_weigh_most():
-    (weights,) = weigh_tokens([Scene((Part(0, LARGE, 1, 2),))], GRID).reshape(-1, GRID, GRID)
+def test_the_first_tokens_weigh_most():
+    weights = weigh_tokens(GRID)
     assert weights.mean() == pytest.approx(1)
-    ratios = weights / weights[0, 0]
-    assert ratios[1, 2] == pytest.approx(1 + FIRST_TOKEN_WEIGHT)
-    assert ratios[2, 2] == pytest.approx(1 + FIRST_TOKEN_WEIGHT / 2)  # halved with each row of eight
-    assert (ratios[9] == 1).all() and (ratios[:, :2] == 1).all()
-
-
-def test_a_model_of_a_smaller_grid_starts_in_the_middle():
-    config = make_config(CODEBOOK_SIZE, 64, 400)
-    old = np.arange(64, dtype=np.float32)[:, None] * np.ones(config.d_model, np.float32)
-    enlarged, params = enlarge_grid(config, {"model": {"decoder": {"embed_positions": {"embedding": old}}}}, GRID)
-    rows = params["model"]["decoder"]["embed_positions"]["embedding"][:, 0].reshape(GRID, GRID)
-    assert enlarged.image_length == GRID**2
-    np.testing.assert_array_equal(rows[1:9, 1:9], np.arange(64).reshape(8, 8))
-    assert (rows[0, 0], rows[0, 1], rows[9, 9]) == (0, 0, 63)
+    assert weights[0] / weights[-1] == pytest.approx(1 + FIRST_TOKEN_WEIGHT, rel=0.05)
+    assert (np.diff(weights) < 0).all()
+    extra = weights / weights[-1] - 1
+    assert extra[GRID] / extra[0] == pytest.approx(0.5, abs=0.01)  # halved with each row
 
 
 def test_captions_tell_the_emoji(tokenizer):
@@ -153,9 +169,8 @@ def test_captions_tell_the_emoji(tokenizer):
     state = trainer.init(None)
     for step in range(STEPS):
         state, _ = trainer.step(state, step)
-    scenes = [Scene((Part(i, LARGE, 1, 1),)) for i in range(len(EMOJI))]
-    tokens = np.stack([compose_tokens(trainer.blocks, scene) for scene in scenes])
-    first = GRID + 1  # the first token of an emoji; the others repeat it
+    tokens = trainer.tokens.compose(np.arange(len(EMOJI)), np.zeros(len(EMOJI), int), EMOJI)
+    first = 1  # the first token of an emoji; the others repeat it
 
     def log_p(texts):
         ids, mask = trainer.encode_text(texts, trainer.config.max_text_length)

@@ -7,7 +7,7 @@ from PIL import Image
 from recipes.emoji import data
 from recipes.emoji.captions import STYLE_PHRASES, list_names, sample_caption, train_tokenizer
 from recipes.emoji.clip import top1_accuracy
-from recipes.emoji.evaluate import nearest_distance
+from recipes.emoji.evaluate import measure_pairwise, nearest_distance
 from recipes.emoji.vqgan import compute_psnr, find_centres
 
 EMOJI = {
@@ -134,3 +134,10 @@ def test_distance_to_the_nearest_image_is_in_levels():
     known = np.random.default_rng(0).integers(0, 250, (3, 8, 8, 3), dtype=np.uint8)
     found = nearest_distance(np.stack([known[2], known[0] + 4]), known)
     np.testing.assert_allclose(found, [0, 4], atol=0.05)  # float32 sums of squares
+
+
+def test_pairwise_distance_is_that_of_every_two_images():
+    images = np.zeros((3, 4, 4, 3), np.uint8)
+    images[1:] = np.array([30, 60])[:, None, None, None]
+    assert measure_pairwise(images) == pytest.approx((30 + 60 + 30) / 3)
+    assert measure_pairwise(images[:2].repeat(2, axis=0)) == pytest.approx(30 * 4 / 6)

@@ -15,6 +15,7 @@ from dm_generations.models.base import (
     check_config,
     select_fields,
 )
+from dm_generations.sampling.params import SamplingParams
 
 ACTIVATION_FUNCTIONS = ("gelu", "gelu_new", "quick_gelu", "relu", "silu", "swish")
 LN_TYPES = ("layernorm", "rmsnorm")
@@ -70,6 +71,7 @@ _BOUNDS: Bounds = {
     "top_k": ANY_ID,
     "top_p": (0.0, 1.0),
     "temperature": (1e-9, 1e9),
+    "cond_scale": (0.0, 1e9),
     "image_code_count": VOCABULARY,
 }
 _CHOICES = {"activation_function": ACTIVATION_FUNCTIONS, "ln_type": LN_TYPES, "ln_positions": tuple(NORM_PLACEMENTS)}
@@ -115,6 +117,8 @@ class DalleBartConfig:
     top_k: int | None = None  # 0: all
     top_p: float = 1.0
     temperature: float = 1.0
+    # Not dalle-mini's: given, it and the three above are what the model's maker draws with. None: no such settings.
+    cond_scale: float | None = None
     image_code_count: int | None = None  # the codebook size; None: the start token
 
     def __post_init__(self) -> None:
@@ -127,9 +131,9 @@ class DalleBartConfig:
             "pad_token_id": self.image_vocab_size + 1,
             "top_k": 50,
         }
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) is None:
-                object.__setattr__(self, field.name, defaults[field.name])
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
             heads = getattr(self, name)
             if self.d_model % heads:
@@ -164,6 +168,13 @@ class DalleBartConfig:
         """What the decoder reads before the first image token."""
         assert self.decoder_start_token_id is not None  # set by __post_init__
         return self.decoder_start_token_id
+
+    @property
+    def default_params(self) -> SamplingParams | None:
+        """Settings that the model's maker draws with, if its config says so."""
+        if self.cond_scale is None or self.top_k is None:
+            return None
+        return SamplingParams(self.top_k, self.top_p, self.temperature, self.cond_scale)
 
     @property
     def text_vocab_size(self) -> int:
