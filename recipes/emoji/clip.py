@@ -84,6 +84,8 @@ def draw_on_grounds(
     """
     grounds = np.random.default_rng(seed).integers(len(GROUNDS), size=(len(pixels), GROUNDS_OF_EMOJI))
     tokens = encode_emoji(codec.config, codec.params, pixels)
+    if tokens.grounds is None:
+        raise SystemExit("the codec draws no grounds; teach it with recipes.emoji.ground_decoder")
     rows = np.repeat(np.arange(len(pixels)), GROUNDS_OF_EMOJI)
     drawn = decode_tokens(VQGAN(codec.config), codec.params, tokens.compose(rows, grounds.ravel(), emoji))
     return drawn.reshape(*grounds.shape, *pixels.shape[1:]), grounds
