@@ -20,8 +20,8 @@ from timing import matrix_peak, seconds_of
 
 from dm_generations.models.dalle_mini.network import DalleBart
 from recipes.emoji import dalle_bart
+from recipes.emoji.backgrounds import Tokens
 from recipes.emoji.common import replicate
-from recipes.emoji.grounds import Tokens
 
 BATCH, TEXT, CODES, VOCAB, TEXT_VOCAB = 64, 16, 64, 4096, 2048
 
@@ -34,7 +34,7 @@ def make_step(settings: argparse.Namespace) -> tuple[Callable[[], jax.Array], di
     """
     config = dalle_bart.make_config(VOCAB, CODES, TEXT_VOCAB)
     side = round(CODES**0.5)
-    no_emoji = Tokens(np.zeros((0, side, side), np.int32), np.zeros((0, side, side), bool), None)
+    no_emoji = Tokens(np.zeros((0, side, side), np.int32), np.zeros((0, side, side), bool), np.zeros(0, int), None)
     trainer = dalle_bart.Trainer(DalleBart(config), no_emoji, [], None, settings)
     state = replicate(trainer.init(None))
     rng = np.random.default_rng(0)

@@ -21,7 +21,7 @@ STEPS = (
     ("recipes.emoji.data", "--size", "64", "--out", "build/emoji-64.npz"),
     ("recipes.emoji.captions", "--data", "build/emoji-64.npz", "--out", "build/tokenizer"),
     ("recipes.emoji.vqgan", "--run", "build/vqgan", "--out", "build/vqgan-alone"),
-    ("recipes.emoji.ground_decoder", "--init", "build/vqgan-alone", "--out", "build/models/vqgan"),
+    ("recipes.emoji.background_decoder", "--init", "build/vqgan-alone", "--out", "build/models/vqgan"),
     ("recipes.emoji.clip", "--run", "build/clip", "--out", "build/models/clip"),
     ("recipes.emoji.dalle_bart", "--run", "build/dalle_bart", "--out", "build/models/dalle_bart"),
     ("recipes.emoji.evaluate", "--models", "build/models", "--out", "build/evaluation"),

@@ -38,20 +38,22 @@ FILLERS = (
 )  # fmt: skip
 
 
-GROUND_PHRASES = ("{} on {}", "{} on {}", "{} on a {} background", "{}, {} background")
-MENTIONED_SHARE = 0.35  # of captions say what the ground is
+BACKGROUND_PHRASES = ("{} on {}", "{} on {}", "{} on a {} background", "{}, {} background")
+MENTIONED_SHARE = 0.35  # of captions say what the background is
 
 
-def mention_ground(caption: str, ground: str, rng: np.random.Generator) -> tuple[str, bool]:
-    """Add the ground, a colour or "at night", to some captions; a ground that is named already goes.
+def mention_background(caption: str, background: str, rng: np.random.Generator) -> tuple[str, bool]:
+    """Add the background, a colour or "at night", to some captions; a background that is named already goes.
 
     Returns:
-        The caption, and whether it names the ground.
+        The caption, and whether it names the background.
     """
     caption = caption.replace(" on a white background", "")
     if rng.random() >= MENTIONED_SHARE:
         return caption, False
-    return f"{caption} {ground}" if " " in ground else str(rng.choice(GROUND_PHRASES)).format(caption, ground), True
+    return f"{caption} {background}" if " " in background else str(rng.choice(BACKGROUND_PHRASES)).format(
+        caption, background
+    ), True
 
 
 def sample_caption(emoji: Emoji, rng: np.random.Generator) -> str:

@@ -4,7 +4,7 @@
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
 https://arxiv.org/abs/2103.00020. A batch holds one image each of different concepts, so no image has two right
-captions. Half of the images are on grounds as the codec draws them, since CLIP will score such images.
+captions. Half of the images are on backgrounds as the codec draws them, since CLIP will score such images.
 
 B, N: images   M: names   S: pixels a side   P: features
 """
@@ -27,16 +27,16 @@ from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.models.vqgan.network import VQGAN
 from dm_generations.weights import native
-from recipes.emoji.captions import mention_ground, sample_caption
+from recipes.emoji.backgrounds import BACKGROUNDS, encode_emoji
+from recipes.emoji.captions import mention_background, sample_caption
 from recipes.emoji.common import make_optimizer, open_run, to_float32
 from recipes.emoji.data import Emoji, load_dataset
-from recipes.emoji.grounds import GROUNDS, encode_emoji
 from recipes.emoji.vqgan import augment, decode_tokens
 
 TEXT_LENGTH = 32
 LONG_TEXT_EVERY = 8  # steps; few captions need more than half of TEXT_LENGTH, so the other steps are padded to half
 MAX_SHIFT = 2  # pixels
-GROUNDS_OF_EMOJI = 4
+BACKGROUNDS_OF_EMOJI = 4
 MAX_LOGIT_SCALE = np.log(100.0)  # as in the paper
 
 
@@ -74,21 +74,21 @@ def jitter_colours(images: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.clip(images * gain + offset, 0, 1)
 
 
-def draw_on_grounds(
+def draw_on_backgrounds(
     codec: Checkpoint, pixels: np.ndarray, emoji: list[Emoji], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw emoji, uint8 (N, S, S, 3), on a few grounds each, by the codec.
+    """Draw emoji, uint8 (N, S, S, 3), on a few backgrounds each, by the codec.
 
     Returns:
-        Images, uint8 (N, K, S, S, 3); the grounds, indices in `GROUNDS` (N, K).
+        Images, uint8 (N, K, S, S, 3); the backgrounds, indices in `BACKGROUNDS` (N, K).
     """
-    grounds = np.random.default_rng(seed).integers(len(GROUNDS), size=(len(pixels), GROUNDS_OF_EMOJI))
-    tokens = encode_emoji(codec.config, codec.params, pixels)
-    if tokens.grounds is None:
-        raise SystemExit("the codec draws no grounds; teach it with recipes.emoji.ground_decoder")
-    rows = np.repeat(np.arange(len(pixels)), GROUNDS_OF_EMOJI)
-    drawn = decode_tokens(VQGAN(codec.config), codec.params, tokens.compose(rows, grounds.ravel(), emoji))
-    return drawn.reshape(*grounds.shape, *pixels.shape[1:]), grounds
+    backgrounds = np.random.default_rng(seed).integers(len(BACKGROUNDS), size=(len(pixels), BACKGROUNDS_OF_EMOJI))
+    tokens = encode_emoji(codec.config, codec.params, pixels, emoji)
+    if tokens.backgrounds is None:
+        raise SystemExit("the codec draws no backgrounds; teach it with recipes.emoji.background_decoder")
+    rows = np.repeat(np.arange(len(pixels)), BACKGROUNDS_OF_EMOJI)
+    drawn = decode_tokens(VQGAN(codec.config), codec.params, tokens.compose(rows, backgrounds.ravel()))
+    return drawn.reshape(*backgrounds.shape, *pixels.shape[1:]), backgrounds
 
 
 class Trainer:
@@ -99,7 +99,7 @@ class Trainer:
         model: CLIP,
         pixels: np.ndarray,
         drawn: np.ndarray,
-        grounds: np.ndarray,
+        backgrounds: np.ndarray,
         emoji: list[Emoji],
         tokenizer: PromptTokenizer,
         args: argparse.Namespace,
@@ -109,15 +109,15 @@ class Trainer:
         Args:
             model: The CLIP.
             pixels: uint8 (N, S, S, 3).
-            drawn: Each image on a few grounds, as the codec draws it, uint8 (N, K, S, S, 3).
-            grounds: Which grounds, indices in `GROUNDS` (N, K).
+            drawn: Each image on a few backgrounds, as the codec draws it, uint8 (N, K, S, S, 3).
+            backgrounds: Which backgrounds, indices in `BACKGROUNDS` (N, K).
             emoji: What is known of each image.
             tokenizer: CLIP's tokenizer.
             args: Flags of the command.
         """
         self.model, self.emoji, self.tokenizer, self.args = model, emoji, tokenizer, args
         self.images = jnp.asarray(np.concatenate([pixels[:, None], drawn], 1))  # (N, 1 + K, S, S, 3)
-        self.grounds = np.pad(grounds, ((0, 0), (1, 0)))  # the first is on white
+        self.backgrounds = np.pad(backgrounds, ((0, 0), (1, 0)))  # the first is on white
         by_concept: dict[str, list[int]] = {}
         for i, one in enumerate(emoji):
             by_concept.setdefault(one["concept"], []).append(i)
@@ -159,7 +159,7 @@ class Trainer:
         Args:
             state: The state before.
             indices: Images (B,).
-            variants: 0 to see an image as it is, else on one of its grounds (B,).
+            variants: 0 to see an image as it is, else on one of its backgrounds (B,).
             ids: Tokens of the captions (B, T).
             mask: 1 for tokens and 0 for padding (B, T).
             key: JAX key.
@@ -178,10 +178,10 @@ class Trainer:
         rng = np.random.default_rng([self.args.seed, step])
         concepts = rng.choice(len(self.indices_of_concepts), self.args.batch_size, replace=False)
         indices = np.array([rng.choice(self.indices_of_concepts[concept]) for concept in concepts])
-        variants = rng.integers(self.grounds.shape[1], size=len(indices)) * rng.integers(2, size=len(indices))
+        variants = rng.integers(self.backgrounds.shape[1], size=len(indices)) * rng.integers(2, size=len(indices))
         captions = [
-            mention_ground(sample_caption(self.emoji[i], rng), GROUNDS[ground].name, rng)[0]
-            for i, ground in zip(indices, self.grounds[indices, variants], strict=True)
+            mention_background(sample_caption(self.emoji[i], rng), BACKGROUNDS[background].name, rng)[0]
+            for i, background in zip(indices, self.backgrounds[indices, variants], strict=True)
         ]
         length = TEXT_LENGTH if step % LONG_TEXT_EVERY == 0 else TEXT_LENGTH // 2
         ids, mask = self.tokenizer.encode(captions, length)
@@ -246,21 +246,21 @@ def main() -> None:
     pixels, emoji = load_dataset(args.data, with_tones=False)  # captions do not tell skin tones apart
     tokenizer = PromptTokenizer(args.tokenizer)
     codec = load_checkpoint(args.codec, "codec")
-    drawn, grounds = draw_on_grounds(codec, pixels, emoji, args.seed)
+    drawn, backgrounds = draw_on_backgrounds(codec, pixels, emoji, args.seed)
     train = [i for i, one in enumerate(emoji) if not one["held_out"]]
     config, params = make_config(pixels.shape[1], tokenizer.eos_id + 1), None
     if args.init:
         loaded = load_checkpoint(args.init, "clip")
         config, params = loaded.config, to_float32(loaded.params)
     train_emoji = [emoji[i] for i in train]
-    trainer = Trainer(CLIP(config), pixels[train], drawn[train], grounds[train], train_emoji, tokenizer, args)
+    trainer = Trainer(CLIP(config), pixels[train], drawn[train], backgrounds[train], train_emoji, tokenizer, args)
     run = open_run(args.run, trainer.init(params), save_every=500, args=args)
 
     def evaluate_state(state: dict[str, Any]) -> dict[str, float]:
         params = jax.device_get(state["params"])
         scorer = Scorer(Checkpoint("clip", config, params, "", "", args.tokenizer), tokenizer)
-        on_grounds = evaluate(scorer, drawn[:, -1], emoji)
-        return evaluate(scorer, pixels, emoji) | {f"on_grounds_{k}": v for k, v in on_grounds.items()}
+        on_backgrounds = evaluate(scorer, drawn[:, -1], emoji)
+        return evaluate(scorer, pixels, emoji) | {f"on_backgrounds_{k}": v for k, v in on_backgrounds.items()}
 
     run.train(args.steps, trainer.step, log_every=50, evaluate=evaluate_state, evaluate_every=500)
     if args.out:

@@ -9,13 +9,13 @@ Five things differ from dalle-mini's training, since a small model memorises its
   memorises log p(token) too, that difference is largest for tokens that are improbable in both, and they blotch nearly
   every second image at a condition scale of 10. With equal probabilities, guidance is close to a temperature of
   1 / scale. To fine-tune a large model, whose p(token) is worth having, use `--unconditional-smoothing 0.005`.
-- Every step puts its emoji on other grounds, if the codec has them (`recipes.emoji.grounds`). The first token, which
-  tells ground and style, is trained towards equal probabilities of all that the caption leaves open, and without a
-  caption too. So guidance prefers none of them: it would prefer those that a model happened to see with a name.
 - All other rows have a little label smoothing. It keeps the logits of tokens that never occur level.
 - A random share of the tokens that a row reads is replaced. The model then goes on well after a bad token, and where
   most tokens are wrong it must read the caption. Without this it does not learn the style words.
 - The first tokens of an emoji weigh more in the loss. Only the caption tells them, and the rest depends on them.
+- Every step puts its emoji on other backgrounds, if the codec has them (`recipes.emoji.backgrounds`). The first token,
+  which tells background and style, is trained towards equal probabilities of all that the caption leaves open, and
+  without a caption too. Otherwise guidance would prefer those that the model happened to see with a name.
 
 B: rows of a batch   T: text tokens   L: tokens of an image   V: image vocabulary
 """
@@ -42,10 +42,10 @@ from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.training.data import choose_rows
 from dm_generations.training.objectives import cross_entropy
 from dm_generations.weights import native
-from recipes.emoji.captions import mention_ground, sample_caption
+from recipes.emoji.backgrounds import BACKGROUNDS, Tokens, encode_emoji
+from recipes.emoji.captions import mention_background, sample_caption
 from recipes.emoji.common import has_bfloat16_units, make_optimizer, open_run, to_float32, use_bfloat16_dense
-from recipes.emoji.data import STYLES, Emoji, load_dataset
-from recipes.emoji.grounds import GROUNDS, Tokens, encode_emoji
+from recipes.emoji.data import Emoji, load_dataset
 
 CORRUPTION_POWER = 4  # the share of replaced tokens is u ** 4 with u uniform, a fifth on average
 LABEL_SMOOTHING = 0.005
@@ -106,9 +106,9 @@ class Trainer:
         self.tokens, self.emoji, self.tokenizer = tokens, emoji, tokenizer
         self.weights = weigh_tokens(tokens.emoji.shape[1])
         self.styles_of_concept: dict[str, list[int]] = {}
-        for one, outside in zip(emoji, tokens.outside, strict=True):
+        for one, style, outside in zip(emoji, tokens.styles, tokens.outside, strict=True):
             if outside[0, 0]:
-                self.styles_of_concept.setdefault(one["concept"], []).append(STYLES.index(one["style"]))
+                self.styles_of_concept.setdefault(one["concept"], []).append(int(style))
         self.optimizer = make_optimizer(
             args.learning_rate, args.steps, warmup=min(100, args.steps // 10), weight_decay=0.02, adam_share=1.0
         )
@@ -170,17 +170,12 @@ class Trainer:
         """
         rng = np.random.default_rng([self.args.seed, step])
         count = self.args.batch_size
-        indices, grounds = self.choose_images(step), rng.integers(len(GROUNDS), size=count)
+        indices, backgrounds = self.choose_images(step), rng.integers(len(BACKGROUNDS), size=count)
         is_dropped = rng.random(count) < self.args.caption_dropout
-        captions = [sample_caption(self.emoji[i], rng) for i in indices]
-        is_named = np.zeros(count, bool)
-        if self.tokens.grounds is not None:
-            named = [mention_ground(text, GROUNDS[i].name, rng) for text, i in zip(captions, grounds, strict=True)]
-            captions, is_named = [text for text, _ in named], np.array([is_named for _, is_named in named])
-        texts = ["" if drop else text for text, drop in zip(captions, is_dropped, strict=True)]
+        texts, named = self.sample_captions(indices, backgrounds, is_dropped, rng)
         length = self.config.max_text_length
         ids, mask = self.encode_text(texts, length if step % LONG_TEXT_EVERY == 0 else length // 2)
-        targets = self.tokens.compose(indices, grounds, self.emoji)
+        targets = self.tokens.compose(indices, backgrounds)
         # Half of the wrong tokens are any token, half are those of another image at the same place.
         wrong = np.where(
             rng.random(targets.shape) < 0.5,
@@ -188,36 +183,50 @@ class Trainer:
             np.roll(targets, 1, axis=0),
         )
         is_wrong = rng.random(targets.shape) < rng.random((count, 1)) ** CORRUPTION_POWER
-        is_wrong[:, 0] &= self.tokens.grounds is None  # ground and style are always read right
         smoothing = np.where(is_dropped, self.args.unconditional_smoothing, LABEL_SMOOTHING).astype(np.float32)
+        first_smoothing = smoothing
+        if self.tokens.backgrounds is not None:
+            is_wrong[:, 0] = False  # background and style are always read right
+            first_smoothing = np.full_like(smoothing, LABEL_SMOOTHING)
         first = np.zeros((count, self.config.image_vocab_size + 1), np.float32)
-        for row, index in enumerate(indices):
-            first[
-                row, self.list_first_tokens(index, texts[row], grounds[row] if is_named[row] and texts[row] else None)
-            ] = 1
+        for row in range(count):
+            first[row, self.list_first_tokens(indices[row], texts[row], named[row])] = 1
         first /= first.sum(1, keepdims=True)
-        first_smoothing = (smoothing if self.tokens.grounds is None else np.full_like(smoothing, LABEL_SMOOTHING))[
-            :, None
-        ]
-        first += first_smoothing * (1 / first.shape[1] - first)
+        first += first_smoothing[:, None] * (1 / first.shape[1] - first)
         return ids, mask, np.where(is_wrong, wrong, targets).astype(np.int32), targets, first, smoothing
 
-    def list_first_tokens(self, index: int, text: str, ground: int | None) -> np.ndarray:
+    def sample_captions(
+        self, indices: np.ndarray, backgrounds: np.ndarray, is_dropped: np.ndarray, rng: np.random.Generator
+    ) -> tuple[list[str], list[int | None]]:
+        """Sample captions of images (B,), "" where dropped. Returns them and the backgrounds that they name."""
+        texts = [sample_caption(self.emoji[i], rng) for i in indices]
+        named: list[int | None] = [None] * len(texts)
+        if self.tokens.backgrounds is not None:
+            for row, background in enumerate(backgrounds):
+                texts[row], is_named = mention_background(texts[row], BACKGROUNDS[background].name, rng)
+                named[row] = int(background) if is_named else None
+        for row in np.flatnonzero(is_dropped):
+            texts[row], named[row] = "", None
+        return texts, named
+
+    def list_first_tokens(self, index: int, text: str, background: int | None) -> np.ndarray:
         """List the tokens that an image may begin with.
 
         Args:
             index: Of the emoji.
             text: Its caption; one without a style leaves all styles open that its concept is seen in.
-            ground: Index of the ground that the caption names; None leaves it open.
+            background: Index of the background that the caption names; None leaves it open.
         """
         tokens, one = self.tokens, self.emoji[index]
-        if tokens.grounds is None or not tokens.outside[index, 0, 0]:
+        if tokens.backgrounds is None or not tokens.outside[index, 0, 0]:
             return tokens.emoji[index, :1, 0]
-        styles = [STYLES.index(one["style"])]
+        styles = [int(tokens.styles[index])]
         if one["style"] not in re.split(r"\W+", text):
             styles = self.styles_of_concept[one["concept"]]
-        variants = [i for i, each in enumerate(GROUNDS) if ground is None or each.name == GROUNDS[ground].name]
-        return tokens.grounds[np.ix_(styles, variants)].ravel()
+        variants = [
+            i for i, each in enumerate(BACKGROUNDS) if background is None or each.name == BACKGROUNDS[background].name
+        ]
+        return tokens.backgrounds[np.ix_(styles, variants)].ravel()
 
     def step(self, state: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """Take the step of this number. Returns the new state and the metrics."""
@@ -281,7 +290,7 @@ def main() -> None:
     pixels, emoji = load_dataset(args.data, with_tones=False)  # captions do not tell skin tones apart
     is_train = np.array([not one["held_out"] for one in emoji])
     codec = load_checkpoint(args.codec, "codec")
-    tokens = encode_emoji(codec.config, codec.params, pixels)
+    tokens = encode_emoji(codec.config, codec.params, pixels, emoji)
     tokenizer = PromptTokenizer(args.tokenizer)
     vocab_size = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json")).get_vocab_size()
     config, params = make_config(codec.config.codebook_size, codec.config.grid**2, vocab_size), None
@@ -295,10 +304,10 @@ def main() -> None:
     seen = np.random.default_rng(0).choice(np.flatnonzero(is_train), PROBE_ROWS, replace=False)
     unseen = np.flatnonzero(~is_train)[:PROBE_ROWS]
     texts = [f"{one['style']} {one['name']}" for one in emoji]
-    grounds = np.arange(len(emoji)) % len(GROUNDS)
+    backgrounds = np.arange(len(emoji)) % len(BACKGROUNDS)
 
     def nll(params: Any, indices: np.ndarray, texts: list[str]) -> float:
-        return trainer.nll(params, tokens.compose(indices, grounds[indices], emoji), texts)
+        return trainer.nll(params, tokens.compose(indices, backgrounds[indices]), texts)
 
     def evaluate(state: dict[str, Any]) -> dict[str, float]:
         params = state["params"]

@@ -2,10 +2,10 @@
 
     python -m recipes.emoji.evaluate --models build/models --data build/emoji-64.npz --out build/evaluation
 
-Grids: 100 common concepts (best of 16 by CLIP), 16 samples of a name, samples at three condition scales and, at each,
-those furthest from every training image, single words that are not names, styles, grounds, colours, and prompts of two
-objects. People and signs are evaluated apart from things, since their names differ in little. Names are of training
-images, unless held out is said. Samples other than those of the three scales have the settings of the model's config.
+Grids: 100 common concepts (best of 16 by CLIP), 16 samples of a name, samples at four condition scales and, at each,
+those furthest from every training image, single words that are not names, styles, backgrounds, colours, and prompts of
+two objects. People and signs are evaluated apart from things, since their names differ in little. Names are of training
+images, unless held out is said. Other samples than those of the four scales have the settings of the model's config.
 
 N, M: images   S: pixels a side   L: tokens of an image   P: prompts   C: samples of a prompt
 """
@@ -30,9 +30,9 @@ from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.models.vqgan.network import VQGAN
 from dm_generations.sampling.params import SamplingParams
 from dm_generations.sampling.prng import row_key
+from recipes.emoji.backgrounds import BACKGROUNDS, draw_backgrounds, encode_emoji, find_backgrounds
 from recipes.emoji.clip import top1_accuracy
 from recipes.emoji.data import STYLES, load_dataset
-from recipes.emoji.grounds import GROUNDS, draw_grounds, encode_emoji, find_grounds
 from recipes.emoji.vqgan import compute_psnr, decode_tokens, get_codebook, reconstruct
 
 COMMON_WORDS = (
@@ -45,7 +45,7 @@ COMMON_WORDS = (
 )
 COMMON = (*COMMON_WORDS.split(), "palm tree", "hot dog", "ice cream")
 PEOPLE_AND_SIGNS = {"People & Body", "Symbols", "Flags"}  # groups of names
-SCALES = (1.0, 3.0, 10.0)
+SCALES = (1.0, 2.0, 3.0, 10.0)
 STYLED_NAMES = (
     "rocket",
     "castle",
@@ -62,7 +62,7 @@ STYLED_NAMES = (
 )
 COLOUR_WORDS = ("red", "blue", "green", "purple", "yellow", "black")
 COLOURED_NAMES = ("car", "heart", "book", "apple", "castle", "cat")
-GROUND_NAMES = ("rocket", "strawberry", "cat face", "house", "crab")
+BACKGROUND_NAMES = ("rocket", "strawberry", "cat face", "house", "crab")
 PAIRS = (
     "a cat next to a rocket",
     "an avocado armchair",
@@ -103,7 +103,7 @@ class Pipeline:
         models = {kind: load_checkpoint(folder / kind, role) for kind, role in roles.items()}
         text, clip = (PromptTokenizer(folder / kind) for kind in ("dalle_bart", "clip"))
         self.vqgan = models["vqgan"]
-        self.grounds = find_grounds(np.asarray(get_codebook(self.vqgan.params)))
+        self.backgrounds = find_backgrounds(np.asarray(get_codebook(self.vqgan.params)))
         self.params = default_params_of(models["dalle_bart"].config) or SamplingParams(top_k=256, cond_scale=3.0)
         self.generator = Generator(models["dalle_bart"], text, batch_size)
         self.codec = Decoder.from_checkpoint(self.vqgan, batch_size)
@@ -123,9 +123,9 @@ class Pipeline:
         return Samples(images.reshape(*shape, *images.shape[1:]), scores.reshape(shape), tokens.reshape(*shape, -1))
 
     def draw_on_white(self, tokens: np.ndarray) -> np.ndarray:
-        """Draw tokens (N, L) with those of the grounds taken for white: uint8 (N, S, S, 3)."""
-        if self.grounds is not None:
-            tokens = np.where(np.isin(tokens, self.grounds), self.grounds[0, 0], tokens)
+        """Draw tokens (N, L) with those of the backgrounds taken for white: uint8 (N, S, S, 3)."""
+        if self.backgrounds is not None:
+            tokens = np.where(np.isin(tokens, self.backgrounds), self.backgrounds[0, 0], tokens)
         return decode_tokens(VQGAN(self.vqgan.config), self.vqgan.params, tokens.astype(np.int32))
 
 
@@ -134,8 +134,8 @@ class Dataset:
 
     Attributes:
         reconstructed: The images through the codec, uint8 (N, S, S, 3).
-        on_white: The images as their tokens on a white ground draw them, which samples are compared with.
-        on_grounds: On a random ground each, as drawn by the codec.
+        on_white: The images as their tokens on a white background draw them, which samples are compared with.
+        on_backgrounds: On a random background each, as drawn by the codec.
         is_held_out: bool (N,).
         names: All names, sorted.
         index_of_name: Index by name.
@@ -152,11 +152,11 @@ class Dataset:
         self.pixels, self.emoji = load_dataset(path, with_tones=False)
         codec, params = VQGAN(pipeline.vqgan.config), pipeline.vqgan.params
         self.reconstructed, _ = reconstruct(codec, params, self.pixels)
-        tokens = encode_emoji(codec.config, params, self.pixels)
+        tokens = encode_emoji(codec.config, params, self.pixels, self.emoji)
         indices = np.arange(len(self.pixels))
-        self.on_white = decode_tokens(codec, params, tokens.compose(indices, 0 * indices, self.emoji))
-        self.grounds = np.random.default_rng(4).integers(len(GROUNDS), size=len(indices))
-        self.on_grounds = decode_tokens(codec, params, tokens.compose(indices, self.grounds, self.emoji))
+        self.on_white = decode_tokens(codec, params, tokens.compose(indices, 0 * indices))
+        self.backgrounds = np.random.default_rng(4).integers(len(BACKGROUNDS), size=len(indices))
+        self.on_backgrounds = decode_tokens(codec, params, tokens.compose(indices, self.backgrounds))
         self.is_held_out = np.array([one["held_out"] for one in self.emoji])
         self.names = sorted({one["name"] for one in self.emoji})
         self.index_of_name = {name: i for i, name in enumerate(self.names)}
@@ -233,12 +233,12 @@ def nearest_distance(images: np.ndarray, known: np.ndarray) -> np.ndarray:
 def evaluate_codec(dataset: Dataset) -> dict[str, float]:
     """Compute mean PSNR of training and held-out images."""
     psnr = compute_psnr(dataset.reconstructed, dataset.pixels)
-    on_grounds = compute_psnr(dataset.on_grounds, draw_grounds(dataset.pixels, dataset.grounds))
+    on_backgrounds = compute_psnr(dataset.on_backgrounds, draw_backgrounds(dataset.pixels, dataset.backgrounds))
     return {
         "held_out_images": int(dataset.is_held_out.sum()),
         "psnr_held_out": float(psnr[dataset.is_held_out].mean()),
         "psnr_train": float(psnr[~dataset.is_held_out].mean()),
-        "psnr_held_out_on_grounds": float(on_grounds[dataset.is_held_out].mean()),
+        "psnr_held_out_on_backgrounds": float(on_backgrounds[dataset.is_held_out].mean()),
     }
 
 
@@ -253,11 +253,6 @@ def evaluate_clip(pipeline: Pipeline, dataset: Dataset, images: np.ndarray) -> d
     ):
         result[key] = top1_accuracy(features[of_split], dataset.name_features, labels[of_split], count, 0)
     return result
-
-
-def measure_distances(pipeline: Pipeline, dataset: Dataset, tokens: np.ndarray) -> np.ndarray:
-    """Compute how far samples (N, L) are from every training image, both on white: float32 (N,), levels of 255."""
-    return nearest_distance(pipeline.draw_on_white(tokens), dataset.on_white[~dataset.is_held_out])
 
 
 def measure_pairwise(images: np.ndarray) -> float:
@@ -306,10 +301,13 @@ def evaluate_samples(
         images, scores, tokens = pipeline.sample(chosen, args.samples, cond_scale)
         flat = images.reshape(-1, *images.shape[2:])
         features = pipeline.scorer.image_features(flat)
-        distances = measure_distances(pipeline, dataset, tokens.reshape(len(flat), -1))
+        on_white = pipeline.draw_on_white(tokens.reshape(len(flat), -1))
+        features_on_white = pipeline.scorer.image_features(on_white)
+        distances = nearest_distance(on_white, dataset.on_white[~dataset.is_held_out])
         best = np.arange(len(chosen)), scores.argmax(1)
         result[f"samples_{kind}scale_{cond_scale:g}"] = {
             "top1_1000": top1_accuracy(features, dataset.name_features, labels, CONTEST, 0),
+            "top1_1000_on_white": top1_accuracy(features_on_white, dataset.name_features, labels, CONTEST, 0),
             "mean_score": float(scores.mean()),
             "outlier_rate": float((distances > OUTLIER_DISTANCE).mean()),
             "outlier_rate_best": float((distances.reshape(scores.shape)[best] > OUTLIER_DISTANCE).mean()),
@@ -330,7 +328,8 @@ def evaluate_words(pipeline: Pipeline, dataset: Dataset, args: argparse.Namespac
     flat = images.reshape(-1, *images.shape[2:])
     nearest = (pipeline.scorer.image_features(flat) @ dataset.name_features.T).argmax(1)
     make_labelled_grid(images[:GRID_IMAGES, 0], chosen[:GRID_IMAGES], 16).save(args.out / "words.png")
-    distances = measure_distances(pipeline, dataset, tokens.reshape(len(flat), -1))
+    on_white = pipeline.draw_on_white(tokens.reshape(len(flat), -1))
+    distances = nearest_distance(on_white, dataset.on_white[~dataset.is_held_out])
     return {
         "top1": float(np.mean([name in meanings[chosen[i // args.samples]] for i, name in enumerate(nearest)])),
         "mean_score": float(scores.mean()),
@@ -358,16 +357,16 @@ def measure_style_accuracy(pipeline: Pipeline, dataset: Dataset) -> float:
 
 
 def save_grids(pipeline: Pipeline, folder: Path) -> None:
-    """Save the grids of common concepts, variety, styles, grounds, colours and pairs."""
-    names = [ground.name if " " in ground.name else f"on {ground.name}" for ground in GROUNDS]
-    grounds = [f"{name} {ground}" for name in GROUND_NAMES for ground in dict.fromkeys(names)]
+    """Save the grids of common concepts, variety, styles, backgrounds, colours and pairs."""
+    names = [background.name if " " in background.name else f"on {background.name}" for background in BACKGROUNDS]
+    backgrounds = [f"{name} {background}" for name in BACKGROUND_NAMES for background in dict.fromkeys(names)]
     styles = [f"{style}{name}" for name in STYLED_NAMES for style in ("", *(f"{style} " for style in STYLES))]
     colours = [f"{colour} {name}" for name in COLOURED_NAMES for colour in COLOUR_WORDS]
     for file, prompts, count, best, columns in (
         ("common.png", COMMON, 16, 1, 10),
         ("styles.png", styles, 8, 1, 8),
         ("variety.png", [f"a {name}" for name in STYLED_NAMES], VARIETY_IMAGES, VARIETY_IMAGES, VARIETY_IMAGES),
-        ("grounds.png", grounds, 4, 1, len(set(names))),
+        ("backgrounds.png", backgrounds, 4, 1, len(set(names))),
         ("colours.png", colours, 8, 1, 6),
         ("pairs.png", PAIRS, 8, 4, 8),
     ):
@@ -398,7 +397,7 @@ def main() -> None:
         "codec": evaluate_codec(dataset),
         "clip_real": evaluate_clip(pipeline, dataset, dataset.pixels),
         "clip_reconstructed": evaluate_clip(pipeline, dataset, dataset.reconstructed),
-        "clip_on_grounds": evaluate_clip(pipeline, dataset, dataset.on_grounds),
+        "clip_on_backgrounds": evaluate_clip(pipeline, dataset, dataset.on_backgrounds),
     }
     for in_people_and_signs in (False, True):
         results |= evaluate_samples(pipeline, dataset, args, in_people_and_signs)

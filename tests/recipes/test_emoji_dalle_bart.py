@@ -11,6 +11,7 @@ from dm_generations.models.dalle_mini.network import DalleBart
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.weights import native
+from recipes.emoji.backgrounds import BACKGROUNDS, HORIZONS, Tokens
 from recipes.emoji.captions import train_tokenizer
 from recipes.emoji.common import to_float32
 from recipes.emoji.dalle_bart import (
@@ -21,12 +22,11 @@ from recipes.emoji.dalle_bart import (
     weigh_tokens,
 )
 from recipes.emoji.data import STYLES
-from recipes.emoji.grounds import GROUNDS, HORIZONS, Tokens
 
 pytestmark = pytest.mark.slow
 
 CODEBOOK_SIZE, STEPS, SMOOTHING, GRID = 96, 300, 0.3, 8
-GROUND_TOKENS = np.arange(len(STYLES) * len(GROUNDS)).reshape(len(STYLES), -1)
+BACKGROUND_TOKENS = np.arange(len(STYLES) * len(BACKGROUNDS)).reshape(len(STYLES), -1)
 EMOJI = [
     {
         "key": name,
@@ -52,14 +52,15 @@ def tokenizer(tmp_path_factory):
     return PromptTokenizer(folder)
 
 
-def new_trainer(tokenizer, batch_size=16, bfloat16=True, has_grounds=True, grid=GRID):
+def new_trainer(tokenizer, batch_size=16, bfloat16=True, has_backgrounds=True, grid=GRID):
     small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     config = dataclasses.replace(make_config(CODEBOOK_SIZE, grid**2, 400), **small)
-    # An emoji has one token of its own in all cells but the first column; tokens before are grounds.
-    emoji = np.broadcast_to(GROUND_TOKENS.size + np.arange(len(EMOJI))[:, None, None], (len(EMOJI), grid, grid))
+    # An emoji has one token of its own in all cells but the first column; tokens before are backgrounds.
+    emoji = np.broadcast_to(BACKGROUND_TOKENS.size + np.arange(len(EMOJI))[:, None, None], (len(EMOJI), grid, grid))
     outside = np.zeros(emoji.shape, bool)
     outside[:, :, 0] = True
-    tokens = Tokens(emoji, outside, GROUND_TOKENS if has_grounds else None)
+    styles = np.array([STYLES.index(one["style"]) for one in EMOJI])
+    tokens = Tokens(emoji, outside, styles, BACKGROUND_TOKENS if has_backgrounds else None)
     args = argparse.Namespace(
         seed=0,
         steps=STEPS,
@@ -87,26 +88,28 @@ def test_the_first_token_is_read_right_and_may_be_all_that_the_caption_leaves_op
     _, mask, inputs, targets, first, _ = new_trainer(tokenizer, batch_size=256).make_batch(0)
     np.testing.assert_array_equal(inputs[:, 0], targets[:, 0])
     assert 0.7 < (inputs == targets).mean() < 1
-    style, ground = np.divmod(targets[:, 0], len(GROUNDS))
-    assert (style == STYLES.index("flat")).all() and len(set(ground)) > 20
+    style, background = np.divmod(targets[:, 0], len(BACKGROUNDS))
+    assert (style == STYLES.index("flat")).all() and len(set(background)) > 20
     possible = first > 2 * first.min(1, keepdims=True)
     assert possible[np.arange(256), targets[:, 0]].all()
     counts = possible.sum(1)
-    assert set(counts) == {1, len(HORIZONS), len(GROUNDS)}  # a colour, a view, or nothing is named
-    assert (counts[mask.sum(1) == 2] == len(GROUNDS)).all()
+    assert set(counts) == {1, len(HORIZONS), len(BACKGROUNDS)}  # a colour, a view, or nothing is named
+    assert (counts[mask.sum(1) == 2] == len(BACKGROUNDS)).all()
 
 
 def test_first_tokens_of_a_caption(tokenizer):
     trainer = new_trainer(tokenizer)
-    trainer.emoji = [{**one, "style": STYLES[i % 3], "concept": str(i // 3)} for i, one in enumerate(EMOJI)]
-    trainer.styles_of_concept = {"0": [0, 1], "1": [2]}
-    white = [i for i, ground in enumerate(GROUNDS) if ground.name == "white"]
-    of_all = trainer.list_first_tokens(0, "rocket", None)
-    assert sorted(of_all) == sorted(GROUND_TOKENS[:2].ravel())
-    assert sorted(trainer.list_first_tokens(0, "rocket, 3d" if STYLES[0] == "3d" else STYLES[0], None)) == sorted(
-        GROUND_TOKENS[0]
-    )
-    assert sorted(trainer.list_first_tokens(0, "rocket on white", white[0])) == sorted(GROUND_TOKENS[:2, white].ravel())
+    concept, style = EMOJI[0]["concept"], STYLES.index(EMOJI[0]["style"])
+    others = [i for i in range(len(STYLES)) if i != style][:1]
+    trainer.styles_of_concept[concept] = [style, *others]
+    white = [i for i, background in enumerate(BACKGROUNDS) if background.name == "white"]
+    both = BACKGROUND_TOKENS[[style, *others]]
+    for text, named, expected in (
+        ("rocket", None, both),
+        (f"rocket, {STYLES[style]}", None, BACKGROUND_TOKENS[style]),
+        ("rocket on white", white[0], both[:, white]),
+    ):
+        assert sorted(trainer.list_first_tokens(0, text, named)) == sorted(expected.ravel())
     trainer.tokens.outside[0, 0, 0] = False  # an emoji that fills the corner begins with its own token
     assert trainer.list_first_tokens(0, "rocket", None).tolist() == [trainer.tokens.emoji[0, 0, 0]]
 
@@ -135,11 +138,11 @@ def test_bfloat16_changes_the_loss_a_little(tokenizer):
 
 
 @pytest.mark.parametrize("grid", [GRID, 16])
-def test_a_codec_without_grounds_has_emoji_as_they_are(grid, tokenizer):
-    _, _, inputs, targets, first, _ = new_trainer(tokenizer, has_grounds=False, grid=grid).make_batch(8)
+def test_a_codec_without_backgrounds_has_emoji_as_they_are(grid, tokenizer):
+    _, _, inputs, targets, first, _ = new_trainer(tokenizer, has_backgrounds=False, grid=grid).make_batch(8)
     assert inputs.shape == targets.shape == (16, grid**2)
     np.testing.assert_array_equal(first.argmax(1), targets[:, 0])
-    assert (targets >= GROUND_TOKENS.size).all() and (targets == targets[:, :1]).all()
+    assert (targets >= BACKGROUND_TOKENS.size).all() and (targets == targets[:, :1]).all()
 
 
 def test_the_loss_weighs_tokens_by_their_place(tokenizer):
@@ -169,7 +172,7 @@ def test_captions_tell_the_emoji(tokenizer):
     state = trainer.init(None)
     for step in range(STEPS):
         state, _ = trainer.step(state, step)
-    tokens = trainer.tokens.compose(np.arange(len(EMOJI)), np.zeros(len(EMOJI), int), EMOJI)
+    tokens = trainer.tokens.compose(np.arange(len(EMOJI)), np.zeros(len(EMOJI), int))
     first = 1  # the first token of an emoji; the others repeat it
 
     def log_p(texts):

@@ -15,10 +15,10 @@ from dm_generations.errors import UserError
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
 from dm_generations.weights import native
-from recipes.emoji import ground_decoder, vqgan
+from recipes.emoji import background_decoder, vqgan
 from recipes.emoji.__main__ import STEPS
+from recipes.emoji.backgrounds import find_backgrounds
 from recipes.emoji.common import open_run
-from recipes.emoji.grounds import find_grounds
 from recipes.emoji.vqgan import Trainer, reconstruct
 
 pytestmark = pytest.mark.slow
@@ -107,7 +107,7 @@ def test_fine_tuning_does_not_restart_the_codebook(trainer, initial, tmp_path, m
     assert load_checkpoint(tmp_path / "out", "codec").config == CONFIG
 
 
-def test_a_decoder_learns_grounds_and_tokens_keep_their_meaning(tmp_path, monkeypatch):
+def test_a_decoder_learns_backgrounds_and_tokens_keep_their_meaning(tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, ch_mult=(1, 1, 1, 2), resolution=64, n_embed=128)
     model = VQGAN(config)
     params = jax.device_get(model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))["params"])
@@ -122,11 +122,13 @@ def test_a_decoder_learns_grounds_and_tokens_keep_their_meaning(tmp_path, monkey
         {"name": f"thing {i}", "group": "Objects", "style": "flat", "keywords": [], "tone": "", "held_out": i >= 6}
         for i in range(len(pixels))
     ]
-    monkeypatch.setattr(ground_decoder, "load_dataset", lambda path, with_tones: (pixels, emoji))
+    monkeypatch.setattr(background_decoder, "load_dataset", lambda path, with_tones: (pixels, emoji))
     monkeypatch.setattr(jax.config, "update", lambda name, value: None)  # the devices are set up already
-    words = f"ground_decoder --init {tmp_path / 'model'} --run {tmp_path / 'run'} --out {tmp_path / 'out'} --steps 2"
+    words = (
+        f"background_decoder --init {tmp_path / 'model'} --run {tmp_path / 'run'} --out {tmp_path / 'out'} --steps 2"
+    )
     monkeypatch.setattr(sys, "argv", [*words.split(), "--batch-size", "4"])
-    ground_decoder.main()
+    background_decoder.main()
     made = load_checkpoint(tmp_path / "out", "codec")
     assert made.config == config
     same = {
@@ -139,9 +141,9 @@ def test_a_decoder_learns_grounds_and_tokens_keep_their_meaning(tmp_path, monkey
     assert same["encoder"] and not same["quantize"]
     before, after = (vqgan.encode_images(model, each, pixels) for each in (params, made.params))
     codebooks = [np.asarray(vqgan.get_codebook(each)) for each in (params, made.params)]
-    assert find_grounds(codebooks[0]) is None
+    assert find_backgrounds(codebooks[0]) is None
     changed = np.flatnonzero((np.abs(codebooks[0] - codebooks[1]) > 1e-2).any(1))
-    np.testing.assert_array_equal(changed, find_grounds(codebooks[1]).ravel())
+    np.testing.assert_array_equal(changed, find_backgrounds(codebooks[1]).ravel())
     assert not np.isin(after, changed).any()
     assert (before == after)[~np.isin(before, changed)].mean() > 0.7  # weights in float16 round
 

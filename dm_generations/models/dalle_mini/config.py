@@ -172,8 +172,9 @@ class DalleBartConfig:
     @property
     def default_params(self) -> SamplingParams | None:
         """Settings that the model's maker draws with, if its config says so."""
-        if self.cond_scale is None or self.top_k is None:
+        if self.cond_scale is None:
             return None
+        assert self.top_k is not None  # set by __post_init__
         return SamplingParams(self.top_k, self.top_p, self.temperature, self.cond_scale)
 
     @property
