@@ -4,9 +4,9 @@
 ...     for group in archive.groups(prompt="a rocket", temperature=1, top_p=1, cond_scale=3):
 ...         best = next(archive.rows(group.key, limit=1))
 ...         print(group.key.params.top_k, group.count, round(best.clip_score_input, 1))
-0 8 19.5
-50 8 19.5
-256 8 19.5
+0 8 20.4
+50 8 20.4
+256 8 20.4
 """
 
 from dm_generations.archive.connection import ArchiveError

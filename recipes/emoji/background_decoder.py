@@ -26,14 +26,17 @@ from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
 from dm_generations.weights import native
 from recipes.emoji.backgrounds import (
     BACKGROUNDS,
+    COLOURS,
     Tokens,
     draw_backgrounds,
+    draw_scenes,
     encode_emoji,
     find_backgrounds,
     place_backgrounds,
 )
 from recipes.emoji.common import make_grid, make_optimizer, open_run, shard_batch, to_float32
 from recipes.emoji.data import Emoji, load_dataset
+from recipes.emoji.layouts import list_small, sample_scene
 from recipes.emoji.vqgan import (
     CPU_DEVICES,
     apply_model,
@@ -47,6 +50,7 @@ from recipes.emoji.vqgan import (
 
 TRAINED = ("decoder", "post_quant_conv")
 ALONE_SHARE = 0.2  # of a batch: emoji on white, without tokens of backgrounds
+SCENE_SHARE = 0.35  # of a batch: small emoji
 PROBES = 128
 
 
@@ -55,7 +59,8 @@ def give_backgrounds(
 ) -> dict[str, Any]:
     """Copy a VQGAN's parameters with the tokens that emoji, uint8 (N, S, S, 3), use least as backgrounds."""
     tokens = encode_emoji(config, params, pixels, emoji)
-    used = np.bincount(tokens.emoji[~tokens.outside], minlength=config.codebook_size)
+    seen = np.concatenate([tokens.emoji.ravel(), tokens.small[list_small(emoji)].ravel()])
+    used = np.bincount(seen, minlength=config.codebook_size)
     return replace_codebook(params, jnp.asarray(place_backgrounds(np.asarray(get_codebook(params)), used)))
 
 
@@ -63,7 +68,13 @@ class Trainer:
     """Emoji with their tokens, and the compiled training step. Its state has parameters and optimiser state."""
 
     def __init__(
-        self, config: VQGANConfig, params: dict[str, Any], tokens: Tokens, pixels: np.ndarray, args: argparse.Namespace
+        self,
+        config: VQGANConfig,
+        params: dict[str, Any],
+        tokens: Tokens,
+        pixels: np.ndarray,
+        emoji: list[Emoji],
+        args: argparse.Namespace,
     ) -> None:
         """Keep the emoji.
 
@@ -72,9 +83,11 @@ class Trainer:
             params: Its parameters; the encoder's stay.
             tokens: Tokens of the emoji.
             pixels: The emoji on white, uint8 (N, S, S, 3).
+            emoji: What is known of each.
             args: Flags of the command.
         """
         self.model, self.tokens, self.pixels, self.args = VQGAN(config), tokens, pixels, args
+        self.small = list_small(emoji)
         self.fixed = {name: value for name, value in params.items() if name not in TRAINED}
         self.optimizer = make_optimizer(args.learning_rate, args.steps, warmup=min(100, args.steps // 10))
 
@@ -90,11 +103,13 @@ class Trainer:
         indices, backgrounds = rng.integers(len(self.pixels), size=count), rng.integers(len(BACKGROUNDS), size=count)
         is_alone = rng.random(count) < ALONE_SHARE
         alone, pixels = self.tokens.emoji[indices].reshape(count, -1), self.pixels[indices]
-        composed = self.tokens.compose(indices, backgrounds)
-        return (
-            np.where(is_alone[:, None], alone, composed),
-            np.where(is_alone[:, None, None, None], pixels, draw_backgrounds(pixels, backgrounds)),
-        )
+        tokens = np.where(is_alone[:, None], alone, self.tokens.compose(indices, backgrounds))
+        pixels = np.where(is_alone[:, None, None, None], pixels, draw_backgrounds(pixels, backgrounds))
+        rows = np.flatnonzero(rng.random(count) < SCENE_SHARE)
+        if len(rows) and len(self.small) > 1:
+            scenes = [sample_scene(self.small, len(COLOURS), rng) for _ in rows]
+            tokens[rows], pixels[rows] = self.tokens.compose_scenes(scenes), draw_scenes(self.pixels, scenes)
+        return tokens, pixels
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def update(
@@ -139,12 +154,13 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
     pixels, emoji = load_dataset(args.data, with_tones=False)
     train = np.array([not one["held_out"] for one in emoji])
+    train_emoji = [one for one in emoji if not one["held_out"]]
     loaded = load_checkpoint(args.init, "codec")
     config, params = loaded.config, to_float32(loaded.params)
     if find_backgrounds(np.asarray(get_codebook(params))) is None:
-        params = give_backgrounds(config, params, pixels[train], [one for one in emoji if not one["held_out"]])
+        params = give_backgrounds(config, params, pixels[train], train_emoji)
     tokens = encode_emoji(config, params, pixels, emoji)
-    trainer = Trainer(config, params, tokens.choose(train), pixels[train], args)
+    trainer = Trainer(config, params, tokens.choose(train), pixels[train], train_emoji, args)
     run = open_run(args.run, trainer.init(params), save_every=200, args=args)
 
     unseen = pixels[~train]
@@ -152,14 +168,21 @@ def main() -> None:
     backgrounds = np.arange(len(probes)) % len(BACKGROUNDS)
     targets = draw_backgrounds(pixels[probes], backgrounds)
     probe_tokens = tokens.compose(probes, backgrounds)
+    rng = np.random.default_rng(1)
+    small = list_small(emoji)
+    small = small[~train[small]]  # held out, too
+    scenes = [sample_scene(small, len(COLOURS), rng) for _ in probes]
+    scene_targets, scene_tokens = draw_scenes(pixels, scenes), tokens.compose_scenes(scenes)
 
     def evaluate(state: dict[str, Any]) -> dict[str, float]:
         params = jax.device_get(trainer.fixed | state["params"])
         drawn = decode_tokens(trainer.model, params, probe_tokens)
-        pairs = np.stack([targets, drawn], 1).reshape(-1, *targets.shape[1:])
+        drawn_scenes = decode_tokens(trainer.model, params, scene_tokens)
+        pairs = np.stack([targets, drawn, scene_targets, drawn_scenes], 1).reshape(-1, *targets.shape[1:])
         make_grid(pairs, 16).save(args.run / f"backgrounds-{run.step:05d}.png")
         return {
             "psnr_backgrounds": compute_psnr(drawn, targets).mean(),
+            "psnr_scenes": compute_psnr(drawn_scenes, scene_targets).mean(),
             "psnr_held_out": compute_psnr(reconstruct(trainer.model, params, unseen)[0], unseen).mean(),
         }
 

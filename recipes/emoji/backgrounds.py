@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from dm_generations.models.vqgan.network import VQGAN, VQGANConfig
 from recipes.emoji.data import STYLES, Emoji
+from recipes.emoji.layouts import LAYOUTS, SMALL_STYLE, Scene, join_quarters, list_quarters
 from recipes.emoji.vqgan import encode_images, get_codebook
 
 COLOURS = {
@@ -39,7 +41,8 @@ VIEWS = {  # colours above and below the horizon
     "at night": ("black", "purple"),
 }
 HORIZONS = (4, 5, 6)  # eighths of the height that are above
-BACKGROUND_DISTANCE = 1.5  # length of a colour's row in the codebook, as a multiple of the longest other one
+BACKGROUND_DISTANCE = 1.5  # length of a colour's row in the codebook, as a multiple of the longest that emoji use
+LAYOUT_DISTANCE = 2.0  # the same, of a layout's row
 PLAIN = 250  # levels: an outside pixel has at least this in all channels
 
 
@@ -72,19 +75,25 @@ class Tokens:
     Attributes:
         emoji: int32 (N, g, g).
         outside: Which cells are outside of the emoji, bool (N, g, g).
+        small: The emoji at half the size, int32 (N, g / 2, g / 2).
+        small_outside: Which of these cells are outside, bool (N, g / 2, g / 2).
         styles: Index in `STYLES` of each emoji, int (N,).
         backgrounds: int (styles, G); None for a codec without backgrounds, whose emoji stay as they are.
+        layouts: int (colours, layouts), in the order of `COLOURS` and `LAYOUTS`; None for a codec without them.
     """
 
     emoji: np.ndarray
     outside: np.ndarray
+    small: np.ndarray
+    small_outside: np.ndarray
     styles: np.ndarray
     backgrounds: np.ndarray | None
+    layouts: np.ndarray | None
 
     def choose(self, chosen: np.ndarray) -> "Tokens":
         """Choose some of the emoji, by a mask (N,)."""
-        emoji, outside, styles = (each[chosen] for each in (self.emoji, self.outside, self.styles))
-        return Tokens(emoji, outside, styles, self.backgrounds)
+        names = "emoji", "outside", "small", "small_outside", "styles"
+        return dataclasses.replace(self, **{name: getattr(self, name)[chosen] for name in names})
 
     def compose(self, indices: np.ndarray, backgrounds: np.ndarray) -> np.ndarray:
         """Put emoji on variants of backgrounds.
@@ -106,6 +115,24 @@ class Tokens:
             tokens = np.where(self.outside[indices], rows[..., None], tokens)
         return tokens.reshape(len(tokens), -1).astype(np.int32)
 
+    def compose_scenes(self, scenes: Sequence[Scene]) -> np.ndarray:
+        """Put small emoji into the quarters of images: tokens, int32 (B, g * g)."""
+        assert self.backgrounds is not None
+        assert self.layouts is not None
+        layouts, colours = (np.array([getattr(each, name) for each in scenes], int) for name in ("layout", "colour"))
+        quarters = list_quarters(scenes)[:, :, None, None]
+        at = quarters[..., 0, 0]
+        plain = self.backgrounds[SMALL_STYLE, colours][:, None, None, None]
+        grid = join_quarters(np.where((quarters < 0) | self.small_outside[at], plain, self.small[at]))
+        grid[:, 0, 0] = self.layouts[colours, layouts]
+        return grid.reshape(len(grid), -1).astype(np.int32)
+
+
+def shrink(pixels: np.ndarray) -> np.ndarray:
+    """Scale images, uint8 (N, S, S, 3), to half the size."""
+    size = pixels.shape[1] // 2, pixels.shape[2] // 2
+    return np.stack([np.asarray(Image.fromarray(one).resize(size, Image.Resampling.LANCZOS)) for one in pixels])
+
 
 def find_outside(pixels: np.ndarray) -> np.ndarray:
     """Find the plain pixels of images, uint8 (N, S, S, 3), that are connected with the border: bool (N, S, S)."""
@@ -125,37 +152,67 @@ def find_outside(pixels: np.ndarray) -> np.ndarray:
 
 
 def place_backgrounds(codebook: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """Make the least used rows of a codebook (V, D) the backgrounds, where no output of an encoder is near.
+    """Make the least used rows of a codebook (V, D) the backgrounds and layouts, where no output of an encoder is near.
 
     Args:
         codebook: Rows, float32 (V, D).
         used: How often emoji use each row (V,).
     """
-    tokens = np.sort(np.argsort(used, kind="stable")[: len(STYLES) * len(BACKGROUNDS)])
+    order = np.argsort(used, kind="stable")
+    backgrounds = np.sort(order[: len(STYLES) * len(BACKGROUNDS)])
+    layouts = np.sort(order[len(backgrounds) :][: len(COLOURS) * len(LAYOUTS)])
     rows = np.random.default_rng(0).normal(size=(len(COLOURS), codebook.shape[1]))
-    rows *= BACKGROUND_DISTANCE * np.linalg.norm(codebook, axis=1).max() / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows *= np.linalg.norm(codebook[used > 0], axis=1).max() / np.linalg.norm(rows, axis=1, keepdims=True)
     placed = codebook.copy()
     upper = [list(COLOURS).index(background.upper) for background in BACKGROUNDS]
-    placed[tokens] = rows[upper * len(STYLES)]
+    placed[backgrounds] = BACKGROUND_DISTANCE * rows[upper * len(STYLES)]
+    placed[layouts] = LAYOUT_DISTANCE * np.repeat(rows, len(LAYOUTS), axis=0)
     return placed
 
 
-def find_backgrounds(codebook: np.ndarray) -> np.ndarray | None:
-    """Find the tokens of the backgrounds, int (styles, G), in a codebook (V, D): its longest rows, of a few values."""
-    count = len(STYLES) * len(BACKGROUNDS)
-    tokens = np.sort(np.argsort(-np.linalg.norm(codebook.astype(np.float32), axis=1), kind="stable")[:count])
-    colours = len(np.unique(codebook[tokens], axis=0))
-    return tokens.reshape(len(STYLES), -1) if len(tokens) == count and colours == len(COLOURS) else None
+def find_backgrounds(codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Find the tokens of backgrounds and layouts in a codebook (V, D): its longest rows, of a few values.
+
+    Returns:
+        int (styles, G) and (colours, layouts); None for a codebook without them.
+    """
+    order = np.argsort(-np.linalg.norm(codebook.astype(np.float32), axis=1), kind="stable")
+    layouts, order = np.split(order, [len(COLOURS) * len(LAYOUTS)])
+    backgrounds = order[: len(STYLES) * len(BACKGROUNDS)]
+    for tokens in (layouts, backgrounds):
+        if len(np.unique(codebook[tokens], axis=0)) != len(COLOURS):
+            return None
+    return np.sort(backgrounds).reshape(len(STYLES), -1), np.sort(layouts).reshape(len(COLOURS), -1)
 
 
 def encode_emoji(config: VQGANConfig, params: Any, pixels: np.ndarray, emoji: Sequence[Emoji]) -> Tokens:
-    """Encode emoji, uint8 (N, S, S, 3)."""
-    cells = config.grid
-    tokens = encode_images(VQGAN(config), params, pixels).reshape(-1, cells, cells)
-    side = config.resolution // cells
-    outside = np.all(find_outside(pixels).reshape(-1, cells, side, cells, side), axis=(2, 4))
+    """Encode emoji, uint8 (N, S, S, 3), at both sizes."""
+    cells, model = config.grid, VQGAN(config)
+    side, half = config.resolution // cells, cells // 2
+    tokens = encode_images(model, params, pixels).reshape(-1, cells, cells)
+    small, start = shrink(pixels), config.resolution // 4
+    canvas = np.full_like(pixels, 255)
+    canvas[:, start : start + small.shape[1], start : start + small.shape[2]] = small
+    of_canvas = encode_images(model, params, canvas).reshape(-1, cells, cells)
+    small_tokens = of_canvas[:, half // 2 : half // 2 + half, half // 2 : half // 2 + half]
+    outside, small_outside = (
+        np.all(find_outside(images).reshape(-1, count, side, count, side), axis=(2, 4))
+        for images, count in ((pixels, cells), (small, half))
+    )
     styles = np.array([STYLES.index(one["style"]) for one in emoji])
-    return Tokens(tokens, outside, styles, find_backgrounds(np.asarray(get_codebook(params))))
+    backgrounds, layouts = find_backgrounds(np.asarray(get_codebook(params))) or (None, None)
+    return Tokens(tokens, outside, small_tokens, small_outside, styles, backgrounds, layouts)
+
+
+def draw_scenes(pixels: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
+    """Draw scenes of emoji, uint8 (N, S, S, 3): uint8 (B, S, S, 3)."""
+    quarters = list_quarters(scenes)
+    known, at = np.unique(np.maximum(quarters, 0), return_inverse=True)
+    small = shrink(pixels[known])[at.reshape(quarters.shape)]
+    small = np.where((quarters < 0)[..., None, None, None], np.uint8(255), small)
+    colours = np.repeat([scene.colour for scene in scenes], 4)
+    drawn = draw_backgrounds(small.reshape(-1, *small.shape[2:]), colours)
+    return join_quarters(drawn.reshape(small.shape))
 
 
 def draw_backgrounds(pixels: np.ndarray, backgrounds: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ the two words that it knows of a long prompt.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from recipes.emoji.data import Emoji, load_dataset
 PHRASES = (
     "a {}", "a picture of {}", "a picture of a {}", "a drawing of a {}", "painting of a {}", "{} emoji",
     "an image of {}", "the {}", "a cute {}", "a photo of a {}",
-    "an icon of a {}", "one {}", "a small {}", "{} on a white background",
+    "an icon of a {}", "one {}", "{} on a white background",
 )  # fmt: skip
 STYLE_PHRASES = {
     "3d": ("3d {}", "a 3d {}", "{} 3d", "{}, 3d", "{} in 3d style", "3d render of a {}", "a 3d render of {}"),
@@ -38,6 +39,17 @@ FILLERS = (
 )  # fmt: skip
 
 
+COUNT_WORDS = {
+    1: ("a small {}", "a small {}", "small {}", "a tiny {}", "a little {}"),
+    2: ("two {}", "two {}", "two {}", "2 {}", "a pair of {}"),
+    3: ("three {}", "three {}", "3 {}"),
+    4: ("four {}", "four {}", "4 {}"),
+}
+PAIR_PHRASES = (
+    "a {} next to a {}", "a {} next to a {}", "{} next to {}", "a {} and a {}", "a {} and a {}", "{} and {}",
+    "a {} beside a {}", "a {} with a {}",
+)  # fmt: skip
+OTHER_WORD_SHARE = 0.1  # of small emoji: named by a keyword, or by one word of their name
 BACKGROUND_PHRASES = ("{} on {}", "{} on {}", "{} on a {} background", "{}, {} background")
 MENTIONED_SHARE = 0.35  # of captions say what the background is
 
@@ -73,6 +85,29 @@ def sample_caption(emoji: Emoji, rng: np.random.Generator) -> str:
         words.insert(int(rng.integers(len(words) + 1)), text)
         text = " ".join(words)
     return text
+
+
+def sample_word(emoji: Emoji, rng: np.random.Generator) -> str:
+    """Sample what a small emoji is called."""
+    if rng.random() < OTHER_WORD_SHARE:
+        return str(rng.choice([*emoji["keywords"], emoji["name"].split()[-1]]))
+    return emoji["name"]
+
+
+def pluralise(name: str) -> str:
+    """Make the plural of a name, by the regular rules."""
+    if name.endswith("y") and name[-2:-1] not in "aeiou":
+        return name[:-1] + "ies"
+    return name + ("es" if name.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+def caption_scene(emoji: Sequence[Emoji], rng: np.random.Generator) -> str:
+    """Sample a caption of small emoji: one, two different ones, or more of a kind."""
+    names = [sample_word(one, rng) for one in emoji]
+    if len({one["key"] for one in emoji}) > 1:
+        return str(rng.choice(PAIR_PHRASES)).format(*names)
+    name = names[0] if len(names) == 1 or rng.random() < 0.2 else pluralise(names[0])
+    return str(rng.choice(COUNT_WORDS[len(names)])).format(f"3d {name}" if rng.random() < 0.1 else name)
 
 
 def train_tokenizer(emoji: list[Emoji], vocab_size: int, start: str, end: str, special_last: bool) -> Tokenizer:

@@ -4,9 +4,9 @@
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
 https://arxiv.org/abs/2103.00020. A batch holds one image each of different concepts, so no image has two right
-captions. Half of the images are on backgrounds as the codec draws them, since CLIP will score such images.
+captions. Most of them are on backgrounds or small, as the codec draws them, since CLIP will score such images.
 
-B, N: images   M: names   S: pixels a side   P: features
+B, N: images   M: names   Q: scenes   S: pixels a side   P: features
 """
 
 import argparse
@@ -27,16 +27,20 @@ from dm_generations.models.loading import Checkpoint, load_checkpoint
 from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.models.vqgan.network import VQGAN
 from dm_generations.weights import native
-from recipes.emoji.backgrounds import BACKGROUNDS, encode_emoji
-from recipes.emoji.captions import mention_background, sample_caption
+from recipes.emoji.backgrounds import BACKGROUNDS, COLOURS, encode_emoji
+from recipes.emoji.captions import caption_scene, mention_background, sample_caption
 from recipes.emoji.common import make_optimizer, open_run, to_float32
 from recipes.emoji.data import Emoji, load_dataset
+from recipes.emoji.layouts import Scene, list_small, sample_scene
 from recipes.emoji.vqgan import augment, decode_tokens
 
 TEXT_LENGTH = 32
 LONG_TEXT_EVERY = 8  # steps; few captions need more than half of TEXT_LENGTH, so the other steps are padded to half
 MAX_SHIFT = 2  # pixels
-BACKGROUNDS_OF_EMOJI = 4
+BACKGROUNDS_OF_EMOJI = 6
+BACKGROUND_SHARE = 0.6  # of the images that are no scenes
+SCENES_OF_EMOJI = 3
+SCENE_SHARE = 0.35  # of the images whose emoji has scenes
 MAX_LOGIT_SCALE = np.log(100.0)  # as in the paper
 
 
@@ -91,6 +95,21 @@ def draw_on_backgrounds(
     return drawn.reshape(*backgrounds.shape, *pixels.shape[1:]), backgrounds
 
 
+def draw_in_scenes(
+    codec: Checkpoint, pixels: np.ndarray, emoji: list[Emoji], seed: int
+) -> tuple[np.ndarray, list[Scene]]:
+    """Draw a few scenes of every emoji that can be small, uint8 (N, S, S, 3), by the codec.
+
+    Returns:
+        Images, uint8 (Q, S, S, 3), and their scenes; `SCENES_OF_EMOJI` of an emoji follow each other.
+    """
+    rng = np.random.default_rng([seed, 1])
+    pool = list_small(emoji)
+    scenes = [sample_scene(pool, len(COLOURS), rng, first=index) for index in np.repeat(pool, SCENES_OF_EMOJI)]
+    tokens = encode_emoji(codec.config, codec.params, pixels, emoji)
+    return decode_tokens(VQGAN(codec.config), codec.params, tokens.compose_scenes(scenes)), scenes
+
+
 class Trainer:
     """The compiled training step. Its state has parameters and optimiser state."""
 
@@ -100,6 +119,8 @@ class Trainer:
         pixels: np.ndarray,
         drawn: np.ndarray,
         backgrounds: np.ndarray,
+        in_scenes: np.ndarray,
+        scenes: list[Scene],
         emoji: list[Emoji],
         tokenizer: PromptTokenizer,
         args: argparse.Namespace,
@@ -111,12 +132,16 @@ class Trainer:
             pixels: uint8 (N, S, S, 3).
             drawn: Each image on a few backgrounds, as the codec draws it, uint8 (N, K, S, S, 3).
             backgrounds: Which backgrounds, indices in `BACKGROUNDS` (N, K).
+            in_scenes: Scenes as the codec draws them, `SCENES_OF_EMOJI` of each small emoji, uint8 (Q, S, S, 3).
+            scenes: What they show.
             emoji: What is known of each image.
             tokenizer: CLIP's tokenizer.
             args: Flags of the command.
         """
         self.model, self.emoji, self.tokenizer, self.args = model, emoji, tokenizer, args
-        self.images = jnp.asarray(np.concatenate([pixels[:, None], drawn], 1))  # (N, 1 + K, S, S, 3)
+        self.images = np.concatenate([pixels[:, None], drawn], 1)  # (N, 1 + K, S, S, 3)
+        self.in_scenes, self.scenes = in_scenes, scenes
+        self.first_scenes = {int(index): SCENES_OF_EMOJI * i for i, index in enumerate(list_small(emoji))}
         self.backgrounds = np.pad(backgrounds, ((0, 0), (1, 0)))  # the first is on white
         by_concept: dict[str, list[int]] = {}
         for i, one in enumerate(emoji):
@@ -146,26 +171,19 @@ class Trainer:
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def update(
-        self,
-        state: dict[str, Any],
-        indices: jax.Array,
-        variants: jax.Array,
-        ids: jax.Array,
-        mask: jax.Array,
-        key: jax.Array,
+        self, state: dict[str, Any], images: jax.Array, ids: jax.Array, mask: jax.Array, key: jax.Array
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """Take a step on images and their captions. Returns the new state and the metrics.
 
         Args:
             state: The state before.
-            indices: Images (B,).
-            variants: 0 to see an image as it is, else on one of its backgrounds (B,).
+            images: uint8 (B, S, S, 3).
             ids: Tokens of the captions (B, T).
             mask: 1 for tokens and 0 for padding (B, T).
             key: JAX key.
         """
         jitter_key, augment_key = jax.random.split(key)
-        images = augment(self.images[indices, variants], augment_key, max_shift=MAX_SHIFT, mirror=False)
+        images = augment(images, augment_key, max_shift=MAX_SHIFT, mirror=False)
         images = normalise(jitter_colours(images, jitter_key) * 255)
         (loss, top1), grads = jax.value_and_grad(self._loss, has_aux=True)(state["params"], images, ids, mask)
         updates, opt = self.optimizer.update(grads, state["opt"], state["params"])
@@ -173,20 +191,29 @@ class Trainer:
         params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
         return {"params": params, "opt": opt}, {"loss": loss, "top1_batch": top1}
 
+    def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+        """Sample an image of an emoji, uint8 (S, S, 3), and its caption."""
+        scene = self.first_scenes.get(index)
+        if scene is not None and rng.random() < SCENE_SHARE:
+            scene += int(rng.integers(SCENES_OF_EMOJI))
+            caption = caption_scene([self.emoji[i] for i in self.scenes[scene].emoji], rng)
+            image, background = self.in_scenes[scene], self.scenes[scene].colour
+        else:
+            variant = int(rng.integers(1, self.images.shape[1])) if rng.random() < BACKGROUND_SHARE else 0
+            caption = sample_caption(self.emoji[index], rng)
+            image, background = self.images[index, variant], self.backgrounds[index, variant]
+        return image, mention_background(caption, BACKGROUNDS[background].name, rng)[0]
+
     def step(self, state: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """Take the step of this number. Returns the new state and the metrics."""
         rng = np.random.default_rng([self.args.seed, step])
         concepts = rng.choice(len(self.indices_of_concepts), self.args.batch_size, replace=False)
-        indices = np.array([rng.choice(self.indices_of_concepts[concept]) for concept in concepts])
-        variants = rng.integers(self.backgrounds.shape[1], size=len(indices)) * rng.integers(2, size=len(indices))
-        captions = [
-            mention_background(sample_caption(self.emoji[i], rng), BACKGROUNDS[background].name, rng)[0]
-            for i, background in zip(indices, self.backgrounds[indices, variants], strict=True)
-        ]
+        indices = [int(rng.choice(self.indices_of_concepts[concept])) for concept in concepts]
+        images, captions = zip(*(self.sample(index, rng) for index in indices), strict=True)
         length = TEXT_LENGTH if step % LONG_TEXT_EVERY == 0 else TEXT_LENGTH // 2
         ids, mask = self.tokenizer.encode(captions, length)
         key = jax.random.fold_in(jax.random.key(self.args.seed), step)
-        return self.update(state, indices, variants, ids, mask, key)
+        return self.update(state, np.stack(images), ids, mask, key)
 
 
 def top1_accuracy(images: np.ndarray, names: np.ndarray, labels: np.ndarray, count: int, seed: int) -> float:
@@ -253,7 +280,16 @@ def main() -> None:
         loaded = load_checkpoint(args.init, "clip")
         config, params = loaded.config, to_float32(loaded.params)
     train_emoji = [emoji[i] for i in train]
-    trainer = Trainer(CLIP(config), pixels[train], drawn[train], backgrounds[train], train_emoji, tokenizer, args)
+    trainer = Trainer(
+        CLIP(config),
+        pixels[train],
+        drawn[train],
+        backgrounds[train],
+        *draw_in_scenes(codec, pixels[train], train_emoji, args.seed),
+        train_emoji,
+        tokenizer,
+        args,
+    )
     run = open_run(args.run, trainer.init(params), save_every=500, args=args)
 
     def evaluate_state(state: dict[str, Any]) -> dict[str, float]:

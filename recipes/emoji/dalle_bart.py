@@ -42,14 +42,16 @@ from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.training.data import choose_rows
 from dm_generations.training.objectives import cross_entropy
 from dm_generations.weights import native
-from recipes.emoji.backgrounds import BACKGROUNDS, Tokens, encode_emoji
-from recipes.emoji.captions import mention_background, sample_caption
+from recipes.emoji.backgrounds import BACKGROUNDS, COLOURS, Tokens, encode_emoji
+from recipes.emoji.captions import caption_scene, mention_background, sample_caption
 from recipes.emoji.common import has_bfloat16_units, make_optimizer, open_run, to_float32, use_bfloat16_dense
 from recipes.emoji.data import Emoji, load_dataset
+from recipes.emoji.layouts import LAYOUTS, Scene, list_small, sample_scene
 
 CORRUPTION_POWER = 4  # the share of replaced tokens is u ** 4 with u uniform, a fifth on average
 LABEL_SMOOTHING = 0.005
 FIRST_TOKEN_WEIGHT = 4  # added to the weight 1 of the first token of a block; halves with each of its rows
+SCENE_SHARE = 0.35  # of images: small emoji, one or several (`recipes.emoji.layouts`)
 LONG_TEXT_EVERY = 8  # steps; few captions need more than half of the text length, so the other steps are padded to half
 PROBE_ROWS = 256
 
@@ -105,6 +107,7 @@ class Trainer:
         self.model, self.config, self.args = model, model.config, args
         self.tokens, self.emoji, self.tokenizer = tokens, emoji, tokenizer
         self.weights = weigh_tokens(tokens.emoji.shape[1])
+        self.small = list_small(emoji)
         self.styles_of_concept: dict[str, list[int]] = {}
         for one, style, outside in zip(emoji, tokens.styles, tokens.outside, strict=True):
             if outside[0, 0]:
@@ -171,11 +174,17 @@ class Trainer:
         rng = np.random.default_rng([self.args.seed, step])
         count = self.args.batch_size
         indices, backgrounds = self.choose_images(step), rng.integers(len(BACKGROUNDS), size=count)
+        targets = self.tokens.compose(indices, backgrounds)
+        scenes: dict[int, Scene] = {}
+        if self.tokens.layouts is not None and len(self.small) > 1:
+            rows = np.flatnonzero(rng.random(count) < SCENE_SHARE)
+            scenes = {int(row): sample_scene(self.small, len(COLOURS), rng) for row in rows}
+            backgrounds[rows] = [scene.colour for scene in scenes.values()]
+            targets[rows] = self.tokens.compose_scenes(list(scenes.values()))
         is_dropped = rng.random(count) < self.args.caption_dropout
-        texts, named = self.sample_captions(indices, backgrounds, is_dropped, rng)
+        texts, named = self.sample_captions(indices, backgrounds, scenes, is_dropped, rng)
         length = self.config.max_text_length
         ids, mask = self.encode_text(texts, length if step % LONG_TEXT_EVERY == 0 else length // 2)
-        targets = self.tokens.compose(indices, backgrounds)
         # Half of the wrong tokens are any token, half are those of another image at the same place.
         wrong = np.where(
             rng.random(targets.shape) < 0.5,
@@ -190,23 +199,37 @@ class Trainer:
             first_smoothing = np.full_like(smoothing, LABEL_SMOOTHING)
         first = np.zeros((count, self.config.image_vocab_size + 1), np.float32)
         for row in range(count):
-            first[row, self.list_first_tokens(indices[row], texts[row], named[row])] = 1
+            if row in scenes:
+                tokens = self.list_layout_tokens(len(scenes[row].emoji), named[row])
+            else:
+                tokens = self.list_first_tokens(indices[row], texts[row], named[row])
+            first[row, tokens] = 1
         first /= first.sum(1, keepdims=True)
         first += first_smoothing[:, None] * (1 / first.shape[1] - first)
         return ids, mask, np.where(is_wrong, wrong, targets).astype(np.int32), targets, first, smoothing
 
     def sample_captions(
-        self, indices: np.ndarray, backgrounds: np.ndarray, is_dropped: np.ndarray, rng: np.random.Generator
+        self,
+        indices: np.ndarray,
+        backgrounds: np.ndarray,
+        scenes: dict[int, Scene],
+        is_dropped: np.ndarray,
+        rng: np.random.Generator,
     ) -> tuple[list[str], list[int | None]]:
-        """Sample captions of images (B,), "" where dropped. Returns them and the backgrounds that they name."""
-        texts = [sample_caption(self.emoji[i], rng) for i in indices]
+        """Sample captions of images (B,) or scenes, "" where dropped; tells the backgrounds that they name, too."""
+        texts = [
+            caption_scene([self.emoji[i] for i in scenes[row].emoji], rng)
+            if row in scenes
+            else sample_caption(self.emoji[i], rng)
+            for row, i in enumerate(indices)
+        ]
         named: list[int | None] = [None] * len(texts)
         if self.tokens.backgrounds is not None:
             for row, background in enumerate(backgrounds):
                 texts[row], is_named = mention_background(texts[row], BACKGROUNDS[background].name, rng)
                 named[row] = int(background) if is_named else None
-        for row in np.flatnonzero(is_dropped):
-            texts[row], named[row] = "", None
+        for dropped in np.flatnonzero(is_dropped):
+            texts[dropped], named[dropped] = "", None
         return texts, named
 
     def list_first_tokens(self, index: int, text: str, background: int | None) -> np.ndarray:
@@ -227,6 +250,13 @@ class Trainer:
             i for i, each in enumerate(BACKGROUNDS) if background is None or each.name == BACKGROUNDS[background].name
         ]
         return tokens.backgrounds[np.ix_(styles, variants)].ravel()
+
+    def list_layout_tokens(self, count: int, colour: int | None) -> np.ndarray:
+        """List the tokens that an image of so many small emoji may begin with; None leaves the colour open."""
+        assert self.tokens.layouts is not None
+        colours = range(len(COLOURS)) if colour is None else [colour]
+        layouts = [i for i, quarters in enumerate(LAYOUTS) if len(quarters) == count]
+        return self.tokens.layouts[np.ix_(colours, layouts)].ravel()
 
     def step(self, state: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """Take the step of this number. Returns the new state and the metrics."""
@@ -309,12 +339,17 @@ def main() -> None:
     def nll(params: Any, indices: np.ndarray, texts: list[str]) -> float:
         return trainer.nll(params, tokens.compose(indices, backgrounds[indices]), texts)
 
+    rng = np.random.default_rng(1)
+    scenes = [sample_scene(trainer.small, len(COLOURS), rng) for _ in range(PROBE_ROWS)]
+    scene_texts = [caption_scene([train_emoji[i] for i in scene.emoji], rng) for scene in scenes]
+
     def evaluate(state: dict[str, Any]) -> dict[str, float]:
         params = state["params"]
         return {
             "nll_train": nll(params, seen, [texts[i] for i in seen]),
             "nll_train_without_caption": nll(params, seen, [""] * len(seen)),
             "nll_held_out": nll(params, unseen, [texts[i] for i in unseen]),
+            "nll_scenes": trainer.nll(params, trainer.tokens.compose_scenes(scenes), scene_texts),
         }
 
     run.train(args.steps, trainer.step, log_every=25, evaluate=evaluate, evaluate_every=250)

@@ -3,9 +3,10 @@
     python -m recipes.emoji.evaluate --models build/models --data build/emoji-64.npz --out build/evaluation
 
 Grids: 100 common concepts (best of 16 by CLIP), 16 samples of a name, samples at four condition scales and, at each,
-those furthest from every training image, single words that are not names, styles, backgrounds, colours, and prompts of
-two objects. People and signs are evaluated apart from things, since their names differ in little. Names are of training
-images, unless held out is said. Other samples than those of the four scales have the settings of the model's config.
+those furthest from every training image, single words that are not names, styles, backgrounds, colours, counts, and
+prompts of two objects. People and signs are evaluated apart from things, since their names differ in little. Names are
+of training images, unless held out is said. Other samples than those of the four scales have the settings of the
+model's config.
 
 N, M: images   S: pixels a side   L: tokens of an image   P: prompts   C: samples of a prompt
 """
@@ -31,8 +32,10 @@ from dm_generations.models.vqgan.network import VQGAN
 from dm_generations.sampling.params import SamplingParams
 from dm_generations.sampling.prng import row_key
 from recipes.emoji.backgrounds import BACKGROUNDS, draw_backgrounds, encode_emoji, find_backgrounds
+from recipes.emoji.captions import pluralise
 from recipes.emoji.clip import top1_accuracy
 from recipes.emoji.data import STYLES, load_dataset
+from recipes.emoji.layouts import Scene, list_small
 from recipes.emoji.vqgan import compute_psnr, decode_tokens, get_codebook, reconstruct
 
 COMMON_WORDS = (
@@ -65,12 +68,14 @@ COLOURED_NAMES = ("car", "heart", "book", "apple", "castle", "cat")
 BACKGROUND_NAMES = ("rocket", "strawberry", "cat face", "house", "crab")
 PAIRS = (
     "a cat next to a rocket",
-    "an avocado armchair",
-    "a castle under a rainbow",
     "a dog and a pizza",
+    "a castle next to a cactus",
+    "an avocado armchair",
     "a robot holding a rose",
     "a penguin on a mountain",
 )
+COUNT_PROMPTS = {2: "two {}", 3: "three {}", 4: "four {}"}
+SCENE_PROMPTS = 50  # of pairs, and of each count
 # Root mean square distance to the nearest training image, in levels of 255. By eye, images have blotches from 30 on and
 # are hard to recognise from 40 on. A clean image between two styles can be as far, so the rate is an upper bound.
 OUTLIER_DISTANCE = 40
@@ -123,9 +128,11 @@ class Pipeline:
         return Samples(images.reshape(*shape, *images.shape[1:]), scores.reshape(shape), tokens.reshape(*shape, -1))
 
     def draw_on_white(self, tokens: np.ndarray) -> np.ndarray:
-        """Draw tokens (N, L) with those of the backgrounds taken for white: uint8 (N, S, S, 3)."""
+        """Draw tokens (N, L) with those of backgrounds and layouts taken for white: uint8 (N, S, S, 3)."""
         if self.backgrounds is not None:
-            tokens = np.where(np.isin(tokens, self.backgrounds), self.backgrounds[0, 0], tokens)
+            backgrounds, layouts = self.backgrounds
+            is_outside = np.isin(tokens, backgrounds) | np.isin(tokens, layouts)
+            tokens = np.where(is_outside, backgrounds[0, 0], tokens)
         return decode_tokens(VQGAN(self.vqgan.config), self.vqgan.params, tokens.astype(np.int32))
 
 
@@ -154,6 +161,7 @@ class Dataset:
         self.reconstructed, _ = reconstruct(codec, params, self.pixels)
         tokens = encode_emoji(codec.config, params, self.pixels, self.emoji)
         indices = np.arange(len(self.pixels))
+        self.tokens = tokens
         self.on_white = decode_tokens(codec, params, tokens.compose(indices, 0 * indices))
         self.backgrounds = np.random.default_rng(4).integers(len(BACKGROUNDS), size=len(indices))
         self.on_backgrounds = decode_tokens(codec, params, tokens.compose(indices, self.backgrounds))
@@ -212,22 +220,24 @@ def split_name(name: str) -> list[str]:
     return [word for word in words if len(word) > 2 and word not in ("and", "the", "with")]
 
 
-def nearest_distance(images: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Compute the root mean square distance of each image to the nearest known one.
+def find_nearest(images: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the nearest known image to each image by root mean square distance.
 
     Args:
         images: uint8 (N, S, S, 3).
         known: uint8 (M, S, S, 3).
 
     Returns:
-        Levels of 255, float32 (N,).
+        Indices, int (N,); distances in levels of 255, float32 (N,).
     """
     known = known.reshape(len(known), -1).astype(np.float32)
     squares = np.square(known).sum(1)
-    nearest = []
+    nearest, distances = [], []
     for part in np.array_split(images.reshape(len(images), -1).astype(np.float32), -(-len(images) // 64)):
-        nearest.append((squares[:, None] - 2 * known @ part.T).min(0) + np.square(part).sum(1))
-    return np.sqrt(np.maximum(np.concatenate(nearest), 0) / known.shape[1])
+        from_each = squares - 2 * part @ known.T
+        nearest.append(from_each.argmin(1))
+        distances.append(from_each.min(1) + np.square(part).sum(1))
+    return np.concatenate(nearest), np.sqrt(np.maximum(np.concatenate(distances), 0) / known.shape[1])
 
 
 def evaluate_codec(dataset: Dataset) -> dict[str, float]:
@@ -303,7 +313,7 @@ def evaluate_samples(
         features = pipeline.scorer.image_features(flat)
         on_white = pipeline.draw_on_white(tokens.reshape(len(flat), -1))
         features_on_white = pipeline.scorer.image_features(on_white)
-        distances = nearest_distance(on_white, dataset.on_white[~dataset.is_held_out])
+        _, distances = find_nearest(on_white, dataset.on_white[~dataset.is_held_out])
         best = np.arange(len(chosen)), scores.argmax(1)
         result[f"samples_{kind}scale_{cond_scale:g}"] = {
             "top1_1000": top1_accuracy(features, dataset.name_features, labels, CONTEST, 0),
@@ -320,6 +330,55 @@ def evaluate_samples(
     return result
 
 
+def evaluate_scenes(pipeline: Pipeline, dataset: Dataset, args: argparse.Namespace) -> dict[str, float]:
+    """Draw counts and pairs of things. A sample is right if every quarter is nearest to what the prompt asks for.
+
+    A quarter is compared, on white, with every small training emoji alone there, and with none.
+    """
+    rng = np.random.default_rng(5)
+    pool = list_small(dataset.emoji)
+    pool = pool[~dataset.is_held_out[pool]]
+    chosen = rng.choice(pool, (SCENE_PROMPTS, 2), replace=False)
+    names = [[dataset.emoji[i]["name"] for i in pair] for pair in chosen]
+    alone = [Scene(quarter, 0, (int(i),)) for i in pool for quarter in range(4)]
+    known = split_quarters(pipeline.draw_on_white(dataset.tokens.compose_scenes(alone)))
+    known = known.reshape(len(pool), 4, *known.shape[1:])[:, np.arange(4), np.arange(4)]  # (M, 4, S / 2, S / 2, 3)
+    known = np.concatenate([known, np.full_like(known[:1], 255)])
+    labels = np.append(pool, -1)
+    result: dict[str, float] = {}
+    for kind, prompts, wanted in (
+        *(
+            (f"count_{count}", [text.format(pluralise(name)) for name, _ in names], chosen[:, :1].repeat(count, 1))
+            for count, text in COUNT_PROMPTS.items()
+        ),
+        ("pair", [f"a {one} next to a {other}" for one, other in names], chosen),
+    ):
+        samples = pipeline.sample(prompts, args.samples)
+        quarters = split_quarters(pipeline.draw_on_white(samples.tokens.reshape(-1, samples.tokens.shape[-1])))
+        seen = np.stack([labels[find_nearest(quarters[:, i], known[:, i])[0]] for i in range(4)], axis=1)
+        seen = np.sort(seen, axis=1).reshape(*samples.scores.shape, 4)
+        none = np.full((len(wanted), 4 - wanted.shape[1]), -1)
+        is_right = (seen == np.sort(np.concatenate([wanted, none], axis=1), axis=1)[:, None]).all(-1)
+        shown = [(seen == wanted[:, i, None, None]).any(-1) for i in range(wanted.shape[1])]
+        best = np.arange(len(prompts)), samples.scores.argmax(1)
+        result |= {
+            f"{kind}_right": float(is_right.mean()),
+            f"{kind}_right_best": float(is_right[best].mean()),
+            f"{kind}_shown": float(np.all(shown, axis=0).mean()),
+            f"{kind}_number": float(((seen >= 0).sum(-1) == wanted.shape[1]).mean()),
+            f"{kind}_distinct": float(np.mean([len(np.unique(each, axis=0)) for each in samples.tokens])),
+        }
+        images = choose_best(samples.images, samples.scores, 1)[:, 0]
+        make_labelled_grid(images, prompts, 10).save(args.out / f"{kind}.png")
+    return result
+
+
+def split_quarters(images: np.ndarray) -> np.ndarray:
+    """Split images, uint8 (N, S, S, 3), into their quarters, row-major: (N, 4, S / 2, S / 2, 3)."""
+    half = images.shape[1] // 2
+    return np.stack([images[:, y : y + half, x : x + half] for y in (0, half) for x in (0, half)], axis=1)
+
+
 def evaluate_words(pipeline: Pipeline, dataset: Dataset, args: argparse.Namespace) -> dict[str, float]:
     """Draw single words. A sample is right if the nearest of all names is one that the word can mean."""
     meanings = dataset.list_word_meanings()
@@ -329,7 +388,7 @@ def evaluate_words(pipeline: Pipeline, dataset: Dataset, args: argparse.Namespac
     nearest = (pipeline.scorer.image_features(flat) @ dataset.name_features.T).argmax(1)
     make_labelled_grid(images[:GRID_IMAGES, 0], chosen[:GRID_IMAGES], 16).save(args.out / "words.png")
     on_white = pipeline.draw_on_white(tokens.reshape(len(flat), -1))
-    distances = nearest_distance(on_white, dataset.on_white[~dataset.is_held_out])
+    _, distances = find_nearest(on_white, dataset.on_white[~dataset.is_held_out])
     return {
         "top1": float(np.mean([name in meanings[chosen[i // args.samples]] for i, name in enumerate(nearest)])),
         "mean_score": float(scores.mean()),
@@ -401,6 +460,7 @@ def main() -> None:
     }
     for in_people_and_signs in (False, True):
         results |= evaluate_samples(pipeline, dataset, args, in_people_and_signs)
+    results["scenes"] = evaluate_scenes(pipeline, dataset, args)
     results["words"] = evaluate_words(pipeline, dataset, args)
     results["style_accuracy"] = measure_style_accuracy(pipeline, dataset)
     save_grids(pipeline, args.out)

@@ -11,7 +11,7 @@ from dm_generations.models.dalle_mini.network import DalleBart
 from dm_generations.models.loading import load_checkpoint
 from dm_generations.models.tokenization import PromptTokenizer
 from dm_generations.weights import native
-from recipes.emoji.backgrounds import BACKGROUNDS, HORIZONS, Tokens
+from recipes.emoji.backgrounds import BACKGROUNDS, COLOURS, HORIZONS, Tokens
 from recipes.emoji.captions import train_tokenizer
 from recipes.emoji.common import to_float32
 from recipes.emoji.dalle_bart import (
@@ -22,11 +22,13 @@ from recipes.emoji.dalle_bart import (
     weigh_tokens,
 )
 from recipes.emoji.data import STYLES
+from recipes.emoji.layouts import LAYOUTS
 
 pytestmark = pytest.mark.slow
 
-CODEBOOK_SIZE, STEPS, SMOOTHING, GRID = 96, 300, 0.3, 8
+CODEBOOK_SIZE, STEPS, SMOOTHING, GRID = 192, 300, 0.3, 8
 BACKGROUND_TOKENS = np.arange(len(STYLES) * len(BACKGROUNDS)).reshape(len(STYLES), -1)
+LAYOUT_TOKENS = 90 + np.arange(len(COLOURS) * len(LAYOUTS)).reshape(len(COLOURS), -1)
 EMOJI = [
     {
         "key": name,
@@ -52,15 +54,25 @@ def tokenizer(tmp_path_factory):
     return PromptTokenizer(folder)
 
 
-def new_trainer(tokenizer, batch_size=16, bfloat16=True, has_backgrounds=True, grid=GRID):
-    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    config = dataclasses.replace(make_config(CODEBOOK_SIZE, grid**2, 400), **small)
+def new_trainer(tokenizer, batch_size=16, bfloat16=True, has_backgrounds=True, has_layouts=False, grid=GRID):
+    smaller = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    config = dataclasses.replace(make_config(CODEBOOK_SIZE, grid**2, 400), **smaller)
     # An emoji has one token of its own in all cells but the first column; tokens before are backgrounds.
     emoji = np.broadcast_to(BACKGROUND_TOKENS.size + np.arange(len(EMOJI))[:, None, None], (len(EMOJI), grid, grid))
     outside = np.zeros(emoji.shape, bool)
     outside[:, :, 0] = True
-    styles = np.array([STYLES.index(one["style"]) for one in EMOJI])
-    tokens = Tokens(emoji, outside, styles, BACKGROUND_TOKENS if has_backgrounds else None)
+    emoji_list = [one | {"style": "3d"} for one in EMOJI] if has_layouts else EMOJI
+    styles = np.array([STYLES.index(one["style"]) for one in emoji_list])
+    half = grid // 2
+    tokens = Tokens(
+        emoji=emoji,
+        outside=outside,
+        small=emoji[:, :half, :half],
+        small_outside=outside[:, :half, :half],
+        styles=styles,
+        backgrounds=BACKGROUND_TOKENS if has_backgrounds else None,
+        layouts=LAYOUT_TOKENS if has_layouts else None,
+    )
     args = argparse.Namespace(
         seed=0,
         steps=STEPS,
@@ -70,7 +82,7 @@ def new_trainer(tokenizer, batch_size=16, bfloat16=True, has_backgrounds=True, g
         unconditional_smoothing=SMOOTHING,
         bfloat16=bfloat16,
     )
-    return Trainer(DalleBart(config), tokens, EMOJI, tokenizer, args)
+    return Trainer(DalleBart(config), tokens, emoji_list, tokenizer, args)
 
 
 def test_only_rows_without_caption_are_smoothed_and_not_their_first_token(tokenizer):
@@ -143,6 +155,32 @@ def test_a_codec_without_backgrounds_has_emoji_as_they_are(grid, tokenizer):
     assert inputs.shape == targets.shape == (16, grid**2)
     np.testing.assert_array_equal(first.argmax(1), targets[:, 0])
     assert (targets >= BACKGROUND_TOKENS.size).all() and (targets == targets[:, :1]).all()
+
+
+def test_some_images_are_scenes_and_their_first_tokens_are_level(tokenizer, monkeypatch):
+    trainer = new_trainer(tokenizer, batch_size=64, has_layouts=True)
+    encode, texts = trainer.encode_text, []
+    monkeypatch.setattr(trainer, "encode_text", lambda given, length: texts.extend(given) or encode(given, length))
+    counts = {"small": 1, "two": 2, "three": 3, "four": 4}
+    seen = set()
+    for step in range(8):
+        texts.clear()
+        _, _, _, targets, first, _ = trainer.make_batch(step)
+        is_scene = np.isin(targets[:, 0], LAYOUT_TOKENS)
+        assert 0.15 < is_scene.mean() < 0.55
+        for row in np.flatnonzero(is_scene):
+            likely = np.flatnonzero(first[row] > first[row].min() * 2)
+            colour, layout = (int(i[0]) for i in np.nonzero(targets[row, 0] == LAYOUT_TOKENS))
+            count = len(LAYOUTS[layout])
+            is_named = list(COLOURS)[colour] in texts[row].split()
+            open_colours = [colour] if is_named else range(len(COLOURS))
+            alike = [i for i, quarters in enumerate(LAYOUTS) if len(quarters) == count]
+            np.testing.assert_array_equal(likely, np.sort(LAYOUT_TOKENS[np.ix_(open_colours, alike)].ravel()))
+            assert np.ptp(first[row, likely]) < 1e-6
+            for word in set(texts[row].split()) & set(counts):
+                assert counts[word] == count
+                seen.add(word)
+    assert seen == set(counts)
 
 
 def test_the_loss_weighs_tokens_by_their_place(tokenizer):

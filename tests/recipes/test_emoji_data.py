@@ -1,13 +1,17 @@
-"""The data set, captions and tokenizers, and the measures of the evaluation."""
+"""The data set, captions and tokenizers, what CLIP sees, and the measures of the evaluation."""
+
+import argparse
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from recipes.emoji import data
+from recipes.emoji.backgrounds import BACKGROUNDS, COLOURS
 from recipes.emoji.captions import STYLE_PHRASES, list_names, sample_caption, train_tokenizer
-from recipes.emoji.clip import top1_accuracy
-from recipes.emoji.evaluate import measure_pairwise, nearest_distance
+from recipes.emoji.clip import SCENES_OF_EMOJI, Trainer, top1_accuracy
+from recipes.emoji.evaluate import find_nearest, measure_pairwise, split_quarters
+from recipes.emoji.layouts import join_quarters, list_small, sample_scene
 from recipes.emoji.vqgan import compute_psnr, find_centres
 
 EMOJI = {
@@ -132,8 +136,9 @@ def test_top1_counts_only_the_right_name():
 
 def test_distance_to_the_nearest_image_is_in_levels():
     known = np.random.default_rng(0).integers(0, 250, (3, 8, 8, 3), dtype=np.uint8)
-    found = nearest_distance(np.stack([known[2], known[0] + 4]), known)
-    np.testing.assert_allclose(found, [0, 4], atol=0.05)  # float32 sums of squares
+    found, distances = find_nearest(np.stack([known[2], known[0] + 4]), known)
+    assert found.tolist() == [2, 0]
+    np.testing.assert_allclose(distances, [0, 4], atol=0.05)  # float32 sums of squares
 
 
 def test_pairwise_distance_is_that_of_every_two_images():
@@ -141,3 +146,43 @@ def test_pairwise_distance_is_that_of_every_two_images():
     images[1:] = np.array([30, 60])[:, None, None, None]
     assert measure_pairwise(images) == pytest.approx((30 + 60 + 30) / 3)
     assert measure_pairwise(images[:2].repeat(2, axis=0)) == pytest.approx(30 * 4 / 6)
+
+
+def test_clip_sees_emoji_alone_on_backgrounds_and_in_scenes():
+    emoji = [
+        {"key": name, "concept": name, "style": "3d", "name": name, "group": "Objects", "keywords": []}
+        for name in ("drum", "key", "bell")
+    ]
+    pool = list_small(emoji)
+    rng = np.random.default_rng(0)
+    scenes = [sample_scene(pool, len(COLOURS), rng, first=i) for i in np.repeat(pool, SCENES_OF_EMOJI)]
+    backgrounds = np.array([[1, 10], [2, 11], [3, 12]])
+
+    def paint(values):
+        return np.broadcast_to(np.asarray(values, np.uint8)[..., None, None, None], (*np.shape(values), 2, 2, 3))
+
+    args = argparse.Namespace(seed=0, steps=10, learning_rate=1e-3)
+    in_scenes = paint(np.arange(len(scenes)))
+    trainer = Trainer(
+        None, paint([100, 110, 120]), paint(100 + backgrounds), backgrounds, in_scenes, scenes, emoji, None, args
+    )
+    seen = {"scene": 0, "alone": 0, "background": 0}
+    for _ in range(300):
+        image, caption = trainer.sample(1, rng)
+        value = int(image[0, 0, 0])
+        if value < 100:
+            scene = scenes[value]
+            kind, background = "scene", BACKGROUNDS[scene.colour]
+            assert 1 in scene.emoji and all(emoji[i]["name"] in caption for i in scene.emoji)
+        else:
+            kind, background = ("alone", BACKGROUNDS[0]) if value == 110 else ("background", BACKGROUNDS[value - 100])
+            assert "key" in caption
+        seen[kind] += 1
+        others = {each.name for each in BACKGROUNDS} - {background.name}
+        assert not any(caption.endswith((f" on {name}", f" {name} background")) for name in others)
+    assert min(seen.values()) > 60
+
+
+def test_images_are_split_into_quarters():
+    quarters = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 4, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(split_quarters(join_quarters(quarters)), quarters)
