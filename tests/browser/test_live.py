@@ -162,7 +162,11 @@ def test_every_view_works(live):
     live.locator("#rows").select_option("prompt")
     live.locator("#cols").select_option("top_k")
     live.locator("#cell").select_option("seed")
-    live.wait_for_function("() => document.querySelectorAll('.cell .tile').length === 7")
+    live.wait_for_function(
+        "() => document.querySelectorAll('.cell .tile').length === 7"
+        " && document.querySelectorAll('.row-label').length === 2"
+        " && document.querySelectorAll('.column-label').length === 4"
+    )
     assert texts(live, ".row-label") == ["rocket", "castle <b>"]
     assert texts(live, ".column-label") == ["50", "256", "999", "off"]  # the second prompt has no 999
     live.locator(".cell .tile").first.focus()
