@@ -162,7 +162,7 @@ def test_every_part_of_the_recipe_knows_its_flags(monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
     readme = (Path(__file__).parents[2] / "recipes" / "emoji" / "README.md").read_text().replace("\\\n", " ")
     told = [words.split() for words in re.findall(r"^    python -m (recipes\.emoji\.\w+ .*)$", readme, re.MULTILINE)]
-    assert len(told) > 3
+    assert len(told) >= 3
     for module, *arguments in [*STEPS, *told]:
         monkeypatch.setattr(sys, "argv", [module, *arguments])
         with pytest.raises(Parsed):
